@@ -1,0 +1,8 @@
+"""The one exception that users are meant to see."""
+
+
+class TersorError(Exception):
+    """Something the user can put right: the message names what was found and the way out.
+
+    The command line prints it as one line and exits with status 2.
+    """
