@@ -1,0 +1,172 @@
+"""A checkpoint directory, opened lazily: its config, its tensors by name (memory-mapped safetensors), its other files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tersor.errors import TersorError
+
+BUILTIN = ("demo",)  # models that come with the package, under tersor/assets
+JOB_FOLDER = ".tersor-job"  # what an unfinished compression leaves in its output directory
+INDEX = "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth")
+
+
+class _Slice:
+    """A safetensors slice whose values are copied out of the mapped file, so that nothing holds on to it."""
+
+    def __init__(self, piece: Any) -> None:
+        self.get_shape, self.get_dtype, self._piece = piece.get_shape, piece.get_dtype, piece
+
+    def __getitem__(self, index: Any) -> Tensor:
+        values: Tensor = self._piece[index].clone()
+        return values
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """directory; config (the parsed config.json); shard_of: the file that holds each tensor."""
+
+    directory: Path
+    config: dict[str, Any]
+    shard_of: dict[str, Path]
+
+    @contextmanager
+    def tensors(self, names: Iterable[str]) -> Iterator[dict[str, Any]]:
+        """The named tensors as safetensors slices: nothing is read before a slice is indexed, as `slice[...]`."""
+        opened: dict[Path, Any] = {}
+        try:
+            for name in names:
+                path = self.shard_of[name]
+                if path not in opened:
+                    opened[path] = safe_open(path, framework="pt").__enter__()
+            yield {name: _Slice(opened[self.shard_of[name]].get_slice(name)) for name in names}
+        finally:
+            for handle in opened.values():
+                handle.__exit__(None, None, None)
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The named tensors, in memory of their own."""
+        with self.tensors(list(names)) as slices:
+            return {name: piece[...] for name, piece in slices.items()}
+
+    def other_files(self) -> list[Path]:
+        """Every file that is not a tensor shard, an index or hidden: tokenizer, templates, licence, ..."""
+        shards = set(self.shard_of.values())
+        return sorted(
+            path
+            for path in self.directory.rglob("*")
+            if path.is_file()
+            and path not in shards
+            and path.name != INDEX
+            and path.suffix not in (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+            and not any(part.startswith(".") for part in path.relative_to(self.directory).parts)
+        )
+
+    def size(self) -> int:
+        """Bytes of all tensor files."""
+        return sum(path.stat().st_size for path in set(self.shard_of.values()))
+
+
+def open_checkpoint(model: str | Path) -> Checkpoint:
+    """Open a directory, a built-in model or a hub repository. Raises TersorError where it is none of these."""
+    directory = resolve(model)
+    if (directory / JOB_FOLDER).exists():
+        raise TersorError(f"{directory} holds an unfinished job; run its command again to finish it")
+    config_file = directory / "config.json"
+    if not config_file.is_file():
+        raise TersorError(f"{directory} is not a model: it has no config.json")
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise TersorError(f"{config_file} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise TersorError(f"{config_file} holds no object but {type(config).__name__}")
+    return Checkpoint(directory, config, _shards(directory))
+
+
+def resolve(model: str | Path) -> Path:
+    """The local directory of a model; downloads a hub repository where the name has that form."""
+    if str(model) in BUILTIN:
+        return Path(str(files("tersor") / "assets" / str(model)))
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise TersorError(f"{path} is a file; give the directory that holds the model's config.json")
+    if not _is_hub_name(str(model)):
+        raise TersorError(f"no model at {model}: give a directory, a hub name such as org/name, or one of {BUILTIN}")
+    return _download(str(model))
+
+
+def _is_hub_name(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and all(name.split("/"))
+
+
+def _download(name: str) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "LICENSE*"]
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
+    except HFValidationError as error:
+        raise TersorError(f"{name} is neither a directory nor a hub name: {error}") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise TersorError(f"{name} is no directory here and could not be had from the hub: {reason}") from None
+
+
+def _shards(directory: Path) -> dict[str, Path]:
+    index = directory / INDEX
+    if index.is_file():
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, KeyError) as error:
+            raise TersorError(f"{index} is not a safetensors index: {error}") from None
+        paths = sorted({directory / name for name in weight_map.values()})
+        missing = [path.name for path in paths if not path.is_file()]
+        if missing:
+            raise TersorError(f"{directory} lacks {', '.join(missing)}, which its index names")
+    else:
+        paths = sorted(directory.glob("*.safetensors"))
+    if not paths:
+        pickled = sorted(path.name for pattern in PICKLES for path in directory.glob(pattern))
+        if pickled:
+            raise TersorError(
+                f"{directory} holds only pickled weights ({pickled[0]}), which can run code when opened; "
+                "save the model as safetensors first"
+            )
+        raise TersorError(f"{directory} holds no *.safetensors file")
+    shard_of: dict[str, Path] = {}
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as shard:
+                shard_of.update(dict.fromkeys(shard.keys(), path))
+        except (SafetensorError, OSError) as error:
+            raise TersorError(f"{path} cannot be read as safetensors: {error}") from None
+    if index.is_file():
+        lost = sorted(set(weight_map) - set(shard_of))
+        if lost:
+            raise TersorError(f"{directory}: the index names {lost[0]}, which no shard holds")
+    return shard_of
+
+
+def torch_dtype(config: dict[str, Any]) -> torch.dtype:
+    """The dtype that a config says its weights have (float32 where it says none)."""
+    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
+    name = config.get("dtype") or config.get("torch_dtype") or (text or {}).get("dtype") or "float32"
+    dtype = getattr(torch, str(name), None)
+    if not isinstance(dtype, torch.dtype):
+        raise TersorError(f"config.json names an unknown dtype {name!r}")
+    return dtype

@@ -1,0 +1,128 @@
+"""Quantization grids: the levels that the numbers of one row (or one group of a row) may take.
+
+Uniform grid of `bits` bits, q = clamp(round(x / scale) + zero, 0, 2^bits - 1), x ≈ scale · (q - zero), rounding half to even.
+Ternary grid: x becomes `scale` where x > scale/2, `zero` (a negative level) where x < zero/2, else 0; codes 2, 0 and 1.
+Source: the GPTQ reference implementation (Frantar et al., ICLR 2023), whose two habits are kept because stored checkpoints
+and published numbers depend on them: a symmetric row without negative values keeps its minimum at 0, so its step is half as
+wide as its zero point in the middle suggests, and a row of zeros gets the range [-1, 1].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Bits = int | Literal["ternary"]
+
+
+@dataclass(frozen=True)
+class ClipSearch:
+    """Shrink a grid's range step by step and keep the range with the least |error|^norm (GPTQ's `mse` option)."""
+
+    norm: float = 2.4
+    steps: int = 100  # candidates are 1, 1 - 1/steps, 1 - 2/steps, ...
+    max_shrink: float = 0.8  # ... down to 1 - max_shrink
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a file will keep of a grid: steps in `scale_dtype`, zero points of at least `min_zero`."""
+
+    scale_dtype: torch.dtype
+    min_zero: int = 0
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The grids of `rows` rows. scale, zero: [rows, 1]; for a ternary grid these are the positive and the negative level."""
+
+    scale: Tensor
+    zero: Tensor
+    bits: Bits
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Codes of x [rows, columns], in x's floating dtype."""
+        return quantize(x, self.scale, self.zero, self.bits)
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        return dequantize(codes, self.scale, self.zero, self.bits)
+
+    def round(self, x: Tensor) -> Tensor:
+        """x moved to the nearest level."""
+        return self.dequantize(self.quantize(x))
+
+
+def quantize(x: Tensor, scale: Tensor, zero: Tensor, bits: Bits) -> Tensor:
+    if bits == "ternary":
+        return 1 + (x > scale / 2).to(x.dtype) - (x < zero / 2).to(x.dtype)
+    return torch.clamp(torch.round(x / scale) + zero, 0, 2**bits - 1)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero: Tensor, bits: Bits) -> Tensor:
+    if bits == "ternary":
+        return torch.where(codes == 2, scale, torch.where(codes == 0, zero, torch.zeros_like(scale)))
+    return scale * (codes - zero)
+
+
+def fit_grid(
+    x: Tensor,
+    bits: Bits,
+    *,
+    sym: bool,
+    clip_search: ClipSearch | None = None,
+    stored: Stored | None = None,
+) -> Grid:
+    """Fit one grid per row of x [rows, columns] (floating).
+
+    With `stored`, the grid is one that the file format can hold, so that a solver that compensates errors sees the very
+    levels that the reader of the file will see; None keeps it exact.
+    """
+    low = x.amin(1, keepdim=True).clamp(max=0)
+    high = x.amax(1, keepdim=True).clamp(min=0)
+    if sym:
+        high = torch.maximum(low.abs(), high)
+        low = torch.where(low < 0, -high, low)
+    empty = (low == 0) & (high == 0)
+    low, high = torch.where(empty, -1.0, low), torch.where(empty, 1.0, high)
+    grid = _grid_of_range(low, high, bits, sym, stored)
+    if clip_search is None or bits == "ternary":
+        return grid
+
+    best_error = torch.full_like(low, float("inf"))
+    best_scale, best_zero = grid.scale, grid.zero
+    for step in range(int(clip_search.max_shrink * clip_search.steps)):
+        keep = 1 - step / clip_search.steps
+        candidate = _grid_of_range(keep * low, keep * high, bits, sym, stored)
+        error = (candidate.round(x) - x).abs().pow(clip_search.norm).sum(1, keepdim=True)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_scale = torch.where(better, candidate.scale, best_scale)
+        best_zero = torch.where(better, candidate.zero, best_zero)
+    return Grid(best_scale, best_zero, bits)
+
+
+def _grid_of_range(low: Tensor, high: Tensor, bits: Bits, sym: bool, stored: Stored | None) -> Grid:
+    if bits == "ternary":
+        return Grid(_as_stored(high, stored), _as_stored(low, stored), bits)
+    largest = 2**bits - 1
+    scale = _as_stored((high - low) / largest, stored)
+    if sym:
+        return Grid(scale, torch.full_like(scale, 2 ** (bits - 1)), bits)
+    zero = torch.round(-low / scale).clamp(0, largest)
+    if stored is not None and stored.min_zero > 0:  # all-positive rows: spend the levels below zero for a file all can read
+        too_low = zero < stored.min_zero
+        scale = torch.where(too_low, _as_stored(high / (largest - stored.min_zero), stored), scale)
+        zero = zero.clamp(min=stored.min_zero)
+    return Grid(scale, zero, bits)
+
+
+def _as_stored(scale: Tensor, stored: Stored | None) -> Tensor:
+    """The value that a reader of the file gets back; never 0, which a step that underflows would become."""
+    if stored is None:
+        return scale
+    tiny, largest = torch.finfo(stored.scale_dtype).smallest_normal, torch.finfo(stored.scale_dtype).max
+    magnitude = scale.abs().clamp(tiny, largest).to(stored.scale_dtype).to(scale.dtype)
+    return torch.where(scale < 0, -magnitude, torch.where(scale == 0, torch.zeros_like(scale), magnitude))

@@ -1,0 +1,55 @@
+"""Every kind of linear map seen as one: y = W x with W a matrix [out, in].
+
+nn.Linear holds W as it is, transformers' Conv1D holds its transpose, nn.Conv2d is a linear map of image patches
+[out, in·kh·kw].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def is_linear_map(module: nn.Module) -> bool:
+    """Whether `module` is a dense linear map whose weight tersor can see as a matrix (a grouped convolution is not)."""
+    if isinstance(module, nn.Conv2d):
+        return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    return type(module) is nn.Linear or is_conv1d(module)
+
+
+def columns_of(module: nn.Module) -> int:
+    """Number of inputs that one output of a linear map sees: the width of its weight seen as a matrix."""
+    return weight_matrix(module).shape[1]
+
+
+def weight_matrix(module: nn.Module) -> Tensor:
+    """The weight as [out, in]: nn.Linear as it is, transformers' Conv1D transposed, Conv2d [out, in·kh·kw]."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.t() if is_conv1d(module) else weight.flatten(1)
+
+
+def set_weight_matrix(module: nn.Module, matrix: Tensor) -> None:
+    """Put a matrix [out, in] back into the module's own weight layout and dtype, in place."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    with torch.no_grad():
+        weight.copy_(matrix.t() if is_conv1d(module) else matrix.view_as(weight))
+
+
+def input_matrix(module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
+    """What the module multiplies its weight matrix with, [tokens, in], and how many samples that is.
+
+    A linear map's samples are its leading axis (sequences, not tokens); x without a batch axis is one sample.
+    """
+    if isinstance(module, nn.Conv2d):
+        assert not isinstance(module.padding, str)
+        unfolded = nn.functional.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
+        return unfolded.transpose(1, 2).flatten(0, 1), x.shape[0]  # [b, in·kh·kw, L] -> [b·L, in·kh·kw]
+    samples = x.shape[0] if x.dim() > 2 else 1
+    return x.reshape(-1, x.shape[-1]), samples
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D: a linear layer with weight [in, out]. Told by its name so that transformers need not be imported."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
