@@ -35,6 +35,10 @@ class LazyModel:
     ) -> None:
         self.checkpoint, self.dtype, self.device, self.packed = checkpoint, dtype, torch.device(device), packed
         self.module = build_skeleton(checkpoint, dtype)
+        for each in self.module.modules():
+            for name, buffer in each._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    each._buffers[name] = buffer.to(self.device)
         self.quantization = read_config(checkpoint.directory, checkpoint.config)
         self._keys = _KeyMap(self.module)
         self._ties = _tied_parameters(self.module)
@@ -50,10 +54,9 @@ class LazyModel:
         """Bring every parameter and persistent buffer of `module` into memory."""
         prefix = self._name_of(module)
         names = [name for name, tensor in _state(module, prefix) if tensor.is_meta]
-        names = [self._ties.get(name, name) for name in names]
         packed = [path for path in self.quantized if _is_under(path, prefix)]
         dense = {f"{path}.weight" for path in packed}
-        self._load_plain([name for name in names if name not in dense])
+        self._load_plain([self._ties.get(name, name) for name in names if name not in dense])
         for path in packed:
             self._load_quantized(path)
         self._tie()
@@ -64,6 +67,13 @@ class LazyModel:
         for name, tensor in _state(module, prefix):
             for each in {name, self._ties.get(name, name)}:
                 _set(self.module, each, torch.empty_like(tensor, device="meta"))
+        self._tie()
+
+    def load_rest(self, units: Iterable[nn.Module]) -> None:
+        """Load what lies outside `units`: class tokens, position tables and the like."""
+        inside = {id(tensor) for unit in units for _, tensor in _state(unit, "")}
+        names = [name for name, tensor in _state(self.module, "") if tensor.is_meta and id(tensor) not in inside]
+        self._load_plain(names)
         self._tie()
 
     def load_all(self) -> nn.Module:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from tersor.checkpoint.lazy_model import LazyModel, compute_dtype
 from tersor.checkpoint.source import open_checkpoint
+from tersor.errors import TersorError
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
 
 
 def load(model: str | Path, *, dtype: str = "auto", device: str = "auto") -> nn.Module:
@@ -25,7 +29,25 @@ def load(model: str | Path, *, dtype: str = "auto", device: str = "auto") -> nn.
     return module.to(where)  # computed buffers, which no checkpoint holds
 
 
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer in a model directory, or None where it has none."""
+    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except (ValueError, OSError, KeyError) as error:
+        raise TersorError(f"the tokenizer of {directory} cannot be loaded: {error}") from None
+
+
 def pick_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+    try:
+        picked = torch.device(device)
+    except RuntimeError:
+        raise TersorError(f"{device!r} is no device; use auto, cpu, cuda or cuda:N") from None
+    if picked.type == "cuda" and not torch.cuda.is_available():
+        raise TersorError(f"device {device}: this machine has no usable CUDA GPU")
+    return picked

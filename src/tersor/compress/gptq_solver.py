@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tersor.errors import TersorError
 from tersor.formats.grid import Bits, ClipSearch, Grid, Stored, dequantize, fit_grid, quantize
-from tersor.formats.quantized_weight import natural_groups
+from tersor.formats.quantized_weight import QuantizedWeight, natural_groups
 
 DAMPING_STEPS = (1, 10, 100, 1000)  # multiples of `damp` that are tried in turn where H is not positive definite
 
@@ -36,7 +36,17 @@ class Solution:
     damp: float
 
     def dequantize(self) -> Tensor:
+        """The weight that a reader of the packed result gets back, [rows, columns]."""
         return dequantize(self.codes, self.scales[:, self.g_idx], self.zeros[:, self.g_idx], self.bits)
+
+    def pack(self, group_size: int, stored: Stored | None) -> QuantizedWeight:
+        """The packed weight. Symmetric ternary levels -s, 0, s are 2-bit codes 0, 1, 2 with zero point 1."""
+        ternary = self.bits == "ternary"
+        scales = self.scales if stored is None else self.scales.to(stored.scale_dtype)
+        zeros = torch.ones_like(self.zeros) if ternary else self.zeros
+        return QuantizedWeight.from_codes(
+            self.codes, scales.t(), zeros.t(), bits=2 if ternary else self.bits, group_size=group_size, g_idx=self.g_idx
+        )
 
 
 def solve_gptq(

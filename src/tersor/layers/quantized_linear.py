@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from tersor.formats.quantized_weight import QuantizedWeight
@@ -47,7 +46,24 @@ class QuantizedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, group_size={self.group_size}"
 
 
-def scale_dtype_of(module: nn.Module) -> torch.dtype:
-    """Scales follow the layer's own precision where it is wider than half, else float16."""
-    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-    return dtype if dtype == torch.float64 else torch.float16
+class QuantizedConv2d(nn.Module):
+    """Drop-in for nn.Conv2d with a packed weight [out, in·kh·kw]: x [b, in, h, w] -> [b, out, h', w']."""
+
+    def __init__(self, weight: QuantizedWeight, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.matrix = QuantizedLinear(weight)
+        self.bias = conv.bias
+        self.in_channels, self.out_channels, self.kernel_size = conv.in_channels, conv.out_channels, conv.kernel_size
+        self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.matrix.packed.dequantize(x.dtype).view(self.out_channels, self.in_channels, *self.kernel_size)
+        return nn.functional.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation)
+
+
+def quantized_layer(layer: nn.Module, weight: QuantizedWeight) -> nn.Module:
+    """The packed module that takes the place of a linear map."""
+    if isinstance(layer, nn.Conv2d):
+        return QuantizedConv2d(weight, layer)
+    bias = getattr(layer, "bias", None)
+    return QuantizedLinear(weight, bias if isinstance(bias, Tensor) else None)

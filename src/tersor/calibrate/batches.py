@@ -1,0 +1,124 @@
+"""Calibration samples: dictionaries of the model's own inputs, one per sample."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tersor.data.text import builtin_text, hub_text, read_text
+from tersor.errors import TersorError
+
+Batch = dict[str, Any]
+Calibration = str | Path | Sequence[str] | Iterable[Any] | None
+
+
+def make_batches(
+    calibration: Calibration, tokenizer: Any, *, samples: int, seq_len: int, seed: int, max_positions: int | None = None
+) -> list[Batch]:
+    """Samples from whatever the user gave.
+
+    A text ("builtin", None, "hf:NAME" or a file's path) is tokenized as one string, of which `samples` windows of `seq_len`
+    tokens are drawn at random places; of a list of strings each is one sample, cut at `seq_len` tokens; anything else is taken
+    as the model's own inputs: dictionaries, tensors (the first argument) or tuples (the arguments). At most `samples` are used.
+    """
+    length = min(seq_len, max_positions or seq_len)
+    if calibration is None or isinstance(calibration, str | Path):
+        text, origin = _text_of(calibration)
+        return _windows(_tokenize(tokenizer, text), origin, samples=samples, length=length, seed=seed)
+    given = list(calibration)[:samples]
+    if not given:
+        raise TersorError("the calibration is empty: it has no samples")
+    if all(isinstance(each, str) for each in given):
+        tokens = [_tokenize(tokenizer, each)[:length] for each in given]
+        short = next((n for n, each in enumerate(tokens) if len(each) == 0), None)
+        if short is not None:
+            raise TersorError(f"calibration text {short} is empty")
+        return [{"input_ids": each[None]} for each in tokens]
+    return [_as_batch(each, n) for n, each in enumerate(given)]
+
+
+def fingerprint(batches: Sequence[Batch]) -> str:
+    """A hash of every tensor of the samples."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name, value in sorted(batch.items(), key=lambda item: str(item[0])):
+            digest.update(str(name).encode())
+            if isinstance(value, Tensor):
+                digest.update(str((tuple(value.shape), value.dtype)).encode())
+                digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            else:
+                digest.update(repr(value).encode())
+    return digest.hexdigest()
+
+
+def probe_of(batch: Batch, tokens: int = 64) -> Batch:
+    """A short sample to compare outputs on: the first tokens of a text sample, others as they are."""
+    ids = batch.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or any(not _follows(ids, v) for v in batch.values()):
+        return batch
+    return {name: value[:, :tokens] if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def to_device(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
+    """Tensors on the device, floating ones in the model's dtype."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(device, dtype) if value.is_floating_point() else value.to(device)
+        if isinstance(value, tuple | list):
+            return type(value)(move(each) for each in value)
+        return value
+
+    return {name: move(value) for name, value in batch.items()}
+
+
+def _follows(ids: Tensor, value: Any) -> bool:
+    return not isinstance(value, Tensor) or value.shape == ids.shape
+
+
+def _text_of(calibration: str | Path | None) -> tuple[str, str]:
+    if calibration is None or calibration == "builtin":
+        return builtin_text("calibration"), "the built-in text"
+    if isinstance(calibration, str) and calibration.startswith("hf:"):
+        return hub_text(calibration.removeprefix("hf:")), calibration
+    return read_text(calibration), str(calibration)
+
+
+def _tokenize(tokenizer: Any, text: str) -> Tensor:
+    if tokenizer is None:
+        raise TersorError(
+            "the model has no tokenizer, so text cannot calibrate it: give its own inputs as an iterable of dictionaries"
+        )
+    ids: Tensor = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
+    return ids
+
+
+def _windows(tokens: Tensor, origin: str, *, samples: int, length: int, seed: int) -> list[Batch]:
+    if len(tokens) < length:
+        raise TersorError(
+            f"{origin} has {len(tokens)} tokens, less than one sample of {length}; use a longer text or --seq-len {len(tokens)}"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(0, len(tokens) - length + 1, (samples,), generator=generator)
+    return [{"input_ids": tokens[start : start + length][None]} for start in starts.tolist()]
+
+
+def _as_batch(value: Any, n: int) -> Batch:
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Tensor):
+        return {"args": (value,)}
+    if isinstance(value, tuple | list) and all(isinstance(each, Tensor) for each in value):
+        return {"args": tuple(value)}
+    raise TersorError(f"calibration sample {n} is a {type(value).__name__}; give dictionaries, tensors or tuples of tensors")
+
+
+def call(model: Any, batch: Batch) -> Any:
+    """model(*args, **rest): `args` holds positional inputs."""
+    rest = {name: value for name, value in batch.items() if name != "args"}
+    return model(*batch.get("args", ()), **rest)

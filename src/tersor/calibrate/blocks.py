@@ -1,0 +1,76 @@
+"""Find the repeated blocks of any model, and the rest of the parts that own weights, by looking at the module tree."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from tersor.layers.linear_map import is_linear_map
+
+CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of the model that is run, and held in memory, as one. Blocks are what the methods compress."""
+
+    name: str
+    module: nn.Module
+    is_block: bool
+
+
+def find_units(model: nn.Module) -> list[Unit]:
+    """The blocks, and every module outside them that owns parameters and whose children own none, in tree order.
+
+    Parameters that belong directly to a module with weighted children (a class token, say) are in no unit.
+    """
+    return list(_units("", model))
+
+
+def find_blocks(model: nn.Module) -> list[Unit]:
+    """The repeated blocks; the model itself where nothing is repeated."""
+    blocks = [unit for unit in find_units(model) if unit.is_block]
+    return blocks or [Unit("", model, True)]
+
+
+def linear_maps(module: nn.Module) -> dict[str, nn.Module]:
+    """The dense linear maps inside `module` by name, in tree order; those used under several names come once."""
+    return {name: each for name, each in module.named_modules() if is_linear_map(each)}
+
+
+def _units(name: str, module: nn.Module) -> Iterator[Unit]:
+    repeated = _repeated_children(module)
+    children = list(module.named_children())
+    if name and not any(_has_weights(child) for _, child in children):
+        if _has_weights(module):
+            yield Unit(name, module, False)
+        return
+    for child_name, child in children:
+        path = f"{name}.{child_name}" if name else child_name
+        if child_name in repeated:
+            yield Unit(path, child, True)
+        else:
+            yield from _units(path, child)
+
+
+def _repeated_children(module: nn.Module) -> set[str]:
+    """Children of a list that are blocks: at least two of one class that hold linear maps. One block alone counts in a list
+    that models name for their blocks (a model cut down to one layer)."""
+    if not isinstance(module, CONTAINERS):
+        return set()
+    weighted = {n: c for n, c in module.named_children() if not isinstance(c, CONTAINERS) and _holds_linear_map(c)}
+    kinds = Counter(type(child) for child in weighted.values())
+    if any(count > 1 for count in kinds.values()) or (isinstance(module, nn.ModuleList) and weighted):
+        return {name for name, child in weighted.items() if not is_linear_map(child)}
+    return set()
+
+
+def _holds_linear_map(module: nn.Module) -> bool:
+    return any(is_linear_map(each) for each in module.modules())
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None

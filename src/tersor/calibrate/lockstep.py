@@ -1,0 +1,201 @@
+"""Run a model on many samples side by side, one part of the model at a time, whatever the model's own code does in between.
+
+Every sample's forward pass runs in a thread of its own and stops in front of each unit (block, embedding, head, ...). Once all
+have arrived, the unit and all the calls to it are handed to whoever iterates, who may load the unit's weights, gather
+statistics, replace layers, run the calls and release the weights; then the passes go on with the outputs. Exactly one thread
+runs at any time, so the order of all computation is fixed.
+
+So nothing needs to be known of a model: not which arguments its blocks take (masks, rotary tables, position biases, encoder
+states), what runs between them, or whether a block is used twice.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from tersor.calibrate.blocks import Unit
+
+
+@dataclass
+class Call:
+    """One sample's call to a unit. `run` calls the unit as it is now; `output` is what the pass goes on with."""
+
+    sample: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    forward: Callable[..., Any]
+    output: Any = None
+
+    def run(self) -> Any:
+        return self.forward(*self.args, **self.kwargs)
+
+
+@dataclass
+class Stop:
+    """All passes that wait in front of `unit`; `visit` counts how often the unit has been reached before."""
+
+    unit: Unit
+    visit: int
+    calls: list[Call]
+
+    def run(self) -> None:
+        """Run every call on the unit and keep its output, letting go of the inputs."""
+        for call in self.calls:
+            call.output = call.run()
+            call.args, call.kwargs = (), {}
+
+
+class _Abandoned(BaseException):
+    """Ends a pass that nobody waits for any more."""
+
+
+@dataclass
+class _Pass:
+    """One sample's forward pass in its thread."""
+
+    sample: int
+    go: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    arrived: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    waiting: tuple[Unit, Call] | None = None
+    output: Any = None
+    error: BaseException | None = None
+    abandoned: bool = False
+    thread: threading.Thread | None = None
+
+    def stop_at(self, unit: Unit, call: Call) -> Any:
+        self.waiting = (unit, call)
+        self.arrived.release()
+        self.go.acquire()
+        if self.abandoned:
+            raise _Abandoned
+        self.waiting = None
+        output, call.output = call.output, None
+        return output
+
+    def resume(self) -> None:
+        """Let the pass run until it stops again or ends."""
+        assert self.thread is not None
+        if not self.thread.is_alive():
+            self.thread.start()
+        else:
+            self.go.release()
+        self.arrived.acquire()
+        if self.error is not None:
+            raise self.error
+
+
+class Lockstep:
+    """Iterate over the stops of `run(sample)` for every sample; use as a context manager.
+
+    Whoever iterates must set the output of every call of a stop (`stop.run()`) before going on. `outputs[sample]` is what the
+    forward pass returned, for those that ran to their end. `keep` says whose passes may end: the others are given up
+    after their last stop in `until`, where that is given.
+    """
+
+    def __init__(
+        self, model: nn.Module, units: Sequence[Unit], samples: Sequence[Any], forward: Callable[[Any], Any]
+    ) -> None:
+        self._units, self._forward = list(units), forward
+        self._passes = [_Pass(n) for n in range(len(samples))]
+        self._samples = samples
+        self._local = threading.local()
+        self._visits: dict[str, list[int]] = {}
+        self.outputs: dict[int, Any] = {}
+
+    def __enter__(self) -> Lockstep:
+        for unit in self._units:
+            unit.module.forward = self._gate(unit)  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for each in self._passes:
+            self.give_up(each.sample)
+        for unit in self._units:
+            del unit.module.forward
+
+    def give_up(self, sample: int) -> None:
+        """End one sample's pass where it is."""
+        each = self._passes[sample]
+        if each.thread is None or not each.thread.is_alive():
+            return
+        each.abandoned = True
+        each.waiting = None
+        each.go.release()
+        each.thread.join()
+
+    def __iter__(self) -> Iterator[Stop]:
+        for each in self._passes:
+            each.thread = threading.Thread(target=self._run, args=(each,), daemon=True)
+            with _one_thread_for_the_rest():
+                each.resume()
+        while True:
+            waiting = [each for each in self._passes if each.waiting is not None]
+            if not waiting:
+                return
+            # Passes that skip a unit run ahead: the unit that comes first in the model is served first.
+            order = {id(unit): n for n, unit in enumerate(self._units)}
+            counts = {each.sample: self._visits.setdefault(_name(each), [0] * len(self._passes)) for each in waiting}
+            first = min(waiting, key=lambda e: (counts[e.sample][e.sample], order[id(_unit(e))]))
+            unit = _unit(first)
+            together = [each for each in waiting if _unit(each) is unit]
+            visit = counts[first.sample][first.sample]
+            stop = Stop(unit, visit, [each.waiting[1] for each in together if each.waiting])
+            yield stop
+            for each in together:
+                self._visits[unit.name][each.sample] += 1
+                if each.waiting is None:
+                    continue  # given up meanwhile
+                with _one_thread_for_the_rest():
+                    each.resume()
+
+    def _run(self, each: _Pass) -> None:
+        self._local.current = each
+        torch.set_num_threads(1)  # only glue runs here; the units run in the thread that iterates
+        try:
+            with torch.no_grad():
+                each.output = self._forward(self._samples[each.sample])
+            self.outputs[each.sample] = each.output
+        except _Abandoned:
+            pass
+        except BaseException as error:
+            each.error = error
+        finally:
+            each.waiting = None
+            each.arrived.release()
+
+    def _gate(self, unit: Unit) -> Callable[..., Any]:
+        forward = unit.module.forward
+
+        def gate(*args: Any, **kwargs: Any) -> Any:
+            current: _Pass | None = getattr(self._local, "current", None)
+            if current is None:  # not one of our passes
+                return forward(*args, **kwargs)
+            return current.stop_at(unit, Call(current.sample, args, kwargs, forward))
+
+        return gate
+
+
+def _name(each: _Pass) -> str:
+    return _unit(each).name
+
+
+def _unit(each: _Pass) -> Unit:
+    assert each.waiting is not None
+    return each.waiting[0]
+
+
+class _one_thread_for_the_rest:  # noqa: N801
+    """A pass's own thread computes with one core, and leaves the number of cores of this thread as it was."""
+
+    def __enter__(self) -> None:
+        self.threads = torch.get_num_threads()
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self.threads)

@@ -1,0 +1,140 @@
+"""Statistics of the inputs that the linear maps of one block see, gathered by running the block on every sample."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tersor.calibrate.hessian import Hessian
+from tersor.calibrate.lockstep import Call
+from tersor.errors import TersorError
+from tersor.layers.linear_map import columns_of, input_matrix
+
+
+@dataclass(frozen=True)
+class CallOrder:
+    """groups: names in the order of their calls, those with one input tensor together; once: none is called twice a pass."""
+
+    groups: list[list[str]]
+    once: bool
+
+
+def call_order(linears: Mapping[str, nn.Module], calls: Sequence[Call]) -> CallOrder:
+    """The order in which a block calls its linear maps.
+
+    Layers whose names differ only in a number (experts) count as one kind, so that a mixture is no deeper than its experts.
+    Maps that no call reaches form the last group.
+    """
+    groups: list[list[str]] = []
+    group_of_kind: dict[str, list[str]] = {}
+    seen: Counter[str] = Counter()
+    previous: list[Any] = [None]  # kept alive, so that a later tensor cannot be mistaken for it
+
+    def note(name: str, x: Tensor) -> None:
+        seen[name] += 1
+        if seen[name] == 1:
+            kind = re.sub(r"\.\d+(?=\.)", ".*", f".{name}")
+            if kind not in group_of_kind:
+                if previous[0] is not x:
+                    groups.append([])
+                group_of_kind[kind] = groups[-1]
+            group_of_kind[kind].append(name)
+        previous[0] = x
+
+    once = True
+    for call in calls:
+        seen_before = set(seen)
+        seen.clear()
+        seen.update(dict.fromkeys(seen_before, 1))
+        with _watch(linears, note):
+            call.run()
+        once = once and all(count <= (2 if name in seen_before else 1) for name, count in seen.items())
+        if len(seen) == len(linears):
+            break
+    unreached = [name for name in linears if name not in seen]
+    return CallOrder([*groups, unreached] if unreached else groups, once)
+
+
+class _Enough(Exception):
+    """The last statistic of a pass is in: the rest of the block need not run."""
+
+
+def gather_hessians(
+    linears: Mapping[str, nn.Module], calls: Sequence[Call], *, once: bool, dtype: torch.dtype = torch.float32
+) -> dict[str, Hessian]:
+    """The Hessian of each linear map over all calls; maps that are called with one tensor (queries, keys, values) share one.
+
+    `once` promises that no map is called twice a pass, so that a pass ends with the last map. Maps that no call reaches have
+    a Hessian of zeros. Raises TersorError naming the module and the sample where an input is not finite.
+    """
+    hessians: dict[str, Hessian] = {}
+    owner: dict[str, str] = {}  # the first of those that share
+    previous: tuple[str, Any] = ("", None)
+    reached: set[str] = set()
+
+    def note(name: str, x: Tensor) -> None:
+        nonlocal previous
+        if name not in owner:
+            owner[name] = owner[previous[0]] if previous[1] is x else name
+            if owner[name] == name:
+                hessians[name] = Hessian(columns_of(linears[name]), device=x.device, dtype=dtype)
+        if owner[name] == name:
+            hessians[name].add(*input_matrix(linears[name], x))
+        previous = (name, x)
+        reached.add(name)
+        if once and len(reached) == len(linears):
+            raise _Enough
+
+    with _watch(linears, note):
+        for call in calls:
+            reached.clear()
+            previous = ("", None)
+            with suppress(_Enough):
+                call.run()
+    for name, hessian in hessians.items():
+        if not bool(torch.isfinite(hessian.matrix).all()):
+            raise TersorError(_where_not_finite(name, linears[name], calls))
+    return {
+        name: hessians[owner[name]] if name in owner else Hessian(columns_of(module), dtype=dtype)
+        for name, module in linears.items()
+    }
+
+
+@contextmanager
+def _watch(linears: Mapping[str, nn.Module], note: Any) -> Iterator[None]:
+    """Call note(name, input) whenever a linear map is about to run."""
+
+    def hook(name: str) -> Any:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            note(name, args[0] if args else next(iter(kwargs.values())))
+
+        return before
+
+    handles = [module.register_forward_pre_hook(hook(name), with_kwargs=True) for name, module in linears.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _where_not_finite(name: str, module: nn.Module, calls: Sequence[Call]) -> str:
+    found: list[int] = []
+    for call in calls:
+
+        def look(_: str, x: Tensor, sample: int = call.sample) -> None:
+            if not bool(torch.isfinite(x).all()):
+                found.append(sample)
+
+        with _watch({name: module}, look):
+            call.run()
+        if found:
+            return f"the input of {name} is not finite (NaN or Inf) in calibration sample {found[0]}"
+    return f"the Hessian of {name} overflowed although its inputs are finite; use --dtype float32"

@@ -1,0 +1,33 @@
+"""`tersor eval`: perplexity of a model on a text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tersor.cli.progress import progress_bar
+from tersor.evaluate.perplexity import perplexity
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A directory, a hub name such as org/name, or `demo`.")],
+    text: Annotated[str, typer.Option(help="A text file (.gz too), or `builtin`.")] = "builtin",
+    seq_len: Annotated[int, typer.Option(help="Tokens a window.")] = 1024,
+    max_windows: Annotated[int | None, typer.Option(help="Evaluate only the first windows.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Perplexity over windows of the text that do not overlap; in each, tokens 2 to n are predicted."""
+    source = text if text == "builtin" else Path(text)
+    with progress_bar(quiet=as_json) as progress:
+        found = perplexity(
+            model, source, seq_len=seq_len, max_windows=max_windows, dtype=dtype, device=device, progress=progress
+        )
+    if as_json:
+        typer.echo(json.dumps({"model": model, **found.__dict__}))
+    else:
+        typer.echo(f"perplexity {found.perplexity:.4f} over {found.tokens:,} tokens in {found.windows} windows of {seq_len}")

@@ -1,0 +1,91 @@
+"""GPTQ: one-shot weight quantization with second-order information (Frantar et al., ICLR 2023, arXiv 2210.17323).
+
+Layer by layer, columns are rounded one after another and the error of each is made up for by those that remain, weighted by the
+inverse Hessian of the layer's inputs. See `gptq_solver.py` for the mathematics.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from tersor.compress.block import Block
+from tersor.compress.gptq_solver import solve_gptq
+from tersor.compress.method import Method, check_options, option, register
+from tersor.compress.uniform import BITS_HELP, GROUP_HELP, SYM_HELP, check_grid, is_bits, is_group_size, width_of
+from tersor.formats.grid import Bits, ClipSearch
+from tersor.formats.layouts import Layout
+from tersor.layers.linear_map import weight_matrix
+
+
+@register
+@dataclass(frozen=True)
+class GPTQ(Method):
+    """Quantize to `bits` with error compensation from calibration samples."""
+
+    name: ClassVar[str] = "gptq"
+    layouts: ClassVar[tuple[str, ...]] = ("gptq", "gptq_v2", "compressed-tensors")
+
+    bits: Bits = option(4, BITS_HELP, check=is_bits, allowed="2, 3, 4, 8 or 'ternary'")
+    group_size: int = option(128, GROUP_HELP, check=is_group_size, allowed="-1 or a positive number")
+    sym: bool = option(True, SYM_HELP, flag="--sym/--asym")
+    desc_act: bool = option(False, "solve the columns with the largest activations first")
+    static_groups: bool = option(False, "fit all groups beforehand, so that desc_act costs nothing at inference")
+    true_sequential: bool = option(True, "within a block, let later layers see the inputs that the quantized earlier ones make")
+    damp: float = option(
+        0.01,
+        "added to the Hessian's diagonal, as a fraction of its mean",
+        check=lambda v: 0 < v < 1,
+        allowed="between 0 and 1, exclusive",
+    )
+    mse: bool = option(False, "search for the clipping range with the least error in each group")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def check_linear(self, name: str, out_features: int, in_features: int, layout: Layout | None) -> None:
+        check_grid(name, self.bits, self.group_size, self.sym, out_features, in_features, layout)
+
+    def compress_block(self, block: Block) -> None:
+        groups = block.order.groups
+        for names in groups if self.true_sequential else [[name for group in groups for name in group]]:
+            hessians = block.hessians(names)
+            for name in names:
+                started = time.perf_counter()
+                hessian = hessians[name]
+                note = ""
+                H = hessian.matrix
+                if hessian.tokens == 0:
+                    H = torch.eye(H.shape[0], dtype=H.dtype)
+                    note = "no calibration token reached it: rounded to nearest"
+                weight = weight_matrix(block.linears[name])
+                solution = solve_gptq(
+                    weight,
+                    H.to(weight.device),
+                    bits=self.bits,
+                    group_size=self.group_size,
+                    sym=self.sym,
+                    desc_act=self.desc_act,
+                    static_groups=self.static_groups,
+                    clip_search=ClipSearch() if self.mse else None,
+                    damp=self.damp,
+                    stored=block.stored,
+                )
+                if solution.damp != self.damp:
+                    note = f"damping raised to {solution.damp:g}"
+                block.replace(name, solution, self.group_size, tokens=hessian.tokens, started=started, note=note)
+
+    def quantization(self) -> Mapping[str, Any]:
+        return {
+            "bits": width_of(self.bits),
+            "group_size": self.group_size,
+            "sym": self.sym and self.bits != "ternary",
+            "desc_act": self.desc_act,
+            "static_groups": self.static_groups,
+            "true_sequential": self.true_sequential,
+            "damp": self.damp,
+        }

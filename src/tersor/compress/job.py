@@ -1,0 +1,350 @@
+"""`tersor.compress`: walk a model block by block and let a method compress each.
+
+The walk: load a block, gather what the method needs from the samples that wait in front of it, let the method replace the block's
+linear maps, run the samples through the compressed block, write it, let it go. A model given by name is never whole in memory.
+A short extra sample, the probe, runs along to the end: its output tells what was lost, and whether what was written is what was
+computed.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import tersor
+from tersor.calibrate.batches import Batch, Calibration, fingerprint, make_batches, probe_of, to_device
+from tersor.checkpoint.lazy_model import LazyModel, compute_dtype, read_layer
+from tersor.checkpoint.load import load_tokenizer, pick_device
+from tersor.checkpoint.quantization_config import QuantizationConfig, make_config
+from tersor.checkpoint.source import open_checkpoint, torch_dtype
+from tersor.checkpoint.writer import RESULT_FILE, Job, model_fingerprint
+from tersor.compress.block import Block, LayerReport
+from tersor.compress.method import Method
+from tersor.compress.plan import Plan, make_plan
+from tersor.compress.result import Compressed, Summary, Timer, loss_of, peak_memory
+from tersor.compress.walk import Hooks, Progress, first_tensor, run, trace, units_of, walk, walk_without_samples
+from tersor.errors import TersorError
+from tersor.formats.grid import Stored
+from tersor.formats.layouts import Layout, layout_named, write
+from tersor.formats.quantized_weight import QuantizedWeight
+from tersor.layers.linear_map import set_weight_matrix, weight_matrix
+from tersor.layers.quantized_linear import quantized_layer
+
+def compress(
+    model: str | Path | nn.Module,
+    method: Method,
+    *,
+    calibration: Calibration = None,
+    samples: int = 128,
+    seq_len: int = 2048,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    format: str | None = "gptq",
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    tokenizer: Any = None,
+    progress: Progress | None = None,
+) -> Compressed:
+    """Compress a model with one method.
+
+    model: a directory, a hub name or a built-in name, which is read block by block and written to `out` (a temporary directory
+        where none is given) as blocks are finished; or a module in memory, of which a compressed copy is made.
+    calibration: a text file, "builtin" (also None), "hf:NAME", a list of strings, or an iterable of the model's own inputs.
+    format: how the result is stored, which also bounds its precision: "gptq", "gptq_v2" or "compressed-tensors"; None keeps
+        exact numbers, for a module in memory only.
+    include, exclude: patterns of linear layers, such as "*.mlp.*".
+    progress: called as progress(what, done, total).
+
+    Raises TersorError on bad input, before anything is written. An interrupted job goes on when called again with the same
+    arguments and `out`.
+    """
+    layout = None if format is None else layout_named(format)
+    if layout is not None and layout.name not in method.layouts:
+        raise TersorError(f"method {method.name} cannot be stored as {layout.name}; it can as {', '.join(method.layouts)}")
+    if samples < 1 or seq_len < 1:
+        raise TersorError(f"samples={samples} and seq_len={seq_len} must be positive")
+    job = _Settings(method, layout, pick_device(device), progress or (lambda what, done, total: None))
+    texts = {"samples": samples, "seq_len": seq_len, "seed": seed}
+    if isinstance(model, nn.Module):
+        if out is not None:
+            raise TersorError("a module in memory is compressed in memory: call save(directory) on the result, not out=")
+        return _compress_module(model, job, calibration, texts, include, exclude, tokenizer)
+    if layout is None:
+        raise TersorError("a model given by name is written as it is compressed: format=None is for modules in memory")
+    return _compress_checkpoint(str(model), job, calibration, texts, include, exclude, tokenizer, dtype, out, overwrite)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    method: Method
+    layout: Layout | None
+    device: torch.device
+    progress: Progress
+    started: float = field(default_factory=time.perf_counter)
+
+
+def _compress_checkpoint(
+    name: str,
+    job: _Settings,
+    calibration: Calibration,
+    texts: dict[str, int],
+    include: Sequence[str],
+    exclude: Sequence[str],
+    tokenizer: Any,
+    dtype: str,
+    out: str | Path | None,
+    overwrite: bool,
+) -> Compressed:
+    checkpoint = open_checkpoint(name)
+    if "quantization_config" in checkpoint.config:
+        raise TersorError(f"{name} is quantized already; compress the original")
+    folder = tempfile.TemporaryDirectory(prefix="tersor-") if out is None else None
+    target = Path(folder.name) / "model" if folder is not None else Path(str(out)).expanduser()
+    if target.resolve() == checkpoint.directory.resolve():
+        raise TersorError(f"{target} is the model itself; give another output directory")
+    layout = job.layout
+    assert layout is not None
+    model_dtype = compute_dtype(checkpoint, job.device, dtype)
+    lazy = LazyModel(checkpoint, dtype=model_dtype, device=job.device)
+    plan = make_plan(lazy.module, job.method, layout, include=include, exclude=exclude)
+    tokenizer = tokenizer or load_tokenizer(checkpoint.directory)
+    batches, probe = _samples(job, lazy.module, calibration, texts, tokenizer, model_dtype)
+    stored = Stored(layout.scale_dtype or torch_dtype(checkpoint.config), layout.min_zero)
+    hessian_dtype = torch.float64 if model_dtype == torch.float64 else torch.float32
+
+    writer = Job(target)
+    marks = {
+        "model": model_fingerprint(checkpoint),
+        "method": repr((job.method, layout.name, str(model_dtype), tuple(include), tuple(exclude))),
+        "calibration": fingerprint([*batches, probe] if probe else batches),
+    }
+    writer.check(marks, overwrite=overwrite)
+    timer, size = Timer(), _Size()
+    reports: list[LayerReport] = []
+    resumed = 0
+    config = QuantizationConfig(layout.name, **_claims(job.method))
+
+    def restore(block: Block) -> bool:
+        nonlocal resumed
+        if block.name not in writer.done:
+            return False
+        resumed += 1
+        tensors = writer.read_block(block.name)
+        for linear, module in block.linears.items():
+            stem = _stem(lazy, linear)
+            mine = {key.rpartition(".")[2]: t for key, t in tensors.items() if key.rpartition(".")[0] == stem}
+            packed = read_layer(stem, mine, _columns(module), config)
+            set_weight_matrix(module, packed.to(job.device).dequantize(model_dtype))
+            size.add(mine, packed)
+        reports.extend(LayerReport(**row) for row in writer.done[block.name])
+        return True
+
+    def finished(block: Block) -> None:
+        timer.lap(block.name)
+        if block.name in writer.done:
+            return
+        tensors: dict[str, Tensor] = {}
+        for linear, weight in block.packed.items():
+            mine = write(weight, layout, sym=config.sym)
+            size.add(mine, weight)
+            tensors |= {f"{_stem(lazy, linear)}.{suffix}": tensor for suffix, tensor in mine.items()}
+        writer.write_block(block.name, tensors, [report.row() for report in block.reports])
+        reports.extend(block.reports)
+
+    hooks = Hooks(lazy.load, lazy.release, restore, finished, job.progress)
+    before = after = None
+    with torch.no_grad():
+        lazy.load_rest([unit.module for unit in units_of(lazy.module)])
+        if probe is not None:
+            first = trace(lazy.module, probe, hooks)
+            before = first_tensor(first.output)
+            _check_reached(plan, first.visits)
+        writer.start(marks, overwrite=overwrite)
+        timer.lap("")
+        if probe is None:
+            walk_without_samples(lazy.module, plan, job.method, stored, hessian_dtype, hooks)
+        else:
+            output = walk(lazy.module, plan, job.method, batches, probe, first.visits, stored, hessian_dtype, hooks)
+            after = first_tensor(output)
+        replaced = {key for linear in plan.all_linears() for key in lazy.keys_of[f"{linear}.weight"]}
+        result = {"method": job.method.options(), "format": layout.name, "version": tersor.__version__}
+        result |= {"layers": [{k: v for k, v in r.row().items() if k != "seconds"} for r in reports]}
+        written = {**checkpoint.config, "quantization_config": _quantization_config(lazy, plan, job)}
+        extra: dict[str, Any] = {RESULT_FILE: result}
+        if layout.name != "compressed-tensors":
+            extra["quantize_config.json"] = written["quantization_config"]
+        job.progress("writing", 0, 1)
+        writer.finish(checkpoint, replaced, written, extra)
+        if probe is not None and after is not None:
+            _verify(target, probe, after, model_dtype, job)
+        job.progress("writing", 1, 1)
+
+    size_after = open_checkpoint(target).size()
+    summary = Summary(
+        model=name,
+        method=job.method.options(),
+        format=layout.name,
+        layers=reports,
+        left=plan.left,
+        seconds=time.perf_counter() - job.started,
+        seconds_per_block=timer.laps,
+        peak_memory=peak_memory(job.device),
+        bits_per_weight=size.bits_per_weight,
+        size_before=checkpoint.size(),
+        size_after=size_after,
+        resumed_blocks=resumed,
+        **loss_of(before, after),
+    )
+    return Compressed(summary, target, _folder=folder)
+
+
+def _compress_module(
+    model: nn.Module,
+    job: _Settings,
+    calibration: Calibration,
+    texts: dict[str, int],
+    include: Sequence[str],
+    exclude: Sequence[str],
+    tokenizer: Any,
+) -> Compressed:
+    module = copy.deepcopy(model).eval()
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    plan = make_plan(module, job.method, None, include=include, exclude=exclude)
+    dtype = next(module.parameters()).dtype
+    device = next(module.parameters()).device
+    job = replace(job, device=device)
+    batches, probe = _samples(job, module, calibration, texts, tokenizer, dtype)
+    stored = None if job.layout is None else Stored(job.layout.scale_dtype or dtype, job.layout.min_zero)
+    hessian_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    timer, size, reports = Timer(), _Size(), []
+
+    def finished(block: Block) -> None:
+        timer.lap(block.name)
+        reports.extend(block.reports)
+        for linear, weight in block.packed.items():
+            module.set_submodule(linear, quantized_layer(block.linears[linear], weight))
+            size.add(write(weight, job.layout, sym=True) if job.layout else {}, weight)
+
+    hooks = Hooks(lambda unit: None, lambda unit: None, lambda block: False, finished, job.progress)
+    before = after = None
+    with torch.no_grad():
+        if probe is None:
+            walk_without_samples(module, plan, job.method, stored, hessian_dtype, hooks)
+        else:
+            first = trace(module, probe, hooks)
+            before = first_tensor(first.output)
+            _check_reached(plan, first.visits)
+            after = first_tensor(
+                walk(module, plan, job.method, batches, probe, first.visits, stored, hessian_dtype, hooks)
+            )
+    summary = Summary(
+        model=type(model).__name__,
+        method=job.method.options(),
+        format=job.layout.name if job.layout else None,
+        layers=reports,
+        left=plan.left,
+        seconds=time.perf_counter() - job.started,
+        seconds_per_block=timer.laps,
+        peak_memory=peak_memory(device),
+        bits_per_weight=size.bits_per_weight,
+        **loss_of(before, after),
+    )
+    return Compressed(summary, None, module)
+
+
+@dataclass
+class _Size:
+    """Bits that the packed layers take, per weight in them."""
+
+    bits: int = 0
+    weights: int = 0
+
+    def add(self, tensors: Mapping[str, Tensor], weight: QuantizedWeight) -> None:
+        self.weights += weight.in_features * weight.out_features
+        self.bits += 8 * sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        return self.bits / max(self.weights, 1)
+
+
+def _samples(
+    job: _Settings, module: nn.Module, calibration: Calibration, texts: dict[str, int], tokenizer: Any, dtype: torch.dtype
+) -> tuple[list[Batch], Batch | None]:
+    """The calibration samples and the probe, on the device. A method that needs no samples gets none."""
+    config = getattr(module, "config", None)
+    if config is not None and hasattr(config, "use_cache"):
+        config.use_cache = False
+    if calibration is None and tokenizer is None and not job.method.needs_samples:
+        return [], None
+    positions = getattr(config, "max_position_embeddings", None)
+    batches = make_batches(calibration, tokenizer, max_positions=positions, **texts)
+    moved = [to_device(batch, job.device, dtype) for batch in batches]
+    return (moved if job.method.needs_samples else []), probe_of(moved[0])
+
+
+def _check_reached(plan: Plan, visits: Counter[str]) -> None:
+    lost = [unit.name for unit in plan.blocks if plan.linears[unit.name] and not visits[unit.name]]
+    if lost:
+        raise TersorError(
+            f"the calibration sample does not reach {lost[0]}{f' and {len(lost) - 1} more blocks' if len(lost) > 1 else ''}; "
+            "give samples with all of the model's inputs, or --exclude what should stay as it is"
+        )
+
+
+def _verify(target: Path, probe: Batch, computed: Tensor, dtype: torch.dtype, job: _Settings) -> None:
+    """Read back what was written and compare its output with what was computed in memory."""
+    lazy = LazyModel(open_checkpoint(target), dtype=dtype, device=job.device)
+    lazy.load_rest([unit.module for unit in units_of(lazy.module)])
+    if hasattr(getattr(lazy.module, "config", None), "use_cache"):
+        lazy.module.config.use_cache = False
+    hooks = Hooks(lazy.load, lazy.release, lambda block: False, lambda block: None, lambda what, done, total: None)
+    read = first_tensor(run(lazy.module, [probe], hooks)[0])
+    assert read is not None
+    error = float((read - computed).abs().max() / computed.abs().max().clamp(min=1e-9))
+    if not error < 1e-3:
+        raise TersorError(
+            f"{target} was written, but read back its output is off by {error:.3g} of the largest value: do not use it, "
+            "and please report this with the command and the model"
+        )
+
+
+def _claims(method: Method) -> dict[str, Any]:
+    options = method.quantization()
+    return {key: options[key] for key in ("bits", "group_size", "sym", "desc_act")}
+
+
+def _quantization_config(lazy: LazyModel, plan: Plan, job: _Settings) -> dict[str, Any]:
+    assert job.layout is not None
+    ignored = [_stem(lazy, name) for name in plan.left]
+    config = make_config(job.layout.name, ignored=ignored, version=tersor.__version__, **job.method.quantization())
+    inside = [name for name in plan.left if any(name.startswith(f"{unit.name}.") for unit in plan.blocks)]
+    if job.layout.name != "compressed-tensors" and inside:
+        config["dynamic"] = {f"-:^{re.escape(_stem(lazy, name))}$": {} for name in inside}
+        unit = next(unit for unit in plan.blocks if plan.linears[unit.name])
+        config["modules_in_block_to_quantize"] = [[name.removeprefix(f"{unit.name}.") for name in plan.linears[unit.name]]]
+    return config
+
+
+def _stem(lazy: LazyModel, linear: str) -> str:
+    """The name under which a layer's tensors are published."""
+    keys = lazy.keys_of.get(f"{linear}.weight", [])
+    return keys[0].removesuffix(".weight") if len(keys) == 1 and keys[0].endswith(".weight") else linear
+
+
+def _columns(module: nn.Module) -> int:
+    return weight_matrix(module).shape[1]

@@ -1,0 +1,90 @@
+"""What a compression method is: one frozen dataclass whose fields are its options, and the code that applies it to a block.
+
+A method is one file in this folder. Register it with `@register`; the command line, the docs table and the recipe reader take
+its options from the dataclass fields, and nothing else in the tree names it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from tersor.errors import TersorError
+
+if TYPE_CHECKING:
+    from tersor.compress.block import Block
+    from tersor.formats.layouts import Layout
+
+_METHODS: dict[str, type[Method]] = {}
+M = TypeVar("M", bound="type[Method]")
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of all methods. `name` is what `--method` takes; `layouts`: the formats on disk that can hold its result;
+    `needs_samples`: whether it looks at what the model computes."""
+
+    name: ClassVar[str]
+    layouts: ClassVar[tuple[str, ...]] = ()
+    needs_samples: ClassVar[bool] = True
+
+    def compress_block(self, block: Block) -> None:
+        """Compress the linear maps of one block: call `block.replace(name, ...)` for each of `block.linears`."""
+        raise TypeError(f"{type(self).__name__} does not say how it compresses a block")
+
+    def check_linear(self, name: str, out_features: int, in_features: int, layout: Layout | None) -> None:
+        """Raise TersorError where the method cannot take this layer. Called for every layer before anything is done."""
+
+    def quantization(self) -> Mapping[str, Any]:
+        """What `quantization_config` on disk says of this method."""
+        return {}
+
+    def options(self) -> dict[str, Any]:
+        """The options as plain values, `name` first; `from_options` makes the method again."""
+        return {"name": self.name} | dataclasses.asdict(self)
+
+
+def register(method: M) -> M:
+    _METHODS[method.name] = method
+    return method
+
+
+def methods() -> dict[str, type[Method]]:
+    """All methods by name."""
+    import tersor.compress
+
+    for module in pkgutil.iter_modules(tersor.compress.__path__):
+        importlib.import_module(f"tersor.compress.{module.name}")
+    return dict(sorted(_METHODS.items()))
+
+
+def from_options(name: str, options: Mapping[str, Any]) -> Method:
+    """Make a method from its name and options. Raises TersorError naming what is unknown."""
+    known = methods()
+    if name not in known:
+        raise TersorError(f"unknown method {name!r}; known: {', '.join(known)}")
+    fields = {f.name for f in dataclasses.fields(known[name])}
+    unknown = sorted(set(options) - fields)
+    if unknown:
+        raise TersorError(f"method {name} has no option {unknown[0]!r}; it has {', '.join(sorted(fields))}")
+    return known[name](**options)
+
+
+def option(
+    default: Any, help: str, *, check: Callable[[Any], bool] | None = None, allowed: str = "", flag: str | None = None
+) -> Any:
+    """A field of a method: its default, what `--help` says, what values are allowed, and its flag on the command line where
+    that is not simply its name."""
+    return field(default=default, metadata={"help": help, "check": check, "allowed": allowed, "flag": flag})
+
+
+def check_options(method: Method) -> None:
+    """Called from `__post_init__`: every option against its own check. Raises TersorError with the offending value."""
+    for each in dataclasses.fields(method):
+        check, value = each.metadata.get("check"), getattr(method, each.name)
+        if check is not None and not check(value):
+            raise TersorError(f"{each.name}={value!r} is not allowed: {each.metadata['allowed']}")

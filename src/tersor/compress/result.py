@@ -1,0 +1,99 @@
+"""What a job gives back: the compressed model, how to save it, and what was measured on the way."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tersor.checkpoint.load import load
+from tersor.compress.block import LayerReport
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a job did. Sizes in bytes, times in seconds.
+
+    divergence: mean KL divergence of the compressed model's predictions from the original's on the probe, in nats; agreement: how
+    often both predict the same. None where the model's output is no prediction over classes.
+    """
+
+    model: str
+    method: dict[str, Any]
+    format: str | None
+    layers: list[LayerReport]
+    left: list[str]
+    seconds: float
+    seconds_per_block: dict[str, float]
+    peak_memory: int
+    bits_per_weight: float
+    size_before: int | None = None
+    size_after: int | None = None
+    divergence: float | None = None
+    agreement: float | None = None
+    resumed_blocks: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**self.__dict__, "layers": [layer.row() for layer in self.layers]}
+
+
+@dataclass
+class Compressed:
+    """The result: `summary`, `model` (read from `directory` on demand where the job streamed), `save(directory)`."""
+
+    summary: Summary
+    directory: Path | None = None
+    _module: nn.Module | None = None
+    _folder: Any = None  # a temporary directory that lives as long as the result
+
+    @property
+    def model(self) -> nn.Module:
+        if self._module is None:
+            assert self.directory is not None
+            self._module = load(self.directory)
+        return self._module
+
+    def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the checkpoint. Raises TersorError where the directory is taken."""
+        from tersor.compress.save import copy_directory, save_module
+
+        if self.directory is not None:
+            return copy_directory(self.directory, Path(directory), overwrite=overwrite)
+        return save_module(self.model, self.summary, Path(directory), overwrite=overwrite)
+
+
+class Timer:
+    """Seconds between laps, by name."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = now - self._last
+        self._last = now
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that the GPU's allocator held, or the most that this process had resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return resident if sys.platform == "darwin" else resident * 1024
+
+
+def loss_of(before: Tensor | None, after: Tensor | None) -> dict[str, float | None]:
+    """Divergence and agreement of two outputs [..., classes]; empty where there is nothing to compare."""
+    if before is None or after is None or before.shape != after.shape or before.dim() < 2:
+        return {}
+    p, q = before.double().log_softmax(-1), after.double().log_softmax(-1)
+    divergence = (p.exp() * (p - q)).sum(-1).mean()
+    agreement = (before.argmax(-1) == after.argmax(-1)).double().mean()
+    return {"divergence": float(divergence), "agreement": float(agreement)}

@@ -1,0 +1,61 @@
+"""Round to nearest: every weight to the closest level of its group's grid. The baseline that other methods have to beat."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from tersor.compress.block import Block
+from tersor.compress.gptq_solver import solve_rtn
+from tersor.compress.method import Method, check_options, option, register
+from tersor.compress.uniform import BITS_HELP, GROUP_HELP, SYM_HELP, check_grid, is_bits, is_group_size, width_of
+from tersor.formats.grid import Bits, ClipSearch
+from tersor.formats.layouts import Layout
+from tersor.layers.linear_map import weight_matrix
+
+
+@register
+@dataclass(frozen=True)
+class RTN(Method):
+    """Quantize to `bits` by rounding each weight to its nearest level; needs no calibration."""
+
+    name: ClassVar[str] = "rtn"
+    layouts: ClassVar[tuple[str, ...]] = ("gptq", "gptq_v2", "compressed-tensors")
+    needs_samples: ClassVar[bool] = False
+
+    bits: Bits = option(4, BITS_HELP, check=is_bits, allowed="2, 3, 4, 8 or 'ternary'")
+    group_size: int = option(128, GROUP_HELP, check=is_group_size, allowed="-1 or a positive number")
+    sym: bool = option(True, SYM_HELP, flag="--sym/--asym")
+    mse: bool = option(False, "search for the clipping range with the least error in each group")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def check_linear(self, name: str, out_features: int, in_features: int, layout: Layout | None) -> None:
+        check_grid(name, self.bits, self.group_size, self.sym, out_features, in_features, layout)
+
+    def compress_block(self, block: Block) -> None:
+        for name, module in block.linears.items():
+            started = time.perf_counter()
+            solution = solve_rtn(
+                weight_matrix(module).to(block.hessian_dtype),
+                bits=self.bits,
+                group_size=self.group_size,
+                sym=self.sym,
+                clip_search=ClipSearch() if self.mse else None,
+                stored=block.stored,
+            )
+            block.replace(name, solution, self.group_size, tokens=0, started=started)
+
+    def quantization(self) -> Mapping[str, Any]:
+        return {
+            "bits": width_of(self.bits),
+            "group_size": self.group_size,
+            "sym": self.sym and self.bits != "ternary",
+            "desc_act": False,
+            "static_groups": False,
+            "true_sequential": False,
+            "damp": 0.01,
+        }

@@ -1,0 +1,168 @@
+"""Walk a model block by block: the part of a job that does not care where weights come from or where results go."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tersor.calibrate.batches import Batch, call
+from tersor.calibrate.blocks import Unit, find_units
+from tersor.calibrate.lockstep import Call, Lockstep, Stop
+from tersor.compress.block import Block
+from tersor.compress.method import Method
+from tersor.compress.plan import Plan
+from tersor.errors import TersorError
+from tersor.formats.grid import Stored
+
+Progress = Callable[[str, int, int], None]  # what is being done, how many steps are done, of how many
+
+
+@dataclass
+class Hooks:
+    """What a walk calls: load and release a unit's weights; `restore` a block that an earlier run finished (False: it did
+    not); `finished` with each solved block."""
+
+    load: Callable[[nn.Module], None]
+    release: Callable[[nn.Module], None]
+    restore: Callable[[Block], bool]
+    finished: Callable[[Block], None]
+    progress: Progress
+
+
+@dataclass
+class Trace:
+    """One run of the model: how often each unit is reached, and the output."""
+
+    visits: Counter[str]
+    output: Any
+
+
+def trace(model: nn.Module, probe: Batch, hooks: Hooks) -> Trace:
+    """Run the probe through the model as it is, a unit at a time. Raises TersorError where weights or outputs are not finite."""
+    units = units_of(model)
+    visits: Counter[str] = Counter()
+    with Lockstep(model, units, [probe], lambda batch: call(model, batch)) as passes:
+        for stop in passes:
+            hooks.load(stop.unit.module)
+            _check_weights(stop.unit)
+            visits[stop.unit.name] += 1
+            stop.run()
+            _check_outputs(stop)
+            hooks.release(stop.unit.module)
+            hooks.progress("checking the model", sum(visits.values()), max(len(units), sum(visits.values())))
+    return Trace(visits, passes.outputs.get(0))
+
+
+def walk(
+    model: nn.Module,
+    plan: Plan,
+    method: Method,
+    batches: Sequence[Batch],
+    probe: Batch,
+    visits: Counter[str],
+    stored: Stored | None,
+    hessian_dtype: torch.dtype,
+    hooks: Hooks,
+) -> Any:
+    """Compress every planned block; returns the probe's output from the compressed model.
+
+    A block that the model uses more than once is compressed at its last use, from the samples of all uses.
+    """
+    last = len(batches)  # the probe's sample number
+    remaining = {name for name, linears in plan.linears.items() if linears and visits[name]}
+    total = len(remaining)
+    earlier: dict[str, list[Call]] = {}
+    with Lockstep(model, units_of(model), [*batches, probe], lambda batch: call(model, batch)) as passes:
+        for stop in passes:
+            name = stop.unit.name
+            if not remaining:
+                for sample in range(last):
+                    passes.give_up(sample)
+                stop.calls = [each for each in stop.calls if each.sample == last]
+            hooks.load(stop.unit.module)
+            if name in remaining:
+                calls = [Call(c.sample, c.args, c.kwargs, c.forward) for c in stop.calls if c.sample != last]
+                calls = earlier.pop(name, []) + calls
+                if stop.visit + 1 < visits[name]:
+                    earlier[name] = calls
+                    stop.run()
+                else:
+                    hooks.progress(f"compressing {name or 'the model'}", total - len(remaining), total)
+                    block = Block(name, plan.linears[name], calls, stored, hessian_dtype)
+                    if not hooks.restore(block):
+                        method.compress_block(block)
+                    stop.run()
+                    _check_outputs(stop)
+                    hooks.finished(block)
+                    remaining.discard(name)
+                    hooks.progress(f"compressed {name or 'the model'}", total - len(remaining), total)
+            else:
+                stop.run()
+            hooks.release(stop.unit.module)
+    return passes.outputs.get(last)
+
+
+def walk_without_samples(
+    model: nn.Module, plan: Plan, method: Method, stored: Stored | None, hessian_dtype: torch.dtype, hooks: Hooks
+) -> None:
+    """Compress every planned block with a method that needs no samples."""
+    for n, unit in enumerate(plan.blocks):
+        hooks.progress(f"compressing {unit.name or 'the model'}", n, len(plan.blocks))
+        hooks.load(unit.module)
+        _check_weights(unit)
+        block = Block(unit.name, plan.linears[unit.name], [], stored, hessian_dtype)
+        if not hooks.restore(block):
+            method.compress_block(block)
+        hooks.finished(block)
+        hooks.release(unit.module)
+    hooks.progress("compressed", len(plan.blocks), len(plan.blocks))
+
+
+def units_of(model: nn.Module) -> list[Unit]:
+    """The units of a model; the whole model as one block where nothing is repeated."""
+    units = find_units(model)
+    return units if any(unit.is_block for unit in units) else [Unit("", model, True)]
+
+
+def run(model: nn.Module, batches: Sequence[Batch], hooks: Hooks) -> list[Any]:
+    """The outputs of all batches from a model that is loaded unit by unit."""
+    units = units_of(model)
+    with Lockstep(model, units, batches, lambda batch: call(model, batch)) as passes:
+        for n, stop in enumerate(passes):
+            hooks.load(stop.unit.module)
+            stop.run()
+            hooks.release(stop.unit.module)
+            hooks.progress("running", n + 1, max(len(units), n + 1))
+    return [passes.outputs.get(n) for n in range(len(batches))]
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """The logits of a model output, else its first floating tensor."""
+    if isinstance(output, Tensor):
+        return output if output.is_floating_point() else None
+    logits = getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    values = output.values() if hasattr(output, "values") else output if isinstance(output, tuple | list) else ()
+    return next((found for value in values if (found := first_tensor(value)) is not None), None)
+
+
+def _check_weights(unit: Unit) -> None:
+    for name, parameter in unit.module.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise TersorError(f"the weight {unit.name}.{name} is not finite (NaN or Inf)")
+
+
+def _check_outputs(stop: Stop) -> None:
+    for each in stop.calls:
+        output = first_tensor(each.output)
+        if output is not None and not bool(torch.isfinite(output).all()):
+            raise TersorError(
+                f"the output of {stop.unit.name or 'the model'} is not finite (NaN or Inf) in calibration sample "
+                f"{each.sample}; if the model overflows {output.dtype}, use --dtype float32"
+            )

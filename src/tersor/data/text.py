@@ -1,0 +1,54 @@
+"""Text for calibration and evaluation: files, hub data sets, and two built-in texts that every Python carries."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+from tersor.errors import TersorError
+
+
+def builtin_text(part: str) -> str:
+    """Python's own reference documentation (`pydoc_data.topics`), split by topic: every third is "evaluation", the rest
+    "calibration"."""
+    from pydoc_data.topics import topics  # type: ignore[import-untyped]
+
+    if part not in ("calibration", "evaluation"):
+        raise ValueError(f"part {part!r} is neither 'calibration' nor 'evaluation'")
+    names = sorted(topics)
+    return "\n\n".join(topics[name].strip() for n, name in enumerate(names) if (n % 3 == 2) == (part == "evaluation"))
+
+
+def read_text(path: str | Path) -> str:
+    """A UTF-8 text file, gzipped where its name ends in .gz. Raises TersorError where it is missing, binary or empty."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise TersorError(f"no text file at {path}")
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        text = data.decode("utf-8")
+    except (OSError, EOFError) as error:
+        raise TersorError(f"{path} cannot be read: {error}") from None
+    except UnicodeDecodeError as error:
+        raise TersorError(f"{path} is not UTF-8 text: byte {error.start} is {data[error.start]:#04x}") from None
+    if "\0" in text:
+        raise TersorError(f"{path} is a binary file, not text")
+    if not text.strip():
+        raise TersorError(f"{path} is empty")
+    return text
+
+
+def hub_text(name: str, *, documents: int = 2000) -> str:
+    """The first training documents of a hub data set's `text` column, joined by blank lines (needs the `datasets` package)."""
+    try:
+        import datasets  # type: ignore[import-not-found,unused-ignore]
+    except ImportError:
+        raise TersorError(f"hf:{name} needs the datasets package: pip install 'tersor[hub-data]'") from None
+    try:
+        rows = datasets.load_dataset(name, split="train", streaming=True)
+        texts = [row["text"] for row, _ in zip(rows, range(documents), strict=False)]
+    except KeyError:
+        raise TersorError(f"data set {name} has no column 'text'") from None
+    except Exception as error:  # the package raises its own, the hub client's and fsspec's errors
+        raise TersorError(f"data set {name} could not be read: {str(error).splitlines()[0]}") from error
+    return "\n\n".join(texts)

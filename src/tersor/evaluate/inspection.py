@@ -1,0 +1,103 @@
+"""What is in a checkpoint: blocks, linear layers, formats, bits per weight. Reads headers only."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from tersor.calibrate.blocks import Unit, find_units, linear_maps
+from tersor.checkpoint.lazy_model import LazyModel
+from tersor.checkpoint.source import Checkpoint, open_checkpoint, torch_dtype
+from tersor.formats.layouts import COMPRESSED_SUFFIXES, GPTQ_SUFFIXES
+from tersor.layers.linear_map import is_conv1d
+
+WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+@dataclass(frozen=True)
+class BlockGroup:
+    """Blocks that are alike: linears (names within a block), shapes [out, in] and bits a weight on disk, in one order."""
+
+    first: str
+    count: int
+    linears: list[str]
+    shapes: list[tuple[int, int]]
+    bits: list[float]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """parameters counts the dense model's; bytes and files are those on disk."""
+
+    model: str
+    architecture: str
+    format: str
+    parameters: int
+    bytes: int
+    files: int
+    blocks: list[BlockGroup]
+    outside: list[str]
+    unknown: list[str]
+
+
+def inspect_checkpoint(model: str | Path) -> Inspection:
+    """Look into a checkpoint. Raises TersorError where it is none."""
+    checkpoint = open_checkpoint(model)
+    lazy = LazyModel(checkpoint, dtype=torch_dtype(checkpoint.config))
+    stored = _bytes_of_tensors(checkpoint)
+    units = find_units(lazy.module)
+    groups: dict[tuple[str, tuple[tuple[str, tuple[int, int], float], ...]], list[str]] = {}
+    for unit in units:
+        if unit.is_block:
+            rows = tuple((name, _shape(m), _bits(lazy, unit, name, m, stored)) for name, m in linear_maps(unit.module).items())
+            groups.setdefault((re.sub(r"\.\d+$", "", unit.name), rows), []).append(unit.name)
+    blocks = [
+        BlockGroup(names[0], len(names), [r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows])
+        for (_, rows), names in groups.items()
+    ]
+    quantization = lazy.quantization
+    kind = str(torch_dtype(checkpoint.config)).removeprefix("torch.")
+    return Inspection(
+        model=str(model),
+        architecture=type(lazy.module).__name__,
+        format=kind if quantization is None else f"{quantization.layout}, {quantization.bits} bits",
+        parameters=sum(p.numel() for p in lazy.module.parameters()),
+        bytes=checkpoint.size(),
+        files=len(set(checkpoint.shard_of.values())),
+        blocks=blocks,
+        outside=[unit.name for unit in units if not unit.is_block],
+        unknown=lazy.unknown,
+    )
+
+
+def _bytes_of_tensors(checkpoint: Checkpoint) -> dict[str, int]:
+    sizes = {}
+    for path in set(checkpoint.shard_of.values()):
+        with safe_open(path, framework="pt") as shard:
+            for name in shard.keys():  # noqa: SIM118
+                piece = shard.get_slice(name)
+                sizes[name] = prod(piece.get_shape()) * WIDTH.get(piece.get_dtype(), 1)
+    return sizes
+
+
+def _bits(lazy: LazyModel, unit: Unit, name: str, module: nn.Module, stored: dict[str, int]) -> float:
+    path = f"{unit.name}.{name}"
+    rows, columns = _shape(module)
+    if path in lazy.quantized:
+        stem = lazy.quantized[path]
+        size = sum(stored.get(f"{stem}.{suffix}", 0) for suffix in (*GPTQ_SUFFIXES, *COMPRESSED_SUFFIXES))
+    else:
+        size = sum(stored[key] for key in lazy.keys_of.get(f"{path}.weight", ()))
+    return 8 * size / (rows * columns)
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    rows, columns = weight.shape[0], weight[0].numel()
+    return (columns, rows) if is_conv1d(module) else (rows, columns)
