@@ -61,11 +61,6 @@ def test_is_rebuilt_from_its_config_as_json(info: ModelInfo) -> None:
         assert_equal_results(again(**inputs), model(**inputs))
 
 
-@pytest.mark.parametrize("info", [info for info in VARIANTS if info.name == info.system], ids=lambda info: info.name)
-def test_a_variant_with_the_systems_own_name_is_the_defaults(info: ModelInfo) -> None:
-    assert info.overrides == {}
-
-
 @each_system
 def test_small_is_small(info: ModelInfo) -> None:
     assert sum(p.numel() for p in build_small(info).parameters()) <= 500_000

@@ -25,6 +25,10 @@ def test_patterns_match_names_and_families() -> None:
     assert tersor.models.list("no-such-family/*") == []
 
 
+def test_a_variant_with_the_systems_own_name_is_the_configs_defaults() -> None:
+    assert all(info.overrides == {} for info in tersor.models.list() if info.name == info.system)
+
+
 def test_an_unknown_name_lists_the_nearest() -> None:
     with pytest.raises(TersorError, match=r"'shvit_s9'; did you mean .*shvit_s1"):
         tersor.models.create("shvit_s9")
