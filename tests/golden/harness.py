@@ -10,7 +10,8 @@ A folder tests/golden/SYSTEM/ may hold a runner.py that says how its cases are r
     def run(case: Case) -> dict[str, Tensor]: ...   # every output of the case, by name
 
 Without one, `run_model(case, SYSTEM)` is it. A runner may assert by itself: an output that it fetched with
-`case.expected(name)` or compared with `case.check(name, ...)` need not be returned.
+`case.expected(name)` or compared with `case.check(name, ...)` need not be returned. A JSON of another form than the
+above (cases about files, say) is all `config`; its npz is in `case.arrays`, and its runner asserts everything itself.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +37,17 @@ class Case:
 
     def __init__(self, path: Path) -> None:
         described = json.loads(path.read_text())
-        self.name: str = described["name"]
-        self.config: dict[str, Any] = described["config"]
-        self.parameters: int = described["parameters"]
-        self.notes: str = described["notes"]
-        self.outputs: list[str] = list(described["outputs"])
+        self.name: str = path.stem
+        self.config: dict[str, Any] = described["config"] if "outputs" in described else described
+        self.parameters: int = described.get("parameters", 0)
+        self.notes: str = described.get("notes", "")
+        self._outputs: dict[str, Any] = described.get("outputs", {})
+        self._weights: list[dict[str, Any]] = described.get("weights", [])
+        self._inputs: dict[str, Any] = described.get("input_specs", {})
+        self.outputs: list[str] = list(self._outputs)
         self.compared: set[str] = set()
-        self._outputs, self._weights = described["outputs"], described["weights"]
-        self._inputs = described["input_specs"]
         with np.load(path.with_suffix(".npz")) as arrays:
-            self._arrays = dict(arrays)
+            self.arrays: dict[str, np.ndarray] = dict(arrays)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The checkpoint, in the published key names. Integer buffers are not part of it."""
@@ -56,7 +59,7 @@ class Case:
     def expected(self, name: str) -> np.ndarray:
         """The values kept of an output, for a runner that compares by itself."""
         self.compared.add(name)
-        return self._arrays[f"output/{name}"]
+        return self.arrays[f"output/{name}"]
 
     def error(self, name: str, got: Tensor | np.ndarray) -> float:
         """Largest difference over the largest expected value; infinite where the shape differs or a NaN came."""
@@ -77,7 +80,7 @@ class Case:
 
     def _weight(self, key: str, shape: list[int], rule: str | dict[str, Any] | None = None) -> Tensor:
         if rule == "stored":
-            return torch.from_numpy(self._arrays[f"state/{key}"])
+            return torch.from_numpy(self.arrays[f"state/{key}"])
         filling = _filling(key, shape) if rule is None else rule
         assert isinstance(filling, dict)
         values = _random(key).standard_normal(tuple(shape))
@@ -88,10 +91,10 @@ class Case:
             values = np.exp(values)
         return torch.from_numpy(np.asarray(values, np.float32))
 
-    def _input(self, name: str, shape: list[int], kind: str = "normal", **how: Any) -> np.ndarray:
+    def _input(self, name: str, shape: Sequence[int] = (), kind: str = "normal", **how: Any) -> np.ndarray:
         random = _random(f"input:{name}")
         if kind == "stored":
-            return self._arrays[f"input/{name}"]
+            return self.arrays[f"input/{name}"]
         if kind == "normal":
             values = random.standard_normal(tuple(shape))
             return np.asarray(how.get("mean", 0.0) + how.get("std", 1.0) * values, np.float32)
