@@ -67,22 +67,29 @@ def test_small_is_small(info: ModelInfo) -> None:
 
 
 @each_system
-def test_survives_export_and_compile_unless_it_says_why_not(info: ModelInfo) -> None:
+def test_survives_export_unless_it_says_why_not(info: ModelInfo) -> None:
     model = build_small(info).eval()
     inputs = model.example_inputs(2)
     try:
         exported = torch.export.export(model, (), inputs).module()
-        torch.compiler.reset()
-        compiled = torch.compile(model, backend="eager", fullgraph=True)
-        with torch.no_grad():
-            expected = model(**inputs)
-            assert_equal_results(exported(**inputs), expected)
-            assert_equal_results(compiled(**inputs), expected)
     except Exception:
         if info.untraceable:
             pytest.xfail(info.untraceable)
         raise
     assert not info.untraceable, f"it does survive; take untraceable={info.untraceable!r} out of its @register"
+    with torch.no_grad():
+        assert_equal_results(exported(**inputs), model(**inputs))
+
+
+@pytest.mark.slow
+@each_system
+def test_compiles_in_one_graph_or_in_several_if_it_is_untraceable(info: ModelInfo) -> None:
+    model = build_small(info).eval()
+    inputs = model.example_inputs(2)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=not info.untraceable)
+    with torch.no_grad():
+        assert_equal_results(compiled(**inputs), model(**inputs))
 
 
 def assert_equal_results(got: Any, expected: Any) -> None:

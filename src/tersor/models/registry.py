@@ -66,7 +66,7 @@ def register(
 
     variants: published name -> (parameter count, what differs from the config's defaults).
     small: overrides of the defaults with which the tests build a model of a few thousand parameters.
-    untraceable: the reason where torch.export and torch.compile(fullgraph=True) fail; the tests hold it true.
+    untraceable: the reason why torch.export, and torch.compile in one graph, fail; the tests hold it true.
     """
 
     def mark(model_class: ModelClass) -> ModelClass:

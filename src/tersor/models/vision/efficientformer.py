@@ -20,7 +20,8 @@ linear classifiers: training returns both logits, eval their mean.
 Origin: snap-research/EfficientFormer at d01da42 (models/efficientformer.py). Its key names are ours; timm's are mapped.
 Published quirks: the flattening counts as a member of stage 4, so token blocks are numbered one higher. The published
 code fixes 224 pixels; `resolution` (ours) sets another square size. It also keeps the gathered biases from the last
-eval() and so may use old ones after loading; here they are always current.
+eval() and so may use old ones after loading; here they are always current. Its feature-map mode (`fork_feat`) applies
+LayerNorm to channels-first maps and is not offered; EfficientFormerV2 has one that works.
 
 Proven: the golden cases of the published code (a tiny one and L1), parameter counts of L1, L3, L7. Not proven: ImageNet
 accuracy (79.2, 82.4, 83.3 published), interpolated resolutions' accuracy, phone latencies.
