@@ -1,0 +1,120 @@
+"""Official checkpoints into our models, with a precise account of what does not fit.
+
+The model's own `convert_checkpoint(state)` maps published key names and shapes; everything here is the same for all:
+reading the file, taking the weights out of a training checkpoint, and comparing them with the model's own.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tersor.errors import TersorError
+from tersor.models.registry import create
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+State = dict[str, "Tensor"]
+
+_WRAPPERS = ("model", "state_dict", "model_state_dict", "model_state", "net")  # keys of training checkpoints
+_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+_NAMES_SHOWN = 4
+
+
+def load(name: str, checkpoint: str | Path | Mapping[str, Tensor], /, **overrides: Any) -> nn.Module:
+    """The model `name` with a checkpoint's weights, in eval mode and float32.
+
+    checkpoint: a .safetensors, .pth, .pt or .bin file, a folder of .safetensors shards, or the tensors by name.
+    overrides: fields of the model's config, for checkpoints of another size than the published variant.
+    """
+    model = create(name, **overrides)
+    if isinstance(checkpoint, (str, Path)):
+        load_state(model, read_state(checkpoint), what=f"{name} cannot take {Path(checkpoint).name}")
+    else:
+        load_state(model, dict(checkpoint), what=f"{name} cannot take this checkpoint")
+    return model.eval()
+
+
+def read_state(path: str | Path) -> State:
+    """The tensors of a checkpoint file or folder. Pickles are read with weights_only=True: nothing in them runs."""
+    path = Path(path)
+    if path.is_dir():
+        shards = sorted(path.glob("*.safetensors"))
+        if not shards:
+            raise TersorError(f"{path} holds no .safetensors file")
+        return {key: tensor for shard in shards for key, tensor in read_state(shard).items()}
+    if not path.is_file():
+        raise TersorError(f"there is no checkpoint {path}")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return _unwrap(load_file(path))
+    if path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
+        return _unwrap(_unpickle(path))
+    raise TersorError(f"{path.name}: checkpoints end in .safetensors, .pth, .pt, .bin or .ckpt")
+
+
+def load_state(model: nn.Module, state: State, *, what: str) -> None:
+    """Copy `state` into `model` after its own key map; TersorError with `what` in front where anything does not fit."""
+    convert = getattr(model, "convert_checkpoint", None)
+    if convert is not None:
+        state = convert(state)
+    wanted = model.state_dict()
+    missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
+    left_over = [key for key in state if key not in wanted]
+    wrong = [
+        f"{key} is {list(state[key].shape)}, the model has {list(wanted[key].shape)}"
+        for key in wanted
+        if key in state and state[key].shape != wanted[key].shape
+    ]
+    faults = [("missing", missing), ("left over", left_over), ("of the wrong shape", wrong)]
+    told = [f"{len(names)} {kind} ({_some(names)})" for kind, names in faults if names]
+    if told:
+        raise TersorError(f"{what}: {'; '.join(told)}")
+    model.load_state_dict(state, strict=False)  # not strict: only num_batches_tracked may be absent by now
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - _NAMES_SHOWN
+    return ", ".join(names[:_NAMES_SHOWN]) + (f", and {more} more" if more > 0 else "")
+
+
+def _unpickle(path: Path) -> Any:
+    from argparse import Namespace
+
+    import torch
+
+    try:
+        with torch.serialization.safe_globals([Namespace]):  # training scripts store their arguments beside the weights
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise TersorError(
+            f"{path.name} holds Python objects beside tensors and is not opened, for they could run code; "
+            "if you trust it, load it yourself, torch.save the tensors alone and load that file"
+        ) from error
+
+
+def _unwrap(state: Any) -> State:
+    """The weights in a training checkpoint {"model": weights, "optimizer": ...}, without wrappers' key prefixes."""
+    from torch import Tensor
+
+    for key in _WRAPPERS:
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
+        raise TersorError(f"the checkpoint holds no tensors by name, but {_kind(state)}")
+    tensors = {str(key): value for key, value in state.items() if isinstance(value, Tensor)}
+    for prefix in _PREFIXES:
+        if all(key.startswith(prefix) for key in tensors):
+            tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+    return tensors
+
+
+def _kind(state: Any) -> str:
+    if isinstance(state, Mapping):
+        keys: Iterable[Any] = list(state)[:6]
+        return f"a dict with the keys {', '.join(map(repr, keys))}"
+    return f"a {type(state).__name__}"

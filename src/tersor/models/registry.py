@@ -1,0 +1,173 @@
+"""Which models there are, found without importing them, and how to build one by name.
+
+A model's class carries `@register("shvit", input=..., paper=..., variants={...}, small={...})`. All arguments are
+literals, so the index is read from the source text: listing eighty models imports none of them (nor torch, which takes
+seconds), and a model whose optional library is absent does not hide the others. Only `create` imports the one file it
+needs.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import fnmatch
+import importlib
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from tersor.errors import TersorError
+from tersor.models.config import config_from_dict, config_to_dict
+
+if TYPE_CHECKING:
+    from torch import nn
+
+ModelClass = TypeVar("ModelClass", bound="type[nn.Module]")
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """One line of `tersor models`: a named variant, and where it is made."""
+
+    name: str  # "shvit_s1"
+    family: str  # the folder: "vision"
+    parameters: int  # of the variant as published
+    input: str  # kind of input: "image", "tokens", "series", "graph", ...
+    paper: str
+    system: str  # the class's own name, "shvit"; `create(system)` builds the config's defaults
+    module: str = field(repr=False)
+    class_name: str = field(repr=False)
+    overrides: dict[str, Any] = field(repr=False)  # what the variant changes in the config's defaults
+    small: dict[str, Any] = field(repr=False)  # overrides that make the model tiny: for tests
+    untraceable: str = field(repr=False)  # why torch.export cannot take it; empty: it can
+
+    def load_class(self) -> type[nn.Module]:
+        try:
+            return typing.cast("type[nn.Module]", getattr(importlib.import_module(self.module), self.class_name))
+        except ModuleNotFoundError as error:
+            if (error.name or "").startswith("tersor"):
+                raise
+            raise TersorError(f"{self.name} needs the package {error.name!r}, which is not installed") from error
+
+
+def register(
+    system: str,
+    *,
+    input: str,
+    paper: str,
+    variants: dict[str, tuple[int, dict[str, Any]]],
+    small: dict[str, Any],
+    untraceable: str = "",
+) -> Callable[[ModelClass], ModelClass]:
+    """Put a model class into the index. Every argument is a literal (see the module docstring).
+
+    variants: published name -> (parameter count, what differs from the config's defaults).
+    small: overrides of the defaults with which the tests build a model of a few thousand parameters.
+    untraceable: the reason why torch.export, and torch.compile in one graph, fail; the tests hold it true.
+    """
+
+    def mark(model_class: ModelClass) -> ModelClass:
+        model_class.system = system  # type: ignore[attr-defined]
+        return model_class
+
+    return mark
+
+
+def list_models(pattern: str = "*") -> list[ModelInfo]:
+    """The named variants whose "family/name" or name matches a shell pattern, in order of family and file."""
+    return [
+        info
+        for info in _variants().values()
+        if fnmatch.fnmatch(f"{info.family}/{info.name}", pattern) or fnmatch.fnmatch(info.name, pattern)
+    ]
+
+
+def find(name: str) -> ModelInfo:
+    """The variant, or the system with its config's defaults (its `parameters` is 0: nobody published it)."""
+    known = {**_systems(), **_variants()}
+    if name in known:
+        return known[name]
+    nearest = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+    hint = f"did you mean {', '.join(nearest)}?" if nearest else "`tersor models` lists what there is"
+    raise TersorError(f"no model is named {name!r}; {hint}")
+
+
+def create(name: str, /, **overrides: Any) -> nn.Module:
+    """A freshly initialised model. `overrides` are fields of its config; lists and nested dicts (JSON) are welcome."""
+    info = find(name)
+    model_class = info.load_class()
+    config_class = typing.get_type_hints(model_class.__init__)["config"]
+    return model_class(config_from_dict(config_class, {**info.overrides, **overrides}, of=name))
+
+
+def config_of(model: nn.Module) -> dict[str, Any]:
+    """{"tersor_model": system, **config}, ready for config.json; `create(d.pop("tersor_model"), **d)` rebuilds it."""
+    system = getattr(type(model), "system", None)
+    if system is None:
+        raise TersorError(f"{type(model).__name__} is no model of tersor.models: it has no @register")
+    return {"tersor_model": system, **config_to_dict(model.config)}
+
+
+@cache
+def _variants() -> dict[str, ModelInfo]:
+    found: dict[str, ModelInfo] = {}
+    for module, class_name, said in _registrations():
+        for name, (parameters, overrides) in said["variants"].items():
+            if name in found:
+                raise TersorError(f"two models are named {name!r}: {found[name].module} and {module}")
+            found[name] = _info(name, parameters, overrides, module, class_name, said)
+    return found
+
+
+@cache
+def _systems() -> dict[str, ModelInfo]:
+    return {said["system"]: _info(said["system"], 0, {}, m, c, said) for m, c, said in _registrations()}
+
+
+def _info(
+    name: str, parameters: int, overrides: dict[str, Any], module: str, class_name: str, said: dict[str, Any]
+) -> ModelInfo:
+    return ModelInfo(
+        name=name,
+        family=module.split(".")[-2],
+        parameters=parameters,
+        input=said["input"],
+        paper=said["paper"],
+        system=said["system"],
+        module=module,
+        class_name=class_name,
+        overrides=overrides,
+        small=said["small"],
+        untraceable=said.get("untraceable", ""),
+    )
+
+
+@cache
+def _registrations() -> tuple[tuple[str, str, dict[str, Any]], ...]:
+    """(module, class name, arguments of @register) of every registered class under models/<family>/."""
+    found = []
+    for path in sorted(Path(__file__).parent.glob("*/*.py")):
+        source = path.read_text(encoding="utf-8")
+        if "@register(" not in source:
+            continue
+        for node in ast.parse(source).body:
+            if not isinstance(node, ast.ClassDef):
+                continue
+            for call in node.decorator_list:
+                if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "register":
+                    module = f"{__package__}.{path.parent.name}.{path.stem}"
+                    found.append((module, node.name, _literal_arguments(call, path)))
+    return tuple(found)
+
+
+def _literal_arguments(call: ast.Call, path: Path) -> dict[str, Any]:
+    try:
+        said = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+        return {"system": ast.literal_eval(call.args[0]), **said}
+    except ValueError as error:
+        raise TersorError(
+            f"{path.name}:{call.lineno}: the arguments of @register must be literals (no names, no calls)"
+        ) from error

@@ -1,0 +1,96 @@
+"""What holds for every registered model; a new model file is picked up by itself."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import tersor.models
+from tersor.models import ModelInfo
+
+VARIANTS = tersor.models.list()
+SYSTEMS = list({info.system: info for info in VARIANTS}.values())  # one variant of each class: it knows `small`
+
+
+def each_system(test: Any) -> Any:
+    return pytest.mark.parametrize("info", SYSTEMS, ids=lambda info: info.system)(test)
+
+
+def build_small(info: ModelInfo) -> nn.Module:
+    torch.manual_seed(0)
+    return tersor.models.create(info.system, **info.small)
+
+
+def tensors(result: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+@pytest.mark.parametrize("info", VARIANTS, ids=lambda info: info.name)
+def test_has_the_published_number_of_parameters(info: ModelInfo) -> None:
+    with torch.device("meta"):  # no memory, no initialisation: a model of any size is counted in no time
+        model = tersor.models.create(info.name)
+    assert sum(p.numel() for p in model.parameters()) == info.parameters
+
+
+@each_system
+def test_runs_forward_and_backward_on_its_example(info: ModelInfo) -> None:
+    model = build_small(info).train()
+    results = tensors(model(**model.example_inputs(2)))
+    assert results
+    assert all(torch.isfinite(result).all() for result in results if result.is_floating_point())
+    sum(result.float().square().mean() for result in results if result.requires_grad).backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert gradients
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+
+
+@each_system
+def test_is_rebuilt_from_its_config_as_json(info: ModelInfo) -> None:
+    model = build_small(info).eval()
+    described = json.loads(json.dumps(tersor.models.config_of(model)))
+    again = tersor.models.create(described.pop("tersor_model"), **described).eval()
+    assert again.config == model.config
+    again.load_state_dict(model.state_dict())
+    inputs = model.example_inputs(1)
+    with torch.no_grad():
+        assert_equal_results(again(**inputs), model(**inputs))
+
+
+@each_system
+def test_small_is_small(info: ModelInfo) -> None:
+    assert sum(p.numel() for p in build_small(info).parameters()) <= 500_000
+
+
+@each_system
+def test_survives_export_unless_it_says_why_not(info: ModelInfo) -> None:
+    model = build_small(info).eval()
+    inputs = model.example_inputs(2)
+    try:
+        exported = torch.export.export(model, (), inputs).module()
+    except Exception:
+        if info.untraceable:
+            pytest.xfail(info.untraceable)
+        raise
+    assert not info.untraceable, f"it does survive; take untraceable={info.untraceable!r} out of its @register"
+    with torch.no_grad():
+        assert_equal_results(exported(**inputs), model(**inputs))
+
+
+@pytest.mark.slow
+@each_system
+def test_compiles_in_one_graph_or_in_several_if_it_is_untraceable(info: ModelInfo) -> None:
+    model = build_small(info).eval()
+    inputs = model.example_inputs(2)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=not info.untraceable)
+    with torch.no_grad():
+        assert_equal_results(compiled(**inputs), model(**inputs))
+
+
+def assert_equal_results(got: Any, expected: Any) -> None:
+    torch.testing.assert_close(tensors(got), tensors(expected), rtol=1e-4, atol=1e-5)
