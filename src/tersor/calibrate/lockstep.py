@@ -18,7 +18,8 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from tersor.calibrate.blocks import Unit
 
@@ -50,6 +51,10 @@ class Stop:
         for call in self.calls:
             call.output = call.run()
             call.args, call.kwargs = (), {}
+
+
+class WeightsElsewhereError(RuntimeError):
+    """The model's own code looked at the weights of a unit (for their device, say) while they were not in memory."""
 
 
 class _Abandoned(BaseException):
@@ -177,6 +182,8 @@ class Lockstep:
             current: _Pass | None = getattr(self._local, "current", None)
             if current is None:  # not one of our passes
                 return forward(*args, **kwargs)
+            if any(each.is_meta for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)):
+                raise WeightsElsewhereError(f"{unit.name} got an input that was made from weights not in memory (meta)")
             return current.stop_at(unit, Call(current.sample, args, kwargs, forward))
 
         return gate

@@ -60,7 +60,7 @@ def trace(model: nn.Module, probe: Batch, hooks: Hooks) -> Trace:
     try:
         return _trace(model, units, probe, hooks)
     except (RuntimeError, NotImplementedError) as error:
-        if "meta" not in str(error).lower():
+        if "meta" not in str(error):
             raise
     # Some module uses the weights of another without calling it: keep all that lies outside the blocks in memory.
     for unit in units:
