@@ -115,7 +115,9 @@ def _as_batch(value: Any, n: int) -> Batch:
         return {"args": (value,)}
     if isinstance(value, tuple | list) and all(isinstance(each, Tensor) for each in value):
         return {"args": tuple(value)}
-    raise TersorError(f"calibration sample {n} is a {type(value).__name__}; give dictionaries, tensors or tuples of tensors")
+    raise TersorError(
+        f"calibration sample {n} is a {type(value).__name__}; give dictionaries, tensors or tuples of tensors"
+    )
 
 
 def call(model: Any, batch: Batch) -> Any:

@@ -114,7 +114,9 @@ class Lockstep:
             unit.module.forward = self._gate(unit)  # type: ignore[method-assign]
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for each in self._passes:
             self.give_up(each.sample)
         for unit in self._units:

@@ -108,7 +108,9 @@ class LazyModel:
                 del self._ties[target]
                 self._ties = {t: (target if s == source else s) for t, s in self._ties.items()} | {source: target}
         missing = [
-            name for name, tensor in _state(self.module, "") if self._ties.get(name, name) not in here and tensor.is_meta
+            name
+            for name, tensor in _state(self.module, "")
+            if self._ties.get(name, name) not in here and tensor.is_meta
         ]
         parameters = dict(self.module.named_parameters(remove_duplicate=False))
         missing = [name for name in missing if name in parameters or not _initialize_buffer(self.module, name)]
@@ -137,7 +139,11 @@ class LazyModel:
             return  # read when room was made for it
         weight = self._read_quantized(path, *_matrix_shape(layer)).to(self.device).dequantize(self.dtype)
         assert isinstance(layer.weight, Tensor)
-        _set(self.module, f"{path}.weight", weight.t().contiguous() if is_conv1d(layer) else weight.view(layer.weight.shape))
+        _set(
+            self.module,
+            f"{path}.weight",
+            weight.t().contiguous() if is_conv1d(layer) else weight.view(layer.weight.shape),
+        )
 
     def _read_quantized(self, path: str, out_features: int, in_features: int) -> QuantizedWeight:
         config, stem = self.quantization, self.quantized[path]
@@ -162,9 +168,7 @@ class LazyModel:
         raise ValueError(f"{type(module).__name__} is not part of this model")
 
 
-def read_layer(
-    name: str, tensors: dict[str, Tensor], in_features: int, config: QuantizationConfig
-) -> QuantizedWeight:
+def read_layer(name: str, tensors: dict[str, Tensor], in_features: int, config: QuantizationConfig) -> QuantizedWeight:
     """One quantized layer from its tensors by suffix, whichever layout they are in."""
     bits, group_size = config.bits, config.group_size
     if "weight_packed" in tensors:
@@ -206,7 +210,9 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
         with torch.device("meta"):
             module = kind._from_config(parsed, dtype=dtype)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise TersorError(f"{checkpoint.directory}: {architectures[0]} cannot be built from config.json: {error}") from None
+        raise TersorError(
+            f"{checkpoint.directory}: {architectures[0]} cannot be built from config.json: {error}"
+        ) from None
     _fill_computed_buffers(module)
     return module.eval()
 
@@ -264,7 +270,9 @@ class _KeyMap:
             for name in keys_of:
                 if targets[0] in name and name in self.state:
                     self._targets.setdefault(name, set()).update(
-                        other for other in (name.replace(targets[0], each) for each in targets[1:]) if other in self.state
+                        other
+                        for other in (name.replace(targets[0], each) for each in targets[1:])
+                        if other in self.state
                     )
         return set(chain.from_iterable(self._targets.values()))
 
@@ -301,7 +309,11 @@ class _KeyMap:
 def _state(module: nn.Module, prefix: str) -> list[tuple[str, Tensor]]:
     """Parameters and persistent buffers by their full names; tied ones under each of their names."""
     start = f"{prefix}." if prefix else ""
-    return [(start + name, tensor) for name, tensor in module.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)]
+    return [
+        (start + name, tensor)
+        for name, tensor in module.state_dict(keep_vars=True).items()
+        if isinstance(tensor, Tensor)
+    ]
 
 
 def _get(module: nn.Module, name: str) -> Any:

@@ -40,6 +40,7 @@ from tersor.formats.quantized_weight import QuantizedWeight
 from tersor.layers.linear_map import set_weight_matrix, weight_matrix
 from tersor.layers.quantized_linear import quantized_layer
 
+
 def compress(
     model: str | Path | nn.Module,
     method: Method,
@@ -73,14 +74,18 @@ def compress(
     """
     layout = None if format is None else layout_named(format)
     if layout is not None and layout.name not in method.layouts:
-        raise TersorError(f"method {method.name} cannot be stored as {layout.name}; it can as {', '.join(method.layouts)}")
+        raise TersorError(
+            f"method {method.name} cannot be stored as {layout.name}; it can as {', '.join(method.layouts)}"
+        )
     if samples < 1 or seq_len < 1:
         raise TersorError(f"samples={samples} and seq_len={seq_len} must be positive")
     job = _Settings(method, layout, pick_device(device), progress or (lambda what, done, total: None))
     texts = {"samples": samples, "seq_len": seq_len, "seed": seed}
     if isinstance(model, nn.Module):
         if out is not None:
-            raise TersorError("a module in memory is compressed in memory: call save(directory) on the result, not out=")
+            raise TersorError(
+                "a module in memory is compressed in memory: call save(directory) on the result, not out="
+            )
         return _compress_module(model, job, calibration, texts, include, exclude, tokenizer)
     if layout is None:
         raise TersorError("a model given by name is written as it is compressed: format=None is for modules in memory")
@@ -283,7 +288,12 @@ class _Size:
 
 
 def _samples(
-    job: _Settings, module: nn.Module, calibration: Calibration, texts: dict[str, int], tokenizer: Any, dtype: torch.dtype
+    job: _Settings,
+    module: nn.Module,
+    calibration: Calibration,
+    texts: dict[str, int],
+    tokenizer: Any,
+    dtype: torch.dtype,
 ) -> tuple[list[Batch], Batch | None]:
     """The calibration samples and the probe, on the device. A method that needs no samples gets none."""
     config = getattr(module, "config", None)
@@ -336,7 +346,9 @@ def _quantization_config(lazy: LazyModel, plan: Plan, job: _Settings) -> dict[st
     if job.layout.name != "compressed-tensors" and inside:
         config["dynamic"] = {f"-:^{re.escape(_stem(lazy, name))}$": {} for name in inside}
         unit = next(unit for unit in plan.blocks if plan.linears[unit.name])
-        config["modules_in_block_to_quantize"] = [[name.removeprefix(f"{unit.name}.") for name in plan.linears[unit.name]]]
+        config["modules_in_block_to_quantize"] = [
+            [name.removeprefix(f"{unit.name}.") for name in plan.linears[unit.name]]
+        ]
     return config
 
 

@@ -29,7 +29,9 @@ def copy_directory(source: Path, target: Path, *, overwrite: bool) -> Path:
 def save_module(module: nn.Module, summary: Summary, target: Path, *, overwrite: bool) -> Path:
     """Write a module whose layers were replaced by packed ones, under its own tensor names, with its config where it has one."""
     if summary.format is None:
-        raise TersorError("the model was compressed with format=None, in numbers that no file format holds; name a format")
+        raise TersorError(
+            "the model was compressed with format=None, in numbers that no file format holds; name a format"
+        )
     layout, method = layout_named(summary.format), from_options(**_named(summary.method))
     options = method.quantization()
     tensors: dict[str, Tensor] = {}
@@ -49,7 +51,9 @@ def save_module(module: nn.Module, summary: Summary, target: Path, *, overwrite:
     quantization = make_config(layout.name, ignored=summary.left, version=tersor.__version__, **options)
     _make_room(target, overwrite=overwrite)
     target.mkdir(parents=True)
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, target / "model.safetensors", {"format": "pt"})
+    save_file(
+        {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, target / "model.safetensors", {"format": "pt"}
+    )
     config = {**config_of(module), "quantization_config": quantization}
     (target / RESULT_FILE).write_text(json.dumps({"method": summary.method, "format": layout.name}, indent=2) + "\n")
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
