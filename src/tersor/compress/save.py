@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import tersor
+from tersor import models
 from tersor.checkpoint.quantization_config import make_config
 from tersor.checkpoint.writer import RESULT_FILE
 from tersor.compress.method import from_options
@@ -62,12 +63,12 @@ def save_module(module: nn.Module, summary: Summary, target: Path, *, overwrite:
 
 def config_of(module: nn.Module) -> dict[str, Any]:
     """What is needed to build the module again: a transformers config, a tersor model's, or only the class's name."""
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     if hasattr(config, "to_dict"):
         found: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
         return {**found, "architectures": [type(module).__name__]}
-    if hasattr(module, "tersor_config"):
-        return dict(module.tersor_config())
+    if hasattr(type(module), "system"):
+        return models.config_of(module)
     return {"module": f"{type(module).__module__}.{type(module).__qualname__}"}
 
 
