@@ -111,7 +111,7 @@ class Lockstep:
 
     def __enter__(self) -> Lockstep:
         for unit in self._units:
-            unit.module.forward = self._gate(unit)  # type: ignore[method-assign]
+            unit.module.forward = self._gate(unit)
         return self
 
     def __exit__(

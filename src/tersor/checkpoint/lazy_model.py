@@ -122,9 +122,11 @@ class LazyModel:
         """Replace every dense layer that is stored packed, so that its dense weight is never allocated."""
         for path in list(self.quantized):
             layer = self.module.get_submodule(path)
-            bias = layer.bias if isinstance(getattr(layer, "bias", None), Tensor) else None
+            bias = getattr(layer, "bias", None)
             weight = self._read_quantized(path, *_matrix_shape(layer))
-            self.module.set_submodule(path, QuantizedLinear(weight.to(self.device), bias))
+            self.module.set_submodule(
+                path, QuantizedLinear(weight.to(self.device), bias if isinstance(bias, Tensor) else None)
+            )
 
     def _load_plain(self, names: Iterable[str]) -> None:
         wanted = [key for name in dict.fromkeys(self._keys.sources(names)) for key in self.keys_of.get(name, ())]
@@ -164,7 +166,7 @@ class LazyModel:
     def _name_of(self, module: nn.Module) -> str:
         for name, each in self.module.named_modules():
             if each is module:
-                return name
+                return str(name)
         raise ValueError(f"{type(module).__name__} is not part of this model")
 
 
@@ -208,7 +210,7 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
     try:
         parsed = transformers.AutoConfig.for_model(**config) if "model_type" in config else kind.config_class(**config)
         with torch.device("meta"):
-            module = kind._from_config(parsed, dtype=dtype)
+            module: nn.Module = kind._from_config(parsed, dtype=dtype)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise TersorError(
             f"{checkpoint.directory}: {architectures[0]} cannot be built from config.json: {error}"
@@ -220,10 +222,15 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
 def compute_dtype(checkpoint: Checkpoint, device: torch.device | str, dtype: str = "auto") -> torch.dtype:
     """The dtype to run in. "auto": float32 on a CPU, where half precision is slower and coarser; else the checkpoint's own."""
     if dtype != "auto":
-        found = getattr(torch, dtype, None)
-        if found not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            raise TersorError(f"dtype {dtype!r} is not one of auto, float16, bfloat16, float32, float64")
-        return found
+        known = {
+            "float16": torch.float16,
+            "bfloat16": torch.bfloat16,
+            "float32": torch.float32,
+            "float64": torch.float64,
+        }
+        if dtype not in known:
+            raise TersorError(f"dtype {dtype!r} is not one of auto, {', '.join(known)}")
+        return known[dtype]
     return torch.float32 if torch.device(device).type == "cpu" else torch_dtype(checkpoint.config)
 
 
@@ -232,21 +239,22 @@ class _KeyMap:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.state = {name: tensor for name, tensor in _state(module, "")}
+        self.state = dict(_state(module, ""))
         self.transforms: list[Any] = []
         self.prefix = getattr(module, "base_model_prefix", None)
         if self.prefix is not None:
             from transformers.conversion_mapping import get_model_conversion_mapping
 
             self.transforms = get_model_conversion_mapping(module)  # type: ignore[arg-type]
-        self.converters = [t for t in self.transforms if hasattr(t, "operations")]
-        self.renamings = [t for t in self.transforms if not hasattr(t, "operations")]
+        self.converters: list[Any] = [t for t in self.transforms if hasattr(t, "operations")]
+        self.renamings: list[Any] = [t for t in self.transforms if not hasattr(t, "operations")]
 
     def runtime_name(self, key: str) -> str:
         if self.prefix is None:
             return key
         from transformers.core_model_loading import rename_source_key
 
+        name: str
         name, _ = rename_source_key(key, self.renamings, self.converters, self.prefix, self.state)
         if name not in self.state and key in self.state:
             name, _ = rename_source_key(key, [], [], self.prefix, self.state)
@@ -291,13 +299,13 @@ class _KeyMap:
         from transformers.utils import logging
 
         shown = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
             config = LoadStateDictConfig(device_map={"": device}, dtype=dtype, weight_mapping=self.transforms)
             info, _ = convert_and_load_state_dict_in_model(self.module, slices, config, None)  # type: ignore[arg-type]
         finally:
             if shown:
-                logging.enable_progress_bar()
+                logging.enable_progress_bar()  # type: ignore[no-untyped-call]
         if info.mismatched_keys:
             name, got, expected = sorted(info.mismatched_keys)[0]
             raise TersorError(f"{name} is {tuple(got)}; the model's is {tuple(expected)}")

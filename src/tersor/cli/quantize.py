@@ -112,6 +112,7 @@ def _method_options(known: dict[str, type[Method]]) -> list[inspect.Parameter]:
             if each.name in parameters:
                 continue
             default = each.default
+            annotation: Any
             flags = [each.metadata["flag"]] if each.metadata.get("flag") else []
             if isinstance(default, bool):
                 dashed = each.name.replace("_", "-")

@@ -185,7 +185,7 @@ def _compress_checkpoint(
             output = walk(lazy.module, plan, job.method, batches, probe, first.visits, stored, hessian_dtype, hooks)
             after = first_tensor(output)
         replaced = {key for linear in plan.all_linears() for key in lazy.keys_of[f"{linear}.weight"]}
-        result = {"method": job.method.options(), "format": layout.name, "version": tersor.__version__}
+        result: dict[str, Any] = {"method": job.method.options(), "format": layout.name, "version": tersor.__version__}
         result |= {"layers": [{k: v for k, v in r.row().items() if k != "seconds"} for r in reports]}
         written = {**checkpoint.config, "quantization_config": _quantization_config(lazy, plan, job)}
         extra: dict[str, Any] = {RESULT_FILE: result}
@@ -320,8 +320,9 @@ def _verify(target: Path, probe: Batch, computed: Tensor, dtype: torch.dtype, jo
     """Read back what was written and compare its output with what was computed in memory."""
     lazy = LazyModel(open_checkpoint(target), dtype=dtype, device=job.device)
     lazy.load_rest([unit.module for unit in units_of(lazy.module)])
-    if hasattr(getattr(lazy.module, "config", None), "use_cache"):
-        lazy.module.config.use_cache = False
+    config: Any = getattr(lazy.module, "config", None)
+    if hasattr(config, "use_cache"):
+        config.use_cache = False
     hooks = Hooks(lazy.load, lazy.release, lambda block: False, lambda block: None, lambda what, done, total: None)
     read = first_tensor(run(lazy.module, [probe], hooks)[0])
     assert read is not None

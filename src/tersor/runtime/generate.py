@@ -74,7 +74,7 @@ def stream_tokens(
             )
         except BaseException as error:
             failed.append(error)
-            streamer.end()
+            streamer.end()  # type: ignore[no-untyped-call]
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
