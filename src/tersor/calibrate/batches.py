@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tersor.data.text import builtin_text, hub_text, read_text
 from tersor.errors import TersorError
@@ -118,6 +119,20 @@ def _as_batch(value: Any, n: int) -> Batch:
     raise TersorError(
         f"calibration sample {n} is a {type(value).__name__}; give dictionaries, tensors or tuples of tensors"
     )
+
+
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Calls made here keep no key-value cache, which would grow with every repeated call of a block."""
+    configs = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "use_cache")}
+    before = {key: config.use_cache for key, config in configs.items()}
+    for config in configs.values():
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for key, config in configs.items():
+            config.use_cache = before[key]
 
 
 def call(model: Any, batch: Batch) -> Any:

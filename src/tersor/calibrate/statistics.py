@@ -18,6 +18,11 @@ from tersor.errors import TersorError
 from tersor.layers.linear_map import columns_of, input_matrix
 
 
+def kind_of(name: str) -> str:
+    """A layer's name with its numbers left out, which is the same for all blocks and all experts."""
+    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
+
+
 @dataclass(frozen=True)
 class CallOrder:
     """groups: names in the order of their calls, those with one input tensor together; once: none is called twice a pass."""
@@ -40,7 +45,7 @@ def call_order(linears: Mapping[str, nn.Module], calls: Sequence[Call]) -> CallO
     def note(name: str, x: Tensor) -> None:
         seen[name] += 1
         if seen[name] == 1:
-            kind = re.sub(r"\.\d+(?=\.)", ".*", f".{name}")
+            kind = kind_of(name)
             if kind not in group_of_kind:
                 if previous[0] is not x:
                     groups.append([])

@@ -208,7 +208,9 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
             f"{transformers.__version__} does not have"
         )
     try:
-        parsed = transformers.AutoConfig.for_model(**config) if "model_type" in config else kind.config_class(**config)
+        parsed = kind.config_class.from_pretrained(checkpoint.directory)
+        if hasattr(parsed, "quantization_config"):
+            del parsed.quantization_config
         with torch.device("meta"):
             module: nn.Module = kind._from_config(parsed, dtype=dtype)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -351,19 +353,15 @@ def _tied_parameters(module: nn.Module) -> dict[str, str]:
     return ties
 
 
-def _fill_computed_buffers(module: nn.Module) -> None:
-    """Buffers that no checkpoint holds (rotary frequencies, ...) are computed by the model's own initialization."""
-    owner: Any = module
-    for _, each in module.named_modules():
-        if hasattr(each, "_init_weights"):
-            owner = each
-        missing = [n for n in each._non_persistent_buffers_set if each._buffers.get(n) is not None]
-        for name in missing:
-            buffer = each._buffers[name]
-            assert buffer is not None
-            each._buffers[name] = torch.empty_like(buffer, device="cpu")
-        if missing and hasattr(owner, "_init_weights"):
-            owner._init_weights(each)
+def _fill_computed_buffers(module: Any) -> None:
+    """Buffers that no checkpoint holds (rotary frequencies, ...) are computed by the model's own initialization, which does
+    nothing to parameters on the meta device."""
+    for each in module.modules():
+        for name in each._non_persistent_buffers_set:
+            if each._buffers.get(name) is not None:
+                each._buffers[name] = torch.zeros_like(each._buffers[name], device="cpu")
+        each._is_hf_initialized = False
+    module.initialize_weights()
 
 
 def _initialize_buffer(module: nn.Module, name: str) -> bool:

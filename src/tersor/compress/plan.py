@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -43,6 +44,7 @@ def make_plan(
     for pattern in (*include, *exclude):
         if not any(fnmatchcase(name, pattern) for name in everything):
             raise TersorError(f"the pattern {pattern!r} matches none of the {len(everything)} linear layers")
+    tied = _tied_weights(model)
     chosen: dict[str, dict[str, nn.Module]] = {}
     for block in blocks:
         inside = {f"{block.name}.{n}" if block.name else n: m for n, m in linear_maps(block.module).items()}
@@ -50,6 +52,7 @@ def make_plan(
             name: module
             for name, module in inside.items()
             if not ROUTERS.search(name)
+            and id(module.weight) not in tied
             and (not include or any(fnmatchcase(name, pattern) for pattern in include))
             and not any(fnmatchcase(name, pattern) for pattern in exclude)
         }
@@ -60,6 +63,18 @@ def make_plan(
     for name, module in taken.items():
         method.check_linear(name, *_shape(module), layout)
     return Plan(blocks, chosen, [name for name in everything if name not in taken])
+
+
+def without(plan: Plan, names: set[str]) -> Plan:
+    """The plan with these layers left as they are."""
+    linears = {block: {n: m for n, m in each.items() if n not in names} for block, each in plan.linears.items()}
+    return Plan(plan.blocks, linears, [*plan.left, *(name for name in plan.all_linears() if name in names)])
+
+
+def _tied_weights(model: nn.Module) -> set[int]:
+    """Weights that several modules share (an output head tied to the embedding): quantizing one would change the others."""
+    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    return {key for key, count in owners.items() if count > 1}
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from tersor.calibrate.batches import Batch, call
-from tersor.calibrate.blocks import Unit, find_units
+from tersor.calibrate.blocks import Unit, find_units, linear_maps
 from tersor.calibrate.lockstep import Call, Lockstep, Stop
+from tersor.calibrate.statistics import kind_of
 from tersor.compress.block import Block
 from tersor.compress.method import Method
 from tersor.compress.plan import Plan
 from tersor.errors import TersorError
 from tersor.formats.grid import Stored
+from tersor.layers.linear_map import computes_its_own
 
 Progress = Callable[[str, int, int], None]  # what is being done, how many steps are done, of how many
 
@@ -36,26 +39,73 @@ class Hooks:
 
 @dataclass
 class Trace:
-    """One run of the model: how often each unit is reached, and the output."""
+    """One run of the model: its units, how often each is reached, which linear layers are called, and the output.
 
+    called: kinds of linear layers (names with numbers left out) that are called and compute W x + b; a layer whose block
+    reads its weight without calling it, or whose class computes something else, is none of them.
+    """
+
+    units: list[Unit]
     visits: Counter[str]
+    called: set[str]
     output: Any
+
+    def is_called(self, name: str) -> bool:
+        return kind_of(name) in self.called
 
 
 def trace(model: nn.Module, probe: Batch, hooks: Hooks) -> Trace:
     """Run the probe through the model as it is, a unit at a time. Raises TersorError where weights or outputs are not finite."""
     units = units_of(model)
+    try:
+        return _trace(model, units, probe, hooks)
+    except (RuntimeError, NotImplementedError) as error:
+        if "meta" not in str(error).lower():
+            raise
+    # Some module uses the weights of another without calling it: keep all that lies outside the blocks in memory.
+    for unit in units:
+        if not unit.is_block:
+            hooks.load(unit.module)
+    return _trace(model, [unit for unit in units if unit.is_block], probe, hooks)
+
+
+def _trace(model: nn.Module, units: list[Unit], probe: Batch, hooks: Hooks) -> Trace:
     visits: Counter[str] = Counter()
+    called: set[str] = set()
     with Lockstep(model, units, [probe], lambda batch: call(model, batch)) as passes:
         for stop in passes:
             hooks.load(stop.unit.module)
             _check_weights(stop.unit)
             visits[stop.unit.name] += 1
-            stop.run()
+            with _watching_linear_maps(stop.unit, called):
+                stop.run()
             _check_outputs(stop)
             hooks.release(stop.unit.module)
             hooks.progress("checking the model", sum(visits.values()), max(len(units), sum(visits.values())))
-    return Trace(visits, passes.outputs.get(0))
+    return Trace(units, visits, called, passes.outputs.get(0))
+
+
+@contextmanager
+def _watching_linear_maps(unit: Unit, called: set[str]) -> Iterator[None]:
+    def watch(name: str) -> Any:
+        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if computes_its_own(module):
+                expected = nn.functional.linear(args[0], module.weight, module.bias)  # type: ignore[arg-type]
+                if not isinstance(output, Tensor) or not torch.allclose(output, expected, 1e-3, 1e-4):
+                    return
+            called.add(kind_of(name))
+
+        return after
+
+    handles = [
+        module.register_forward_hook(watch(f"{unit.name}.{name}" if unit.name else name))
+        for name, module in linear_maps(unit.module).items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def walk(
@@ -64,7 +114,7 @@ def walk(
     method: Method,
     batches: Sequence[Batch],
     probe: Batch,
-    visits: Counter[str],
+    traced: Trace,
     stored: Stored | None,
     hessian_dtype: torch.dtype,
     hooks: Hooks,
@@ -74,10 +124,10 @@ def walk(
     A block that the model uses more than once is compressed at its last use, from the samples of all uses.
     """
     last = len(batches)  # the probe's sample number
-    remaining = {name for name, linears in plan.linears.items() if linears and visits[name]}
+    remaining = {name for name, linears in plan.linears.items() if linears and traced.visits[name]}
     total = len(remaining)
     earlier: dict[str, list[Call]] = {}
-    with Lockstep(model, units_of(model), [*batches, probe], lambda batch: call(model, batch)) as passes:
+    with Lockstep(model, traced.units, [*batches, probe], lambda batch: call(model, batch)) as passes:
         for stop in passes:
             name = stop.unit.name
             if not remaining:
@@ -88,7 +138,7 @@ def walk(
             if name in remaining:
                 calls = [Call(c.sample, c.args, c.kwargs, c.forward) for c in stop.calls if c.sample != last]
                 calls = earlier.pop(name, []) + calls
-                if stop.visit + 1 < visits[name]:
+                if stop.visit + 1 < traced.visits[name]:
                     earlier[name] = calls
                     stop.run()
                 else:
@@ -129,9 +179,8 @@ def units_of(model: nn.Module) -> list[Unit]:
     return units if any(unit.is_block for unit in units) else [Unit("", model, True)]
 
 
-def run(model: nn.Module, batches: Sequence[Batch], hooks: Hooks) -> list[Any]:
+def run(model: nn.Module, units: Sequence[Unit], batches: Sequence[Batch], hooks: Hooks) -> list[Any]:
     """The outputs of all batches from a model that is loaded unit by unit."""
-    units = units_of(model)
     with Lockstep(model, units, batches, lambda batch: call(model, batch)) as passes:
         for n, stop in enumerate(passes):
             hooks.load(stop.unit.module)

@@ -14,7 +14,14 @@ def is_linear_map(module: nn.Module) -> bool:
     """Whether `module` is a dense linear map whose weight tersor can see as a matrix (a grouped convolution is not)."""
     if isinstance(module, nn.Conv2d):
         return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
-    return type(module) is nn.Linear or is_conv1d(module)
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return False  # nn.MultiheadAttention uses its weight without calling it
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def computes_its_own(module: nn.Module) -> bool:
+    """Whether a linear map's class has a forward of its own, so that what it computes has to be seen to be believed."""
+    return isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
 
 
 def columns_of(module: nn.Module) -> int:
