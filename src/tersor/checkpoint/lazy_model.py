@@ -2,7 +2,7 @@
 
 The module tree is built without weights (meta device); `load` reads the tensors of one module from the shards, through
 transformers' own renaming and conversion of published keys, and `release` lets them go again. Quantized layers are read from
-every layout, as plain dense layers (for walking through a model block by block) or as packed `QuantizedLinear`s.
+every layout, as plain dense layers (for walking through a model block by block) or as packed layers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tersor.errors import TersorError
 from tersor.formats.layouts import COMPRESSED_SUFFIXES, GPTQ_SUFFIXES, read_awq, read_compressed, read_gptq
 from tersor.formats.quantized_weight import QuantizedWeight
 from tersor.layers.linear_map import is_conv1d
-from tersor.layers.quantized_linear import QuantizedLinear
+from tersor.layers.quantized_linear import QuantizedConv2d, QuantizedLinear, quantized_layer
 
 
 class LazyModel:
@@ -122,11 +122,8 @@ class LazyModel:
         """Replace every dense layer that is stored packed, so that its dense weight is never allocated."""
         for path in list(self.quantized):
             layer = self.module.get_submodule(path)
-            bias = getattr(layer, "bias", None)
             weight = self._read_quantized(path, *_matrix_shape(layer))
-            self.module.set_submodule(
-                path, QuantizedLinear(weight.to(self.device), bias if isinstance(bias, Tensor) else None)
-            )
+            self.module.set_submodule(path, quantized_layer(layer, weight.to(self.device)))
 
     def _load_plain(self, names: Iterable[str]) -> None:
         wanted = [key for name in dict.fromkeys(self._keys.sources(names)) for key in self.keys_of.get(name, ())]
@@ -137,7 +134,7 @@ class LazyModel:
 
     def _load_quantized(self, path: str) -> None:
         layer = self.module.get_submodule(path)
-        if isinstance(layer, QuantizedLinear):
+        if isinstance(layer, QuantizedLinear | QuantizedConv2d):
             return  # read when room was made for it
         weight = self._read_quantized(path, *_matrix_shape(layer)).to(self.device).dequantize(self.dtype)
         assert isinstance(layer.weight, Tensor)
