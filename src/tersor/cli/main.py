@@ -11,6 +11,7 @@ import tersor
 from tersor.cli.evaluate import evaluate
 from tersor.cli.generate import generate
 from tersor.cli.inspect import inspect
+from tersor.cli.models import models
 from tersor.cli.quantize import quantize
 from tersor.errors import TersorError
 
@@ -26,6 +27,7 @@ app.command("quantize")(quantize)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("inspect")(inspect)
+app.command("models")(models)
 
 
 def _version(value: bool) -> None:
