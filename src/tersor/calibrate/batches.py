@@ -124,7 +124,9 @@ def _as_batch(value: Any, n: int) -> Batch:
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
     """Calls made here keep no key-value cache, which would grow with every repeated call of a block."""
-    configs = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "use_cache")}
+    configs: dict[int, Any] = {
+        id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "use_cache")
+    }
     before = {key: config.use_cache for key, config in configs.items()}
     for config in configs.values():
         config.use_cache = False
