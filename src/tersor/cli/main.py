@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import typer
 
 import tersor
+from tersor.cli.demo import demo
 from tersor.cli.evaluate import evaluate
 from tersor.cli.generate import generate
 from tersor.cli.inspect import inspect
@@ -28,6 +29,7 @@ app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("inspect")(inspect)
 app.command("models")(models)
+app.command("demo")(demo)
 
 
 def _version(value: bool) -> None:
