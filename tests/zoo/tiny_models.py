@@ -20,7 +20,9 @@ class Tiny:
     inputs: str = "text"
     expects: int | None = None  # linear layers that a job compresses, where worth stating
     nested: dict[str, dict[str, Any]] = field(default_factory=dict)  # sub-configs, by argument
-    format: str = "gptq"  # compressed-tensors where widths are no multiples of 32, as they are in the published sizes too
+    format: str = (
+        "gptq"  # compressed-tensors where widths are no multiples of 32, as they are in the published sizes too
+    )
 
 
 LLAMA = {
@@ -109,7 +111,9 @@ MODELS: dict[str, Tiny] = {
         expects=8,
     ),
     "mpt": Tiny(
-        "MptForCausalLM", {"vocab_size": VOCABULARY, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 128}, expects=8
+        "MptForCausalLM",
+        {"vocab_size": VOCABULARY, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 128},
+        expects=8,
     ),
     "stablelm": Tiny("StableLmForCausalLM", LLAMA, expects=14),
     "olmo2": Tiny("Olmo2ForCausalLM", LLAMA, expects=14),
@@ -166,7 +170,14 @@ MODELS: dict[str, Tiny] = {
     ),
     "falcon_h1": Tiny(
         "FalconH1ForCausalLM",
-        {**LLAMA, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 8},
+        {
+            **LLAMA,
+            "mamba_d_ssm": 64,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 16,
+            "mamba_d_state": 16,
+            "mamba_chunk_size": 8,
+        },
         format="compressed-tensors",
     ),
     "bert": Tiny("BertForMaskedLM", BERT, expects=12),

@@ -116,13 +116,17 @@ def _as_batch(value: Any, n: int) -> Batch:
         return {"args": (value,)}
     if isinstance(value, tuple | list) and all(isinstance(each, Tensor) for each in value):
         return {"args": tuple(value)}
-    raise TersorError(f"calibration sample {n} is a {type(value).__name__}; give dictionaries, tensors or tuples of tensors")
+    raise TersorError(
+        f"calibration sample {n} is a {type(value).__name__}; give dictionaries, tensors or tuples of tensors"
+    )
 
 
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
     """Calls made here keep no key-value cache, which would grow with every repeated call of a block."""
-    configs = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "use_cache")}
+    configs: dict[int, Any] = {
+        id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "use_cache")
+    }
     before = {key: config.use_cache for key, config in configs.items()}
     for config in configs.values():
         config.use_cache = False

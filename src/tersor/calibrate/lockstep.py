@@ -116,10 +116,12 @@ class Lockstep:
 
     def __enter__(self) -> Lockstep:
         for unit in self._units:
-            unit.module.forward = self._gate(unit)  # type: ignore[method-assign]
+            unit.module.forward = self._gate(unit)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for each in self._passes:
             self.give_up(each.sample)
         for unit in self._units:

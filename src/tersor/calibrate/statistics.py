@@ -67,7 +67,7 @@ def call_order(linears: Mapping[str, nn.Module], calls: Sequence[Call]) -> CallO
     return CallOrder([*groups, unreached] if unreached else groups, once)
 
 
-class _Enough(Exception):
+class _Enough(Exception):  # noqa: N818
     """The last statistic of a pass is in: the rest of the block need not run."""
 
 

@@ -2,7 +2,7 @@
 
 The module tree is built without weights (meta device); `load` reads the tensors of one module from the shards, through
 transformers' own renaming and conversion of published keys, and `release` lets them go again. Quantized layers are read from
-every layout, as plain dense layers (for walking through a model block by block) or as packed `QuantizedLinear`s.
+every layout, as plain dense layers (for walking through a model block by block) or as packed layers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tersor.errors import TersorError
 from tersor.formats.layouts import COMPRESSED_SUFFIXES, GPTQ_SUFFIXES, read_awq, read_compressed, read_gptq
 from tersor.formats.quantized_weight import QuantizedWeight
 from tersor.layers.linear_map import is_conv1d
-from tersor.layers.quantized_linear import QuantizedLinear
+from tersor.layers.quantized_linear import QuantizedConv2d, QuantizedLinear, quantized_layer
 
 
 class LazyModel:
@@ -108,7 +108,9 @@ class LazyModel:
                 del self._ties[target]
                 self._ties = {t: (target if s == source else s) for t, s in self._ties.items()} | {source: target}
         missing = [
-            name for name, tensor in _state(self.module, "") if self._ties.get(name, name) not in here and tensor.is_meta
+            name
+            for name, tensor in _state(self.module, "")
+            if self._ties.get(name, name) not in here and tensor.is_meta
         ]
         parameters = dict(self.module.named_parameters(remove_duplicate=False))
         missing = [name for name in missing if name in parameters or not _initialize_buffer(self.module, name)]
@@ -120,9 +122,8 @@ class LazyModel:
         """Replace every dense layer that is stored packed, so that its dense weight is never allocated."""
         for path in list(self.quantized):
             layer = self.module.get_submodule(path)
-            bias = layer.bias if isinstance(getattr(layer, "bias", None), Tensor) else None
             weight = self._read_quantized(path, *_matrix_shape(layer))
-            self.module.set_submodule(path, QuantizedLinear(weight.to(self.device), bias))
+            self.module.set_submodule(path, quantized_layer(layer, weight.to(self.device)))
 
     def _load_plain(self, names: Iterable[str]) -> None:
         wanted = [key for name in dict.fromkeys(self._keys.sources(names)) for key in self.keys_of.get(name, ())]
@@ -133,11 +134,15 @@ class LazyModel:
 
     def _load_quantized(self, path: str) -> None:
         layer = self.module.get_submodule(path)
-        if isinstance(layer, QuantizedLinear):
+        if isinstance(layer, QuantizedLinear | QuantizedConv2d):
             return  # read when room was made for it
         weight = self._read_quantized(path, *_matrix_shape(layer)).to(self.device).dequantize(self.dtype)
         assert isinstance(layer.weight, Tensor)
-        _set(self.module, f"{path}.weight", weight.t().contiguous() if is_conv1d(layer) else weight.view(layer.weight.shape))
+        _set(
+            self.module,
+            f"{path}.weight",
+            weight.t().contiguous() if is_conv1d(layer) else weight.view(layer.weight.shape),
+        )
 
     def _read_quantized(self, path: str, out_features: int, in_features: int) -> QuantizedWeight:
         config, stem = self.quantization, self.quantized[path]
@@ -158,13 +163,11 @@ class LazyModel:
     def _name_of(self, module: nn.Module) -> str:
         for name, each in self.module.named_modules():
             if each is module:
-                return name
+                return str(name)
         raise ValueError(f"{type(module).__name__} is not part of this model")
 
 
-def read_layer(
-    name: str, tensors: dict[str, Tensor], in_features: int, config: QuantizationConfig
-) -> QuantizedWeight:
+def read_layer(name: str, tensors: dict[str, Tensor], in_features: int, config: QuantizationConfig) -> QuantizedWeight:
     """One quantized layer from its tensors by suffix, whichever layout they are in."""
     bits, group_size = config.bits, config.group_size
     if "weight_packed" in tensors:
@@ -206,9 +209,11 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
         if hasattr(parsed, "quantization_config"):
             del parsed.quantization_config
         with torch.device("meta"):
-            module = kind._from_config(parsed, dtype=dtype)
+            module: nn.Module = kind._from_config(parsed, dtype=dtype)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise TersorError(f"{checkpoint.directory}: {architectures[0]} cannot be built from config.json: {error}") from None
+        raise TersorError(
+            f"{checkpoint.directory}: {architectures[0]} cannot be built from config.json: {error}"
+        ) from None
     _fill_computed_buffers(module)
     return module.eval()
 
@@ -216,10 +221,15 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
 def compute_dtype(checkpoint: Checkpoint, device: torch.device | str, dtype: str = "auto") -> torch.dtype:
     """The dtype to run in. "auto": float32 on a CPU, where half precision is slower and coarser; else the checkpoint's own."""
     if dtype != "auto":
-        found = getattr(torch, dtype, None)
-        if found not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            raise TersorError(f"dtype {dtype!r} is not one of auto, float16, bfloat16, float32, float64")
-        return found
+        known = {
+            "float16": torch.float16,
+            "bfloat16": torch.bfloat16,
+            "float32": torch.float32,
+            "float64": torch.float64,
+        }
+        if dtype not in known:
+            raise TersorError(f"dtype {dtype!r} is not one of auto, {', '.join(known)}")
+        return known[dtype]
     return torch.float32 if torch.device(device).type == "cpu" else torch_dtype(checkpoint.config)
 
 
@@ -228,21 +238,22 @@ class _KeyMap:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.state = {name: tensor for name, tensor in _state(module, "")}
+        self.state = dict(_state(module, ""))
         self.transforms: list[Any] = []
         self.prefix = getattr(module, "base_model_prefix", None)
         if self.prefix is not None:
             from transformers.conversion_mapping import get_model_conversion_mapping
 
             self.transforms = get_model_conversion_mapping(module)  # type: ignore[arg-type]
-        self.converters = [t for t in self.transforms if hasattr(t, "operations")]
-        self.renamings = [t for t in self.transforms if not hasattr(t, "operations")]
+        self.converters: list[Any] = [t for t in self.transforms if hasattr(t, "operations")]
+        self.renamings: list[Any] = [t for t in self.transforms if not hasattr(t, "operations")]
 
     def runtime_name(self, key: str) -> str:
         if self.prefix is None:
             return key
         from transformers.core_model_loading import rename_source_key
 
+        name: str
         name, _ = rename_source_key(key, self.renamings, self.converters, self.prefix, self.state)
         if name not in self.state and key in self.state:
             name, _ = rename_source_key(key, [], [], self.prefix, self.state)
@@ -266,7 +277,9 @@ class _KeyMap:
             for name in keys_of:
                 if targets[0] in name and name in self.state:
                     self._targets.setdefault(name, set()).update(
-                        other for other in (name.replace(targets[0], each) for each in targets[1:]) if other in self.state
+                        other
+                        for other in (name.replace(targets[0], each) for each in targets[1:])
+                        if other in self.state
                     )
         return set(chain.from_iterable(self._targets.values()))
 
@@ -285,13 +298,13 @@ class _KeyMap:
         from transformers.utils import logging
 
         shown = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
             config = LoadStateDictConfig(device_map={"": device}, dtype=dtype, weight_mapping=self.transforms)
             info, _ = convert_and_load_state_dict_in_model(self.module, slices, config, None)  # type: ignore[arg-type]
         finally:
             if shown:
-                logging.enable_progress_bar()
+                logging.enable_progress_bar()  # type: ignore[no-untyped-call]
         if info.mismatched_keys:
             name, got, expected = sorted(info.mismatched_keys)[0]
             raise TersorError(f"{name} is {tuple(got)}; the model's is {tuple(expected)}")
@@ -303,7 +316,11 @@ class _KeyMap:
 def _state(module: nn.Module, prefix: str) -> list[tuple[str, Tensor]]:
     """Parameters and persistent buffers by their full names; tied ones under each of their names."""
     start = f"{prefix}." if prefix else ""
-    return [(start + name, tensor) for name, tensor in module.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)]
+    return [
+        (start + name, tensor)
+        for name, tensor in module.state_dict(keep_vars=True).items()
+        if isinstance(tensor, Tensor)
+    ]
 
 
 def _get(module: nn.Module, name: str) -> Any:

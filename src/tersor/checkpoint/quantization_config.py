@@ -41,7 +41,9 @@ def read_config(directory: Path, config: Mapping[str, Any]) -> QuantizationConfi
         return _read_compressed(found)
     if method == "awq":
         if found.get("version", "gemm") != "gemm" or found.get("bits", 4) != 4:
-            raise TersorError(f"AWQ version {found.get('version')!r} at {found.get('bits')} bits: only 4-bit gemm is read")
+            raise TersorError(
+                f"AWQ version {found.get('version')!r} at {found.get('bits')} bits: only 4-bit gemm is read"
+            )
         return QuantizationConfig("awq", 4, int(found.get("group_size", 128)), sym=not found.get("zero_point", True))
     if method != "gptq":
         raise TersorError(f"quantization method {method!r} is not one of gptq, compressed-tensors, awq")

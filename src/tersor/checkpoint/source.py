@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -44,20 +44,15 @@ class Checkpoint:
     @contextmanager
     def tensors(self, names: Iterable[str]) -> Iterator[dict[str, Any]]:
         """The named tensors as safetensors slices: nothing is read before a slice is indexed, as `slice[...]`."""
-        opened: dict[Path, Any] = {}
-        try:
-            for name in names:
-                path = self.shard_of[name]
-                if path not in opened:
-                    opened[path] = safe_open(path, framework="pt").__enter__()
+        names = list(names)
+        with ExitStack() as stack:
+            shards = {self.shard_of[name] for name in names}
+            opened = {path: stack.enter_context(safe_open(path, framework="pt")) for path in sorted(shards)}
             yield {name: _Slice(opened[self.shard_of[name]].get_slice(name)) for name in names}
-        finally:
-            for handle in opened.values():
-                handle.__exit__(None, None, None)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors, in memory of their own."""
-        with self.tensors(list(names)) as slices:
+        with self.tensors(names) as slices:
             return {name: piece[...] for name, piece in slices.items()}
 
     def other_files(self) -> list[Path]:

@@ -54,7 +54,9 @@ class Job:
             if not overwrite:
                 raise TersorError(f"{self.out} exists and is not empty; give another directory or --overwrite")
             if not self.folder.exists() and not (self.out / "config.json").exists():
-                raise TersorError(f"{self.out} is no model directory, so --overwrite does not empty it; remove it yourself")
+                raise TersorError(
+                    f"{self.out} is no model directory, so --overwrite does not empty it; remove it yourself"
+                )
         return False
 
     def start(self, fingerprint: Mapping[str, str], *, overwrite: bool) -> None:
@@ -116,7 +118,9 @@ class Job:
             for name, tensor in load_file(shard).items():
                 weight_map[name] = shard.name
                 total += tensor.numel() * tensor.element_size()
-        _write_json(self.out / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+        _write_json(
+            self.out / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        )
 
     def _block_file(self, name: str) -> Path:
         return self.folder / f"{name or 'model'}.safetensors"

@@ -30,4 +30,6 @@ def evaluate(
     if as_json:
         typer.echo(json.dumps({"model": model, **found.__dict__}))
     else:
-        typer.echo(f"perplexity {found.perplexity:.4f} over {found.tokens:,} tokens in {found.windows} windows of {seq_len}")
+        typer.echo(
+            f"perplexity {found.perplexity:.4f} over {found.tokens:,} tokens in {found.windows} windows of {seq_len}"
+        )

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 import typer
 
 import tersor
+from tersor.cli.demo import demo
 from tersor.cli.evaluate import evaluate
 from tersor.cli.generate import generate
 from tersor.cli.inspect import inspect
+from tersor.cli.models import models
 from tersor.cli.quantize import quantize
 from tersor.errors import TersorError
 
@@ -26,6 +28,8 @@ app.command("quantize")(quantize)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("inspect")(inspect)
+app.command("models")(models)
+app.command("demo")(demo)
 
 
 def _version(value: bool) -> None:
@@ -36,7 +40,9 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _root(
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version and exit."),
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version and exit."
+    ),
 ) -> None:
     pass
 

@@ -20,14 +20,18 @@ from tersor.compress.result import Summary
 
 def _quantize(
     model: Annotated[str, typer.Argument(help="A directory, a hub name such as org/name, or `demo`.")],
-    out: Annotated[Path, typer.Option("--out", help="Directory to write; must not exist, or hold this job unfinished.")],
+    out: Annotated[
+        Path, typer.Option("--out", help="Directory to write; must not exist, or hold this job unfinished.")
+    ],
     method: Annotated[str, typer.Option(help="How the weights are chosen.")] = "gptq",
     calibration: Annotated[str, typer.Option(help="A text file (.gz too), `builtin`, or `hf:NAME`.")] = "builtin",
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens a sample; at most what the model has positions for.")] = 2048,
     seed: Annotated[int, typer.Option(help="Seed of the choice of samples.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Precision of the forward passes: auto, float32, bfloat16, float16.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Precision of the forward passes: auto, float32, bfloat16, float16.")
+    ] = "auto",
     format: Annotated[str, typer.Option(help="gptq, gptq_v2 or compressed-tensors.")] = "gptq",
     include: Annotated[list[str] | None, typer.Option(help="Only layers that match, such as `*.mlp.*`.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Not layers that match.")] = None,
@@ -108,6 +112,7 @@ def _method_options(known: dict[str, type[Method]]) -> list[inspect.Parameter]:
             if each.name in parameters:
                 continue
             default = each.default
+            annotation: Any
             flags = [each.metadata["flag"]] if each.metadata.get("flag") else []
             if isinstance(default, bool):
                 dashed = each.name.replace("_", "-")

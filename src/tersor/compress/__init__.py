@@ -11,8 +11,9 @@ from types import ModuleType
 from typing import Any
 
 from tersor.compress.gptq import GPTQ
-from tersor.compress.job import Compressed, compress
+from tersor.compress.job import compress
 from tersor.compress.method import Method, from_options, methods
+from tersor.compress.result import Compressed
 from tersor.compress.rtn import RTN
 
 __all__ = ["GPTQ", "RTN", "Compressed", "Method", "compress", "from_options", "methods"]

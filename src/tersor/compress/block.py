@@ -61,7 +61,9 @@ class Block:
         maps = {name: self.linears[name] for name in names}
         return gather_hessians(maps, self.calls, once=self.order.once, dtype=self.hessian_dtype)
 
-    def replace(self, name: str, solution: Solution, group_size: int, *, tokens: int, started: float, note: str = "") -> None:
+    def replace(
+        self, name: str, solution: Solution, group_size: int, *, tokens: int, started: float, note: str = ""
+    ) -> None:
         """Put a solved weight in the place of the original: packed for the result, dense in the block that runs on."""
         module = self.linears[name]
         set_weight_matrix(module, solution.dequantize().to(next(module.parameters()).dtype))
@@ -70,6 +72,4 @@ class Block:
             self.packed[name] = solution.pack(group_size, self.stored)
         width = 2 if bits == "ternary" else bits
         seconds = time.perf_counter() - started
-        self.reports.append(
-            LayerReport(name, width, group_size, solution.error, solution.damp, tokens, seconds, note)
-        )
+        self.reports.append(LayerReport(name, width, group_size, solution.error, solution.damp, tokens, seconds, note))

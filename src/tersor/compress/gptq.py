@@ -35,7 +35,9 @@ class GPTQ(Method):
     sym: bool = option(True, SYM_HELP, flag="--sym/--asym")
     desc_act: bool = option(False, "solve the columns with the largest activations first")
     static_groups: bool = option(False, "fit all groups beforehand, so that desc_act costs nothing at inference")
-    true_sequential: bool = option(True, "within a block, let later layers see the inputs that the quantized earlier ones make")
+    true_sequential: bool = option(
+        True, "within a block, let later layers see the inputs that the quantized earlier ones make"
+    )
     damp: float = option(
         0.01,
         "added to the Hessian's diagonal, as a fraction of its mean",

@@ -41,11 +41,10 @@ class Solution:
 
     def pack(self, group_size: int, stored: Stored | None) -> QuantizedWeight:
         """The packed weight. Symmetric ternary levels -s, 0, s are 2-bit codes 0, 1, 2 with zero point 1."""
-        ternary = self.bits == "ternary"
         scales = self.scales if stored is None else self.scales.to(stored.scale_dtype)
-        zeros = torch.ones_like(self.zeros) if ternary else self.zeros
+        bits, zeros = (2, torch.ones_like(self.zeros)) if self.bits == "ternary" else (self.bits, self.zeros)
         return QuantizedWeight.from_codes(
-            self.codes, scales.t(), zeros.t(), bits=2 if ternary else self.bits, group_size=group_size, g_idx=self.g_idx
+            self.codes, scales.t(), zeros.t(), bits=bits, group_size=group_size, g_idx=self.g_idx
         )
 
 

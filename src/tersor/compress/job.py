@@ -22,7 +22,16 @@ import torch
 from torch import Tensor, nn
 
 import tersor
-from tersor.calibrate.batches import Batch, Calibration, call, fingerprint, make_batches, probe_of, to_device, without_cache
+from tersor.calibrate.batches import (
+    Batch,
+    Calibration,
+    call,
+    fingerprint,
+    make_batches,
+    probe_of,
+    to_device,
+    without_cache,
+)
 from tersor.calibrate.blocks import Unit
 from tersor.checkpoint.lazy_model import LazyModel, compute_dtype, read_layer
 from tersor.checkpoint.load import load_tokenizer, pick_device
@@ -40,6 +49,7 @@ from tersor.formats.layouts import Layout, layout_named, write
 from tersor.formats.quantized_weight import QuantizedWeight
 from tersor.layers.linear_map import set_weight_matrix, weight_matrix
 from tersor.layers.quantized_linear import quantized_layer
+
 
 def compress(
     model: str | Path | nn.Module,
@@ -74,14 +84,18 @@ def compress(
     """
     layout = None if format is None else layout_named(format)
     if layout is not None and layout.name not in method.layouts:
-        raise TersorError(f"method {method.name} cannot be stored as {layout.name}; it can as {', '.join(method.layouts)}")
+        raise TersorError(
+            f"method {method.name} cannot be stored as {layout.name}; it can as {', '.join(method.layouts)}"
+        )
     if samples < 1 or seq_len < 1:
         raise TersorError(f"samples={samples} and seq_len={seq_len} must be positive")
     job = _Settings(method, layout, pick_device(device), progress or (lambda what, done, total: None))
     texts = {"samples": samples, "seq_len": seq_len, "seed": seed}
     if isinstance(model, nn.Module):
         if out is not None:
-            raise TersorError("a module in memory is compressed in memory: call save(directory) on the result, not out=")
+            raise TersorError(
+                "a module in memory is compressed in memory: call save(directory) on the result, not out="
+            )
         return _compress_module(model, job, calibration, texts, include, exclude, tokenizer)
     if layout is None:
         raise TersorError("a model given by name is written as it is compressed: format=None is for modules in memory")
@@ -182,7 +196,7 @@ def _compress_checkpoint(
             output = walk(lazy.module, plan, job.method, batches, probe, first, stored, hessian_dtype, hooks)
             after = first_tensor(output)
         replaced = {key for linear in plan.all_linears() for key in lazy.keys_of[f"{linear}.weight"]}
-        result = {"method": job.method.options(), "format": layout.name, "version": tersor.__version__}
+        result: dict[str, Any] = {"method": job.method.options(), "format": layout.name, "version": tersor.__version__}
         result |= {"layers": [{k: v for k, v in r.row().items() if k != "seconds"} for r in reports]}
         written = {**checkpoint.config, "quantization_config": _quantization_config(lazy, plan, job)}
         extra: dict[str, Any] = {RESULT_FILE: result}
@@ -288,7 +302,12 @@ class _Size:
 
 
 def _samples(
-    job: _Settings, module: nn.Module, calibration: Calibration, texts: dict[str, int], tokenizer: Any, dtype: torch.dtype
+    job: _Settings,
+    module: nn.Module,
+    calibration: Calibration,
+    texts: dict[str, int],
+    tokenizer: Any,
+    dtype: torch.dtype,
 ) -> tuple[list[Batch], Batch | None]:
     """The calibration samples and the probe, on the device. A method that needs no samples gets none."""
     config = getattr(module, "config", None)
@@ -344,7 +363,9 @@ def _quantization_config(lazy: LazyModel, plan: Plan, job: _Settings) -> dict[st
     if job.layout.name != "compressed-tensors" and inside:
         config["dynamic"] = {f"-:^{re.escape(_stem(lazy, name))}$": {} for name in inside}
         unit = next(unit for unit in plan.blocks if plan.linears[unit.name])
-        config["modules_in_block_to_quantize"] = [[name.removeprefix(f"{unit.name}.") for name in plan.linears[unit.name]]]
+        config["modules_in_block_to_quantize"] = [
+            [name.removeprefix(f"{unit.name}.") for name in plan.linears[unit.name]]
+        ]
     return config
 
 

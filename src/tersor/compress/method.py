@@ -11,6 +11,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from tersor.errors import TersorError
@@ -55,9 +56,7 @@ def register(method: M) -> M:
 
 def methods() -> dict[str, type[Method]]:
     """All methods by name."""
-    import tersor.compress
-
-    for module in pkgutil.iter_modules(tersor.compress.__path__):
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
         importlib.import_module(f"tersor.compress.{module.name}")
     return dict(sorted(_METHODS.items()))
 

@@ -16,7 +16,8 @@ from tersor.errors import TersorError
 from tersor.formats.layouts import Layout
 from tersor.layers.linear_map import is_conv1d
 
-ROUTERS = re.compile(r"(^|\.)(router|gate|shared_expert_gate|wg)$")  # a few outputs that choose experts: kept as they are
+# A few outputs that choose experts: kept as they are.
+ROUTERS = re.compile(r"(^|\.)(router|gate|shared_expert_gate|wg)$")
 
 
 @dataclass(frozen=True)

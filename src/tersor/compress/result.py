@@ -89,7 +89,7 @@ def peak_memory(device: torch.device) -> int:
     return resident if sys.platform == "darwin" else resident * 1024
 
 
-def loss_of(before: Tensor | None, after: Tensor | None) -> dict[str, float | None]:
+def loss_of(before: Tensor | None, after: Tensor | None) -> dict[str, Any]:
     """Divergence and agreement of two outputs [..., classes]; empty where there is nothing to compare."""
     if before is None or after is None or before.shape != after.shape or before.dim() < 2:
         return {}

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import tersor
+from tersor import models
 from tersor.checkpoint.quantization_config import make_config
 from tersor.checkpoint.writer import RESULT_FILE
 from tersor.compress.method import from_options
@@ -29,7 +30,9 @@ def copy_directory(source: Path, target: Path, *, overwrite: bool) -> Path:
 def save_module(module: nn.Module, summary: Summary, target: Path, *, overwrite: bool) -> Path:
     """Write a module whose layers were replaced by packed ones, under its own tensor names, with its config where it has one."""
     if summary.format is None:
-        raise TersorError("the model was compressed with format=None, in numbers that no file format holds; name a format")
+        raise TersorError(
+            "the model was compressed with format=None, in numbers that no file format holds; name a format"
+        )
     layout, method = layout_named(summary.format), from_options(**_named(summary.method))
     options = method.quantization()
     tensors: dict[str, Tensor] = {}
@@ -49,7 +52,9 @@ def save_module(module: nn.Module, summary: Summary, target: Path, *, overwrite:
     quantization = make_config(layout.name, ignored=summary.left, version=tersor.__version__, **options)
     _make_room(target, overwrite=overwrite)
     target.mkdir(parents=True)
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, target / "model.safetensors", {"format": "pt"})
+    save_file(
+        {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, target / "model.safetensors", {"format": "pt"}
+    )
     config = {**config_of(module), "quantization_config": quantization}
     (target / RESULT_FILE).write_text(json.dumps({"method": summary.method, "format": layout.name}, indent=2) + "\n")
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -58,12 +63,12 @@ def save_module(module: nn.Module, summary: Summary, target: Path, *, overwrite:
 
 def config_of(module: nn.Module) -> dict[str, Any]:
     """What is needed to build the module again: a transformers config, a tersor model's, or only the class's name."""
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     if hasattr(config, "to_dict"):
         found: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
         return {**found, "architectures": [type(module).__name__]}
-    if hasattr(module, "tersor_config"):
-        return dict(module.tersor_config())
+    if hasattr(type(module), "system"):
+        return models.config_of(module)
     return {"module": f"{type(module).__module__}.{type(module).__qualname__}"}
 
 

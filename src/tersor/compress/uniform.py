@@ -40,7 +40,10 @@ def check_grid(
         return
     if bits == "ternary" and not sym:
         raise TersorError("ternary levels of two magnitudes (--asym) fit no file format; use --sym")
-    for what, count, words in (("inputs", in_features, layout.word_columns), ("outputs", out_features, layout.word_rows)):
+    for what, count, words in (
+        ("inputs", in_features, layout.word_columns),
+        ("outputs", out_features, layout.word_rows),
+    ):
         if count % words:
             raise TersorError(
                 f"{name} has {count} {what}; format {layout.name} stores whole words of {words}: "

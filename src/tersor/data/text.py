@@ -11,7 +11,7 @@ from tersor.errors import TersorError
 def builtin_text(part: str) -> str:
     """Python's own reference documentation (`pydoc_data.topics`), split by topic: every third is "evaluation", the rest
     "calibration"."""
-    from pydoc_data.topics import topics  # type: ignore[import-untyped]
+    from pydoc_data.topics import topics
 
     if part not in ("calibration", "evaluation"):
         raise ValueError(f"part {part!r} is neither 'calibration' nor 'evaluation'")

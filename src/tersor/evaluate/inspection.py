@@ -54,7 +54,9 @@ def inspect_checkpoint(model: str | Path) -> Inspection:
     groups: dict[tuple[str, tuple[tuple[str, tuple[int, int], float], ...]], list[str]] = {}
     for unit in units:
         if unit.is_block:
-            rows = tuple((name, _shape(m), _bits(lazy, unit, name, m, stored)) for name, m in linear_maps(unit.module).items())
+            rows = tuple(
+                (name, _shape(m), _bits(lazy, unit, name, m, stored)) for name, m in linear_maps(unit.module).items()
+            )
             groups.setdefault((re.sub(r"\.\d+$", "", unit.name), rows), []).append(unit.name)
     blocks = [
         BlockGroup(names[0], len(names), [r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows])

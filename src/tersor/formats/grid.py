@@ -112,7 +112,8 @@ def _grid_of_range(low: Tensor, high: Tensor, bits: Bits, sym: bool, stored: Sto
     if sym:
         return Grid(scale, torch.full_like(scale, 2 ** (bits - 1)), bits)
     zero = torch.round(-low / scale).clamp(0, largest)
-    if stored is not None and stored.min_zero > 0:  # all-positive rows: spend the levels below zero for a file all can read
+    if stored is not None and stored.min_zero > 0:
+        # All-positive rows: spend the levels below zero for a file that all can read.
         too_low = zero < stored.min_zero
         scale = torch.where(too_low, _as_stored(high / (largest - stored.min_zero), stored), scale)
         zero = zero.clamp(min=stored.min_zero)

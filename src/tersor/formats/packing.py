@@ -28,7 +28,8 @@ def pack(codes: Tensor, bits: int, *, dim: int) -> Tensor:
     words_per_period = period * bits // WORD
     count = values.shape[-1]
     padded = -(-count // period) * period
-    values = torch.nn.functional.pad(values, (0, padded - count)).unflatten(-1, (-1, period))
+    values = torch.nn.functional.pad(values, (0, padded - count))
+    values = values.reshape(*values.shape[:-1], -1, period)
     words = values.new_zeros((*values.shape[:-1], words_per_period))
     for k in range(period):
         word, shift = divmod(k * bits, WORD)
@@ -46,7 +47,8 @@ def unpack(words: Tensor, bits: int, count: int, *, dim: int) -> Tensor:
     period = math.lcm(bits, WORD) // bits
     words_per_period = period * bits // WORD
     padded = -(-stream.shape[-1] // words_per_period) * words_per_period
-    stream = torch.nn.functional.pad(stream, (0, padded - stream.shape[-1])).unflatten(-1, (-1, words_per_period))
+    stream = torch.nn.functional.pad(stream, (0, padded - stream.shape[-1]))
+    stream = stream.reshape(*stream.shape[:-1], -1, words_per_period)
     values = torch.empty((*stream.shape[:-1], period), dtype=torch.uint8, device=words.device)
     for k in range(period):
         word, shift = divmod(k * bits, WORD)

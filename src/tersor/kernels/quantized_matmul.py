@@ -54,6 +54,7 @@ _quantized_matmul.register_autograd(_backward, setup_context=_setup_context)
 
 def quantized_matmul(x: Tensor, weight: QuantizedWeight) -> Tensor:
     """y = x · Wᵀ. x [..., in], y [..., out] in x's dtype. Differentiable in x; traceable by torch.compile."""
-    return _quantized_matmul(
+    y: Tensor = _quantized_matmul(
         x, weight.qweight, weight.scales, weight.zeros, weight.g_idx, weight.bits, weight.group_size
     )
+    return y

@@ -37,9 +37,7 @@ def stream(
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if ids.shape[1] == 0:
         raise TersorError("the prompt is empty; give at least one token to continue")
-    yield from stream_tokens(
-        module, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
-    )
+    yield from stream_tokens(module, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
 
 
 def stream_tokens(
@@ -76,7 +74,7 @@ def stream_tokens(
             )
         except BaseException as error:
             failed.append(error)
-            streamer.end()
+            streamer.end()  # type: ignore[no-untyped-call]
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()

@@ -1,0 +1,63 @@
+# Needs Python 3.11 or newer, git and make; everything else is put into .venv, at the versions in constraints.txt.
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
+	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/uv pip install --python $(BIN)/python -c constraints.txt
+PYTEST := $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test quick lint types contracts format docs clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.package ## Quantize the built-in model and show what it costs and saves
+	$(BIN)/tersor demo
+
+test: $(VENV)/.dev ## Run all tests: what CI runs
+	$(PYTEST)
+
+quick: $(VENV)/.dev ## Run only the tests that take seconds
+	$(PYTEST) -m "not slow"
+
+lint: $(VENV)/.dev ## Check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev ## Check types, strictly
+	$(BIN)/mypy
+
+contracts: $(VENV)/.dev ## Check which room imports which
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev ## Format the code
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.dev ## Build the documentation into site/
+	$(BIN)/mkdocs build --strict
+
+clean: ## Remove the environment and everything that was built
+	rm -rf $(VENV) site dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+
+# The stamps are older than what they depend on: a changed requirement reinstalls, anything else is instant.
+$(VENV)/.uv: | check-python
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt uv
+	@touch $@
+
+$(VENV)/.package: pyproject.toml constraints.txt $(VENV)/.uv
+	$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.uv
+	$(INSTALL) -e '.[dev]'
+	@touch $@ $(VENV)/.package
+
+.PHONY: check-python
+check-python:
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer found; install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo "make: $(PYTHON) is not Python 3.11 or newer: $$($(PYTHON) --version 2>&1)" >&2; exit 1; }

@@ -1,0 +1,88 @@
+"""`tersor demo`: the main job on the model that comes with the package, and what it costs and saves, in one table."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tersor.checkpoint.source import open_checkpoint
+from tersor.cli.progress import Report, progress_bar
+from tersor.compress import GPTQ, RTN, Method, compress
+from tersor.evaluate.inspection import inspect_checkpoint
+from tersor.evaluate.perplexity import perplexity
+from tersor.runtime.generate import stream
+
+MODEL = "demo"
+PROMPT = "It is a truth universally acknowledged, that"
+
+
+def demo(
+    out: Annotated[
+        Path | None, typer.Option(help="Keep the quantized model here; a temporary directory if unset.")
+    ] = None,
+    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
+    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 32,
+    seq_len: Annotated[int, typer.Option(help="Tokens a sample and an evaluation window.")] = 512,
+    windows: Annotated[int, typer.Option(help="Windows of text to evaluate on.")] = 16,
+) -> None:
+    """Quantize the built-in model by rounding and by GPTQ, compare both with the original, and let the result write."""
+    console = Console()
+    table = Table(box=None, pad_edge=False)
+    for column in ("", "size on disk", "bits a weight", "perplexity", "seconds"):
+        table.add_column(column, justify="right" if column else "left")
+
+    def measure(name: str, model: str | Path, seconds: float | None, progress: Report) -> None:
+        def evaluating(what: str, done: int, total: int) -> None:
+            progress(f"{name}: {what}", done, total)
+
+        found = perplexity(model, "builtin", seq_len=seq_len, max_windows=windows, progress=evaluating)
+        size = open_checkpoint(model).size()
+        table.add_row(
+            name,
+            f"{size / 1e6:.1f} MB",
+            f"{_bits_a_weight(model):.2f}",
+            f"{found.perplexity:.2f}",
+            "" if seconds is None else f"{seconds:.1f}",
+        )
+
+    def quantize(name: str, method: Method, target: Path, progress: Report) -> None:
+        def compressing(what: str, done: int, total: int) -> None:
+            progress(f"{name}: {what}", done, total)
+
+        started = time.perf_counter()
+        compress(MODEL, method, out=target, samples=samples, seq_len=seq_len, progress=compressing)
+        measure(name, target, time.perf_counter() - started, progress)
+
+    console.print(
+        f"The built-in model, a LLaMA of 12.6 million parameters, is quantized to {bits} bits twice: by rounding each weight "
+        f"to the nearest level, and by GPTQ with {samples} samples of {seq_len} tokens. Both texts, for calibration and for "
+        f"perplexity ({windows} windows of {seq_len} tokens), are from Python's own documentation.\n"
+    )
+    with tempfile.TemporaryDirectory(prefix="tersor-demo-") as folder:
+        target = out or Path(folder) / "gptq"
+        with progress_bar() as progress:
+            measure("original", MODEL, None, progress)
+            quantize("round to nearest", RTN(bits=bits), Path(folder) / "rtn", progress)
+            quantize("GPTQ", GPTQ(bits=bits), target, progress)
+        console.print(table)
+        written = "".join(stream(target, PROMPT, max_new_tokens=48, temperature=0.7, seed=1))
+        end = written.find(".") + 1
+        console.print(f"\nThe GPTQ model goes on with a sentence:\n\n{PROMPT}{written[: end or None]}", highlight=False)
+    if out is not None:
+        console.print(f"\nThe quantized model is in {out}: tersor generate {out} --prompt '...'")
+
+
+def _bits_a_weight(model: str | Path) -> float:
+    """Over the linear layers of all blocks, scales and zero points included."""
+    bits = weights = 0.0
+    for group in inspect_checkpoint(model).blocks:
+        for (rows, columns), each in zip(group.shapes, group.bits, strict=True):
+            bits += group.count * rows * columns * each
+            weights += group.count * rows * columns
+    return bits / weights
