@@ -35,7 +35,7 @@ def shrink_towards_mean(hessians: Mapping[str, Hessian]) -> dict[str, Tensor]:
     x xᵀ and M the mean over all tokens of all experts of the layer.
     """
     tokens = sum(each.tokens for each in hessians.values())
-    mean = sum(each.sum() for each in hessians.values()) / max(tokens, 1)  # type: ignore[arg-type]
+    mean = sum(each.sum() for each in hessians.values()) / max(tokens, 1)
     return {
         name: 2 * (each.sum() + each.matrix.shape[0] * mean) / (each.tokens + each.matrix.shape[0])
         for name, each in hessians.items()

@@ -69,7 +69,7 @@ def call_order(linears: Mapping[str, LinearMap], calls: Sequence[Call]) -> CallO
         once = once and all(count <= (2 if name in seen_before else 1) for name, count in seen.items())
         if len(seen) == len(linears):
             break
-    unreached = []
+    unreached: list[str] = []
     for name in linears:
         if name not in seen:
             group_of_kind.get(kind_of(name), unreached).append(name)

@@ -79,7 +79,8 @@ class Block:
                 yield name, matrices.pop(name), gathered[name].tokens
 
     def _turns(self, names: Sequence[str]) -> Iterator[list[str]]:
-        turn, size = [], 0
+        turn: list[str] = []
+        size = 0
         for name in names:
             needed = columns_of(self.linears[name]) ** 2 * self.hessian_dtype.itemsize
             if turn and is_expert(name) and size + needed > STATISTICS_MEMORY:

@@ -249,7 +249,7 @@ def _compress_module(
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     if hasattr(module, "set_experts_implementation"):
-        module.set_experts_implementation("eager")  # the one whose products with single experts can be seen
+        module.set_experts_implementation("eager")  # type: ignore[operator]  # the one whose products with single experts can be seen
     plan = make_plan(module, job.method, None, include=include, exclude=exclude)
     dtype = next(module.parameters()).dtype
     device = next(module.parameters()).device

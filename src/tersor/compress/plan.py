@@ -36,7 +36,8 @@ class Plan:
 def make_plan(
     model: nn.Module, method: Method, layout: Layout | None, *, include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> Plan:
-    """All linear maps inside the repeated blocks, but for routers, tied weights and the towers of multimodal generators; `include` and `exclude` are patterns like `*.mlp.*`.
+    """All linear maps inside the repeated blocks, but for routers, tied weights and the towers of multimodal generators;
+    `include` and `exclude` are patterns like `*.mlp.*`.
 
     Raises TersorError where a pattern matches nothing, nothing is left to compress, or the method refuses a layer.
     """
