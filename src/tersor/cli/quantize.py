@@ -41,6 +41,12 @@ def _quantize(
     include: Annotated[list[str] | None, typer.Option(help="Only layers that match, such as `*.mlp.*`.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Not layers that match.")] = None,
     head: Annotated[bool, typer.Option("--head", help="Quantize the output head too.")] = False,
+    target_tp: Annotated[int, typer.Option(help="Check that the layers split over so many devices when served.")] = 1,
+    activations: Annotated[
+        str, typer.Option(help="Where samples wait between blocks: device, cpu or disk.")
+    ] = "device",
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read pickled weights (.bin) too.")] = False,
+    redo: Annotated[list[str] | None, typer.Option(help="Solve the blocks of layers that match again.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
     **options: Any,
@@ -70,6 +76,10 @@ def _quantize(
             include=include or (),
             exclude=exclude or (),
             head=head,
+            target_tp=target_tp,
+            activations=activations,
+            allow_pickle=allow_pickle,
+            redo=redo or (),
             progress=progress,
         )
     if as_json:

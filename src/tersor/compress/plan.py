@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -21,6 +21,26 @@ from tersor.layers.linear_map import LinearMap, linear_maps, matrix_shape
 
 # A few outputs that choose experts: kept as they are.
 ROUTERS = re.compile(r"(^|\.)(router|gate|shared_expert_gate|wg)$")
+
+# Layers that servers split along their inputs, by the names that transformers gives them.
+ROW_PARALLEL = re.compile(r"(^|\.)(o_proj|out_proj|down_proj|c_proj|dense|dense_4h_to_h|fc2|fc_out|w2|wo)(\.\d+)?$")
+
+
+class Choice(Protocol):
+    """What of a job's settings decides which layers are compressed, and how."""
+
+    @property
+    def recipe(self) -> Recipe: ...
+    @property
+    def layout(self) -> Layout | None: ...
+    @property
+    def include(self) -> Sequence[str]: ...
+    @property
+    def exclude(self) -> Sequence[str]: ...
+    @property
+    def head(self) -> bool: ...
+    @property
+    def target_tp(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -44,22 +64,15 @@ class Plan:
         return groups
 
 
-def make_plan(
-    model: nn.Module,
-    recipe: Recipe,
-    layout: Layout | None,
-    *,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    head: bool = False,
-) -> Plan:
+def make_plan(model: nn.Module, job: Choice) -> Plan:
     """All linear maps inside the repeated blocks, but for routers, tied weights and the towers of multimodal generators;
-    `include` and `exclude` are patterns like `*.mlp.*`. `head` adds the output head.
+    `include` and `exclude` are patterns like `*.mlp.*`; `head` adds the output head.
 
     Raises TersorError where a pattern matches nothing, nothing is left to compress, or the method refuses a layer.
     """
+    recipe, layout, include, exclude = job.recipe, job.layout, job.include, job.exclude
     everything = linear_maps(model)
-    blocks = [*find_blocks(model), *([_head(model)] if head else [])]
+    blocks = [*find_blocks(model), *([_head(model)] if job.head else [])]
     recipe.check_matches(list(everything))
     for pattern in (*include, *exclude):
         if not any(fnmatchcase(name, pattern) for name in everything):
@@ -90,6 +103,7 @@ def make_plan(
             raise TersorError(f"method {method.name} cannot be stored as {layout.name}; it can as {can}")
     for name, module in taken.items():
         methods[name].check_linear(name, *matrix_shape(module), layout)
+        check_split(name, *matrix_shape(module), methods[name], job.target_tp)
     return Plan(blocks, chosen, methods, [name for name in everything if name not in taken])
 
 
@@ -103,6 +117,33 @@ def _check_stacks(plan: Plan, everything: dict[str, LinearMap]) -> None:
             raise TersorError(
                 f"{name} is left out, but others of {stack} are not; include or exclude '{stack}.*' as a whole"
             )
+
+
+def check_split(name: str, out_features: int, in_features: int, method: Method, devices: int) -> None:
+    """Raise TersorError where a packed layer cannot be split over `devices` for tensor-parallel serving.
+
+    Layers whose outputs are summed over the devices are split along their inputs, in whole groups; others along their
+    outputs, in whole 32-bit words of packed zero points.
+    """
+    if devices == 1:
+        return
+    group = method.quantization().get("group_size", -1)
+    if ROW_PARALLEL.search(name):
+        unit = max(group, 32)
+        if in_features % (devices * unit):
+            raise TersorError(
+                f"{name}: its {in_features} inputs do not split over {devices} devices in whole groups of {unit}; "
+                f"use a smaller group size or --target-tp {_largest_divisor(in_features // unit, devices)}"
+            )
+    elif out_features % (devices * 32):
+        raise TersorError(
+            f"{name}: its {out_features} outputs do not split over {devices} devices in whole words of 32; "
+            f"--target-tp {_largest_divisor(out_features // 32, devices)} would work"
+        )
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return next(n for n in range(min(limit, max(number, 1)), 0, -1) if number % n == 0)
 
 
 def without(plan: Plan, names: set[str]) -> Plan:
