@@ -436,8 +436,8 @@ extern "C" __global__ void __launch_bounds__(128 * (WARPGROUPS + 1), RESIDENT)
         u32 pairs[2][CHUNK][4];
         for (u32 k = 0; k < count; ++k) {
             const u32 stage_offset = stage * STAGE_BYTES;
-            const u32 x_stage = __shfl_sync(~0u, x_start + stage * (STAGE_BYTES / 16),
-                                            0);  // tells the compiler that it is the same in all lanes
+            // The shuffle tells the compiler that the address is the same in all lanes.
+            const u32 x_stage = __shfl_sync(~0u, x_start + stage * (STAGE_BYTES / 16), 0);
             barrier_wait(own_full + 8 * stage, parity);
 #pragma unroll(UNROLLED_HALVES)
             for (int half = 0; half < 2 * TILES; ++half) {

@@ -80,7 +80,7 @@ def launch_for(rows: int, blocks: int, k_tiles: int, tile_bytes: int, bits: int,
         # A pass over 256, 192 and 128 rows costs about so much; take what covers the rows most cheaply.
         n_tile = min((256, 192, 128), key=lambda n: -(-rows // n) * {256: 1.0, 192: 0.8, 128: 0.58}[n])
         how = Launch(128, 2, scale_sums=True) if n_tile == 128 else Launch(n_tile, 2)
-        if -(-blocks // 2) * -(-rows // how.n_tile) < processors // 3:
+        if -(-blocks // 2) * -(-rows // how.n_tile) < processors // 2:
             how = Launch(128, 2, scale_sums=True)
     while how.stages(tile_bytes) < 2:
         how = Launch(how.n_tile, how.warpgroups - 1, scale_sums=how.scale_sums)
@@ -271,7 +271,10 @@ _prepared_matmul.register_autograd(_backward, setup_context=_setup_context)
 
 
 def prepared_matmul(x: Tensor, weight: PreparedWeight) -> Tensor:
-    """y = x · Wᵀ. x [..., in], y [..., out] in x's dtype. Differentiable in x; traceable by torch.compile."""
+    """y = x · Wᵀ. x [..., in], y [..., out] in x's dtype. Differentiable in x; traceable by torch.compile.
+
+    The first call for a kind of weight and number of rows compiles: make it before capturing a CUDA graph.
+    """
     y: Tensor = _prepared_matmul(
         x,
         weight.tiles,
