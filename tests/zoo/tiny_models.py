@@ -245,6 +245,7 @@ MODELS: dict[str, Tiny] = {
         "LlavaForConditionalGeneration",
         {"image_token_index": 3, "image_token_id": 3, "image_seq_length": 16, "vision_feature_layer": -1},
         "image in text",
+        expects=14,
         nested={
             "vision_config": {"model_type": "clip_vision_model", **VIT, "projection_dim": 64},
             "text_config": {"model_type": "llama", **LLAMA},
@@ -280,7 +281,7 @@ def build(name: str, seed: int = 0) -> torch.nn.Module:
     model = kind(config).eval()
     for parameter in model.parameters():  # initializers of 0.02 leave every logit near 0: make differences visible
         if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+            torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
     model.tie_weights()
     return model
 

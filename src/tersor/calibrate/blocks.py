@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from tersor.layers.linear_map import is_linear_map
+from tersor.layers.linear_map import is_linear_map, linear_maps
 
 CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
@@ -34,11 +34,6 @@ def find_blocks(model: nn.Module) -> list[Unit]:
     """The repeated blocks; the model itself where nothing is repeated."""
     blocks = [unit for unit in find_units(model) if unit.is_block]
     return blocks or [Unit("", model, True)]
-
-
-def linear_maps(module: nn.Module) -> dict[str, nn.Module]:
-    """The dense linear maps inside `module` by name, in tree order; those used under several names come once."""
-    return {name: each for name, each in module.named_modules() if is_linear_map(each)}
 
 
 def _units(name: str, module: nn.Module) -> Iterator[Unit]:
@@ -69,7 +64,7 @@ def _repeated_children(module: nn.Module) -> set[str]:
 
 
 def _holds_linear_map(module: nn.Module) -> bool:
-    return any(is_linear_map(each) for each in module.modules())
+    return bool(linear_maps(module))
 
 
 def _has_weights(module: nn.Module) -> bool:

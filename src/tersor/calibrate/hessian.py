@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -20,3 +22,21 @@ class Hessian:
         self.samples += samples
         x = x.to(self.matrix.dtype)
         self.matrix.addmm_(x.t(), x, beta=(self.samples - samples) / self.samples, alpha=2 / self.samples)
+
+    def sum(self) -> Tensor:
+        """Σ x xᵀ over all tokens."""
+        return self.matrix * (self.samples / 2)
+
+
+def shrink_towards_mean(hessians: Mapping[str, Hessian]) -> dict[str, Tensor]:
+    """Hessians per token, each moved towards the mean of all: what experts that saw few tokens are solved with.
+
+    The mean counts as much as `columns` tokens would: H = (S + columns · M) / (tokens + columns), with S an expert's own sum of
+    x xᵀ and M the mean over all tokens of all experts of the layer.
+    """
+    tokens = sum(each.tokens for each in hessians.values())
+    mean = sum(each.sum() for each in hessians.values()) / max(tokens, 1)
+    return {
+        name: 2 * (each.sum() + each.matrix.shape[0] * mean) / (each.tokens + each.matrix.shape[0])
+        for name, each in hessians.items()
+    }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,18 @@ from torch import Tensor, nn
 from tersor.calibrate.hessian import Hessian
 from tersor.calibrate.lockstep import Call
 from tersor.errors import TersorError
-from tersor.layers.linear_map import columns_of, input_matrix
+from tersor.layers.experts import ExpertCalls, ExpertMap
+from tersor.layers.linear_map import LinearMap, columns_of, input_matrix
 
 
 def kind_of(name: str) -> str:
     """A layer's name with its numbers left out, which is the same for all blocks and all experts."""
     return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
+
+
+def is_expert(name: str) -> bool:
+    """Whether a layer is one of the many experts of a mixture (`mlp.experts.7.down_proj`, `mlp.experts.down_proj.7`)."""
+    return re.search(r"(^|\.)experts?\.([^.]+\.)?\d+(\.|$)", name) is not None
 
 
 @dataclass(frozen=True)
@@ -31,10 +37,10 @@ class CallOrder:
     once: bool
 
 
-def call_order(linears: Mapping[str, nn.Module], calls: Sequence[Call]) -> CallOrder:
+def call_order(linears: Mapping[str, LinearMap], calls: Sequence[Call]) -> CallOrder:
     """The order in which a block calls its linear maps.
 
-    Layers whose names differ only in a number (experts) count as one kind, so that a mixture is no deeper than its experts.
+    Experts whose names differ only in their number count as one kind, so that a mixture is no deeper than its experts.
     Maps that no call reaches form the last group.
     """
     groups: list[list[str]] = []
@@ -45,7 +51,7 @@ def call_order(linears: Mapping[str, nn.Module], calls: Sequence[Call]) -> CallO
     def note(name: str, x: Tensor) -> None:
         seen[name] += 1
         if seen[name] == 1:
-            kind = kind_of(name)
+            kind = kind_of(name) if is_expert(name) else name
             if kind not in group_of_kind:
                 if previous[0] is not x:
                     groups.append([])
@@ -58,12 +64,15 @@ def call_order(linears: Mapping[str, nn.Module], calls: Sequence[Call]) -> CallO
         seen_before = set(seen)
         seen.clear()
         seen.update(dict.fromkeys(seen_before, 1))
-        with _watch(linears, note):
+        with watch_inputs(linears, note):
             call.run()
         once = once and all(count <= (2 if name in seen_before else 1) for name, count in seen.items())
         if len(seen) == len(linears):
             break
-    unreached = [name for name in linears if name not in seen]
+    unreached: list[str] = []
+    for name in linears:
+        if name not in seen:
+            group_of_kind.get(kind_of(name), unreached).append(name)
     return CallOrder([*groups, unreached] if unreached else groups, once)
 
 
@@ -72,7 +81,7 @@ class _Enough(Exception):  # noqa: N818
 
 
 def gather_hessians(
-    linears: Mapping[str, nn.Module], calls: Sequence[Call], *, once: bool, dtype: torch.dtype = torch.float32
+    linears: Mapping[str, LinearMap], calls: Sequence[Call], *, once: bool, dtype: torch.dtype = torch.float32
 ) -> dict[str, Hessian]:
     """The Hessian of each linear map over all calls; maps that are called with one tensor (queries, keys, values) share one.
 
@@ -97,7 +106,7 @@ def gather_hessians(
         if once and len(reached) == len(linears):
             raise _Enough
 
-    with _watch(linears, note):
+    with watch_inputs(linears, note):
         for call in calls:
             reached.clear()
             previous = ("", None)
@@ -113,7 +122,7 @@ def gather_hessians(
 
 
 @contextmanager
-def _watch(linears: Mapping[str, nn.Module], note: Any) -> Iterator[None]:
+def watch_inputs(linears: Mapping[str, LinearMap], note: Any) -> Iterator[None]:
     """Call note(name, input) whenever a linear map is about to run."""
 
     def hook(name: str) -> Any:
@@ -122,15 +131,18 @@ def _watch(linears: Mapping[str, nn.Module], note: Any) -> Iterator[None]:
 
         return before
 
-    handles = [module.register_forward_pre_hook(hook(name), with_kwargs=True) for name, module in linears.items()]
+    modules = {name: each for name, each in linears.items() if isinstance(each, nn.Module)}
+    experts = {name: each for name, each in linears.items() if isinstance(each, ExpertMap)}
+    handles = [each.register_forward_pre_hook(hook(name), with_kwargs=True) for name, each in modules.items()]
     try:
-        yield
+        with ExpertCalls(experts, note) if experts else nullcontext():
+            yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _where_not_finite(name: str, module: nn.Module, calls: Sequence[Call]) -> str:
+def _where_not_finite(name: str, module: LinearMap, calls: Sequence[Call]) -> str:
     found: list[int] = []
     for call in calls:
 
@@ -138,7 +150,7 @@ def _where_not_finite(name: str, module: nn.Module, calls: Sequence[Call]) -> st
             if not bool(torch.isfinite(x).all()):
                 found.append(sample)
 
-        with _watch({name: module}, look):
+        with watch_inputs({name: module}, look):
             call.run()
         if found:
             return f"the input of {name} is not finite (NaN or Inf) in calibration sample {found[0]}"

@@ -7,6 +7,7 @@ every layout, as plain dense layers (for walking through a model block by block)
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
@@ -19,15 +20,17 @@ from tersor.checkpoint.source import Checkpoint, torch_dtype
 from tersor.errors import TersorError
 from tersor.formats.layouts import COMPRESSED_SUFFIXES, GPTQ_SUFFIXES, read_awq, read_compressed, read_gptq
 from tersor.formats.quantized_weight import QuantizedWeight
-from tersor.layers.linear_map import is_conv1d
-from tersor.layers.quantized_linear import QuantizedConv2d, QuantizedLinear, quantized_layer
+from tersor.layers.experts import ExpertMap
+from tersor.layers.linear_map import linear_maps, matrix_shape, set_weight_matrix
+from tersor.layers.quantized_linear import place_packed
 
 
 class LazyModel:
     """`module` is the whole tree; parts that are not loaded have parameters on the meta device.
 
-    keys_of: the checkpoint's tensor names that make up each parameter; quantized: the name under which each packed layer lies.
-    unknown: tensors that the module tree has no place for.
+    maps: every linear map of the tree by name; keys_of: the checkpoint's tensor names that make up each parameter; quantized:
+    the names under which each packed map lies (several where published layers are fused); unknown: tensors that the module tree
+    has no place for.
     """
 
     def __init__(
@@ -42,8 +45,9 @@ class LazyModel:
         self.quantization = read_config(checkpoint.directory, checkpoint.config)
         self._keys = _KeyMap(self.module)
         self._ties = _tied_parameters(self.module)
+        self.maps = linear_maps(self.module)
         self.keys_of: dict[str, list[str]] = defaultdict(list)
-        self.quantized: dict[str, str] = {}
+        self.quantized: dict[str, list[str]] = {}
         self.unknown: list[str] = []
         self._sort_keys()
         self._check_nothing_is_missing()
@@ -54,11 +58,11 @@ class LazyModel:
         """Bring every parameter and persistent buffer of `module` into memory."""
         prefix = self._name_of(module)
         names = [name for name, tensor in _state(module, prefix) if tensor.is_meta]
-        packed = [path for path in self.quantized if _is_under(path, prefix)]
-        dense = {f"{path}.weight" for path in packed}
-        self._load_plain([self._ties.get(name, name) for name in names if name not in dense])
-        for path in packed:
-            self._load_quantized(path)
+        packed = [linear for linear in self.quantized if _is_under(linear, prefix)]
+        apart = {self.parameter_of(linear) for linear in packed}
+        self._load_plain([self._ties.get(name, name) for name in names if name not in apart])
+        if not self.packed:  # packed layers were read when room was made for them
+            self._load_dequantized(packed)
         self._tie()
 
     def release(self, module: nn.Module) -> None:
@@ -84,24 +88,70 @@ class LazyModel:
         """Memory that `module` takes once loaded."""
         return sum(tensor.numel() * tensor.element_size() for _, tensor in _state(module, ""))
 
+    def parameter_of(self, linear: str) -> str:
+        """The parameter that holds a linear map's weight: an expert's is a stack."""
+        return linear.rpartition(".")[0] if isinstance(self.maps[linear], ExpertMap) else f"{linear}.weight"
+
+    def keys_of_map(self, linear: str) -> list[str]:
+        """The checkpoint's tensors that this map's weight alone is made of; all of a stack's, where the stack is one tensor."""
+        keys = self.keys_of.get(self.parameter_of(linear), [])
+        return [key for key in keys if len(keys) == 1 or self._belongs(key, linear)]
+
+    def pieces(self, linear: str) -> list[tuple[str, int]]:
+        """The published layers that a map consists of, with their numbers of outputs: several where transformers fuses them.
+
+        Experts that are published in one stack are called `<experts>.<number>.<stack>`, as other tools do.
+        """
+        found, keys = self.maps[linear], self.keys_of_map(linear)
+        out_features = matrix_shape(found)[0]
+        if not isinstance(found, ExpertMap):
+            published = len(keys) == 1 and keys[0].endswith(".weight")
+            return [(keys[0].removesuffix(".weight") if published else linear, out_features)]
+        if not found.transposed and keys and all(key.endswith(".weight") for key in keys):
+            rows = [self.checkpoint.shape(key)[0] for key in keys]
+            if sum(rows) == out_features:
+                return [(key.removesuffix(".weight"), n) for key, n in zip(keys, rows, strict=True)]
+        owner = keys[0].rpartition(".")[0] if len(keys) == 1 else linear.rsplit(".", 2)[0]
+        return [(f"{owner}.{found.index}.{found.stack}", out_features)]
+
+    def _belongs(self, key: str, linear: str) -> bool:
+        found = self.maps[linear]
+        return not isinstance(found, ExpertMap) or _last_number(key) == found.index
+
     def _sort_keys(self) -> None:
         known = dict(_state(self.module, ""))
         suffixes = (*GPTQ_SUFFIXES, *COMPRESSED_SUFFIXES) if self.quantization else ()
+        packed: dict[str, dict[int, str]] = defaultdict(dict)
+        plain: dict[str, list[tuple[int, str]]] = defaultdict(list)
         for key in self.checkpoint.shard_of:
             stem, _, suffix = key.rpartition(".")
-            if suffix in suffixes:
-                path = self._keys.runtime_name(f"{stem}.weight").removesuffix(".weight")
-                if f"{path}.weight" in known:
-                    self.quantized[path] = stem
-                    continue
-            name = self._keys.runtime_name(key)
-            if name in known:
-                self.keys_of[name].append(key)
+            linear, part = self._packed_map(stem) if suffix in suffixes else (None, 0)
+            name, order = self._keys.runtime_name(key)
+            if linear is not None:
+                packed[linear][part] = stem
+            elif name in known:
+                plain[name].append((order, key))
             else:
                 self.unknown.append(key)
+        self.quantized = {linear: [stem for _, stem in sorted(parts.items())] for linear, parts in packed.items()}
+        self.keys_of.update({name: [key for _, key in sorted(ordered)] for name, ordered in plain.items()})
+
+    def _packed_map(self, stem: str) -> tuple[str | None, int]:
+        """The linear map that a published quantized layer is (part of), and which part."""
+        name, part = self._keys.runtime_name(f"{stem}.weight")
+        fused = re.fullmatch(r"(.+)\.(\d+)\.([^.]+)", stem)
+        candidates = [(name.removesuffix(".weight"), part), (f"{name}.{_last_number(stem)}", part)]
+        if fused is not None:
+            stack, _ = self._keys.runtime_name(f"{fused[1]}.{fused[3]}")
+            candidates.append((f"{stack}.{fused[2]}", 0))
+        return next(((linear, n) for linear, n in candidates if linear in self.maps), (None, 0))
 
     def _check_nothing_is_missing(self) -> None:
-        here = set(self.keys_of) | {f"{path}.weight" for path in self.quantized} | self._keys.converted(self.keys_of)
+        here = (
+            set(self.keys_of)
+            | {self.parameter_of(each) for each in self.quantized}
+            | self._keys.converted(self.keys_of)
+        )
         # A tie whose source is absent but whose target is there runs the other way.
         for target, source in list(self._ties.items()):
             if source not in here and target in here:
@@ -120,10 +170,8 @@ class LazyModel:
 
     def _make_room_for_packed(self) -> None:
         """Replace every dense layer that is stored packed, so that its dense weight is never allocated."""
-        for path in list(self.quantized):
-            layer = self.module.get_submodule(path)
-            weight = self._read_quantized(path, *_matrix_shape(layer))
-            self.module.set_submodule(path, quantized_layer(layer, weight.to(self.device)))
+        packed = {linear: self._read_quantized(linear).to(self.device) for linear in self.quantized}
+        place_packed(self.module, self.maps, packed)
 
     def _load_plain(self, names: Iterable[str]) -> None:
         wanted = [key for name in dict.fromkeys(self._keys.sources(names)) for key in self.keys_of.get(name, ())]
@@ -132,27 +180,27 @@ class LazyModel:
         with self.checkpoint.tensors(wanted) as slices:
             self._keys.load(slices, self.device, self.dtype)
 
-    def _load_quantized(self, path: str) -> None:
-        layer = self.module.get_submodule(path)
-        if isinstance(layer, QuantizedLinear | QuantizedConv2d):
-            return  # read when room was made for it
-        weight = self._read_quantized(path, *_matrix_shape(layer)).to(self.device).dequantize(self.dtype)
-        assert isinstance(layer.weight, Tensor)
-        _set(
-            self.module,
-            f"{path}.weight",
-            weight.t().contiguous() if is_conv1d(layer) else weight.view(layer.weight.shape),
-        )
+    def _load_dequantized(self, linears: Iterable[str]) -> None:
+        for linear in linears:
+            name, found = self.parameter_of(linear), self.maps[linear]
+            if _get(self.module, name).is_meta:
+                _set(self.module, name, torch.empty_like(_get(self.module, name), device=self.device))
+            set_weight_matrix(found, self._read_quantized(linear).to(self.device).dequantize(self.dtype))
 
-    def _read_quantized(self, path: str, out_features: int, in_features: int) -> QuantizedWeight:
-        config, stem = self.quantization, self.quantized[path]
+    def _read_quantized(self, linear: str) -> QuantizedWeight:
+        config = self.quantization
         assert config is not None
-        present = [s for s in (*GPTQ_SUFFIXES, *COMPRESSED_SUFFIXES) if f"{stem}.{s}" in self.checkpoint.shard_of]
-        read = self.checkpoint.read(f"{stem}.{suffix}" for suffix in present)
-        tensors = {suffix: read[f"{stem}.{suffix}"] for suffix in present}
-        weight = read_layer(stem, tensors, in_features, config)
+        out_features, in_features = matrix_shape(self.maps[linear])
+        parts = []
+        for stem in self.quantized[linear]:
+            present = [s for s in (*GPTQ_SUFFIXES, *COMPRESSED_SUFFIXES) if f"{stem}.{s}" in self.checkpoint.shard_of]
+            read = self.checkpoint.read(f"{stem}.{suffix}" for suffix in present)
+            tensors = {suffix: read[f"{stem}.{suffix}"] for suffix in present}
+            parts.append(read_layer(stem, tensors, in_features, config))
+        weight = parts[0] if len(parts) == 1 else QuantizedWeight.stack_rows(parts)
         if weight.out_features != out_features:
-            raise TersorError(f"{stem} has {weight.out_features} outputs; the model's layer has {out_features}")
+            stems = ", ".join(self.quantized[linear])
+            raise TersorError(f"{stems} has {weight.out_features} outputs; the model's layer has {out_features}")
         return weight
 
     def _tie(self) -> None:
@@ -209,7 +257,8 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
         if hasattr(parsed, "quantization_config"):
             del parsed.quantization_config
         with torch.device("meta"):
-            module: nn.Module = kind._from_config(parsed, dtype=dtype)
+            # the plain loop over experts is the one whose products with single experts can be seen and replaced
+            module: nn.Module = kind._from_config(parsed, dtype=dtype, experts_implementation="eager")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise TersorError(
             f"{checkpoint.directory}: {architectures[0]} cannot be built from config.json: {error}"
@@ -248,16 +297,17 @@ class _KeyMap:
         self.converters: list[Any] = [t for t in self.transforms if hasattr(t, "operations")]
         self.renamings: list[Any] = [t for t in self.transforms if not hasattr(t, "operations")]
 
-    def runtime_name(self, key: str) -> str:
+    def runtime_name(self, key: str) -> tuple[str, int]:
+        """The parameter that a published tensor goes into, and its place among the kinds of tensors that are fused there."""
         if self.prefix is None:
-            return key
+            return key, 0
         from transformers.core_model_loading import rename_source_key
 
-        name: str
-        name, _ = rename_source_key(key, self.renamings, self.converters, self.prefix, self.state)
+        name, pattern = rename_source_key(key, self.renamings, self.converters, self.prefix, self.state)
         if name not in self.state and key in self.state:
-            name, _ = rename_source_key(key, [], [], self.prefix, self.state)
-        return name
+            name, pattern = rename_source_key(key, [], [], self.prefix, self.state)
+        kinds = next((list(c.source_patterns) for c in self.converters if pattern in c.source_patterns), [pattern])
+        return str(name), kinds.index(pattern)
 
     def sources(self, names: Iterable[str]) -> list[str]:
         """The names under which keys are filed for these parameters: a converter files all its targets under the first."""
@@ -376,11 +426,9 @@ def _initialize_buffer(module: nn.Module, name: str) -> bool:
     return True
 
 
-def _matrix_shape(layer: nn.Module) -> tuple[int, int]:
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    rows, columns = weight.shape[0], weight[0].numel()
-    return (columns, rows) if is_conv1d(layer) else (rows, columns)
+def _last_number(name: str) -> int:
+    numbers = re.findall(r"(?<=\.)\d+(?=\.|$)", name)
+    return int(numbers[-1]) if numbers else -1
 
 
 def _is_under(path: str, prefix: str) -> bool:

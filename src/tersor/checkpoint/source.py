@@ -55,6 +55,11 @@ class Checkpoint:
         with self.tensors(names) as slices:
             return {name: piece[...] for name, piece in slices.items()}
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, from the file's header."""
+        with self.tensors([name]) as slices:
+            return tuple(slices[name].get_shape())
+
     def other_files(self) -> list[Path]:
         """Every file that is not a tensor shard, an index or hidden: tokenizer, templates, licence, ..."""
         shards = set(self.shard_of.values())

@@ -55,19 +55,12 @@ class GPTQ(Method):
     def compress_block(self, block: Block) -> None:
         groups = block.order.groups
         for names in groups if self.true_sequential else [[name for group in groups for name in group]]:
-            hessians = block.hessians(names)
-            for name in names:
+            for name, H, tokens in block.hessians(names):
                 started = time.perf_counter()
-                hessian = hessians[name]
-                note = ""
-                H = hessian.matrix
-                if hessian.tokens == 0:
-                    H = torch.eye(H.shape[0], dtype=H.dtype)
-                    note = "no calibration token reached it: rounded to nearest"
                 weight = weight_matrix(block.linears[name])
                 solution = solve_gptq(
                     weight,
-                    H.to(weight.device),
+                    H.to(weight.device) if bool(H.any()) else torch.eye(len(H), dtype=H.dtype, device=weight.device),
                     bits=self.bits,
                     group_size=self.group_size,
                     sym=self.sym,
@@ -77,9 +70,12 @@ class GPTQ(Method):
                     damp=self.damp,
                     stored=block.stored,
                 )
+                notes = (
+                    ["no calibration token reached it: rounded to nearest"] if tokens == 0 and not bool(H.any()) else []
+                )
                 if solution.damp != self.damp:
-                    note = f"damping raised to {solution.damp:g}"
-                block.replace(name, solution, self.group_size, tokens=hessian.tokens, started=started, note=note)
+                    notes.append(f"damping raised to {solution.damp:g}")
+                block.replace(name, solution, self.group_size, tokens=tokens, started=started, note="; ".join(notes))
 
     def quantization(self) -> Mapping[str, Any]:
         return {

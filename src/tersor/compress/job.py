@@ -47,8 +47,8 @@ from tersor.errors import TersorError
 from tersor.formats.grid import Stored
 from tersor.formats.layouts import Layout, layout_named, write
 from tersor.formats.quantized_weight import QuantizedWeight
-from tersor.layers.linear_map import set_weight_matrix, weight_matrix
-from tersor.layers.quantized_linear import quantized_layer
+from tersor.layers.linear_map import columns_of, set_weight_matrix
+from tersor.layers.quantized_linear import place_packed
 
 
 def compress(
@@ -158,12 +158,14 @@ def _compress_checkpoint(
             return False
         resumed += 1
         tensors = writer.read_block(block.name)
-        for linear, module in block.linears.items():
-            stem = _stem(lazy, linear)
-            mine = {key.rpartition(".")[2]: t for key, t in tensors.items() if key.rpartition(".")[0] == stem}
-            packed = read_layer(stem, mine, _columns(module), config)
-            set_weight_matrix(module, packed.to(job.device).dequantize(model_dtype))
-            size.add(mine, packed)
+        for linear, found in block.linears.items():
+            parts = []
+            for stem, _ in lazy.pieces(linear):
+                mine = {key.rpartition(".")[2]: t for key, t in tensors.items() if key.rpartition(".")[0] == stem}
+                parts.append(read_layer(stem, mine, columns_of(found), config))
+                size.add(mine, parts[-1])
+            packed = QuantizedWeight.stack_rows(parts)
+            set_weight_matrix(found, packed.to(job.device).dequantize(model_dtype))
         reports.extend(LayerReport(**row) for row in writer.done[block.name])
         return True
 
@@ -173,9 +175,13 @@ def _compress_checkpoint(
             return
         tensors: dict[str, Tensor] = {}
         for linear, weight in block.packed.items():
-            mine = write(weight, layout, sym=config.sym)
-            size.add(mine, weight)
-            tensors |= {f"{_stem(lazy, linear)}.{suffix}": tensor for suffix, tensor in mine.items()}
+            first = 0
+            for stem, rows in lazy.pieces(linear):
+                part = weight.rows(first, first + rows)
+                mine = write(part, layout, sym=config.sym)
+                size.add(mine, part)
+                tensors |= {f"{stem}.{suffix}": tensor for suffix, tensor in mine.items()}
+                first += rows
         writer.write_block(block.name, tensors, [report.row() for report in block.reports])
         reports.extend(block.reports)
 
@@ -195,7 +201,7 @@ def _compress_checkpoint(
         else:
             output = walk(lazy.module, plan, job.method, batches, probe, first, stored, hessian_dtype, hooks)
             after = first_tensor(output)
-        replaced = {key for linear in plan.all_linears() for key in lazy.keys_of[f"{linear}.weight"]}
+        replaced = {key for linear in plan.all_linears() for key in lazy.keys_of_map(linear)}
         result: dict[str, Any] = {"method": job.method.options(), "format": layout.name, "version": tersor.__version__}
         result |= {"layers": [{k: v for k, v in r.row().items() if k != "seconds"} for r in reports]}
         written = {**checkpoint.config, "quantization_config": _quantization_config(lazy, plan, job)}
@@ -242,6 +248,8 @@ def _compress_module(
     module = copy.deepcopy(model).eval()
     for parameter in module.parameters():
         parameter.requires_grad_(False)
+    if hasattr(module, "set_experts_implementation"):
+        module.set_experts_implementation("eager")  # type: ignore[operator]  # the one whose products with single experts can be seen
     plan = make_plan(module, job.method, None, include=include, exclude=exclude)
     dtype = next(module.parameters()).dtype
     device = next(module.parameters()).device
@@ -254,8 +262,8 @@ def _compress_module(
     def finished(block: Block) -> None:
         timer.lap(block.name)
         reports.extend(block.reports)
-        for linear, weight in block.packed.items():
-            module.set_submodule(linear, quantized_layer(block.linears[linear], weight))
+        place_packed(module, block.linears, block.packed)
+        for weight in block.packed.values():
             size.add(write(weight, job.layout, sym=True) if job.layout else {}, weight)
 
     hooks = Hooks(lambda unit: None, lambda unit: None, lambda block: False, finished, job.progress)
@@ -357,23 +365,13 @@ def _claims(method: Method) -> dict[str, Any]:
 
 def _quantization_config(lazy: LazyModel, plan: Plan, job: _Settings) -> dict[str, Any]:
     assert job.layout is not None
-    ignored = [_stem(lazy, name) for name in plan.left]
+    ignored = [stem for name in plan.left for stem, _ in lazy.pieces(name)]
     config = make_config(job.layout.name, ignored=ignored, version=tersor.__version__, **job.method.quantization())
     inside = [name for name in plan.left if any(name.startswith(f"{unit.name}.") for unit in plan.blocks)]
     if job.layout.name != "compressed-tensors" and inside:
-        config["dynamic"] = {f"-:^{re.escape(_stem(lazy, name))}$": {} for name in inside}
+        config["dynamic"] = {f"-:^{re.escape(stem)}$": {} for name in inside for stem, _ in lazy.pieces(name)}
         unit = next(unit for unit in plan.blocks if plan.linears[unit.name])
         config["modules_in_block_to_quantize"] = [
             [name.removeprefix(f"{unit.name}.") for name in plan.linears[unit.name]]
         ]
     return config
-
-
-def _stem(lazy: LazyModel, linear: str) -> str:
-    """The name under which a layer's tensors are published."""
-    keys = lazy.keys_of.get(f"{linear}.weight", [])
-    return keys[0].removesuffix(".weight") if len(keys) == 1 and keys[0].endswith(".weight") else linear
-
-
-def _columns(module: nn.Module) -> int:
-    return weight_matrix(module).shape[1]

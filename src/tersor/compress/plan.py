@@ -10,11 +10,12 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from tersor.calibrate.blocks import Unit, find_blocks, linear_maps
+from tersor.calibrate.blocks import Unit, find_blocks
 from tersor.compress.method import Method
 from tersor.errors import TersorError
 from tersor.formats.layouts import Layout
-from tersor.layers.linear_map import is_conv1d
+from tersor.layers.experts import ExpertMap
+from tersor.layers.linear_map import LinearMap, linear_maps, matrix_shape
 
 # A few outputs that choose experts: kept as they are.
 ROUTERS = re.compile(r"(^|\.)(router|gate|shared_expert_gate|wg)$")
@@ -25,17 +26,18 @@ class Plan:
     """blocks in tree order; linears: what is compressed in each, {block name: {full name: module}}; left: what is not."""
 
     blocks: list[Unit]
-    linears: dict[str, dict[str, nn.Module]]
+    linears: dict[str, dict[str, LinearMap]]
     left: list[str]
 
-    def all_linears(self) -> dict[str, nn.Module]:
+    def all_linears(self) -> dict[str, LinearMap]:
         return {name: module for each in self.linears.values() for name, module in each.items()}
 
 
 def make_plan(
     model: nn.Module, method: Method, layout: Layout | None, *, include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> Plan:
-    """All linear maps inside the repeated blocks but routers; `include` and `exclude` are patterns like `*.mlp.*`.
+    """All linear maps inside the repeated blocks, but for routers, tied weights and the towers of multimodal generators;
+    `include` and `exclude` are patterns like `*.mlp.*`.
 
     Raises TersorError where a pattern matches nothing, nothing is left to compress, or the method refuses a layer.
     """
@@ -44,25 +46,39 @@ def make_plan(
     for pattern in (*include, *exclude):
         if not any(fnmatchcase(name, pattern) for name in everything):
             raise TersorError(f"the pattern {pattern!r} matches none of the {len(everything)} linear layers")
-    tied = _tied_weights(model)
-    chosen: dict[str, dict[str, nn.Module]] = {}
+    tied, towers = _tied_weights(model), () if include else _towers(model)
+    chosen: dict[str, dict[str, LinearMap]] = {}
     for block in blocks:
         inside = {f"{block.name}.{n}" if block.name else n: m for n, m in linear_maps(block.module).items()}
         chosen[block.name] = {
             name: module
             for name, module in inside.items()
             if not ROUTERS.search(name)
-            and id(module.weight) not in tied
+            and not (isinstance(module, nn.Module) and id(module.weight) in tied)
+            and not block.name.startswith(towers)
             and (not include or any(fnmatchcase(name, pattern) for pattern in include))
             and not any(fnmatchcase(name, pattern) for pattern in exclude)
         }
     plan = Plan(blocks, chosen, [])
+    _check_stacks(plan, everything)
     taken = plan.all_linears()
     if not taken:
         raise TersorError("there is no linear layer to compress in this model's blocks")
     for name, module in taken.items():
-        method.check_linear(name, *_shape(module), layout)
+        method.check_linear(name, *matrix_shape(module), layout)
     return Plan(blocks, chosen, [name for name in everything if name not in taken])
+
+
+def _check_stacks(plan: Plan, everything: dict[str, LinearMap]) -> None:
+    """Experts that share one parameter are compressed together."""
+    taken = plan.all_linears()
+    stacks = {n.rpartition(".")[0] for n, each in taken.items() if isinstance(each, ExpertMap)}
+    for name, each in everything.items():
+        if isinstance(each, ExpertMap) and name.rpartition(".")[0] in stacks and name not in taken:
+            stack = name.rpartition(".")[0]
+            raise TersorError(
+                f"{name} is left out, but others of {stack} are not; include or exclude '{stack}.*' as a whole"
+            )
 
 
 def without(plan: Plan, names: set[str]) -> Plan:
@@ -71,14 +87,16 @@ def without(plan: Plan, names: set[str]) -> Plan:
     return Plan(plan.blocks, linears, [*plan.left, *(name for name in plan.all_linears() if name in names)])
 
 
+def _towers(model: nn.Module) -> tuple[str, ...]:
+    """Prefixes of the encoders that feed a text generator with images or sound: kept as they are, unless asked for."""
+    generates = getattr(model, "can_generate", lambda: False)()
+    if not generates or getattr(model, "main_input_name", None) != "input_ids":
+        return ()
+    inputs = {name: getattr(each, "main_input_name", "input_ids") for name, each in model.named_modules() if name}
+    return tuple(f"{name}." for name, kind in inputs.items() if kind != "input_ids")
+
+
 def _tied_weights(model: nn.Module) -> set[int]:
     """Weights that several modules share (an output head tied to the embedding): quantizing one would change the others."""
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     return {key for key, count in owners.items() if count > 1}
-
-
-def _shape(module: nn.Module) -> tuple[int, int]:
-    weight = module.weight
-    assert isinstance(weight, nn.Parameter)
-    rows, columns = weight.shape[0], weight[0].numel()
-    return (columns, rows) if is_conv1d(module) else (rows, columns)

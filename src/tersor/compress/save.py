@@ -18,6 +18,7 @@ from tersor.compress.method import from_options
 from tersor.compress.result import Summary
 from tersor.errors import TersorError
 from tersor.formats.layouts import layout_named, write
+from tersor.layers.experts import PackedExperts
 from tersor.layers.quantized_linear import QuantizedConv2d, QuantizedLinear
 
 
@@ -38,11 +39,12 @@ def save_module(module: nn.Module, summary: Summary, target: Path, *, overwrite:
     tensors: dict[str, Tensor] = {}
     packed: list[str] = []
     for name, each in module.named_modules():
-        linear = each.matrix if isinstance(each, QuantizedConv2d) else each
-        if isinstance(linear, QuantizedLinear) and not name.endswith(".matrix"):
+        found = _packed_layers(name, each)
+        for stem, linear in found.items():
+            tensors |= {f"{stem}.{s}": t for s, t in write(linear.packed, layout, sym=options["sym"]).items()}
+        if found:
             packed.append(name)
-            tensors |= {f"{name}.{s}": t for s, t in write(linear.packed, layout, sym=options["sym"]).items()}
-            if isinstance(each.bias, Tensor):
+            if isinstance(getattr(each, "bias", None), Tensor):
                 tensors[f"{name}.bias"] = each.bias
     inside = tuple(f"{name}." for name in packed)
     seen: dict[int, str] = {}
@@ -70,6 +72,19 @@ def config_of(module: nn.Module) -> dict[str, Any]:
     if hasattr(type(module), "system"):
         return models.config_of(module)
     return {"module": f"{type(module).__module__}.{type(module).__qualname__}"}
+
+
+def _packed_layers(name: str, module: nn.Module) -> dict[str, QuantizedLinear]:
+    """The packed layers that a module consists of, by the names under which they are stored."""
+    if isinstance(module, PackedExperts):
+        owner, _, stack = name.rpartition(".")
+        return {
+            f"{owner}.{n}.{stack}": each for n, each in enumerate(module.linears) if isinstance(each, QuantizedLinear)
+        }
+    if isinstance(module, QuantizedConv2d):
+        return {name: module.matrix}
+    inner = name.endswith(".matrix") or ".linears." in name  # parts of the two above
+    return {name: module} if isinstance(module, QuantizedLinear) and not inner else {}
 
 
 def _named(options: dict[str, Any]) -> dict[str, Any]:

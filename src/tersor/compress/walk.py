@@ -12,15 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from tersor.calibrate.batches import Batch, call
-from tersor.calibrate.blocks import Unit, find_units, linear_maps
+from tersor.calibrate.blocks import Unit, find_units
 from tersor.calibrate.lockstep import Call, Lockstep, Stop
-from tersor.calibrate.statistics import kind_of
+from tersor.calibrate.statistics import kind_of, watch_inputs
 from tersor.compress.block import Block
 from tersor.compress.method import Method
 from tersor.compress.plan import Plan
 from tersor.errors import TersorError
 from tersor.formats.grid import Stored
-from tersor.layers.linear_map import computes_its_own
+from tersor.layers.experts import ExpertMap
+from tersor.layers.linear_map import computes_its_own, linear_maps
 
 Progress = Callable[[str, int, int], None]  # what is being done, how many steps are done, of how many
 
@@ -97,12 +98,12 @@ def _watching_linear_maps(unit: Unit, called: set[str]) -> Iterator[None]:
 
         return after
 
-    handles = [
-        module.register_forward_hook(watch(f"{unit.name}.{name}" if unit.name else name))
-        for name, module in linear_maps(unit.module).items()
-    ]
+    maps = {f"{unit.name}.{name}" if unit.name else name: each for name, each in linear_maps(unit.module).items()}
+    handles = [each.register_forward_hook(watch(n)) for n, each in maps.items() if isinstance(each, nn.Module)]
+    experts = {name: each for name, each in maps.items() if isinstance(each, ExpertMap)}
     try:
-        yield
+        with watch_inputs(experts, lambda name, x: called.add(kind_of(name))):
+            yield
     finally:
         for handle in handles:
             handle.remove()

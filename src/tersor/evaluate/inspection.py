@@ -8,13 +8,12 @@ from math import prod
 from pathlib import Path
 
 from safetensors import safe_open
-from torch import Tensor, nn
 
-from tersor.calibrate.blocks import Unit, find_units, linear_maps
+from tersor.calibrate.blocks import find_units
 from tersor.checkpoint.lazy_model import LazyModel
 from tersor.checkpoint.source import Checkpoint, open_checkpoint, torch_dtype
 from tersor.formats.layouts import COMPRESSED_SUFFIXES, GPTQ_SUFFIXES
-from tersor.layers.linear_map import is_conv1d
+from tersor.layers.linear_map import linear_maps, matrix_shape
 
 WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
@@ -55,7 +54,8 @@ def inspect_checkpoint(model: str | Path) -> Inspection:
     for unit in units:
         if unit.is_block:
             rows = tuple(
-                (name, _shape(m), _bits(lazy, unit, name, m, stored)) for name, m in linear_maps(unit.module).items()
+                (name, matrix_shape(m), _bits(lazy, f"{unit.name}.{name}", stored))
+                for name, m in linear_maps(unit.module).items()
             )
             groups.setdefault((re.sub(r"\.\d+$", "", unit.name), rows), []).append(unit.name)
     blocks = [
@@ -87,19 +87,12 @@ def _bytes_of_tensors(checkpoint: Checkpoint) -> dict[str, int]:
     return sizes
 
 
-def _bits(lazy: LazyModel, unit: Unit, name: str, module: nn.Module, stored: dict[str, int]) -> float:
-    path = f"{unit.name}.{name}"
-    rows, columns = _shape(module)
-    if path in lazy.quantized:
-        stem = lazy.quantized[path]
-        size = sum(stored.get(f"{stem}.{suffix}", 0) for suffix in (*GPTQ_SUFFIXES, *COMPRESSED_SUFFIXES))
-    else:
-        size = sum(stored[key] for key in lazy.keys_of.get(f"{path}.weight", ()))
-    return 8 * size / (rows * columns)
-
-
-def _shape(module: nn.Module) -> tuple[int, int]:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    rows, columns = weight.shape[0], weight[0].numel()
-    return (columns, rows) if is_conv1d(module) else (rows, columns)
+def _bits(lazy: LazyModel, name: str, stored: dict[str, int]) -> float:
+    rows, columns = matrix_shape(lazy.maps[name])
+    if name in lazy.quantized:
+        suffixes = (*GPTQ_SUFFIXES, *COMPRESSED_SUFFIXES)
+        size = sum(stored.get(f"{stem}.{suffix}", 0) for stem in lazy.quantized[name] for suffix in suffixes)
+        return 8 * size / (rows * columns)
+    keys = lazy.keys_of.get(lazy.parameter_of(name), [])
+    weights = lazy.module.get_parameter(lazy.parameter_of(name)).numel()
+    return 8 * sum(stored[key] for key in keys) / weights

@@ -7,6 +7,7 @@ with `g_idx[i] = i // group_size` where `g_idx` is None. The integers are kept p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -85,6 +86,28 @@ class QuantizedWeight:
         scales, zeros = self.scales.to(compute)[index], self.zeros.to(compute)[index]  # [in, out]
         weight = (self.codes().t().to(compute) - zeros) * scales
         return weight.t().to(dtype or self.scales.dtype)
+
+    def rows(self, start: int, stop: int) -> QuantizedWeight:
+        """Outputs start .. stop - 1 as a weight of their own."""
+        return replace(
+            self,
+            qweight=self.qweight[:, start:stop].contiguous(),
+            scales=self.scales[:, start:stop].contiguous(),
+            zeros=self.zeros[:, start:stop].contiguous(),
+        )
+
+    @classmethod
+    def stack_rows(cls, parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
+        """The outputs of several weights on the same inputs and groups, one after another. Inverse of `rows`."""
+        first = parts[0]
+        if any(p.bits != first.bits or p.scales.shape[0] != first.scales.shape[0] for p in parts):
+            raise ValueError("weights of different bits or groups cannot be stacked")
+        return replace(
+            first,
+            qweight=torch.cat([p.qweight for p in parts], 1),
+            scales=torch.cat([p.scales for p in parts], 1),
+            zeros=torch.cat([p.zeros for p in parts], 1),
+        )
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
         return replace(

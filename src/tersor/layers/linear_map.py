@@ -1,13 +1,27 @@
 """Every kind of linear map seen as one: y = W x with W a matrix [out, in].
 
 nn.Linear holds W as it is, transformers' Conv1D holds its transpose, nn.Conv2d is a linear map of image patches
-[out, in·kh·kw].
+[out, in·kh·kw], and an expert may be a slice of a fused parameter (`experts.py`).
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+from tersor.layers.experts import ExpertMap, expert_maps
+
+LinearMap = nn.Module | ExpertMap
+
+
+def linear_maps(module: nn.Module) -> dict[str, LinearMap]:
+    """The dense linear maps inside `module` by name, in tree order; those used under several names come once."""
+    found: dict[str, LinearMap] = {}
+    for name, each in module.named_modules():
+        if is_linear_map(each):
+            found[name] = each
+        found |= {f"{name}.{expert}" if name else expert: m for expert, m in expert_maps(each).items()}
+    return found
 
 
 def is_linear_map(module: nn.Module) -> bool:
@@ -19,32 +33,38 @@ def is_linear_map(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
-def computes_its_own(module: nn.Module) -> bool:
+def computes_its_own(module: LinearMap) -> bool:
     """Whether a linear map's class has a forward of its own, so that what it computes has to be seen to be believed."""
     return isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
 
 
-def columns_of(module: nn.Module) -> int:
+def columns_of(module: LinearMap) -> int:
     """Number of inputs that one output of a linear map sees: the width of its weight seen as a matrix."""
     return weight_matrix(module).shape[1]
 
 
-def weight_matrix(module: nn.Module) -> Tensor:
+def weight_matrix(module: LinearMap) -> Tensor:
     """The weight as [out, in]: nn.Linear as it is, transformers' Conv1D transposed, Conv2d [out, in·kh·kw]."""
     weight = module.weight
     assert isinstance(weight, Tensor)
-    return weight.t() if is_conv1d(module) else weight.flatten(1)
+    return weight.t() if _holds_transpose(module) else weight.flatten(1)
 
 
-def set_weight_matrix(module: nn.Module, matrix: Tensor) -> None:
+def matrix_shape(module: LinearMap) -> tuple[int, int]:
+    """(out, in) of the weight seen as a matrix."""
+    rows, columns = weight_matrix(module).shape
+    return rows, columns
+
+
+def set_weight_matrix(module: LinearMap, matrix: Tensor) -> None:
     """Put a matrix [out, in] back into the module's own weight layout and dtype, in place."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     with torch.no_grad():
-        weight.copy_(matrix.t() if is_conv1d(module) else matrix.view_as(weight))
+        weight.copy_(matrix.t() if _holds_transpose(module) else matrix.view_as(weight))
 
 
-def input_matrix(module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
+def input_matrix(module: LinearMap, x: Tensor) -> tuple[Tensor, int]:
     """What the module multiplies its weight matrix with, [tokens, in], and how many samples that is.
 
     A linear map's samples are its leading axis (sequences, not tokens); x without a batch axis is one sample.
@@ -57,6 +77,10 @@ def input_matrix(module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
     return x.reshape(-1, x.shape[-1]), samples
 
 
-def is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: LinearMap) -> bool:
     """transformers' Conv1D: a linear layer with weight [in, out]. Told by its name so that transformers need not be imported."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _holds_transpose(module: LinearMap) -> bool:
+    return module.transposed if isinstance(module, ExpertMap) else is_conv1d(module)

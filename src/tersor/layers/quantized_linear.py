@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
+from tersor.errors import TersorError
 from tersor.formats.quantized_weight import QuantizedWeight
 from tersor.kernels.quantized_matmul import quantized_matmul
+from tersor.layers.experts import ExpertMap, PackedExperts
+from tersor.layers.linear_map import LinearMap
 
 
 class QuantizedLinear(nn.Module):
@@ -67,3 +73,25 @@ def quantized_layer(layer: nn.Module, weight: QuantizedWeight) -> nn.Module:
         return QuantizedConv2d(weight, layer)
     bias = getattr(layer, "bias", None)
     return QuantizedLinear(weight, bias if isinstance(bias, Tensor) else None)
+
+
+def place_packed(model: nn.Module, maps: Mapping[str, LinearMap], packed: Mapping[str, QuantizedWeight]) -> None:
+    """Put packed layers in the place of the linear maps of these names; an expert stack is replaced once as a whole."""
+    stacks: dict[str, dict[int, QuantizedWeight]] = defaultdict(dict)
+    for name, weight in packed.items():
+        found = maps[name]
+        if isinstance(found, ExpertMap):
+            stacks[name.rpartition(".")[0]][found.index] = weight
+        else:
+            model.set_submodule(name, quantized_layer(found, weight))
+    for name, experts in stacks.items():
+        first = maps[f"{name}.0"]
+        assert isinstance(first, ExpertMap)
+        count = getattr(first.owner, first.stack).shape[0]
+        if len(experts) != count:
+            raise TersorError(
+                f"{name}: only {len(experts)} of {count} experts are quantized; all of a stack or none can be"
+            )
+        del first.owner._parameters[first.stack]
+        layers = [QuantizedLinear(experts[n]) for n in range(count)]
+        first.owner.add_module(first.stack, PackedExperts(layers, transposed=first.transposed))
