@@ -16,7 +16,6 @@ from tersor.calibrate.blocks import Unit, find_units
 from tersor.calibrate.lockstep import Call, Lockstep, Stop
 from tersor.calibrate.statistics import kind_of, watch_inputs
 from tersor.compress.block import Block
-from tersor.compress.method import Method
 from tersor.compress.plan import Plan
 from tersor.errors import TersorError
 from tersor.formats.grid import Stored
@@ -112,7 +111,6 @@ def _watching_linear_maps(unit: Unit, called: set[str]) -> Iterator[None]:
 def walk(
     model: nn.Module,
     plan: Plan,
-    method: Method,
     batches: Sequence[Batch],
     probe: Batch,
     traced: Trace,
@@ -146,7 +144,7 @@ def walk(
                     hooks.progress(f"compressing {name or 'the model'}", total - len(remaining), total)
                     block = Block(name, plan.linears[name], calls, stored, hessian_dtype)
                     if not hooks.restore(block):
-                        method.compress_block(block)
+                        _compress(block, plan)
                     stop.run()
                     _check_outputs(stop)
                     hooks.finished(block)
@@ -158,17 +156,23 @@ def walk(
     return passes.outputs.get(last)
 
 
+def _compress(block: Block, plan: Plan) -> None:
+    """Let each method take its layers, one method after another."""
+    for method, names in plan.by_method(block.name).items():
+        method.compress_block(block.part(names))
+
+
 def walk_without_samples(
-    model: nn.Module, plan: Plan, method: Method, stored: Stored | None, hessian_dtype: torch.dtype, hooks: Hooks
+    model: nn.Module, plan: Plan, stored: Stored | None, hessian_dtype: torch.dtype, hooks: Hooks
 ) -> None:
-    """Compress every planned block with a method that needs no samples."""
+    """Compress every planned block with methods that need no samples."""
     for n, unit in enumerate(plan.blocks):
         hooks.progress(f"compressing {unit.name or 'the model'}", n, len(plan.blocks))
         hooks.load(unit.module)
         _check_weights(unit)
         block = Block(unit.name, plan.linears[unit.name], [], stored, hessian_dtype)
         if not hooks.restore(block):
-            method.compress_block(block)
+            _compress(block, plan)
         hooks.finished(block)
         hooks.release(unit.module)
     hooks.progress("compressed", len(plan.blocks), len(plan.blocks))
