@@ -70,15 +70,16 @@ def test_code_blocks_run(page: Path, tmp_path: Path, terminal: dict[str, str], m
             # The padding makes a traceback name the page's own line.
             exec(compile("\n" * block.line + block.code, str(page), "exec", dont_inherit=True), namespace.__dict__)
             continue
-        for line in filter(None, block.code.splitlines()):
-            if line.startswith("tersor ") and not set(line) & set("|>;&$"):
+        lines = block.code.splitlines()
+        if all(line.startswith("tersor ") and not set(line) & set("|>;&$") for line in lines):
+            for line in lines:
                 with pytest.raises(SystemExit) as ended:  # in this process: a fresh one takes seconds to import torch
-                    main(shlex.split(line, comments=True)[1:])
+                    main(shlex.split(line)[1:])
                 assert ended.value.code == 0, f"{where}: {line}"
-            else:
-                shell = ["bash", "-euo", "pipefail", "-c", line]
-                done = subprocess.run(shell, env=terminal, capture_output=True, text=True, timeout=300)
-                assert done.returncode == 0, f"{where}: {line}\n{done.stdout}\n{done.stderr}"
+        else:
+            shell = ["bash", "-euo", "pipefail", "-c", block.code]
+            done = subprocess.run(shell, env=terminal, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, f"{where}\n{done.stdout}\n{done.stderr}"
 
 
 def options_table(verb: str) -> str:
