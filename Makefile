@@ -4,7 +4,9 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/uv pip install --python $(BIN)/python -c constraints.txt
+# uv is fast, but does not read pip's configuration (a company's index, a local one): where it fails, pip does it.
+install = $(BIN)/uv pip install --system-certs --python $(BIN)/python -c constraints.txt -e $(1) \
+	|| $(BIN)/python -m pip install -c constraints.txt -e $(1)
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
@@ -42,22 +44,19 @@ docs: $(VENV)/.dev ## Build the documentation into site/
 clean: ## Remove the environment and everything that was built
 	rm -rf $(VENV) site dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
-# The stamps are older than what they depend on: a changed requirement reinstalls, anything else is instant.
-$(VENV)/.uv: | check-python
+# Each stamp is newer than what it depends on: a changed requirement reinstalls, anything else is instant.
+$(VENV)/.uv:
+	@test -n "$(PYTHON)" || { echo "make: found no Python 3.11 or newer; install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo "make: $(PYTHON) is not Python 3.11 or newer" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt uv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
 	@touch $@
 
 $(VENV)/.package: pyproject.toml constraints.txt $(VENV)/.uv
-	$(INSTALL) -e .
+	$(call install,.)
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.uv
-	$(INSTALL) -e '.[dev]'
+	$(call install,'.[dev]')
 	@touch $@ $(VENV)/.package
-
-.PHONY: check-python
-check-python:
-	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer found; install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
-		{ echo "make: $(PYTHON) is not Python 3.11 or newer: $$($(PYTHON) --version 2>&1)" >&2; exit 1; }

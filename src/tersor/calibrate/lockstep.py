@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from tersor.calibrate.activations import Activations
 from tersor.calibrate.blocks import Unit
 
 
@@ -32,10 +33,19 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     forward: Callable[..., Any]
+    store: Activations
     output: Any = None
 
     def run(self) -> Any:
-        return self.forward(*self.args, **self.kwargs)
+        self.store.get((self.args, self.kwargs))
+        try:
+            return self.forward(*self.args, **self.kwargs)
+        finally:
+            self.store.put((self.args, self.kwargs))
+
+    def again(self) -> Call:
+        """The same call, for another run after this one has let its inputs go."""
+        return Call(self.sample, self.args, self.kwargs, self.forward, self.store)
 
 
 @dataclass
@@ -46,10 +56,14 @@ class Stop:
     visit: int
     calls: list[Call]
 
-    def run(self) -> None:
-        """Run every call on the unit and keep its output, letting go of the inputs."""
+    def run(self, check: Callable[[Call], None] | None = None) -> None:
+        """Run every call on the unit and keep its output, letting go of the inputs. `check` sees each call with its output."""
         for call in self.calls:
             call.output = call.run()
+            if check is not None:
+                check(call)
+            call.store.put(call.output)
+            call.store.get((call.args, call.kwargs))  # the model's code may still hold them: a residual path, say
             call.args, call.kwargs = (), {}
 
 
@@ -82,6 +96,7 @@ class _Pass:
             raise _Abandoned
         self.waiting = None
         output, call.output = call.output, None
+        call.store.get(output)
         return output
 
     def resume(self) -> None:
@@ -105,8 +120,14 @@ class Lockstep:
     """
 
     def __init__(
-        self, model: nn.Module, units: Sequence[Unit], samples: Sequence[Any], forward: Callable[[Any], Any]
+        self,
+        model: nn.Module,
+        units: Sequence[Unit],
+        samples: Sequence[Any],
+        forward: Callable[[Any], Any],
+        activations: str = "device",
     ) -> None:
+        self._store = Activations(activations)
         self._units, self._forward = list(units), forward
         self._passes = [_Pass(n) for n in range(len(samples))]
         self._samples = samples
@@ -126,6 +147,7 @@ class Lockstep:
             self.give_up(each.sample)
         for unit in self._units:
             del unit.module.forward
+        self._store.close()
 
     def give_up(self, sample: int) -> None:
         """End one sample's pass where it is."""
@@ -186,7 +208,8 @@ class Lockstep:
                 return forward(*args, **kwargs)
             if any(each.is_meta for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)):
                 raise WeightsElsewhereError(f"{unit.name} got an input that was made from weights not in memory (meta)")
-            return current.stop_at(unit, Call(current.sample, args, kwargs, forward))
+            self._store.put((args, kwargs))
+            return current.stop_at(unit, Call(current.sample, args, kwargs, forward, self._store))
 
         return gate
 

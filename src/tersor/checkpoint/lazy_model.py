@@ -216,7 +216,8 @@ class LazyModel:
 
 
 def read_layer(name: str, tensors: dict[str, Tensor], in_features: int, config: QuantizationConfig) -> QuantizedWeight:
-    """One quantized layer from its tensors by suffix, whichever layout they are in."""
+    """One quantized layer from its tensors by suffix, whichever layout they are in. `name` is its published name."""
+    config = config.for_layer(name)
     bits, group_size = config.bits, config.group_size
     if "weight_packed" in tensors:
         return read_compressed(name, tensors, in_features, bits=bits, group_size=group_size)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tersor.errors import TersorError
 from tersor.formats.layouts import LAYOUTS
 
+LAYER_KEYS = ("bits", "group_size", "sym", "desc_act")  # what may differ from layer to layer
 CONFIG_FILES = ("quantize_config.json", "quant_config.json")  # older writers keep it beside config.json
 
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """layout: "gptq", "gptq_v2", "compressed-tensors" or "awq". overrides: per-module bits and group size (GPTQ's `dynamic`)."""
+    """layout: "gptq", "gptq_v2", "compressed-tensors" or "awq". overrides: what is different for layers whose published name
+    matches a regular expression, the first that matches winning."""
 
     layout: str
     bits: int
@@ -24,6 +27,11 @@ class QuantizationConfig:
     sym: bool
     desc_act: bool = False
     whole_word_zeros: bool = False
+    overrides: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+
+    def for_layer(self, name: str) -> QuantizationConfig:
+        changes = next((changes for pattern, changes in self.overrides if re.match(pattern, name)), None)
+        return self if changes is None else replace(self, **changes)
 
 
 def read_config(directory: Path, config: Mapping[str, Any]) -> QuantizationConfig | None:
@@ -34,8 +42,11 @@ def read_config(directory: Path, config: Mapping[str, Any]) -> QuantizationConfi
             if (directory / name).is_file():
                 found = json.loads((directory / name).read_text(encoding="utf-8"))
                 break
-    if not found:
-        return None
+    return parse_config(found) if found else None
+
+
+def parse_config(found: Mapping[str, Any]) -> QuantizationConfig:
+    """A `quantization_config`. Raises TersorError where tersor cannot read what it describes."""
     method = found.get("quant_method") or found.get("method") or "gptq"
     if method == "compressed-tensors":
         return _read_compressed(found)
@@ -59,6 +70,11 @@ def read_config(directory: Path, config: Mapping[str, Any]) -> QuantizationConfi
         sym=bool(found.get("sym", True)),
         desc_act=bool(found.get("desc_act", False)),
         whole_word_zeros=any(name.startswith("gptqmodel") for name in quantizers),
+        overrides=tuple(
+            (pattern.removeprefix("+:"), {key: changes[key] for key in LAYER_KEYS if key in changes})
+            for pattern, changes in (found.get("dynamic") or {}).items()
+            if not pattern.startswith("-:")
+        ),
     )
 
 
@@ -68,6 +84,12 @@ def _read_compressed(found: Mapping[str, Any]) -> QuantizationConfig:
     if kinds != {"pack-quantized"}:
         raise TersorError(f"compressed-tensors format {sorted(map(str, kinds))}: only pack-quantized is read")
     weights = [group["weights"] for group in groups.values()]
+    named = [
+        (target, group["weights"])
+        for group in groups.values()
+        for target in group.get("targets") or ()
+        if target.startswith("re:")
+    ]
     if any(group.get("input_activations") for group in groups.values()):
         raise TersorError("compressed-tensors checkpoint with quantized activations: only weights are read")
     first = weights[0]
@@ -77,64 +99,95 @@ def _read_compressed(found: Mapping[str, Any]) -> QuantizationConfig:
         group_size=int(first.get("group_size") or -1),
         sym=bool(first.get("symmetric", True)),
         desc_act=first.get("actorder") == "group",
+        overrides=tuple(
+            (
+                target.removeprefix("re:"),
+                {
+                    "bits": int(each["num_bits"]),
+                    "group_size": int(each.get("group_size") or -1),
+                    "sym": bool(each.get("symmetric", True)),
+                },
+            )
+            for target, each in named
+        ),
     )
 
 
 def make_config(
     layout: str,
+    options: Mapping[str, Any],
     *,
-    bits: int,
-    group_size: int,
-    sym: bool,
-    desc_act: bool,
-    static_groups: bool,
-    true_sequential: bool,
-    damp: float,
-    ignored: list[str],
+    overrides: Mapping[str, Mapping[str, Any]],
+    ignored: Sequence[str],
+    head: bool,
     version: str,
 ) -> dict[str, Any]:
-    """The `quantization_config` that readers of this layout expect; `ignored` are the linear layers left as they were."""
+    """The `quantization_config` that readers of this layout expect.
+
+    options: `Method.quantization()`. overrides: the same for layers (published names) that differ. ignored: the linear layers
+    left as they were. head: whether the output head is quantized.
+    """
     if layout == "compressed-tensors":
-        actorder = None if not desc_act else ("static" if static_groups else "group")
+        groups = {"group_0": _compressed_group(["Linear"], options)}
+        for n, (changed, names) in enumerate(_together(overrides), 1):
+            groups[f"group_{n}"] = _compressed_group([f"re:^{re.escape(name)}$" for name in names], changed)
         return {
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
             "quantization_status": "compressed",
-            "config_groups": {
-                "group_0": {
-                    "targets": ["Linear"],
-                    "format": "pack-quantized",
-                    "input_activations": None,
-                    "output_activations": None,
-                    "weights": {
-                        "num_bits": bits,
-                        "type": "int",
-                        "symmetric": sym,
-                        "strategy": "channel" if group_size == -1 else "group",
-                        "group_size": None if group_size == -1 else group_size,
-                        "actorder": actorder,
-                        "dynamic": False,
-                        "observer": "minmax",
-                    },
-                }
-            },
-            "ignore": ignored,
+            "config_groups": groups,
+            "ignore": list(ignored),
             "kv_cache_scheme": None,
             "version": "0.15.0",
         }
     if layout not in LAYOUTS:
         raise TersorError(f"unknown format {layout!r}; known: {', '.join(LAYOUTS)}")
-    return {
+    config = {
         "quant_method": "gptq",
-        "bits": bits,
-        "group_size": group_size,
-        "desc_act": desc_act,
-        "sym": sym,
+        "bits": options["bits"],
+        "group_size": options["group_size"],
+        "desc_act": options["desc_act"],
+        "sym": options["sym"],
         "checkpoint_format": layout,
-        "lm_head": False,
-        "true_sequential": true_sequential,
-        "static_groups": static_groups,
-        "damp_percent": damp,
+        "lm_head": head,
+        "true_sequential": options["true_sequential"],
+        "static_groups": options["static_groups"],
+        "damp_percent": options["damp"],
         "pack_dtype": "int32",
         "meta": {"quantizer": [f"tersor:{version}"]},
     }
+    dynamic = {f"+:^{re.escape(name)}$": {k: changed[k] for k in LAYER_KEYS} for name, changed in overrides.items()}
+    return {**config, "dynamic": dynamic} if dynamic else config
+
+
+def _compressed_group(targets: list[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    group_size = options["group_size"]
+    actorder = None if not options["desc_act"] else ("static" if options["static_groups"] else "group")
+    return {
+        "targets": targets,
+        "format": "pack-quantized",
+        "input_activations": None,
+        "output_activations": None,
+        "weights": {
+            "num_bits": options["bits"],
+            "type": "int",
+            "symmetric": options["sym"],
+            "strategy": "channel" if group_size == -1 else "group",
+            "group_size": None if group_size == -1 else group_size,
+            "actorder": actorder,
+            "dynamic": False,
+            "observer": "minmax",
+        },
+    }
+
+
+def _together(overrides: Mapping[str, Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], list[str]]]:
+    """Layers with the same options, in one group each."""
+    found: list[tuple[Mapping[str, Any], list[str]]] = []
+    for name, changed in overrides.items():
+        mates = next((names for options, names in found if options == changed), None)
+        if mates is None:
+            found.append((changed, [name]))
+        else:
+            mates.append(name)
+    return found

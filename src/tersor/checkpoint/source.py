@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,18 @@ BUILTIN = ("demo",)  # models that come with the package, under tersor/assets
 JOB_FOLDER = ".tersor-job"  # what an unfinished compression leaves in its output directory
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth")
+NAMES = {  # torch's dtypes by the names that safetensors has for them
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 class _Slice:
@@ -31,6 +44,22 @@ class _Slice:
     def __getitem__(self, index: Any) -> Tensor:
         values: Tensor = self._piece[index].clone()
         return values
+
+
+class _PickledTensor:
+    """A tensor of a pickled shard, with a slice's interface."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def get_shape(self) -> list[int]:
+        return list(self._tensor.shape)
+
+    def get_dtype(self) -> str:
+        return NAMES[self._tensor.dtype]
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._tensor[index].clone()
 
 
 @dataclass(frozen=True)
@@ -47,8 +76,14 @@ class Checkpoint:
         names = list(names)
         with ExitStack() as stack:
             shards = {self.shard_of[name] for name in names}
-            opened = {path: stack.enter_context(safe_open(path, framework="pt")) for path in sorted(shards)}
-            yield {name: _Slice(opened[self.shard_of[name]].get_slice(name)) for name in names}
+            opened = {
+                path: _unpickled(path) if _is_pickle(path) else stack.enter_context(safe_open(path, framework="pt"))
+                for path in sorted(shards)
+            }
+            yield {
+                name: _PickledTensor(shard[name]) if isinstance(shard, dict) else _Slice(shard.get_slice(name))
+                for name, shard in ((name, opened[self.shard_of[name]]) for name in names)
+            }
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors, in memory of their own."""
@@ -78,9 +113,12 @@ class Checkpoint:
         return sum(path.stat().st_size for path in set(self.shard_of.values()))
 
 
-def open_checkpoint(model: str | Path) -> Checkpoint:
-    """Open a directory, a built-in model or a hub repository. Raises TersorError where it is none of these."""
-    directory = resolve(model)
+def open_checkpoint(model: str | Path, *, allow_pickle: bool = False) -> Checkpoint:
+    """Open a directory, a built-in model or a hub repository. Raises TersorError where it is none of these.
+
+    allow_pickle: read pickled weights where there are no safetensors; with `weights_only`, so that nothing in them runs.
+    """
+    directory = resolve(model, allow_pickle=allow_pickle)
     if (directory / JOB_FOLDER).exists():
         raise TersorError(f"{directory} holds an unfinished job; run its command again to finish it")
     config_file = directory / "config.json"
@@ -92,10 +130,10 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
         raise TersorError(f"{config_file} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise TersorError(f"{config_file} holds no object but {type(config).__name__}")
-    return Checkpoint(directory, config, _shards(directory))
+    return Checkpoint(directory, config, _shards(directory, allow_pickle))
 
 
-def resolve(model: str | Path) -> Path:
+def resolve(model: str | Path, *, allow_pickle: bool = False) -> Path:
     """The local directory of a model; downloads a hub repository where the name has that form."""
     if str(model) in BUILTIN:
         return Path(str(files("tersor") / "assets" / str(model)))
@@ -106,18 +144,28 @@ def resolve(model: str | Path) -> Path:
         raise TersorError(f"{path} is a file; give the directory that holds the model's config.json")
     if not _is_hub_name(str(model)):
         raise TersorError(f"no model at {model}: give a directory, a hub name such as org/name, or one of {BUILTIN}")
-    return _download(str(model))
+    return _download(str(model), allow_pickle)
 
 
 def _is_hub_name(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and all(name.split("/"))
 
 
-def _download(name: str) -> Path:
+def _download(name: str, allow_pickle: bool) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "LICENSE*"]
+    wanted = [
+        "*.safetensors",
+        *(PICKLES if allow_pickle else ()),
+        "*.json",
+        "*.txt",
+        "*.model",
+        "*.jinja",
+        "*.py",
+        "*.md",
+        "LICENSE*",
+    ]
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
     except HFValidationError as error:
@@ -127,7 +175,10 @@ def _download(name: str) -> Path:
         raise TersorError(f"{name} is no directory here and could not be had from the hub: {reason}") from None
 
 
-def _shards(directory: Path) -> dict[str, Path]:
+def _shards(directory: Path, allow_pickle: bool) -> dict[str, Path]:
+    safe = any(directory.glob("*.safetensors")) or (directory / INDEX).is_file()
+    if allow_pickle and not safe:
+        return _pickled_shards(directory)
     index = directory / INDEX
     if index.is_file():
         try:
@@ -145,7 +196,7 @@ def _shards(directory: Path) -> dict[str, Path]:
         if pickled:
             raise TersorError(
                 f"{directory} holds only pickled weights ({pickled[0]}), which can run code when opened; "
-                "save the model as safetensors first"
+                "--allow-pickle reads them without running any, or save the model as safetensors first"
             )
         raise TersorError(f"{directory} holds no *.safetensors file")
     shard_of: dict[str, Path] = {}
@@ -160,6 +211,33 @@ def _shards(directory: Path) -> dict[str, Path]:
         if lost:
             raise TersorError(f"{directory}: the index names {lost[0]}, which no shard holds")
     return shard_of
+
+
+def _pickled_shards(directory: Path) -> dict[str, Path]:
+    paths = sorted(path for pattern in PICKLES for path in directory.glob(pattern) if path.name != "training_args.bin")
+    if not paths:
+        raise TersorError(f"{directory} holds neither *.safetensors nor pickled weights ({', '.join(PICKLES)})")
+    return {name: path for path in paths for name in _unpickled(path)}
+
+
+def _unpickled(path: Path) -> dict[str, Tensor]:
+    """The tensors of a pickled file, mapped rather than read where its format allows."""
+    try:
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # the format of before torch 1.6 cannot be mapped
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise TersorError(f"{path} cannot be read as weights only: {str(error).splitlines()[0]}") from None
+    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
+        found = found["state_dict"]
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise TersorError(f"{path} holds something else than tensors by name")
+    return found
+
+
+def _is_pickle(path: Path) -> bool:
+    return path.suffix in (".bin", ".pt", ".pth")
 
 
 def torch_dtype(config: dict[str, Any]) -> torch.dtype:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,11 @@ class Job:
         self.done: dict[str, list[dict[str, Any]]] = {}
         self._fingerprint: dict[str, str] = {}
 
-    def check(self, fingerprint: Mapping[str, str], *, overwrite: bool) -> bool:
-        """Whether there is a job to go on with. Raises TersorError where `out` is taken; changes nothing on disk."""
+    def check(self, fingerprint: Mapping[str, str], *, overwrite: bool, redo: bool = False) -> bool:
+        """Whether there is a job to go on with. Raises TersorError where `out` is taken; changes nothing on disk.
+
+        redo: a finished result of the same job counts as one to go on with.
+        """
         if self.out.exists() and not self.out.is_dir():
             raise TersorError(f"{self.out} is a file; give a directory")
         journal = self._read_journal()
@@ -50,6 +53,8 @@ class Job:
                     "give the same command to finish it, or --overwrite to start anew"
                 )
             return True
+        if redo and not overwrite and self._finished_result(fingerprint):
+            return True
         if self.out.exists() and any(self.out.iterdir()):
             if not overwrite:
                 raise TersorError(f"{self.out} exists and is not empty; give another directory or --overwrite")
@@ -59,16 +64,48 @@ class Job:
                 )
         return False
 
-    def start(self, fingerprint: Mapping[str, str], *, overwrite: bool) -> None:
-        """Begin, or go on with what an interrupted run of the same command left. Raises as `check` does."""
-        if self.check(fingerprint, overwrite=overwrite):
-            self.done = json.loads((self.folder / "journal.json").read_text(encoding="utf-8"))["done"]
+    def start(self, fingerprint: Mapping[str, str], *, overwrite: bool, redo: bool = False) -> None:
+        """Begin, or go on with what an earlier run of the same command left. Raises as `check` does."""
+        if self.check(fingerprint, overwrite=overwrite, redo=redo):
+            journal = self._read_journal()
+            self.done = journal["done"] if journal is not None else {}
         elif self.out.exists():
             shutil.rmtree(self.out)
         self._fingerprint = dict(fingerprint)
         with _disk_errors(self.out):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._write_journal()
+
+    def redo(self, blocks: set[str], layers: Mapping[str, Mapping[str, Sequence[str]]]) -> None:
+        """Forget these finished blocks. Where the whole result is finished, its other blocks become those of an unfinished job.
+
+        layers: {block: {layer: the published names under which its tensors lie}}, for all blocks.
+        """
+        result = self._result()
+        with _disk_errors(self.out):
+            if not self.done and result is not None:
+                reports = {row["name"]: {**row, "seconds": 0.0} for row in result["layers"]}
+                shards = [load_file(path) for path in sorted(self.out.glob("*.safetensors"))]
+                for block, linears in layers.items():
+                    stems = {stem for names in linears.values() for stem in names}
+                    mine = {k: t for shard in shards for k, t in shard.items() if k.rpartition(".")[0] in stems}
+                    packed = {k: t for k, t in mine.items() if not k.endswith((".bias", ".weight"))}
+                    self.write_block(block, packed, [reports[name] for name in linears])
+            for block in blocks & set(self.done):
+                del self.done[block]
+            self._write_journal()
+            (self.folder / "rest.safetensors").unlink(missing_ok=True)
+
+    def _result(self) -> dict[str, Any] | None:
+        path = self.out / RESULT_FILE
+        if not path.is_file():
+            return None
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+
+    def _finished_result(self, fingerprint: Mapping[str, str]) -> bool:
+        result = self._result()
+        return result is not None and result.get("fingerprint") == dict(fingerprint)
 
     def write_block(self, name: str, tensors: Mapping[str, Tensor], reports: list[dict[str, Any]]) -> None:
         with _disk_errors(self.out):

@@ -15,7 +15,9 @@ from rich.table import Table
 from tersor.cli.progress import progress_bar
 from tersor.compress import compress
 from tersor.compress.method import Method, from_options, methods
+from tersor.compress.recipe import Recipe, read_recipe
 from tersor.compress.result import Summary
+from tersor.errors import TersorError
 
 
 def _quantize(
@@ -23,7 +25,10 @@ def _quantize(
     out: Annotated[
         Path, typer.Option("--out", help="Directory to write; must not exist, or hold this job unfinished.")
     ],
-    method: Annotated[str, typer.Option(help="How the weights are chosen.")] = "gptq",
+    method: Annotated[str | None, typer.Option(help="How the weights are chosen. [default: gptq]")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="A YAML file with method, options and rules for single layers.")
+    ] = None,
     calibration: Annotated[str, typer.Option(help="A text file (.gz too), `builtin`, or `hf:NAME`.")] = "builtin",
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens a sample; at most what the model has positions for.")] = 2048,
@@ -35,6 +40,13 @@ def _quantize(
     format: Annotated[str, typer.Option(help="gptq, gptq_v2 or compressed-tensors.")] = "gptq",
     include: Annotated[list[str] | None, typer.Option(help="Only layers that match, such as `*.mlp.*`.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Not layers that match.")] = None,
+    head: Annotated[bool, typer.Option("--head", help="Quantize the output head too.")] = False,
+    target_tp: Annotated[int, typer.Option(help="Check that the layers split over so many devices when served.")] = 1,
+    activations: Annotated[
+        str, typer.Option(help="Where samples wait between blocks: device, cpu or disk.")
+    ] = "device",
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read pickled weights (.bin) too.")] = False,
+    redo: Annotated[list[str] | None, typer.Option(help="Solve the blocks of layers that match again.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
     **options: Any,
@@ -46,11 +58,12 @@ def _quantize(
     given = {name: value for name, value in options.items() if value is not None}
     if "bits" in given and str(given["bits"]).isdigit():
         given["bits"] = int(given["bits"])
-    chosen = from_options(method, given)
+    chosen = _recipe(recipe, method, given)
     with progress_bar(quiet=as_json) as progress:
         result = compress(
             model,
-            chosen,
+            chosen.method,
+            rules=chosen.rules,
             calibration=calibration,
             samples=samples,
             seq_len=seq_len,
@@ -62,12 +75,26 @@ def _quantize(
             overwrite=overwrite,
             include=include or (),
             exclude=exclude or (),
+            head=head,
+            target_tp=target_tp,
+            activations=activations,
+            allow_pickle=allow_pickle,
+            redo=redo or (),
             progress=progress,
         )
     if as_json:
         typer.echo(json.dumps({"out": str(out), **result.summary.as_dict()}))
     else:
         print_summary(result.summary, out)
+
+
+def _recipe(path: Path | None, method: str | None, options: dict[str, Any]) -> Recipe:
+    if path is None:
+        return Recipe(from_options(method or "gptq", options))
+    if method is not None or options:
+        named = ["--method"] if method is not None else [f"--{name.replace('_', '-')}" for name in options]
+        raise TersorError(f"{named[0]} and --recipe exclude each other: write it in {path}")
+    return read_recipe(path)
 
 
 def print_summary(summary: Summary, out: Path) -> None:

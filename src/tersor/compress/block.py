@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -54,6 +54,10 @@ class Block:
     hessian_dtype: torch.dtype
     packed: dict[str, QuantizedWeight] = field(default_factory=dict)
     reports: list[LayerReport] = field(default_factory=list)
+
+    def part(self, names: Sequence[str]) -> Block:
+        """The same block with only some of its linear maps; results go to the same place."""
+        return replace(self, linears={name: self.linears[name] for name in names})
 
     @cached_property
     def order(self) -> CallOrder:

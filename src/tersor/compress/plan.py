@@ -7,11 +7,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any, Protocol
 
 from torch import nn
 
 from tersor.calibrate.blocks import Unit, find_blocks
 from tersor.compress.method import Method
+from tersor.compress.recipe import Recipe
 from tersor.errors import TersorError
 from tersor.formats.layouts import Layout
 from tersor.layers.experts import ExpertMap
@@ -20,36 +22,65 @@ from tersor.layers.linear_map import LinearMap, linear_maps, matrix_shape
 # A few outputs that choose experts: kept as they are.
 ROUTERS = re.compile(r"(^|\.)(router|gate|shared_expert_gate|wg)$")
 
+# Layers that servers split along their inputs, by the names that transformers gives them.
+ROW_PARALLEL = re.compile(r"(^|\.)(o_proj|out_proj|down_proj|c_proj|dense|dense_4h_to_h|fc2|fc_out|w2|wo)(\.\d+)?$")
+
+
+class Choice(Protocol):
+    """What of a job's settings decides which layers are compressed, and how."""
+
+    @property
+    def recipe(self) -> Recipe: ...
+    @property
+    def layout(self) -> Layout | None: ...
+    @property
+    def include(self) -> Sequence[str]: ...
+    @property
+    def exclude(self) -> Sequence[str]: ...
+    @property
+    def head(self) -> bool: ...
+    @property
+    def target_tp(self) -> int: ...
+
 
 @dataclass(frozen=True)
 class Plan:
-    """blocks in tree order; linears: what is compressed in each, {block name: {full name: module}}; left: what is not."""
+    """blocks in tree order; linears: what is compressed in each, {block name: {full name: module}}; methods: how, by layer;
+    left: what is not compressed."""
 
     blocks: list[Unit]
     linears: dict[str, dict[str, LinearMap]]
+    methods: dict[str, Method]
     left: list[str]
 
     def all_linears(self) -> dict[str, LinearMap]:
         return {name: module for each in self.linears.values() for name, module in each.items()}
 
+    def by_method(self, block: str) -> dict[Method, list[str]]:
+        """The layers of a block that each method takes, in tree order."""
+        groups: dict[Method, list[str]] = {}
+        for name in self.linears[block]:
+            groups.setdefault(self.methods[name], []).append(name)
+        return groups
 
-def make_plan(
-    model: nn.Module, method: Method, layout: Layout | None, *, include: Sequence[str] = (), exclude: Sequence[str] = ()
-) -> Plan:
+
+def make_plan(model: nn.Module, job: Choice) -> Plan:
     """All linear maps inside the repeated blocks, but for routers, tied weights and the towers of multimodal generators;
-    `include` and `exclude` are patterns like `*.mlp.*`.
+    `include` and `exclude` are patterns like `*.mlp.*`; `head` adds the output head.
 
     Raises TersorError where a pattern matches nothing, nothing is left to compress, or the method refuses a layer.
     """
+    recipe, layout, include, exclude = job.recipe, job.layout, job.include, job.exclude
     everything = linear_maps(model)
-    blocks = find_blocks(model)
+    blocks = [*find_blocks(model), *([_head(model)] if job.head else [])]
+    recipe.check_matches(list(everything))
     for pattern in (*include, *exclude):
         if not any(fnmatchcase(name, pattern) for name in everything):
             raise TersorError(f"the pattern {pattern!r} matches none of the {len(everything)} linear layers")
     tied, towers = _tied_weights(model), () if include else _towers(model)
     chosen: dict[str, dict[str, LinearMap]] = {}
     for block in blocks:
-        inside = {f"{block.name}.{n}" if block.name else n: m for n, m in linear_maps(block.module).items()}
+        inside = {".".join(filter(None, (block.name, n))): m for n, m in linear_maps(block.module).items()}
         chosen[block.name] = {
             name: module
             for name, module in inside.items()
@@ -58,15 +89,22 @@ def make_plan(
             and not block.name.startswith(towers)
             and (not include or any(fnmatchcase(name, pattern) for pattern in include))
             and not any(fnmatchcase(name, pattern) for pattern in exclude)
+            and recipe.method_for(name) is not None
         }
-    plan = Plan(blocks, chosen, [])
+    methods = {name: m for each in chosen.values() for name in each if (m := recipe.method_for(name)) is not None}
+    plan = Plan(blocks, chosen, methods, [])
     _check_stacks(plan, everything)
     taken = plan.all_linears()
     if not taken:
         raise TersorError("there is no linear layer to compress in this model's blocks")
+    for method in dict.fromkeys(methods.values()):
+        if layout is not None and layout.name not in method.layouts:
+            can = ", ".join(method.layouts)
+            raise TersorError(f"method {method.name} cannot be stored as {layout.name}; it can as {can}")
     for name, module in taken.items():
-        method.check_linear(name, *matrix_shape(module), layout)
-    return Plan(blocks, chosen, [name for name in everything if name not in taken])
+        methods[name].check_linear(name, *matrix_shape(module), layout)
+        check_split(name, *matrix_shape(module), methods[name], job.target_tp)
+    return Plan(blocks, chosen, methods, [name for name in everything if name not in taken])
 
 
 def _check_stacks(plan: Plan, everything: dict[str, LinearMap]) -> None:
@@ -81,10 +119,50 @@ def _check_stacks(plan: Plan, everything: dict[str, LinearMap]) -> None:
             )
 
 
+def check_split(name: str, out_features: int, in_features: int, method: Method, devices: int) -> None:
+    """Raise TersorError where a packed layer cannot be split over `devices` for tensor-parallel serving.
+
+    Layers whose outputs are summed over the devices are split along their inputs, in whole groups; others along their
+    outputs, in whole 32-bit words of packed zero points.
+    """
+    if devices == 1:
+        return
+    group = method.quantization().get("group_size", -1)
+    if ROW_PARALLEL.search(name):
+        unit = max(group, 32)
+        if in_features % (devices * unit):
+            raise TersorError(
+                f"{name}: its {in_features} inputs do not split over {devices} devices in whole groups of {unit}; "
+                f"use a smaller group size or --target-tp {_largest_divisor(in_features // unit, devices)}"
+            )
+    elif out_features % (devices * 32):
+        raise TersorError(
+            f"{name}: its {out_features} outputs do not split over {devices} devices in whole words of 32; "
+            f"--target-tp {_largest_divisor(out_features // 32, devices)} would work"
+        )
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return next(n for n in range(min(limit, max(number, 1)), 0, -1) if number % n == 0)
+
+
 def without(plan: Plan, names: set[str]) -> Plan:
     """The plan with these layers left as they are."""
     linears = {block: {n: m for n, m in each.items() if n not in names} for block, each in plan.linears.items()}
-    return Plan(plan.blocks, linears, [*plan.left, *(name for name in plan.all_linears() if name in names)])
+    return Plan(
+        plan.blocks, linears, plan.methods, [*plan.left, *(name for name in plan.all_linears() if name in names)]
+    )
+
+
+def _head(model: nn.Module) -> Unit:
+    """The output head as a block of its own. Raises TersorError where there is none, or it shares its weight."""
+    found: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    name = next((n for n, each in model.named_modules() if each is found), None) if found is not None else None
+    if name is None or not linear_maps(found):
+        raise TersorError("the model has no output head that could be quantized")
+    if id(found.weight) in _tied_weights(model):
+        raise TersorError(f"the head {name} is tied to the embedding and stays as it is")
+    return Unit(name, found, True)
 
 
 def _towers(model: nn.Module) -> tuple[str, ...]:

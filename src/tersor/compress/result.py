@@ -20,6 +20,7 @@ from tersor.compress.block import LayerReport
 class Summary:
     """What a job did. Sizes in bytes, times in seconds.
 
+    quantization: what the checkpoint says of itself, as in its config.json.
     divergence: mean KL divergence of the compressed model's predictions from the original's on the probe, in nats; agreement: how
     often both predict the same. None where the model's output is no prediction over classes.
     """
@@ -33,6 +34,7 @@ class Summary:
     seconds_per_block: dict[str, float]
     peak_memory: int
     bits_per_weight: float
+    quantization: dict[str, Any]
     size_before: int | None = None
     size_after: int | None = None
     divergence: float | None = None

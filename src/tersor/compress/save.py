@@ -10,11 +10,9 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import tersor
 from tersor import models
-from tersor.checkpoint.quantization_config import make_config
+from tersor.checkpoint.quantization_config import parse_config
 from tersor.checkpoint.writer import RESULT_FILE
-from tersor.compress.method import from_options
 from tersor.compress.result import Summary
 from tersor.errors import TersorError
 from tersor.formats.layouts import layout_named, write
@@ -34,14 +32,15 @@ def save_module(module: nn.Module, summary: Summary, target: Path, *, overwrite:
         raise TersorError(
             "the model was compressed with format=None, in numbers that no file format holds; name a format"
         )
-    layout, method = layout_named(summary.format), from_options(**_named(summary.method))
-    options = method.quantization()
+    layout, quantization = layout_named(summary.format), parse_config(summary.quantization)
     tensors: dict[str, Tensor] = {}
     packed: list[str] = []
     for name, each in module.named_modules():
         found = _packed_layers(name, each)
         for stem, linear in found.items():
-            tensors |= {f"{stem}.{s}": t for s, t in write(linear.packed, layout, sym=options["sym"]).items()}
+            tensors |= {
+                f"{stem}.{s}": t for s, t in write(linear.packed, layout, sym=quantization.for_layer(stem).sym).items()
+            }
         if found:
             packed.append(name)
             if isinstance(getattr(each, "bias", None), Tensor):
@@ -51,13 +50,12 @@ def save_module(module: nn.Module, summary: Summary, target: Path, *, overwrite:
     for name, tensor in module.state_dict(keep_vars=True).items():
         if not name.startswith(inside) and seen.setdefault(id(tensor), name) == name:  # a tied tensor is stored once
             tensors[name] = tensor.detach()
-    quantization = make_config(layout.name, ignored=summary.left, version=tersor.__version__, **options)
     _make_room(target, overwrite=overwrite)
     target.mkdir(parents=True)
     save_file(
         {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, target / "model.safetensors", {"format": "pt"}
     )
-    config = {**config_of(module), "quantization_config": quantization}
+    config = {**config_of(module), "quantization_config": summary.quantization}
     (target / RESULT_FILE).write_text(json.dumps({"method": summary.method, "format": layout.name}, indent=2) + "\n")
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return target
@@ -85,11 +83,6 @@ def _packed_layers(name: str, module: nn.Module) -> dict[str, QuantizedLinear]:
         return {name: module.matrix}
     inner = name.endswith(".matrix") or ".linears." in name  # parts of the two above
     return {name: module} if isinstance(module, QuantizedLinear) and not inner else {}
-
-
-def _named(options: dict[str, Any]) -> dict[str, Any]:
-    rest = dict(options)
-    return {"name": rest.pop("name"), "options": rest}
 
 
 def _make_room(target: Path, *, overwrite: bool) -> None:

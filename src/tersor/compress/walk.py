@@ -13,15 +13,19 @@ from torch import Tensor, nn
 
 from tersor.calibrate.batches import Batch, call
 from tersor.calibrate.blocks import Unit, find_units
-from tersor.calibrate.lockstep import Call, Lockstep, Stop
+from tersor.calibrate.lockstep import Call, Lockstep
 from tersor.calibrate.statistics import kind_of, watch_inputs
 from tersor.compress.block import Block
-from tersor.compress.method import Method
 from tersor.compress.plan import Plan
 from tersor.errors import TersorError
 from tersor.formats.grid import Stored
 from tersor.layers.experts import ExpertMap
 from tersor.layers.linear_map import computes_its_own, linear_maps
+
+
+class NotFiniteError(TersorError):
+    """NaN or Inf in a weight or in what a part of the model computes."""
+
 
 Progress = Callable[[str, int, int], None]  # what is being done, how many steps are done, of how many
 
@@ -36,6 +40,7 @@ class Hooks:
     restore: Callable[[Block], bool]
     finished: Callable[[Block], None]
     progress: Progress
+    activations: str = "device"
 
 
 @dataclass
@@ -79,8 +84,7 @@ def _trace(model: nn.Module, units: list[Unit], probe: Batch, hooks: Hooks) -> T
             _check_weights(stop.unit)
             visits[stop.unit.name] += 1
             with _watching_linear_maps(stop.unit, called):
-                stop.run()
-            _check_outputs(stop)
+                stop.run(_output_check(stop.unit))
             hooks.release(stop.unit.module)
             hooks.progress("checking the model", sum(visits.values()), max(len(units), sum(visits.values())))
     return Trace(units, visits, called, passes.outputs.get(0))
@@ -112,7 +116,6 @@ def _watching_linear_maps(unit: Unit, called: set[str]) -> Iterator[None]:
 def walk(
     model: nn.Module,
     plan: Plan,
-    method: Method,
     batches: Sequence[Batch],
     probe: Batch,
     traced: Trace,
@@ -128,7 +131,9 @@ def walk(
     remaining = {name for name, linears in plan.linears.items() if linears and traced.visits[name]}
     total = len(remaining)
     earlier: dict[str, list[Call]] = {}
-    with Lockstep(model, traced.units, [*batches, probe], lambda batch: call(model, batch)) as passes:
+    with Lockstep(
+        model, traced.units, [*batches, probe], lambda batch: call(model, batch), hooks.activations
+    ) as passes:
         for stop in passes:
             name = stop.unit.name
             if not remaining:
@@ -137,7 +142,7 @@ def walk(
                 stop.calls = [each for each in stop.calls if each.sample == last]
             hooks.load(stop.unit.module)
             if name in remaining:
-                calls = [Call(c.sample, c.args, c.kwargs, c.forward) for c in stop.calls if c.sample != last]
+                calls = [each.again() for each in stop.calls if each.sample != last]
                 calls = earlier.pop(name, []) + calls
                 if stop.visit + 1 < traced.visits[name]:
                     earlier[name] = calls
@@ -146,9 +151,8 @@ def walk(
                     hooks.progress(f"compressing {name or 'the model'}", total - len(remaining), total)
                     block = Block(name, plan.linears[name], calls, stored, hessian_dtype)
                     if not hooks.restore(block):
-                        method.compress_block(block)
-                    stop.run()
-                    _check_outputs(stop)
+                        _compress(block, plan)
+                    stop.run(_output_check(stop.unit))
                     hooks.finished(block)
                     remaining.discard(name)
                     hooks.progress(f"compressed {name or 'the model'}", total - len(remaining), total)
@@ -158,17 +162,23 @@ def walk(
     return passes.outputs.get(last)
 
 
+def _compress(block: Block, plan: Plan) -> None:
+    """Let each method take its layers, one method after another."""
+    for method, names in plan.by_method(block.name).items():
+        method.compress_block(block.part(names))
+
+
 def walk_without_samples(
-    model: nn.Module, plan: Plan, method: Method, stored: Stored | None, hessian_dtype: torch.dtype, hooks: Hooks
+    model: nn.Module, plan: Plan, stored: Stored | None, hessian_dtype: torch.dtype, hooks: Hooks
 ) -> None:
-    """Compress every planned block with a method that needs no samples."""
+    """Compress every planned block with methods that need no samples."""
     for n, unit in enumerate(plan.blocks):
         hooks.progress(f"compressing {unit.name or 'the model'}", n, len(plan.blocks))
         hooks.load(unit.module)
         _check_weights(unit)
         block = Block(unit.name, plan.linears[unit.name], [], stored, hessian_dtype)
         if not hooks.restore(block):
-            method.compress_block(block)
+            _compress(block, plan)
         hooks.finished(block)
         hooks.release(unit.module)
     hooks.progress("compressed", len(plan.blocks), len(plan.blocks))
@@ -205,14 +215,16 @@ def first_tensor(output: Any) -> Tensor | None:
 def _check_weights(unit: Unit) -> None:
     for name, parameter in unit.module.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
-            raise TersorError(f"the weight {unit.name}.{name} is not finite (NaN or Inf)")
+            raise NotFiniteError(f"the weight {unit.name}.{name} is not finite (NaN or Inf)")
 
 
-def _check_outputs(stop: Stop) -> None:
-    for each in stop.calls:
+def _output_check(unit: Unit) -> Callable[[Call], None]:
+    def check(each: Call) -> None:
         output = first_tensor(each.output)
         if output is not None and not bool(torch.isfinite(output).all()):
-            raise TersorError(
-                f"the output of {stop.unit.name or 'the model'} is not finite (NaN or Inf) in calibration sample "
+            raise NotFiniteError(
+                f"the output of {unit.name or 'the model'} is not finite (NaN or Inf) in calibration sample "
                 f"{each.sample}; if the model overflows {output.dtype}, use --dtype float32"
             )
+
+    return check

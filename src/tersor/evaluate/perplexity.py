@@ -63,6 +63,8 @@ def perplexity(
     count = len(ids) // seq_len
     if count == 0:
         raise TersorError(f"the text has {len(ids)} tokens, less than one window of {seq_len}; use a shorter seq_len")
+    if max_windows is not None and max_windows < 1:
+        raise TersorError(f"max_windows {max_windows} leaves nothing to evaluate; use at least 1")
     if max_windows is not None:
         count = min(count, max_windows)
     windows = ids[: count * seq_len].view(count, seq_len)

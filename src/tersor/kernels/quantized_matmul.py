@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from tersor.formats.quantized_weight import QuantizedWeight
+from tersor.kernels.prepared_weight import PreparedWeight
+from tersor.kernels.quantized_matmul_cuda import prepared_matmul
 
 
 def reference(x: Tensor, weight: QuantizedWeight) -> Tensor:
@@ -52,8 +54,13 @@ def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
 _quantized_matmul.register_autograd(_backward, setup_context=_setup_context)
 
 
-def quantized_matmul(x: Tensor, weight: QuantizedWeight) -> Tensor:
-    """y = x · Wᵀ. x [..., in], y [..., out] in x's dtype. Differentiable in x; traceable by torch.compile."""
+def quantized_matmul(x: Tensor, weight: QuantizedWeight | PreparedWeight) -> Tensor:
+    """y = x · Wᵀ. x [..., in], y [..., out] in x's dtype. Differentiable in x; traceable by torch.compile.
+
+    A weight in the checkpoint's layout goes through the reference, one that was prepared through the GPU's kernel.
+    """
+    if isinstance(weight, PreparedWeight):
+        return prepared_matmul(x, weight)
     y: Tensor = _quantized_matmul(
         x, weight.qweight, weight.scales, weight.zeros, weight.g_idx, weight.bits, weight.group_size
     )

@@ -53,6 +53,13 @@ def expert_maps(module: nn.Module) -> dict[str, ExpertMap]:
     }
 
 
+def stored_name(name: str, found: object) -> str:
+    """The name under which a linear map is stored: `<experts>.<number>.<stack>` for an expert of a fused stack."""
+    if not isinstance(found, ExpertMap):
+        return name
+    return f"{name.rsplit('.', 2)[0]}.{found.index}.{found.stack}"
+
+
 def is_transposed(module: nn.Module, shapes: Sequence[torch.Size]) -> bool:
     """Whether slices are [in, out]. Where the module does not say so, what comes in must go out: with slices [out, in] the first
     stack's columns are the last one's rows."""

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from tersor.errors import TersorError
 from tersor.formats.quantized_weight import QuantizedWeight
+from tersor.kernels.prepared_weight import PreparedWeight, prepare, restore, why_not
 from tersor.kernels.quantized_matmul import quantized_matmul
 from tersor.layers.experts import ExpertMap, PackedExperts
 from tersor.layers.linear_map import LinearMap
 
 
 class QuantizedLinear(nn.Module):
-    """Drop-in for nn.Linear (and transformers' Conv1D): x [..., in] -> [..., out] in x's dtype."""
+    """Drop-in for nn.Linear (and transformers' Conv1D): x [..., in] -> [..., out] in x's dtype.
+
+    Holds the weight in the checkpoint's layout or, after `prepare`, in the GPU kernel's; `packed` is the former at any time.
+    """
 
     qweight: Tensor
     scales: Tensor
     zeros: Tensor
     g_idx: Tensor | None
     bias: Tensor | None
+    tiles: Tensor
+    order: Tensor | None
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -32,9 +40,28 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("zeros", weight.zeros)
         self.register_buffer("g_idx", weight.g_idx)
         self.register_buffer("bias", bias)
+        self._prepared: PreparedWeight | None = None  # without its tensors, which are buffers
+
+    def prepare(self) -> bool:
+        """Repack the weight for the GPU's kernel, in place; False where no kernel takes it. Call it on the GPU."""
+        if self._prepared is not None or why_not(self.packed) is not None:
+            return self._prepared is not None
+        prepared = prepare(self.packed)
+        self._prepared = replace(prepared, tiles=torch.empty(0), order=None)
+        for name in ("qweight", "scales", "zeros", "g_idx"):
+            self.register_buffer(name, None)
+        self.register_buffer("tiles", prepared.tiles)
+        self.register_buffer("order", prepared.order)
+        return True
+
+    @property
+    def prepared(self) -> PreparedWeight | None:
+        return self._prepared and replace(self._prepared, tiles=self.tiles, order=self.order)
 
     @property
     def packed(self) -> QuantizedWeight:
+        if (prepared := self.prepared) is not None:
+            return restore(prepared)
         return QuantizedWeight(
             self.qweight, self.scales, self.zeros, self.g_idx, self.bits, self.group_size, self.in_features
         )
@@ -45,7 +72,7 @@ class QuantizedLinear(nn.Module):
         return self.packed.dequantize()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = quantized_matmul(x, self.packed)
+        y = quantized_matmul(x, self.prepared or self.packed)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:

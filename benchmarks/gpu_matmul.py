@@ -1,0 +1,173 @@
+"""What a packed weight is worth at every batch size: x · Wᵀ in 4 bits against cuBLAS in float16, on one GPU.
+
+    python benchmarks/gpu_matmul.py            # prints the tables and writes benchmarks/results/gpu_matmul.md
+
+Method: one CUDA graph of launches that take turns over copies of the weight, which together exceed the L2 cache several
+times; the median of its replays, over the number of launches; cuBLAS timed right before. Weights and x are random.
+`tinygemm` is torch's own int4 kernel (bfloat16, groups of 128).
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tersor.formats.quantized_weight import QuantizedWeight
+from tersor.kernels.prepared_weight import PreparedWeight, prepare
+from tersor.kernels.quantized_matmul import quantized_matmul
+
+# K x N and the speed-ups over cuBLAS float16 that are aimed at, by the largest M they hold for.
+SHAPES: dict[tuple[int, int], dict[int, float]] = {
+    (4096, 4096): {16: 2.0},
+    (4096, 14336): {16: 2.6, 32: 2.1},
+    (14336, 4096): {16: 2.6, 32: 2.1},
+    (8192, 28672): {16: 3.3, 32: 2.8, 64: 2.2, 128: 1.5},
+    (12288, 49152): {16: 3.3, 32: 2.8, 64: 2.2, 128: 1.5},
+}
+ROWS = (1, 8, 16, 32, 64, 128, 192, 256, 512, 1024, 4096)
+TINYGEMM_ROWS = (1, 16, 64)
+ROTATED_BYTES = 256 * 2**20
+WARM_UP = 5
+
+
+def goal(shape: tuple[int, int], rows: int) -> float:
+    return next((speedup for most, speedup in SHAPES[shape].items() if rows <= most), 1.0)
+
+
+def random_weight(inputs: int, outputs: int, bits: int, group_size: int = 128) -> QuantizedWeight:
+    codes = torch.randint(0, 2**bits, (outputs, inputs), dtype=torch.uint8, device="cuda")
+    scales = (torch.rand(inputs // group_size, outputs, device="cuda") * 0.01 + 0.005).half()
+    zeros = torch.full_like(scales, 2 ** (bits - 1), dtype=torch.uint8)
+    return QuantizedWeight.from_codes(codes, scales, zeros, bits=bits, group_size=group_size)
+
+
+def microseconds(launches: list[Callable[[], object]], replays: int = 21) -> float:
+    """The median time of one launch of these, captured in one graph."""
+    for run in launches:
+        run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for run in launches:
+            run()
+    times = []
+    for _ in range(WARM_UP + replays):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(launches))
+    return statistics.median(times[WARM_UP:])
+
+
+def copies(tensor: Tensor) -> list[Tensor]:
+    return [tensor, *(tensor.clone() for _ in range(max(1, ROTATED_BYTES // tensor.nbytes)))]
+
+
+def rotated(weight: PreparedWeight) -> list[PreparedWeight]:
+    return [replace(weight, tiles=tiles) for tiles in copies(weight.tiles)]
+
+
+def time_dense(x: Tensor, weights: list[Tensor]) -> float:
+    y = x.new_empty(x.shape[0], weights[0].shape[0])
+    return microseconds([lambda w=w: torch.mm(x, w.t(), out=y) for w in weights])  # type: ignore[misc]
+
+
+def time_packed(x: Tensor, weights: list[PreparedWeight]) -> float:
+    return microseconds([lambda w=w: quantized_matmul(x, w) for w in weights])  # type: ignore[misc]
+
+
+def time_tinygemm(x: Tensor, weights: list[Tensor], scales_and_zeros: Tensor) -> float:
+    x = x.bfloat16()
+    run = torch.ops.aten._weight_int4pack_mm
+    return microseconds([lambda w=w: run(x, w, 128, scales_and_zeros) for w in weights])  # type: ignore[misc]
+
+
+def memory_bandwidth() -> float:
+    """Bytes a microsecond, read and written, of an elementwise kernel over 4 GiB."""
+    source = torch.randn(2**30, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / microseconds([lambda: torch.neg(source, out=target)] * 3)
+
+
+def random_rows(rows: int, inputs: int) -> Tensor:
+    return torch.randn(rows, inputs, dtype=torch.float16, device="cuda")
+
+
+def four_bits(bandwidth: float) -> list[str]:
+    lines = [
+        "| K x N | M | cuBLAS fp16 us | 4 bits us | speed-up | goal | TB/s | share of that bandwidth | tinygemm us |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for shape in SHAPES:
+        inputs, outputs = shape
+        dense = copies(torch.randn(outputs, inputs, dtype=torch.float16, device="cuda"))
+        packed = rotated(prepare(random_weight(inputs, outputs, 4)))
+        nibbles = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8, device="cuda")
+        tiny = copies(torch.ops.aten._convert_weight_to_int4pack(nibbles, 8))
+        tiny_scales = torch.rand(inputs // 128, outputs, 2, dtype=torch.bfloat16, device="cuda")
+        time_dense(random_rows(1, inputs), dense)  # the first one after all this allocation comes out slow
+        for rows in ROWS:
+            x = random_rows(rows, inputs)
+            fp16, ours = time_dense(x, dense), time_packed(x, packed)
+            rate = packed[0].tiles.nbytes / ours
+            peer = f"{time_tinygemm(x, tiny, tiny_scales):.1f}" if rows in TINYGEMM_ROWS else ""
+            missed = "" if fp16 / ours >= goal(shape, rows) else " (missed)"
+            lines.append(
+                f"| {inputs} x {outputs} | {rows} | {fp16:.1f} | {ours:.1f} | {fp16 / ours:.2f} | "
+                f"{goal(shape, rows)}{missed} | {rate / 1e6:.2f} | {rate / bandwidth:.0%} | {peer} |"
+            )
+            print(lines[-1], flush=True)
+    return lines
+
+
+def other_bits(bandwidth: float) -> list[str]:
+    lines = [
+        "| K x N | M | bits | us | faster than 4 bits | fewer bytes than 4 bits | TB/s | share of that bandwidth |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for inputs, outputs in ((8192, 28672), (12288, 49152)):
+        weights = {bits: rotated(prepare(random_weight(inputs, outputs, bits))) for bits in (4, 8, 3, 2)}
+        for rows in (1, 16):
+            x = random_rows(rows, inputs)
+            times = {bits: time_packed(x, weight) for bits, weight in weights.items()}
+            for bits, ours in times.items():
+                size = weights[bits][0].tiles.nbytes
+                lines.append(
+                    f"| {inputs} x {outputs} | {rows} | {bits} | {ours:.1f} | {times[4] / ours:.2f} | "
+                    f"{weights[4][0].tiles.nbytes / size:.2f} | {size / ours / 1e6:.2f} | {size / ours / bandwidth:.0%} |"
+                )
+                print(lines[-1], flush=True)
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gpu_matmul.md")
+    out = parser.parse_args().out
+    bandwidth = memory_bandwidth()
+    machine = (
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}, "
+        f"Python {platform.python_version()}; an elementwise kernel reads and writes {bandwidth / 1e6:.2f} TB/s."
+    )
+    print(machine)
+    sections = [
+        "# y = x · Wᵀ with a packed weight",
+        f"{machine} Command: `python benchmarks/gpu_matmul.py`. Weights in groups of 128, symmetric; x in float16. Every\n"
+        "launch may begin to fetch its weight while the one before ends (programmatic dependent launch), as in decoding.",
+        "## 4 bits\n\n" + "\n".join(four_bits(bandwidth)),
+        "## Other bits\n\n" + "\n".join(other_bits(bandwidth)),
+    ]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("\n\n".join(sections) + "\n")
+
+
+if __name__ == "__main__":
+    main()

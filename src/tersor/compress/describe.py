@@ -1,0 +1,47 @@
+"""What a compressed checkpoint says of itself in its config.json."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+import tersor
+from tersor.checkpoint.quantization_config import make_config
+from tersor.compress.plan import Plan
+from tersor.compress.recipe import Recipe
+from tersor.formats.layouts import Layout
+
+
+def quantization_config(
+    model: nn.Module, plan: Plan, recipe: Recipe, layout: Layout, published: Callable[[str], list[str]]
+) -> dict[str, Any]:
+    """The recipe's method, layers that differ from it, and layers left as they are. published: the names of a linear map on
+    disk."""
+    base = recipe.method.quantization()
+    changed = {
+        stem: method.quantization()
+        for name, method in plan.methods.items()
+        if method.quantization() != base
+        for stem in published(name)
+    }
+    ignored = [stem for name in plan.left for stem in published(name)]
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    config = make_config(
+        layout.name,
+        base,
+        overrides=changed,
+        ignored=ignored,
+        head=any(found is head for found in plan.all_linears().values()),
+        version=tersor.__version__,
+    )
+    inside = [name for name in plan.left if any(name.startswith(f"{unit.name}.") for unit in plan.blocks)]
+    if layout.name != "compressed-tensors" and inside:
+        left: dict[str, Any] = {f"-:^{re.escape(stem)}$": {} for name in inside for stem in published(name)}
+        config["dynamic"] = {**left, **config.get("dynamic", {})}
+        unit = next(unit for unit in plan.blocks if plan.linears[unit.name])
+        names = [name.removeprefix(f"{unit.name}.") for name in plan.linears[unit.name]]
+        config["modules_in_block_to_quantize"] = [names]
+    return config

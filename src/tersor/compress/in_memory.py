@@ -1,0 +1,79 @@
+"""Compress a module that is in memory: the result is a copy whose linear maps are packed layers."""
+
+from __future__ import annotations
+
+import copy
+import time
+
+import torch
+from torch import nn
+
+from tersor.calibrate.batches import call, without_cache
+from tersor.compress.block import Block, LayerReport
+from tersor.compress.describe import quantization_config
+from tersor.compress.plan import make_plan, without
+from tersor.compress.result import Compressed, Summary, Timer, loss_of, peak_memory
+from tersor.compress.settings import Settings, Size, check_reached, samples_of
+from tersor.compress.walk import Hooks, first_tensor, trace, walk, walk_without_samples
+from tersor.formats.grid import Stored
+from tersor.formats.layouts import write
+from tersor.layers.experts import stored_name
+from tersor.layers.linear_map import linear_maps
+from tersor.layers.quantized_linear import place_packed
+
+
+def compress_module(model: nn.Module, job: Settings) -> Compressed:
+    module = copy.deepcopy(model).eval()
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    if hasattr(module, "set_experts_implementation"):
+        # the plain loop is the one whose products with single experts can be seen
+        module.set_experts_implementation("eager")  # type: ignore[operator]
+    plan = make_plan(module, job)
+    maps = linear_maps(module)
+    first_parameter = next(module.parameters())
+    dtype, device = first_parameter.dtype, first_parameter.device
+    batches, probe = samples_of(job, plan, module, job.tokenizer, device, dtype)
+    stored = None if job.layout is None else Stored(job.layout.scale_dtype or dtype, job.layout.min_zero)
+    hessian_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    timer, size = Timer(), Size()
+    reports: list[LayerReport] = []
+
+    def finished(block: Block) -> None:
+        timer.lap(block.name)
+        reports.extend(block.reports)
+        place_packed(module, block.linears, block.packed)
+        for weight in block.packed.values():
+            size.add(write(weight, job.layout, sym=False) if job.layout else {}, weight)
+
+    hooks = Hooks(lambda unit: None, lambda unit: None, lambda block: False, finished, job.progress)
+    before = after = None
+    with torch.no_grad(), without_cache(module):
+        if probe is None:
+            walk_without_samples(module, plan, stored, hessian_dtype, hooks)
+        else:
+            first = trace(module, probe, hooks)
+            before = first_tensor(first.output)
+            plan = without(plan, {name for name in plan.all_linears() if not first.is_called(name)})
+            check_reached(plan, first.visits)
+            walk(module, plan, batches, probe, first, stored, hessian_dtype, hooks)
+            after = first_tensor(call(module, probe))
+    described = {}
+    if job.layout is not None:
+        described = quantization_config(
+            module, plan, job.recipe, job.layout, lambda name: [stored_name(name, maps[name])]
+        )
+    summary = Summary(
+        model=type(model).__name__,
+        method=job.recipe.method.options(),
+        format=job.layout.name if job.layout else None,
+        layers=reports,
+        left=plan.left,
+        seconds=time.perf_counter() - job.started,
+        seconds_per_block=timer.laps,
+        peak_memory=peak_memory(device),
+        bits_per_weight=size.bits_per_weight,
+        quantization=described,
+        **loss_of(before, after),
+    )
+    return Compressed(summary, None, module)

@@ -1,0 +1,96 @@
+"""Recipes: a method, and rules that change it for some layers. The last rule that matches a layer wins.
+
+method: gptq
+bits: 4
+group_size: 128
+rules:
+  - match: "*.down_proj"       # a pattern of full layer names
+    bits: 8
+  - match: "model.layers.0.*"
+    method: rtn                # another method, with options of its own
+  - match: "*.layers.[01].mlp.*"
+    skip: true                 # leave as it is
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from tersor.compress.method import Method, from_options
+from tersor.errors import TersorError
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is different for the layers that `match`: options of the method, another method (None: the same), or nothing done."""
+
+    match: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    method: str | None = None
+    skip: bool = False
+
+
+@dataclass(frozen=True)
+class Recipe:
+    method: Method
+    rules: tuple[Rule, ...] = ()
+
+    def method_for(self, layer: str) -> Method | None:
+        """The method of one layer, or None where it is left as it is."""
+        rule = next((rule for rule in reversed(self.rules) if fnmatchcase(layer, rule.match)), None)
+        if rule is None:
+            return self.method
+        if rule.skip:
+            return None
+        base = self.method.options()
+        name = rule.method or base["name"]
+        inherited = {key: value for key, value in base.items() if key != "name"} if name == base["name"] else {}
+        return from_options(name, {**inherited, **rule.options})
+
+    def check_matches(self, layers: Sequence[str]) -> None:
+        """Raise TersorError where a rule matches none of the layers."""
+        for rule in self.rules:
+            if not any(fnmatchcase(layer, rule.match) for layer in layers):
+                raise TersorError(f"the rule for {rule.match!r} matches none of the {len(layers)} linear layers")
+
+
+def make_rules(rules: Sequence[Mapping[str, Any] | Rule]) -> tuple[Rule, ...]:
+    """Rules from plain mappings. Raises TersorError naming what is wrong with one."""
+    made = []
+    for n, rule in enumerate(rules, 1):
+        if isinstance(rule, Rule):
+            made.append(rule)
+            continue
+        if not isinstance(rule, Mapping) or not isinstance(rule.get("match"), str):
+            raise TersorError(f"rule {n} has no `match`, the pattern of the layers that it is for")
+        options = {key: value for key, value in rule.items() if key not in ("match", "method", "skip")}
+        if not options and not rule.get("method") and not rule.get("skip"):
+            raise TersorError(
+                f"rule {n}, for {rule['match']!r}, changes nothing; give it an option, a method or skip: true"
+            )
+        made.append(Rule(rule["match"], options, rule.get("method"), bool(rule.get("skip", False))))
+    return tuple(made)
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """A recipe file (YAML). Raises TersorError where it is missing, no YAML, or names what no method has."""
+    import yaml
+
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise TersorError(f"no recipe file at {path}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise TersorError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(content, Mapping):
+        raise TersorError(f"{path} holds no recipe but {type(content).__name__}; give `method: gptq` and its options")
+    options = {key: value for key, value in content.items() if key not in ("method", "rules")}
+    try:
+        return Recipe(from_options(content.get("method", "gptq"), options), make_rules(content.get("rules") or ()))
+    except TersorError as error:
+        raise TersorError(f"{path}: {error}") from None

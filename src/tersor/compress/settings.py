@@ -1,0 +1,91 @@
+"""Everything that was asked of one compression job, and what all kinds of jobs do with it."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tersor.calibrate.batches import Batch, Calibration, make_batches, probe_of, to_device
+from tersor.compress.plan import Plan
+from tersor.compress.recipe import Recipe
+from tersor.compress.walk import Progress
+from tersor.errors import TersorError
+from tersor.formats.layouts import Layout
+from tersor.formats.quantized_weight import QuantizedWeight
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of `tersor.compress`, where each is described."""
+
+    recipe: Recipe
+    layout: Layout | None
+    calibration: Calibration
+    samples: int
+    seq_len: int
+    seed: int
+    device: torch.device
+    dtype: str
+    out: Path | None
+    overwrite: bool
+    redo: tuple[str, ...]
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    head: bool
+    target_tp: int
+    activations: str
+    allow_pickle: bool
+    tokenizer: Any
+    progress: Progress
+    started: float = field(default_factory=time.perf_counter)
+
+
+def samples_of(
+    job: Settings, plan: Plan, module: nn.Module, tokenizer: Any, device: torch.device, dtype: torch.dtype
+) -> tuple[list[Batch], Batch | None]:
+    """The calibration samples and the probe, on the device. A recipe that needs no samples gets none."""
+    needed = any(method.needs_samples for method in plan.methods.values())
+    if job.calibration is None and tokenizer is None and not needed:
+        return [], None
+    batches = make_batches(
+        job.calibration,
+        tokenizer,
+        samples=job.samples,
+        seq_len=job.seq_len,
+        seed=job.seed,
+        max_positions=getattr(getattr(module, "config", None), "max_position_embeddings", None),
+    )
+    moved = [to_device(batch, device, dtype) for batch in batches]
+    return (moved if needed else []), probe_of(moved[0])
+
+
+def check_reached(plan: Plan, visits: Counter[str]) -> None:
+    lost = [unit.name for unit in plan.blocks if plan.linears[unit.name] and not visits[unit.name]]
+    if lost:
+        raise TersorError(
+            f"the calibration sample does not reach {lost[0]}{f' and {len(lost) - 1} more blocks' if len(lost) > 1 else ''}; "
+            "give samples with all of the model's inputs, or --exclude what should stay as it is"
+        )
+
+
+@dataclass
+class Size:
+    """Bits that the packed layers take, per weight in them."""
+
+    bits: int = 0
+    weights: int = 0
+
+    def add(self, tensors: Mapping[str, Tensor], weight: QuantizedWeight) -> None:
+        self.weights += weight.in_features * weight.out_features
+        self.bits += 8 * sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        return self.bits / max(self.weights, 1)

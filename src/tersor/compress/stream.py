@@ -1,0 +1,233 @@
+"""Compress a checkpoint on disk into another, one block in memory at a time.
+
+The walk loads a block, lets the methods replace its linear maps, runs the samples through the compressed block, writes it, and
+lets it go. A short extra sample, the probe, runs along to the end: its output tells what was lost, and whether what was
+written is what was computed.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import tersor
+from tersor.calibrate.batches import Batch, fingerprint, without_cache
+from tersor.calibrate.blocks import Unit
+from tersor.checkpoint.lazy_model import LazyModel, compute_dtype, read_layer
+from tersor.checkpoint.load import load_tokenizer
+from tersor.checkpoint.quantization_config import QuantizationConfig, parse_config
+from tersor.checkpoint.source import open_checkpoint, torch_dtype
+from tersor.checkpoint.writer import RESULT_FILE, Job, model_fingerprint
+from tersor.compress.block import Block, LayerReport
+from tersor.compress.describe import quantization_config
+from tersor.compress.forecast import forecast
+from tersor.compress.plan import Plan, make_plan, without
+from tersor.compress.result import Compressed, Summary, Timer, loss_of, peak_memory
+from tersor.compress.settings import Settings, Size, check_reached, samples_of
+from tersor.compress.walk import (
+    Hooks,
+    NotFiniteError,
+    first_tensor,
+    run,
+    trace,
+    units_of,
+    walk,
+    walk_without_samples,
+)
+from tersor.errors import TersorError
+from tersor.formats.grid import Stored
+from tersor.formats.layouts import Layout, write
+from tersor.formats.quantized_weight import QuantizedWeight
+from tersor.layers.linear_map import columns_of, set_weight_matrix
+
+
+def compress_checkpoint(name: str, job: Settings) -> Compressed:
+    checkpoint = open_checkpoint(name, allow_pickle=job.allow_pickle)
+    if "quantization_config" in checkpoint.config:
+        raise TersorError(f"{name} is quantized already; compress the original")
+    folder = tempfile.TemporaryDirectory(prefix="tersor-") if job.out is None else None
+    target = Path(folder.name) / "model" if folder is not None else job.out
+    assert target is not None
+    if target.resolve() == checkpoint.directory.resolve():
+        raise TersorError(f"{target} is the model itself; give another output directory")
+    layout = job.layout
+    if layout is None:
+        raise TersorError("a model given by name is written as it is compressed: format=None is for modules in memory")
+
+    dtype = compute_dtype(checkpoint, job.device, job.dtype)
+    lazy = LazyModel(checkpoint, dtype=dtype, device=job.device)
+    plan = make_plan(lazy.module, job)
+    tokenizer = job.tokenizer or load_tokenizer(checkpoint.directory)
+    batches, probe = samples_of(job, plan, lazy.module, tokenizer, job.device, dtype)
+    stored = Stored(layout.scale_dtype or torch_dtype(checkpoint.config), layout.min_zero)
+    hessian_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    writer = Job(target)
+    asked = (job.recipe, layout.name, str(dtype), job.include, job.exclude, job.head)
+    marks = {
+        "model": model_fingerprint(checkpoint),
+        "method": repr(asked),
+        "calibration": fingerprint([*batches, probe] if probe else batches),
+    }
+    writer.check(marks, overwrite=job.overwrite, redo=bool(job.redo))
+
+    def published(linear: str) -> list[str]:
+        return [stem for stem, _ in lazy.pieces(linear)]
+
+    config = quantization_config(lazy.module, plan, job.recipe, layout, published)
+    blocks = _Blocks(lazy, writer, layout, parse_config(config))
+    hooks = Hooks(lazy.load, lazy.release, blocks.restore, blocks.finished, job.progress, job.activations)
+    before = after = None
+    with torch.no_grad(), without_cache(lazy.module):
+        lazy.load_rest([unit.module for unit in units_of(lazy.module)])
+        if probe is not None:
+            try:
+                first = trace(lazy.module, probe, hooks)
+            except NotFiniteError:
+                if job.dtype != "auto" or dtype != torch.float16:
+                    raise
+                job.progress("float16 overflows: running in float32", 0, 1)
+                return compress_checkpoint(name, replace(job, dtype="float32"))
+            before = first_tensor(first.output)
+            plan = without(plan, {name for name in plan.all_linears() if not first.is_called(name)})
+            check_reached(plan, first.visits)
+            job.progress(forecast(lazy, plan, batches, job.device).text(), 0, 1)
+        writer.start(marks, overwrite=job.overwrite, redo=bool(job.redo))
+        if job.redo:
+            writer.redo(_blocks_to_redo(plan, job.redo), _stems_of(plan, published))
+        blocks.timer.lap("")
+        if probe is None:
+            walk_without_samples(lazy.module, plan, stored, hessian_dtype, hooks)
+        else:
+            after = first_tensor(walk(lazy.module, plan, batches, probe, first, stored, hessian_dtype, hooks))
+
+        job.progress("writing", 0, 1)
+        config = quantization_config(lazy.module, plan, job.recipe, layout, published)
+        extra: dict[str, Any] = {RESULT_FILE: _result(job, layout, marks, blocks.reports)}
+        if layout.name != "compressed-tensors":
+            extra["quantize_config.json"] = config
+        replaced = {key for linear in plan.all_linears() for key in lazy.keys_of_map(linear)}
+        writer.finish(checkpoint, replaced, {**checkpoint.config, "quantization_config": config}, extra)
+        if probe is not None and after is not None:
+            read = _read_back(target, probe, first.units, dtype, job.device)
+            if max(first.visits.values()) == 1:
+                _check_equal(target, read, after)
+            after = read  # of a block that is used twice, the walk ran the original the first time
+        job.progress("writing", 1, 1)
+
+    summary = Summary(
+        model=name,
+        method=job.recipe.method.options(),
+        format=layout.name,
+        layers=blocks.reports,
+        left=plan.left,
+        seconds=time.perf_counter() - job.started,
+        seconds_per_block=blocks.timer.laps,
+        peak_memory=peak_memory(job.device),
+        bits_per_weight=blocks.size.bits_per_weight,
+        quantization=config,
+        size_before=checkpoint.size(),
+        size_after=open_checkpoint(target).size(),
+        resumed_blocks=blocks.resumed,
+        **loss_of(before, after),
+    )
+    return Compressed(summary, target, _folder=folder)
+
+
+class _Blocks:
+    """Finished blocks to disk, and those of an interrupted run back from it."""
+
+    def __init__(self, lazy: LazyModel, writer: Job, layout: Layout, config: QuantizationConfig) -> None:
+        self.lazy, self.writer, self.layout, self.config = lazy, writer, layout, config
+        self.timer, self.size = Timer(), Size()
+        self.reports: list[LayerReport] = []
+        self.resumed = 0
+
+    def finished(self, block: Block) -> None:
+        self.timer.lap(block.name)
+        if block.name in self.writer.done:
+            return
+        tensors: dict[str, Tensor] = {}
+        for linear, weight in block.packed.items():
+            first = 0
+            for stem, rows in self.lazy.pieces(linear):
+                part = weight.rows(first, first + rows)
+                mine = write(part, self.layout, sym=self.config.for_layer(stem).sym)
+                self.size.add(mine, part)
+                tensors |= {f"{stem}.{suffix}": tensor for suffix, tensor in mine.items()}
+                first += rows
+        self.writer.write_block(block.name, tensors, [report.row() for report in block.reports])
+        self.reports.extend(block.reports)
+
+    def restore(self, block: Block) -> bool:
+        if block.name not in self.writer.done:
+            return False
+        self.resumed += 1
+        tensors = self.writer.read_block(block.name)
+        for linear, found in block.linears.items():
+            parts = []
+            for stem, _ in self.lazy.pieces(linear):
+                mine = {key.rpartition(".")[2]: t for key, t in tensors.items() if key.rpartition(".")[0] == stem}
+                parts.append(read_layer(stem, mine, columns_of(found), self.config))
+                self.size.add(mine, parts[-1])
+            packed = QuantizedWeight.stack_rows(parts)
+            set_weight_matrix(found, packed.to(self.lazy.device).dequantize(self.lazy.dtype))
+        self.reports.extend(LayerReport(**row) for row in self.writer.done[block.name])
+        return True
+
+
+def _blocks_to_redo(plan: Plan, patterns: tuple[str, ...]) -> set[str]:
+    """The blocks that hold a layer that matches. Raises TersorError where a pattern matches none."""
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in plan.all_linears()):
+            raise TersorError(f"--redo {pattern} matches none of the layers that are compressed")
+    return {
+        block
+        for block, linears in plan.linears.items()
+        if any(fnmatchcase(name, pattern) for name in linears for pattern in patterns)
+    }
+
+
+def _stems_of(plan: Plan, published: Callable[[str], list[str]]) -> dict[str, dict[str, list[str]]]:
+    """{block: {layer: its published names}}"""
+    return {block: {name: published(name) for name in linears} for block, linears in plan.linears.items() if linears}
+
+
+def _result(job: Settings, layout: Layout, marks: dict[str, str], reports: list[LayerReport]) -> dict[str, Any]:
+    """What is kept beside the checkpoint: no times, so that the same job gives the same bytes."""
+    return {
+        "method": job.recipe.method.options(),
+        "format": layout.name,
+        "version": tersor.__version__,
+        "fingerprint": marks,
+        "layers": [{k: v for k, v in report.row().items() if k != "seconds"} for report in reports],
+    }
+
+
+def _read_back(target: Path, probe: Batch, units: list[Unit], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The probe's output from the checkpoint that was written."""
+    lazy = LazyModel(open_checkpoint(target), dtype=dtype, device=device)
+    names = {unit.name for unit in units}
+    mine = [unit for unit in units_of(lazy.module) if unit.name in names]
+    lazy.load_rest([unit.module for unit in mine])
+    hooks = Hooks(lazy.load, lazy.release, lambda block: False, lambda block: None, lambda what, done, total: None)
+    with without_cache(lazy.module):
+        read = first_tensor(run(lazy.module, mine, [probe], hooks)[0])
+    assert read is not None
+    return read
+
+
+def _check_equal(target: Path, read: Tensor, computed: Tensor) -> None:
+    error = float((read - computed).abs().max() / computed.abs().max().clamp(min=1e-9))
+    if not error < 1e-3:
+        raise TersorError(
+            f"{target} was written, but read back its output is off by {error:.3g} of the largest value: do not use it, "
+            "and please report this with the command and the model"
+        )

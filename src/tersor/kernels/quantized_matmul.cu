@@ -1,0 +1,508 @@
+// y[m, n] = sum_k x[m, k] * scale[n, k / GROUP] * (code[n, k] - zero[n, k / GROUP]) on Hopper's tensor cores (sm_90a).
+//
+// The weight is the left operand of the tensor cores, so its codes go from shared memory to registers, become 16-bit
+// integers there (9 instructions for 8 of them) and never touch memory in their dequantized form. The batch is the
+// right operand, N_TILE columns wide: at a small batch nothing is padded beyond 8.
+//
+// A thread block has a producer, which keeps STAGES stages of TILES x 128 inputs on their way into shared memory by the
+// copy engine, and WARPGROUPS consumer warpgroups of 64 outputs each, which share x. The work (output tile, stage) is
+// one long list cut into equal runs, one a block; a tile that several blocks share is summed by the last of them to
+// arrive, always in the same order, so that results are reproducible.
+//
+// Compiled at run time by quantized_matmul_cuda.py, which prepends the function `wgmma` and these constants:
+//   BITS 2, 3, 4, 8 | GROUP 32, 64, 128 | ZERO: the one zero point, or -1 where each group has its own
+//   BFLOAT: x and y are bfloat16, not float16 | SCALE_BFLOAT: the scales are
+//   N_TILE, WARPGROUPS, RESIDENT, TILES, SCALE_SUMS (see `Launch` there), STAGES, CONSUMER_REGISTERS,
+//   PRODUCER_REGISTERS
+//
+// The weight comes repacked (prepared_weight.py) in tiles of 64 outputs x 128 inputs:
+//   codes   [2 halves of 64 inputs][planes][128 threads][16, 8 or 4 bytes]: a thread's 32 codes as 16 pairs, in the
+//   order in
+//           which the tensor cores want them; a word holds its pairs' first codes in its low half, the second ones in
+//           its high half
+//   scales  [128 / GROUP][64], 2 bytes each
+//   zeros   [128 / GROUP][64], 1 byte each, only where ZERO is -1
+
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+
+constexpr int K_TILE = 128;
+constexpr int WORDS = BITS;  // a thread's 32 codes of half a tile
+constexpr int GROUPS = K_TILE / GROUP;
+constexpr int CODE_BYTES = 64 * K_TILE * BITS / 8;
+constexpr int SCALE_BYTES = 2 * 64 * GROUPS;
+constexpr int TILE_BYTES = CODE_BYTES + SCALE_BYTES + (ZERO < 0 ? 64 * GROUPS : 0);
+constexpr int X_HALF_BYTES = N_TILE * 128;  // of 64 inputs
+constexpr int X_BYTES = 2 * TILES * X_HALF_BYTES;
+constexpr int STAGE_BYTES = (X_BYTES + WARPGROUPS * TILES * TILE_BYTES + 1023) / 1024 * 1024;
+constexpr int ACCUMULATORS = N_TILE / 2;  // per thread, 64 x N_TILE over 128 threads
+constexpr int UNROLLED_HALVES = SCALE_SUMS ? 2 * TILES : 1;
+// wgmma takes as long for 8 columns of x as for 64, and mma.sync, at half its best rate, for 32.
+constexpr bool WGMMA = N_TILE > 16;
+static_assert(WGMMA || SCALE_SUMS, "mma.sync is used on group sums only");
+constexpr int CHUNK =
+    SCALE_SUMS && GROUP >= 64 && N_TILE <= 32 ? 4 : 2;  // wgmmas, of 16 inputs each, between two waits for them
+
+// ---------------------------------------------------------------------------------------------- numbers
+
+constexpr int BASE = BFLOAT ? 128 : 1024;  // the power of two above whose mantissa the codes are placed
+constexpr int MANTISSA = BFLOAT ? 7 : 10;
+constexpr u32 MAGIC = BFLOAT ? 0x43004300u : 0x64006400u;          // BASE, twice
+constexpr int FIELDS = BITS == 3 ? 5 : 16 / BITS;                  // codes in half a word
+constexpr int WINDOW = MANTISSA / BITS > 0 ? MANTISSA / BITS : 1;  // of these can be read without a shift
+
+__device__ __forceinline__ constexpr u32 twice(int value) {  // an integer |value| < 2048 as a pair of 16-bit floats
+    u32 sign = value < 0 ? 0x8000u : 0u, magnitude = value < 0 ? -value : value, exponent = 0;
+    if (magnitude == 0) return 0;
+    while ((magnitude >> exponent) > 1) ++exponent;
+    u32 half = BFLOAT ? ((exponent + 127) << 7) | (((magnitude << 7) >> exponent) & 0x7f)
+                      : ((exponent + 15) << 10) | (((magnitude << 10) >> exponent) & 0x3ff);
+    return (sign | half) * 0x10001u;
+}
+__device__ __forceinline__ constexpr u32 twice_power(int exponent) {  // 2^exponent as a pair
+    return (BFLOAT ? u32(exponent + 127) << 7 : u32(exponent + 15) << 10) * 0x10001u;
+}
+
+#if BFLOAT
+#define TYPE "bf16"
+#else
+#define TYPE "f16"
+#endif
+__device__ __forceinline__ u32 keep(u32 value) {  // in a register, not computed again
+    asm volatile("" : "+r"(value));
+    return value;
+}
+__device__ __forceinline__ u32 add(u32 a, u32 b) {
+    u32 d;
+    asm("fma.rn." TYPE "x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(twice(1)), "r"(b));
+    return d;
+}
+__device__ __forceinline__ u32 fma(u32 a, u32 b, u32 c) {
+    u32 d;
+    asm("fma.rn." TYPE "x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+__device__ __forceinline__ u32 mul(u32 a, u32 b) {
+    u32 d;
+    asm("fma.rn." TYPE "x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(0x80008000u));
+    return d;
+}
+__device__ __forceinline__ u32 pack(float low, float high) {
+    u32 d;
+    asm("cvt.rn." TYPE "x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+    return d;
+}
+__device__ __forceinline__ float scale_to_float(u16 bits) {
+    float f;
+    if (SCALE_BFLOAT) return __int_as_float(u32(bits) << 16);
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
+    return f;
+}
+
+// ---------------------------------------------------------------------------------------------- codes
+
+// What a thread needs to know of one group for its rows g (0) and g + 8 (1).
+struct Group {
+    float scale[2];
+    u32 scale_pair[2];
+    u32 minus_zero[2];  // -(BASE + zero) as a pair, or -zero alone where the codes do not fit the mantissa
+};
+
+// `scales` and `zeros` are the shared addresses of a tile's first group for this thread's rows.
+__device__ __forceinline__ Group load_group(u32 scale_address, u32 zero_address, int group) {
+    Group result;
+    u32 scales;
+    u16 zeros = 0;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(scales) : "r"(scale_address + group * 128));
+    if (ZERO < 0) asm volatile("ld.shared.b16 %0, [%1];" : "=h"(zeros) : "r"(zero_address + group * 64));
+    for (int r = 0; r < 2; ++r) {
+        u32 bits = (scales >> (16 * r)) & 0xffff;
+        if (SCALE_SUMS || bool(SCALE_BFLOAT) != bool(BFLOAT)) result.scale[r] = scale_to_float(bits);
+        result.scale_pair[r] =
+            bool(SCALE_BFLOAT) == bool(BFLOAT) ? bits * 0x10001u : pack(result.scale[r], result.scale[r]);
+        u32 zero = (zeros >> (8 * r)) & 0xff;
+        if (BFLOAT && BITS == 8)
+            result.minus_zero[r] = __float_as_int(-8388608.0f - float(ZERO < 0 ? int(zero) : ZERO));
+        else
+            result.minus_zero[r] = ZERO < 0 ? (0x80008000u | MAGIC) + zero * 0x10001u : twice(-BASE - ZERO);
+    }
+    return result;
+}
+
+// A thread's words of half a tile, whose planes hold four, two or one words a thread; `half` and `thread` are combined
+// in `address`, the shared address of the half plus 16 bytes a thread.
+__device__ __forceinline__ void load_words(u32 (&words)[WORDS], u32 address, int thread) {
+#pragma unroll
+    for (int i = 0; i < WORDS / 4; ++i)
+        asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(words[4 * i]), "=r"(words[4 * i + 1]), "=r"(words[4 * i + 2]), "=r"(words[4 * i + 3])
+                     : "r"(address + i * 2048));
+    if (WORDS < 4)
+        asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(address - thread * 8));
+    if (WORDS == 3)
+        asm volatile("ld.shared.b32 %0, [%1];" : "=r"(words[2 % WORDS]) : "r"(address - thread * 12 + 1024));
+}
+
+// (bits & mask) | magic in one instruction, which the compiler does not find where both are constants.
+__device__ __forceinline__ u32 place(u32 bits, u32 mask, u32 magic) {
+    u32 result;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(result) : "r"(bits), "r"(mask), "r"(magic));
+    return result;
+}
+
+// Pair number `index` of a thread's 16 of half a tile, as code - zero, exactly.
+__device__ __forceinline__ u32 integer_pair(const u32 (&words)[WORDS], int index, const Group& group) {
+    const int r = index & 1;
+    if (BFLOAT && BITS == 8) {  // 8 bits overflow bfloat16's mantissa: through float32, whose bytes 0x4b0000 hold 2^23
+        u32 word = words[index / 2];
+        float low = __int_as_float(__byte_perm(word, 0x4b000000u, index & 1 ? 0x7541 : 0x7540));
+        float high = __int_as_float(__byte_perm(word, 0x4b000000u, index & 1 ? 0x7543 : 0x7542));
+        float offset = __int_as_float(group.minus_zero[r]);
+        return pack(low + offset, high + offset);
+    }
+    if (BITS == 3 && index == 15) {  // in the two bits of each of the three words that five pairs leave
+        u32 value = place(words[0] >> 15, 0x00010001u, MAGIC);
+        value = place(words[1 % WORDS] >> 14, 0x00020002u, value);
+        value = place(words[2 % WORDS] >> 13, 0x00040004u, value);
+        return add(value, group.minus_zero[r]);
+    }
+    const int field = index % FIELDS, window = field / WINDOW, position = (field % WINDOW) * BITS;
+    constexpr u32 ONES = ((1u << BITS) - 1) * 0x10001u;
+    const u32 value =
+        place(words[index / FIELDS] >> (window * WINDOW * BITS), ONES << position, MAGIC);  // BASE + code * 2^position
+    if (position == 0) return add(value, group.minus_zero[r]);
+    // All of these are integers below 2^(MANTISSA + 1), hence exact.
+    u32 offset =
+        ZERO < 0 ? add(group.minus_zero[r], twice(BASE - (BASE >> position))) : twice(-(BASE >> position) - ZERO);
+    return fma(value, twice_power(-position), offset);
+}
+
+// ---------------------------------------------------------------------------------------------- barriers and copies
+
+__device__ __forceinline__ void barrier_init(u32 barrier, int count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(count));
+}
+__device__ __forceinline__ void barrier_arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void barrier_expect(u32 barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
+    asm volatile(
+        "{\n.reg .pred done;\nwait:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@!done bra wait;\n}" ::"r"(
+            barrier),
+        "r"(parity)
+        : "memory");
+}
+__device__ __forceinline__ void wait_for_warpgroup(int id) { asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory"); }
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING>
+__device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+__device__ __forceinline__ void keep_after_wait(
+    float (&sums)[ACCUMULATORS]) {  // the compiler may not read them earlier
+#pragma unroll
+    for (int i = 0; i < ACCUMULATORS; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+}
+__device__ __forceinline__ void add_scaled(float (&sums)[ACCUMULATORS], float (&group_sums)[ACCUMULATORS],
+                                           const float (&scale)[2]) {
+    keep_after_wait(group_sums);
+#pragma unroll
+    for (int i = 0; i < ACCUMULATORS; ++i) sums[i] += scale[i / 2 % 2] * group_sums[i];
+}
+
+// x for two mma.sync of 16 inputs by 8 columns: 8 columns by 32 inputs.
+__device__ __forceinline__ void load_x_fragment(u32 (&fragment)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+                 : "r"(address));
+}
+// A warp's 16 rows of what `wgmma` does, for 8 columns.
+__device__ __forceinline__ void mma(float* d, const u32 (&a)[4], u32 x0, u32 x1, bool add) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) d[i] = add ? d[i] : 0;
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE
+        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(x0), "r"(x1));
+}
+
+// ---------------------------------------------------------------------------------------------- the list of work
+
+struct Shape {
+    u32 rows, outputs, inputs;              // of x and y
+    u32 row_tiles, weight_blocks, k_tiles;  // x in N_TILE rows, the weight in 64 outputs, the inputs in K_TILE
+    u32 k_stages;                           // the inputs in TILES * K_TILE
+    u32 run_tiles;                          // output tiles a block, rounded up
+};
+
+// The run of work items of block `b`; item = tile * k_stages + stage.
+__device__ __forceinline__ u32 first_item(u32 b, u32 items) { return u32(u64(b) * items / gridDim.x); }
+__device__ __forceinline__ u32 block_of(u32 item, u32 items) { return u32(((u64(item) + 1) * gridDim.x - 1) / items); }
+
+struct Place {
+    u32 row_tile, output_tile;
+};
+
+// Where a tile lies: so that what the blocks do at the same time, each being at the same turn of its run, is a
+// rectangle of few row tiles by few output tiles, whose x and weight the L2 cache holds.
+__device__ __forceinline__ Place place_of(u32 tile, const Shape& s) {
+    if (s.row_tiles == 1) return {0, tile};
+    constexpr u32 BAND = 8;  // row tiles
+    const u32 output_tiles = (s.weight_blocks + WARPGROUPS - 1) / WARPGROUPS, tiles = output_tiles * s.row_tiles;
+    const u32 runs = (tiles + s.run_tiles - 1) / s.run_tiles, last_run = tiles - (runs - 1) * s.run_tiles;
+    const u32 run = tile / s.run_tiles, turn = tile % s.run_tiles;
+    u32 rank = turn * runs + run - (turn > last_run ? turn - last_run : 0);  // the last run has fewer turns
+    const u32 band = rank / (BAND * output_tiles), band_rows = min(BAND, s.row_tiles - band * BAND);
+    rank -= band * BAND * output_tiles;
+    return {band * BAND + rank % band_rows, rank / band_rows};
+}
+
+// The driver's description of x, for the copy engine.
+struct alignas(64) TensorMap {
+    u64 opaque[16];
+};
+
+// One thread keeps STAGES stages of the run in flight.
+__device__ __forceinline__ void produce(const u8* weight, const TensorMap& x, Shape s, u32 item, u32 end, u32 shared,
+                                        u32 full, u32 empty) {
+    u64 policy;  // each weight is read once, unless there are several row tiles
+    if (s.row_tiles == 1)
+        asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    else
+        asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+    struct Cursor {
+        u32 tile, k_stage, stage;
+        Place place;
+    };
+    auto advance = [&](Cursor& at) {
+        if (++at.stage == STAGES) at.stage = 0;
+        if (++at.k_stage == s.k_stages) at.k_stage = 0, at.place = place_of(++at.tile, s);
+    };
+    auto load_weight = [&](Cursor at) {
+        const u32 block = at.place.output_tile * WARPGROUPS, ready = full + 8 * at.stage;
+        u32 target = shared + at.stage * STAGE_BYTES + X_BYTES;
+        barrier_expect(ready, X_BYTES + WARPGROUPS * TILES * TILE_BYTES);
+        for (int w = 0; w < WARPGROUPS; ++w)
+            for (int t = 0; t < TILES; ++t, target += TILE_BYTES) {
+                // Beyond the last block nothing is stored; beyond the last tile x is zero: any finite weight will do.
+                const u32 source_block = min(block + w, s.weight_blocks - 1),
+                          k_tile = min(at.k_stage * TILES + t, s.k_tiles - 1);
+                const u8* source = weight + (u64(source_block) * s.k_tiles + k_tile) * TILE_BYTES;
+                asm volatile(
+                    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
+                    "[%3], %4;" ::"r"(target),
+                    "l"(source), "r"(TILE_BYTES), "r"(ready), "l"(policy)
+                    : "memory");
+            }
+    };
+    auto load_x = [&](Cursor at) {  // rows and inputs beyond the end arrive as zeros
+        const int row = at.place.row_tile * N_TILE, input = at.k_stage * TILES * K_TILE;
+        const u32 target = shared + at.stage * STAGE_BYTES, ready = full + 8 * at.stage;
+        for (int half = 0; half < 2 * TILES; ++half)
+            asm volatile(
+                "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
+                "[%4];" ::"r"(target + half * X_HALF_BYTES),
+                "l"(&x), "r"(input + half * 64), "r"(row), "r"(ready)
+                : "memory");
+    };
+    Cursor weight_at = {item / s.k_stages, item % s.k_stages, 0, place_of(item / s.k_stages, s)}, x_at = weight_at;
+    const u32 ahead = min(end, item + STAGES);
+    for (u32 i = item; i < ahead; ++i, advance(weight_at)) load_weight(weight_at);
+    asm volatile("griddepcontrol.wait;" ::
+                     : "memory");  // the kernel before may still be writing x, and read y; not the weight
+    for (u32 i = item; i < ahead; ++i, advance(x_at)) load_x(x_at);
+    u32 parity = 0;
+    for (u32 i = ahead; i < end; ++i, advance(x_at)) {
+        barrier_wait(empty + 8 * x_at.stage, parity);
+        load_weight(x_at);
+        load_x(x_at);
+        if (x_at.stage == STAGES - 1) parity ^= 1;
+    }
+}
+
+// A warpgroup's 64 x N_TILE sums: rows 2g, 2g + 1 of its warp's 16 and columns 8j + 2t, 8j + 2t + 1 of x are a thread's
+// sums 4j .. 4j + 3 (first row's two columns, then the second's).
+__device__ __forceinline__ void store(const float (&sums)[ACCUMULATORS], u16* y, const Shape& s, Place place) {
+    const u32 thread = threadIdx.x % 128, block = place.output_tile * WARPGROUPS + threadIdx.x / 128;
+    const u32 n = block * 64 + thread / 32 * 16 + thread % 32 / 4 * 2;
+    const u32 first_m = place.row_tile * N_TILE + thread % 4 * 2;
+    u16* target = y + u64(first_m) * s.outputs + n;
+    const bool pairs = s.outputs % 2 == 0 && n < s.outputs, all_rows = (place.row_tile + 1) * N_TILE <= s.rows;
+#pragma unroll
+    for (int i = 0; i < ACCUMULATORS; i += 4, target += 8 * u64(s.outputs))
+#pragma unroll
+        for (int column = 0; column < 2; ++column) {
+            const bool inside = all_rows || first_m + 2 * i + column < s.rows;
+            u16* at = target + column * s.outputs;
+            const u32 pair = pack(sums[i + column], sums[i + 2 + column]);
+            if (pairs && inside) *reinterpret_cast<u32*>(at) = pair;
+            if (!pairs && inside && n < s.outputs) at[0] = pair & 0xffff;
+            if (!pairs && inside && n + 1 < s.outputs) at[1] = pair >> 16;
+        }
+}
+
+// Adds up what the blocks that share this tile computed. True for the last to arrive, who has the whole sum then.
+__device__ __forceinline__ bool reduce(float (&sums)[ACCUMULATORS], float* partials, u32* counters, u32 tile, u32 items,
+                                       u32 k_stages, bool first_run) {
+    const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128;
+    __shared__ u32 arrived[WARPGROUPS];
+    // A block's run holds at most two shared tiles: its first, which another may have begun, and its last.
+    auto slot = [&](u32 block, bool first) {
+        return reinterpret_cast<float4*>(partials) +
+               ((u64(block) * 2 + (first ? 0 : 1)) * WARPGROUPS + warpgroup) * (ACCUMULATORS / 4) * 128 + thread;
+    };
+    float4* own = slot(blockIdx.x, first_run);
+#pragma unroll
+    for (int i = 0; i < ACCUMULATORS / 4; ++i)
+        __stcg(own + i * 128, make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]));
+    const u32 start = tile * k_stages, first = block_of(start, items), last = block_of(start + k_stages - 1, items);
+    u32* counter =
+        counters + first * WARPGROUPS + warpgroup;  // a block begins at most one tile that it does not finish
+    wait_for_warpgroup(1 + warpgroup);
+    if (thread == 0) {  // releases what the whole warpgroup wrote, acquires what the others did
+        u32 before;
+        asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+        if (before == last - first) *counter = 0;  // for the next launch
+        arrived[warpgroup] = before;
+    }
+    wait_for_warpgroup(1 + warpgroup);
+    if (arrived[warpgroup] != last - first) return false;
+#pragma unroll
+    for (int i = 0; i < ACCUMULATORS; ++i) sums[i] = 0;
+#pragma unroll(ACCUMULATORS <= 16 ? 16 / (ACCUMULATORS / 4) : 1)
+    for (u32 block = first; block <= last; ++block) {
+        const float4* part = slot(block, first_item(block, items) >= start);
+#pragma unroll
+        for (int i = 0; i < ACCUMULATORS / 4; ++i) {
+            const float4 value = __ldcg(part + i * 128);
+            sums[4 * i] += value.x, sums[4 * i + 1] += value.y, sums[4 * i + 2] += value.z, sums[4 * i + 3] += value.w;
+        }
+    }
+    return true;
+}
+
+extern "C" __global__ void __launch_bounds__(128 * (WARPGROUPS + 1), RESIDENT)
+    quantized_matmul(const u8* weight, const __grid_constant__ TensorMap x, u16* y, float* partials, u32* counters,
+                     Shape s) {
+    extern __shared__ __align__(1024) u8 memory[];
+    __shared__ __align__(8) u64 barriers[2 * STAGES];
+    const u32 shared = u32(__cvta_generic_to_shared(memory));
+    const u32 full = u32(__cvta_generic_to_shared(barriers)), empty = full + 8 * STAGES;
+    const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128;
+    const u32 output_tiles = (s.weight_blocks + WARPGROUPS - 1) / WARPGROUPS,
+              items = output_tiles * s.row_tiles * s.k_stages;
+    u32 item = first_item(blockIdx.x, items);
+    const u32 begin = item, end = first_item(blockIdx.x + 1, items);
+    asm volatile("griddepcontrol.launch_dependents;");  // the next kernel may start as blocks of this one end
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; ++i) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, 4 * WARPGROUPS);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+    if (warpgroup == WARPGROUPS) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
+        if (thread == 0) produce(weight, x, s, item, end, shared, full, empty);
+        return;
+    }
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
+
+    const int row = thread / 32 * 16 + thread % 32 / 4 * 2;  // and row + 1
+    // Addresses in shared memory, of the first stage.
+    const u32 own_tile = shared + X_BYTES + warpgroup * TILES * TILE_BYTES;
+    const u32 own_codes = keep(own_tile + thread * 16), own_scales = keep(own_tile + CODE_BYTES + row * 2);
+    const u32 own_zeros = own_scales + SCALE_BYTES - row, own_full = keep(full);
+    // wgmma's description of x: start, 1024 bytes from 8 rows to the next 8, 128-byte swizzle; in units of 16 bytes.
+    const u32 x_start = keep(shared / 16 | 1 << 16);
+    constexpr u32 X_LAYOUT = 64 | 1 << 30;
+    // and mma.sync's: this lane's row of 8 and 16 bytes of inputs 0 .. 31 (32 .. 63) of a half, by the same swizzle.
+    const u32 x_low = keep(shared + thread % 8 * 128 + (thread % 32 / 8 ^ thread % 8) * 16), x_high = x_low ^ 64;
+    u32 stage = 0, parity = 0;
+    auto release_previous = [&] {
+        __syncwarp();
+        if (thread % 32 == 0) barrier_arrive(own_full + 8 * (stage == 0 ? 2 * STAGES - 1 : STAGES + stage - 1));
+    };
+    while (item < end) {
+        const u32 tile = item / s.k_stages, first_k = item % s.k_stages, count = min(end - item, s.k_stages - first_k);
+        float sums[ACCUMULATORS], group_sums[ACCUMULATORS];
+        float scale[2] = {0, 0};  // of group_sums
+#pragma unroll
+        for (int i = 0; i < ACCUMULATORS; ++i) sums[i] = group_sums[i] = 0;
+        u32 pairs[2][CHUNK][4];
+        for (u32 k = 0; k < count; ++k) {
+            const u32 stage_offset = stage * STAGE_BYTES;
+            // The shuffle tells the compiler that the address is the same in all lanes.
+            const u32 x_stage = __shfl_sync(~0u, x_start + stage * (STAGE_BYTES / 16), 0);
+            barrier_wait(own_full + 8 * stage, parity);
+#pragma unroll(UNROLLED_HALVES)
+            for (int half = 0; half < 2 * TILES; ++half) {
+                const u32 tile_offset = stage_offset + half / 2 * TILE_BYTES;
+                u32 words[WORDS];
+                load_words(words, own_codes + tile_offset + half % 2 * (CODE_BYTES / 2), thread);
+#pragma unroll
+                for (int chunk = 0; chunk < 4 / CHUNK; ++chunk) {
+                    const int buffer = SCALE_SUMS ? (half * (4 / CHUNK) + chunk) % 2 : chunk % 2;
+                    const int first_input = half % 2 * 64 + chunk * CHUNK * 16;  // of the tile
+                    const Group group =
+                        load_group(own_scales + tile_offset, own_zeros + tile_offset, first_input / GROUP);
+#pragma unroll
+                    for (int step = 0; step < CHUNK; ++step)
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) {
+                            const u32 pair = integer_pair(words, (chunk * CHUNK + step) * 4 + i, group);
+                            pairs[buffer][step][i] = SCALE_SUMS ? pair : mul(pair, group.scale_pair[i & 1]);
+                        }
+                    if (SCALE_SUMS && first_input % GROUP == 0) {
+                        if (WGMMA) wgmma_wait<0>();
+                        add_scaled(sums, group_sums, scale);
+                        scale[0] = group.scale[0], scale[1] = group.scale[1];
+                        if (half == 0 && chunk == 0 && k > 0) release_previous();
+                    }
+                    if (!WGMMA) {
+#pragma unroll
+                        for (int step = 0; step < CHUNK; step += 2)
+#pragma unroll
+                            for (int column = 0; column < N_TILE; column += 8) {
+                                u32 fragment[4];
+                                load_x_fragment(fragment, (step + chunk * CHUNK == 0 ? x_low : x_high) + stage_offset +
+                                                              half * X_HALF_BYTES + column * 128);
+                                mma(group_sums + column / 2, pairs[buffer][step], fragment[0], fragment[1],
+                                    first_input % GROUP != 0 || step > 0);
+                                mma(group_sums + column / 2, pairs[buffer][step + 1], fragment[2], fragment[3], true);
+                            }
+                        continue;
+                    }
+                    wgmma_fence();
+#pragma unroll
+                    for (int step = 0; step < CHUNK; ++step) {
+                        const u32 x_step = x_stage + half * (X_HALF_BYTES / 16) + (chunk * CHUNK + step) * 2;
+                        const u64 x_operand = u64(X_LAYOUT) << 32 | x_step;
+                        if (SCALE_SUMS)
+                            wgmma(group_sums, pairs[buffer][step], x_operand, first_input % GROUP != 0 || step > 0);
+                        else
+                            wgmma(sums, pairs[buffer][step], x_operand, 1);
+                    }
+                    wgmma_commit();
+                    wgmma_wait<1>();  // the tensor cores work on one buffer while the other is filled
+                    if (!SCALE_SUMS && half == 0 && chunk == 0 && k > 0) release_previous();
+                }
+            }
+            if (++stage == STAGES) stage = 0, parity ^= 1;
+        }
+        if (WGMMA) wgmma_wait<0>();
+        if (SCALE_SUMS)
+            add_scaled(sums, group_sums, scale);
+        else
+            keep_after_wait(sums);
+        release_previous();
+        const bool whole = count == s.k_stages;
+        if (whole || reduce(sums, partials, counters, tile, items, s.k_stages, item == begin))
+            store(sums, y, s, place_of(tile, s));
+        item += count;
+    }
+}

@@ -1,0 +1,145 @@
+"""What the documentation says is true: its code blocks run, its tables and messages are those of the code.
+
+Every fenced `python` and `bash` block of README.md, CONTRIBUTING.md and docs/ is run; those of one page one after another, in
+one directory and one namespace. A block that cannot run has `<!-- not run: REASON -->` on the line before it.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shlex
+import subprocess
+import sys
+import types
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import typer
+
+from tersor.cli.main import app, main
+from tersor.compress.method import methods
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCE = re.compile(r"^(?P<skip><!-- not run: \S.*-->\n)?```(?P<language>\w+)[^\n]*\n(?P<code>.*?)^```$", re.M | re.S)
+
+
+@dataclass(frozen=True)
+class Block:
+    language: str
+    code: str
+    line: int
+
+
+def blocks_of(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    return [
+        Block(found["language"], found["code"], text[: found.start("code")].count("\n"))
+        for found in FENCE.finditer(text)
+        if not found["skip"] and found["language"] in ("python", "bash")
+    ]
+
+
+@pytest.fixture
+def terminal(tmp_path: Path) -> dict[str, str]:
+    """An environment in which `tersor` and `python` are the ones under test."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, command in (("tersor", f"{sys.executable} -m tersor"), ("python", sys.executable)):
+        (programs / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+        (programs / name).chmod(0o755)
+    source = os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": source, "COLUMNS": "120"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks_of(p)], ids=lambda p: str(p.relative_to(ROOT)))
+def test_code_blocks_run(page: Path, tmp_path: Path, terminal: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "page"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    namespace = types.ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", namespace)
+    monkeypatch.setattr("tersor.compress.method._METHODS", dict(methods()))  # methods that a page adds go with it
+    for block in blocks_of(page):
+        where = f"{page.name}:{block.line + 1}"
+        if block.language == "python":
+            # The padding makes a traceback name the page's own line.
+            exec(compile("\n" * block.line + block.code, str(page), "exec", dont_inherit=True), namespace.__dict__)
+            continue
+        lines = block.code.splitlines()
+        if all(line.startswith("tersor ") and not set(line) & set("|>;&$") for line in lines):
+            for line in lines:
+                with pytest.raises(SystemExit) as ended:  # in this process: a fresh one takes seconds to import torch
+                    main(shlex.split(line)[1:])
+                assert ended.value.code == 0, f"{where}: {line}"
+        else:
+            shell = ["bash", "-euo", "pipefail", "-c", block.code]
+            done = subprocess.run(shell, env=terminal, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, f"{where}\n{done.stdout}\n{done.stderr}"
+
+
+def options_table(verb: str) -> str:
+    """The options of one verb of the command line as a Markdown table."""
+    command = typer.main.get_command(app).commands[verb]  # type: ignore[attr-defined]
+    rows = ["| option | |", "| --- | --- |"]
+    for parameter in command.params:
+        if parameter.param_type_name == "argument":
+            continue
+        names = "`, `".join([*parameter.opts, *parameter.secondary_opts])
+        default = parameter.default() if callable(parameter.default) else parameter.default
+        told = "" if default is None or default is False else f" (default: {default})"
+        required = " (required)" if parameter.required else ""
+        rows.append(f"| `{names}` | {parameter.help}{told}{required} |")
+    return "\n".join(rows)
+
+
+OPTIONS = re.compile(r"(<!-- options of (\w+) -->\n\n).*?(\n\n<!-- end -->)", re.S)
+
+
+def with_current_options(text: str) -> str:
+    """The page with every table of options made anew."""
+    return OPTIONS.sub(lambda found: found[1] + options_table(found[2]) + found[3], text)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_tables_of_options_are_current(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert text == with_current_options(text), (
+        "an option changed: run `python tests/test_docs.py` to write the tables anew"
+    )
+
+
+def message_templates() -> list[str]:
+    """Every piece of text in the source, with `...` for what is filled in."""
+
+    def flat(node: ast.expr) -> str:
+        if isinstance(node, ast.JoinedStr):
+            return "".join(flat(value) for value in node.values)
+        return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else "..."
+
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "src").rglob("*.py")]
+    return [flat(n) for tree in trees for n in ast.walk(tree) if isinstance(n, ast.JoinedStr | ast.Constant)]
+
+
+def test_messages_in_troubleshooting_are_those_of_the_code() -> None:
+    quoted = re.findall(r"^#+ `(.+)`$", (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8"), re.M)
+    templates = message_templates()
+    assert len(quoted) > 10
+    for message in quoted:
+        pattern = re.compile(".*".join(re.escape(part) for part in message.split("...")), re.S)
+        assert any(pattern.search(each) for each in templates), f"no message in the code reads {message!r}"
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    listed = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert page.relative_to(ROOT / "docs").as_posix() in listed, f"{page.name} is missing from nav in mkdocs.yml"
+
+
+if __name__ == "__main__":
+    for each in PAGES:
+        each.write_text(with_current_options(each.read_text(encoding="utf-8")), encoding="utf-8")
