@@ -26,6 +26,7 @@ EXTRA_FILES = {  # beside the model, to be carried along
     "LICENSE": "Do as you like.\n",
     "chat_template.jinja": "{{ messages }}\n",
     "processor/nested.json": '{"kept": true}\n',
+    "processor/config.json": '{"of": "another kind"}\n',
 }
 
 

@@ -67,7 +67,7 @@ def test_ctrl_c_keeps_finished_blocks_and_the_same_command_goes_on(
 @pytest.mark.slow
 def test_a_job_killed_again_and_again_comes_to_the_same_bytes(tmp_path: Path, uninterrupted: dict[str, bytes]) -> None:
     out = tmp_path / "out"
-    for blocks in (1, 3, 6):
+    for blocks in (1, 3, 5):
         process = start(out)
         wait_for_block(process, out, blocks)
         process.kill()
@@ -80,6 +80,7 @@ class Stopped(BaseException):
     """What a test raises in the middle of a job."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True])
 def test_a_job_stopped_between_any_two_files_comes_to_the_same_bytes(
     small_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sharded: bool
@@ -119,9 +120,10 @@ def test_another_command_does_not_go_on_with_it(
         raise Stopped
 
     out = tmp_path / "out"
-    with monkeypatch.context() as patched, pytest.raises(Stopped):
+    with monkeypatch.context() as patched:
         patched.setattr("tersor.checkpoint.writer.Job.finish", stop)
-        tersor.compress(small_source, GPTQ(group_size=32), out=out, samples=2, seq_len=32)
+        with pytest.raises(Stopped):
+            tersor.compress(small_source, GPTQ(group_size=32), out=out, samples=2, seq_len=32)
     before = files_of(out)
     common = ("quantize", small_source, "--out", out, "--group-size", 32, "--seq-len", 32)
     for other, changed in (

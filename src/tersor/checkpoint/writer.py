@@ -55,7 +55,7 @@ class Job:
             return True
         if redo and not overwrite and self._finished_result(fingerprint):
             return True
-        if self.out.exists() and any(self.out.iterdir()):
+        if self.out.exists() and any(path != self.folder for path in self.out.iterdir()):
             if not overwrite:
                 raise TersorError(f"{self.out} exists and is not empty; give another directory or --overwrite")
             if not self.folder.exists() and not (self.out / "config.json").exists():
@@ -139,19 +139,22 @@ class Job:
                 self._place_shards([*blocks, rest])
             for path in source.other_files():
                 relative = path.relative_to(source.directory)
-                if relative.name not in ("config.json", RESULT_FILE, *extra):
+                if relative.as_posix() not in ("config.json", RESULT_FILE, *extra):
                     (self.out / relative).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(path, self.out / relative)
             for name, content in {**extra, "config.json": config}.items():
                 _write_json(self.out / name, content)
-            shutil.rmtree(self.folder)
+            leftover = (
+                self.out / f"{JOB_FOLDER}-finished"
+            )  # from here on the result counts, whenever the folder is gone
+            os.replace(self.folder, leftover)
+            shutil.rmtree(leftover)
 
     def _place_shards(self, files: list[Path]) -> None:
         weight_map, total = {}, 0
         for n, path in enumerate(files, 1):
             shard = self.out / f"model-{n:05d}-of-{len(files):05d}.safetensors"
-            if path.exists():
-                os.replace(path, shard)
+            _link(path, shard)  # the job's own file stays, so that a job that is stopped here still has its blocks
             for name, tensor in load_file(shard).items():
                 weight_map[name] = shard.name
                 total += tensor.numel() * tensor.element_size()
@@ -183,6 +186,15 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
     save_file(own, partial, metadata={"format": "pt"})
     partial.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
     _settle(partial, path)
+
+
+def _link(path: Path, other: Path) -> None:
+    """`other` as a second name of a file, or a copy where the file system has no such thing."""
+    other.unlink(missing_ok=True)
+    try:
+        os.link(path, other)
+    except OSError:
+        shutil.copyfile(path, other)
 
 
 def _umask() -> int:
