@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 
 from tersor.formats.quantized_weight import QuantizedWeight
+from tersor.kernels import quantized_matmul_cpu as cpu
+from tersor.kernels import quantized_matmul_int4 as int4
+
+PreparedWeight = QuantizedWeight | cpu.PreparedWeight | int4.PreparedWeight  # the first: where there is no kernel
 
 
 def reference(x: Tensor, weight: QuantizedWeight) -> Tensor:
@@ -52,8 +56,34 @@ def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
 _quantized_matmul.register_autograd(_backward, setup_context=_setup_context)
 
 
-def quantized_matmul(x: Tensor, weight: QuantizedWeight) -> Tensor:
+def prepare(weight: QuantizedWeight) -> PreparedWeight:
+    """Repack a weight for the fastest kernel that its device has; the weight itself where there is none."""
+    if weight.qweight.device.type == "cpu":
+        if cpu.why_not(weight) is None:
+            return cpu.prepare(weight)
+        if int4.why_not(weight) is None:
+            return int4.prepare(weight)
+    return weight
+
+
+def restore(weight: PreparedWeight) -> QuantizedWeight:
+    """Inverse of `prepare`: the same integers, scales and zero points in the standard layout."""
+    if isinstance(weight, cpu.PreparedWeight):
+        return cpu.restore(weight)
+    if isinstance(weight, int4.PreparedWeight):
+        return weight.standard
+    return weight
+
+
+def quantized_matmul(x: Tensor, weight: PreparedWeight) -> Tensor:
     """y = x · Wᵀ. x [..., in], y [..., out] in x's dtype. Differentiable in x; traceable by torch.compile."""
-    return _quantized_matmul(
+    if isinstance(weight, cpu.PreparedWeight):
+        return cpu.matmul(x, weight)
+    if isinstance(weight, int4.PreparedWeight):
+        if x.dtype == torch.bfloat16 and not (x.requires_grad and torch.is_grad_enabled()):
+            return int4.matmul(x, weight)
+        weight = weight.standard
+    y: Tensor = _quantized_matmul(
         x, weight.qweight, weight.scales, weight.zeros, weight.g_idx, weight.bits, weight.group_size
     )
+    return y
