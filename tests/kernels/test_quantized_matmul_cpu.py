@@ -24,12 +24,7 @@ ROUND_OFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.
 SUMS = 2e-6
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiler() -> None:
-    try:
-        cpp.compiler()
-    except cpp.CompileError as error:
-        pytest.skip(str(error))
+pytestmark = pytest.mark.skipif(cpu.choose()[0] is None, reason=cpu.choose()[1])
 
 
 @pytest.fixture(params=[*cpu.FLAGS, "amx_emulated"])
@@ -46,7 +41,9 @@ def implementation(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(autouse=True, scope="module")
 def _emulated_amx():
     """The name "amx_emulated" stands for the AMX path with the tile instructions in plain C++."""
-    flags = (*cpu.FLAGS["avx512_bf16"], "-include", str(Path(__file__).with_name("amx_emulation.h")))
+    header = Path(__file__).with_name("amx_emulation.h")
+    version = f"-DEMULATION={header.stat().st_mtime_ns}"  # so that an edited header is compiled again
+    flags = (*cpu.FLAGS["avx512_bf16"], "-include", str(header), version)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(cpu.FLAGS, "amx_emulated", flags)
         yield
@@ -230,7 +227,7 @@ def test_gradient_of_the_input_is_that_of_the_reference(layer: QuantizedLinear) 
     (expected,) = torch.autograd.grad(layer(x).square().sum(), x)
     layer.prepare()
     (found,) = torch.autograd.grad(layer(x).square().sum(), x)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_a_prepared_layer_compiles_without_a_graph_break(layer: QuantizedLinear) -> None:
@@ -243,7 +240,7 @@ def test_a_prepared_layer_compiles_without_a_graph_break(layer: QuantizedLinear)
 def test_the_operator_is_registered_completely(layer: QuantizedLinear) -> None:
     p = cpu.prepare(layer.packed)
     x = torch.randn(3, 64, requires_grad=True)
-    arguments = [getattr(p, f.name) for f in dataclasses.fields(p) if f.name != "in_features"]
+    arguments = [getattr(p, field.name) for field in dataclasses.fields(p)]
     torch.library.opcheck(torch.ops.tersor.quantized_matmul_cpu.default, (x, *arguments))
 
 
@@ -290,7 +287,8 @@ def test_without_a_compiler_symmetric_weights_run_on_torchs_int4_operator(bits: 
         exact = x.double() @ weight.dequantize(torch.float64).t()
         torch.testing.assert_close(y.double(), exact, rtol=2.0**-7, atol=2.0**-7 * float(exact.std()))
         x = torch.randn(rows, 128)  # what the operator is not good at goes to the reference
-        torch.testing.assert_close(quantized_matmul.quantized_matmul(x, prepared), quantized_matmul.reference(x, weight))
+        y = quantized_matmul.quantized_matmul(x, prepared)
+        torch.testing.assert_close(y, quantized_matmul.reference(x, weight))
 
 
 @pytest.mark.usefixtures("no_compiler")
@@ -302,14 +300,16 @@ def test_without_a_compiler_other_weights_stay_as_they_are() -> None:
 
 
 def test_processes_that_build_at_the_same_time_all_get_the_library(tmp_path: Path) -> None:
+    source, cache = tmp_path / "answer.cpp", tmp_path / "cache"
+    source.write_text('extern "C" int answer() { return 42; }')
     code = (
-        "import ctypes, pathlib, torch; from tersor.kernels import cpp, quantized_matmul_cpu as cpu;"
-        f"library = cpp.build(cpu.SOURCE, ('-O0',), cache=pathlib.Path({str(tmp_path)!r}));"
-        "ctypes.CDLL(str(library)).tersor_matmul"
+        "import ctypes; from pathlib import Path; from tersor.kernels import cpp;"
+        f"library = cpp.build(Path({str(source)!r}), (), cache=Path({str(cache)!r}));"
+        "assert ctypes.CDLL(str(library)).answer() == 42"
     )
     running = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
     assert [process.wait() for process in running] == [0, 0, 0]
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list(cache.iterdir())) == 1
 
 
 def test_describe_names_the_implementation_in_use() -> None:

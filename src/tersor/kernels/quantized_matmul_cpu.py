@@ -12,6 +12,7 @@ import functools
 import platform
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ def supported() -> list[str]:
     bf16 = avx512 and has.get("avx512_bf16", False)
     amx = bf16 and has.get("amx_tile", False) and has.get("amx_bf16", False)
     found = {"amx": amx, "avx512_bf16": bf16, "avx512": avx512, "avx2": avx2, "portable": True}
-    return [name for name in FLAGS if found[name]]
+    return [name for name, yes in found.items() if yes]
 
 
 @functools.cache
@@ -252,51 +253,53 @@ def _run(x: Tensor, weight: PreparedWeight) -> Tensor:
     return y
 
 
-@torch.library.custom_op("tersor::quantized_matmul_cpu", mutates_args=(), device_types="cpu")
-def _op(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    columns: Tensor | None,
-    starts: Tensor,
-    g_idx: Tensor | None,
-    bits: int,
-    group_size: int,
-    out_features: int,
-    implementation: str,
-) -> Tensor:
-    rest = (bits, group_size, x.shape[-1], out_features, implementation)
-    return _run(x, PreparedWeight(packed, scales, zeros, columns, starts, g_idx, *rest))
+_WEIGHT_SCHEMA = (
+    "Tensor packed, Tensor scales, Tensor? zeros, Tensor? columns, Tensor starts, Tensor? g_idx, "
+    "int bits, int group_size, int in_features, int out_features, str implementation"
+)  # the fields of PreparedWeight, of which the first six are tensors
+_TENSORS = 6
+
+
+@torch.library.custom_op(
+    "tersor::quantized_matmul_cpu",
+    mutates_args=(),
+    device_types="cpu",
+    schema=f"(Tensor x, {_WEIGHT_SCHEMA}) -> Tensor",
+)
+def _op(x: Tensor, *fields: Any) -> Tensor:
+    return _run(x, PreparedWeight(*fields))
+
+
+@torch.library.custom_op(
+    "tersor::quantized_matmul_cpu_backward",
+    mutates_args=(),
+    device_types="cpu",
+    schema=f"(Tensor grad, {_WEIGHT_SCHEMA}) -> Tensor",
+)
+def _backward_op(grad: Tensor, *fields: Any) -> Tensor:
+    return grad @ restore(PreparedWeight(*fields)).dequantize(grad.dtype)
 
 
 @_op.register_fake
-def _(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    columns: Tensor | None,
-    starts: Tensor,
-    g_idx: Tensor | None,
-    bits: int,
-    group_size: int,
-    out_features: int,
-    implementation: str,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], out_features))
+def _(x: Tensor, *fields: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], PreparedWeight(*fields).out_features))
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, *tensors, bits, group_size, out_features, implementation = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.rest = (bits, group_size, x.shape[-1], out_features, implementation)
+@_backward_op.register_fake
+def _(grad: Tensor, *fields: Any) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], PreparedWeight(*fields).in_features))
 
 
-def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, *fields = inputs
+    ctx.save_for_backward(*fields[:_TENSORS])
+    ctx.rest = fields[_TENSORS:]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """The input's gradient only: the integers are frozen."""
-    weight = restore(PreparedWeight(*ctx.saved_tensors, *ctx.rest))
-    return grad @ weight.dequantize(grad.dtype), *[None] * 10
+    fields = (*ctx.saved_tensors, *ctx.rest)
+    return _backward_op(grad, *fields), *[None] * len(fields)
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
@@ -319,6 +322,7 @@ def matmul(x: Tensor, weight: PreparedWeight) -> Tensor:
         weight.g_idx,
         weight.bits,
         weight.group_size,
+        weight.in_features,
         weight.out_features,
         weight.implementation,
     )
