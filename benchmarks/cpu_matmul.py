@@ -3,9 +3,9 @@
     python benchmarks/cpu_matmul.py                    prints the tables
     python benchmarks/cpu_matmul.py --write            and keeps them in benchmarks/results/cpu_matmul.md
 
-Every turn runs all competitors once, so that each finds the caches filled by the others (every weight comes from memory)
-and all share whatever else the machine does. A cell is the median of the turns' ratios; the fastest turn of each stands in
-the table of times. Weights are random: the time does not depend on the values.
+Every turn runs all competitors once, so that each finds the caches filled by the others (weights come from memory) and
+all share whatever else the machine does. A cell is the median of the turns' ratios; the table of times has the fastest
+turn of each. Weights are random: the time does not depend on the values.
 """
 
 from __future__ import annotations
@@ -102,10 +102,10 @@ def report(seconds: dict[int, dict[str, list[float]]]) -> str:
     columns = ["F.linear bf16", "F.linear fp32", "torch int4", *bits, "4 bits, fp32"]
     return "\n".join(
         [
-            table("Times faster than F.linear in bf16 (bf16 activations)", ["torch int4", *bits], against("F.linear bf16")),
-            table("Times faster than torch's int4 operator (bf16 activations)", bits[:1], against("torch int4")),
-            table("Times faster than F.linear in float32 (float32 activations)", ["4 bits, fp32"], against("F.linear fp32")),
-            table("Other grids: times faster than F.linear in bf16", others, against("F.linear bf16")),
+            table("bf16 activations, times faster than F.linear", ["torch int4", *bits], against("F.linear bf16")),
+            table("bf16 activations, times faster than torch's int4 operator", bits[:1], against("torch int4")),
+            table("float32 activations, times faster than F.linear", ["4 bits, fp32"], against("F.linear fp32")),
+            table("Other grids, bf16 activations, times faster than F.linear", others, against("F.linear bf16")),
             table("Fastest turn, ms", columns, lambda rows, name: f"{min(seconds[rows][name]) * 1e3:.2f}"),
         ]
     )

@@ -20,8 +20,8 @@
 // with q and z counted from 2^(bits-1); the second term is left out for symmetric weights. With bf16 activations and
 // AVX-512 BF16 one "unit" of the inner loop is a pair of inputs (vdpbf16ps); otherwise it is one input in float32.
 //
-// Up to MAX_ROWS rows of x the weights are decoded in registers and read from memory once. Above that every stretch of a
-// group is decoded once into a tile that stays in the L1 cache and all rows are multiplied with it.
+// Up to MAX_ROWS rows of x the weights are decoded in registers and read from memory once. Above that the first rows leave
+// what they decode in a tile that stays in the L1 cache, and the other rows (AMX: all rows) are multiplied with the tile.
 
 #include <cstdint>
 #include <cstdlib>
@@ -46,7 +46,7 @@ constexpr int LANES = 4, MAX_ROWS = 6;
 #endif
 constexpr int PANEL = 32, VECTORS = 2, SUBPANEL = LANES * VECTORS;
 constexpr int TILE_ROWS = 6;          // rows that share a tile: 6 x 2 sums of a group and 6 x 2 of all groups
-constexpr int CHUNK_UNITS = 256;      // decoded at a time: 256 * 32 * 4 bytes = 32 KiB
+constexpr int CHUNK_UNITS = 128;      // decoded at a time: 128 * 32 * 4 bytes = 16 KiB, half an L1 cache
 constexpr int MAX_STRETCHES = 16;     // of a chunk
 constexpr int64_t MAX_CHUNK = 512;    // rows of x at a time: bounds the sums (64 KiB a thread) and the copy of x
 
@@ -122,8 +122,9 @@ template <int BITS> inline vu decode_bf16(const vu* words, int pair) {
         static constexpr Bf16Table<BITS> table;
         vh index;
         if (BITS == 3 && pair == 15) {
-            vh w0 = (vh)words[0], w1 = (vh)words[1], w2 = (vh)words[2];
-            index = (w0 >> 15) | ((w1 >> 14) & 2) | ((w2 >> 13) & 4);
+            __m512i code = (__m512i)((vh)words[2] >> 15);
+            code = _mm512_shldi_epi16(code, (__m512i)words[1], 1);  // code << 1 | word >> 15
+            index = (vh)_mm512_shldi_epi16(code, (__m512i)words[0], 1);
         } else {
             const int word = BITS == 3 ? pair / 5 : 0, slot = BITS == 3 ? pair % 5 : pair;
             index = (vh)words[word] >> (BITS * slot);  // the look-up ignores the bits above the lowest five
@@ -158,18 +159,20 @@ struct Scale {  // of one group and panel, in float32
     float step[PANEL], step_times_zero[PANEL];
 };
 
-// A run of stretches decoded in registers: words [blocks][WORDS][PANEL] of the whole panel, x [units][ROWS]
-template <int BITS, bool PAIRS, int ROWS>
+// A run of stretches decoded in registers: words [blocks][WORDS][PANEL] of the whole panel, x [units][ROWS]. With KEEP the
+// decoded weights are also left in tile [units][PANEL] for further rows: the products hide most of that work.
+template <int BITS, bool PAIRS, int ROWS, bool KEEP>
 void multiply_packed(const uint32_t* words, const uint32_t* x, const Stretch* stretches, int64_t count,
-                     const Scale* scales, const float* x_sums, int64_t x_sums_stride, float* total) {
+                     const Scale* scales, const float* x_sums, int64_t x_sums_stride, float* total, uint32_t* tile) {
     constexpr int WORDS = Block<BITS>::WORDS, UNITS = Block<BITS>::INPUTS / (PAIRS ? 2 : 1);
     constexpr int CHAINS = ROWS == 1 ? (UNITS < 4 ? UNITS : 4) : ROWS == 2 ? 2 : 1;  // independent sums hide the latency
     for (int column = 0; column < PANEL; column += SUBPANEL) {
         const uint32_t* w = words + stretches->block * WORDS * PANEL + column;
         const uint32_t* xs = x;
+        uint32_t* kept = tile + column;
         for (int64_t i = 0; i < count; i++) {
             vf sum[CHAINS][ROWS][VECTORS] = {};
-            for (int64_t b = 0; b < stretches[i].blocks; b++, w += WORDS * PANEL, xs += UNITS * ROWS) {
+            for (int64_t b = 0; b < stretches[i].blocks; b++) {
                 vu word[VECTORS][WORDS];
 #pragma GCC unroll 2
                 for (int v = 0; v < VECTORS; v++)
@@ -180,10 +183,12 @@ void multiply_packed(const uint32_t* words, const uint32_t* x, const Stretch* st
 #pragma GCC unroll 2
                     for (int v = 0; v < VECTORS; v++) {
                         const vu weight = decode<BITS, PAIRS>(word[v], u);
+                        if (KEEP) store(kept + u * PANEL + v * LANES, weight);
 #pragma GCC unroll 12
                         for (int m = 0; m < ROWS; m++)
                             sum[u % CHAINS][m][v] = multiply_add<PAIRS>(sum[u % CHAINS][m][v], weight, xs[u * ROWS + m]);
                     }
+                w += WORDS * PANEL, xs += UNITS * ROWS, kept += UNITS * PANEL;
             }
 #pragma GCC unroll 4
             for (int c = 1; c < CHAINS; c++)
@@ -244,23 +249,6 @@ void multiply_tile(const uint32_t* tile, const uint32_t* x, const Stretch* stret
     }
 }
 
-template <int BITS, bool PAIRS> void decode_tile(const uint32_t* words, int64_t blocks, uint32_t* tile) {
-    constexpr int WORDS = Block<BITS>::WORDS, UNITS = Block<BITS>::INPUTS / (PAIRS ? 2 : 1);
-    for (int64_t b = 0; b < blocks; b++, words += WORDS * PANEL, tile += UNITS * PANEL)
-        for (int column = 0; column < PANEL; column += SUBPANEL) {
-            vu word[VECTORS][WORDS];
-#pragma GCC unroll 2
-            for (int v = 0; v < VECTORS; v++)
-#pragma GCC unroll 3
-                for (int i = 0; i < WORDS; i++) word[v][i] = load<vu>(words + i * PANEL + column + v * LANES);
-#pragma GCC unroll 32
-            for (int u = 0; u < UNITS; u++)
-#pragma GCC unroll 2
-                for (int v = 0; v < VECTORS; v++)
-                    store(tile + u * PANEL + column + v * LANES, decode<BITS, PAIRS>(word[v], u));
-        }
-}
-
 // Compiled row counts; other counts are filled up with zero rows.
 template <class F> inline void with_rows(int rows, F&& f) {
     switch (rows) {
@@ -281,6 +269,25 @@ inline void amx_configure() {
     struct alignas(64) { uint8_t palette = 1, start = 0, reserved[14] = {}; uint16_t bytes[16] = {}; uint8_t rows[16] = {}; } c;
     for (int t = 0; t < 8; t++) c.bytes[t] = 64, c.rows[t] = 16;
     _tile_loadconfig(&c);
+}
+
+// One stretch to tile [units][PANEL], zeros after its own units
+template <int BITS> void decode_tile(const uint32_t* words, const Stretch& s, uint32_t* tile) {
+    constexpr int WORDS = Block<BITS>::WORDS, UNITS = Block<BITS>::INPUTS / 2;
+    std::memset(tile + s.blocks * UNITS * PANEL, 0, (s.units - s.blocks * UNITS) * PANEL * 4);
+    for (int64_t b = 0; b < s.blocks; b++, words += WORDS * PANEL, tile += UNITS * PANEL)
+        for (int column = 0; column < PANEL; column += SUBPANEL) {
+            vu word[VECTORS][WORDS];
+#pragma GCC unroll 2
+            for (int v = 0; v < VECTORS; v++)
+#pragma GCC unroll 3
+                for (int i = 0; i < WORDS; i++) word[v][i] = load<vu>(words + i * PANEL + column + v * LANES);
+#pragma GCC unroll 32
+            for (int u = 0; u < UNITS; u++)
+#pragma GCC unroll 2
+                for (int v = 0; v < VECTORS; v++)
+                    store(tile + u * PANEL + column + v * LANES, decode<BITS, true>(word[v], u));
+        }
 }
 
 // As multiply_tile, with x [units / 16][rows][16] and every stretch filled up to a multiple of 16 units; rows 16 or 32
@@ -424,8 +431,9 @@ void write_y(const Call& c, int64_t panel, const RowTile& tile, const float* tot
 }
 
 // Groups cut into stretches, and these gathered into chunks that fit the cache when decoded.
-template <int BITS, bool PAIRS> void cut_inputs(const Call& c, bool amx, std::vector<Stretch>& stretches, std::vector<Chunk>& chunks) {
-    constexpr int UNITS = Block<BITS>::INPUTS / (PAIRS ? 2 : 1), MAX_BLOCKS = CHUNK_UNITS / 2 / UNITS;
+template <int BITS, bool PAIRS>
+void cut_inputs(const Call& c, bool amx, std::vector<Stretch>& stretches, std::vector<Chunk>& chunks) {
+    constexpr int UNITS = Block<BITS>::INPUTS / (PAIRS ? 2 : 1), MAX_BLOCKS = CHUNK_UNITS / UNITS;
     int64_t unit = 0;
     for (int64_t g = 0; g < c.groups; g++)
         for (int64_t b = c.starts[g]; b < c.starts[g + 1]; b += MAX_BLOCKS) {
@@ -439,7 +447,7 @@ template <int BITS, bool PAIRS> void cut_inputs(const Call& c, bool amx, std::ve
 }
 
 template <int BITS, bool PAIRS> bool run(const Call& c) {
-    constexpr int WORDS = Block<BITS>::WORDS, UNITS = Block<BITS>::INPUTS / (PAIRS ? 2 : 1);
+    constexpr int WORDS = Block<BITS>::WORDS;
     const bool in_registers = c.rows <= MAX_ROWS;
     bool amx = false;
     int most = in_registers ? MAX_ROWS : TILE_ROWS;
@@ -483,7 +491,7 @@ template <int BITS, bool PAIRS> bool run(const Call& c) {
                                             (stretches[n].unit - chunks[i].unit) * tile.padded,
                                         x_sums + n * rows + tile.offset);
 
-#pragma omp for schedule(dynamic, 4) nowait
+#pragma omp for schedule(dynamic, in_registers ? 4 : 1) nowait
         for (int64_t panel = 0; panel < panels; panel++) {
             const uint32_t* panel_words = c.packed + panel * blocks * WORDS * PANEL;
             std::memset(total, 0, total_size * 4);
@@ -491,11 +499,10 @@ template <int BITS, bool PAIRS> bool run(const Call& c) {
                 const Stretch* s = &stretches[chunk.first];
                 for (int64_t i = 0; i < chunk.count; i++) {
                     load_scale(c, panel, s[i].group, scales[i]);
-                    if (in_registers) continue;
-                    uint32_t* out = decoded + (s[i].unit - chunk.unit) * PANEL;
-                    decode_tile<BITS, PAIRS>(panel_words + s[i].block * WORDS * PANEL, s[i].blocks, out);
-                    const int64_t filled = s[i].blocks * UNITS;
-                    std::memset(out + filled * PANEL, 0, (s[i].units - filled) * PANEL * 4);
+#ifdef __AMX_BF16__
+                    const uint32_t* words = panel_words + s[i].block * WORDS * PANEL;
+                    if (amx) decode_tile<BITS>(words, s[i], decoded + (s[i].unit - chunk.unit) * PANEL);
+#endif
                 }
                 const int64_t last = s[chunk.count - 1].block + s[chunk.count - 1].blocks;
                 const char* next = (const char*)(panel_words + last * WORDS * PANEL);
@@ -512,10 +519,16 @@ template <int BITS, bool PAIRS> bool run(const Call& c) {
                         continue;
                     }
 #endif
+                    if (!in_registers && tile.first == 0) {
+                        multiply_packed<BITS, PAIRS, TILE_ROWS, true>(panel_words, xs, s, chunk.count, scales, sums, rows,
+                                                                      out, decoded);
+                        continue;
+                    }
                     with_rows(tile.padded, [&](auto number) {
                         constexpr int ROWS = decltype(number)::value;
                         if (in_registers)
-                            multiply_packed<BITS, PAIRS, ROWS>(panel_words, xs, s, chunk.count, scales, sums, rows, out);
+                            multiply_packed<BITS, PAIRS, ROWS, false>(panel_words, xs, s, chunk.count, scales, sums, rows,
+                                                                      out, decoded);
                         else if constexpr (ROWS <= TILE_ROWS)
                             multiply_tile<PAIRS, ROWS>(decoded, xs, s, chunk.count, scales, sums, rows, out);
                     });

@@ -30,7 +30,7 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _AVX2 = ("-mavx2", "-mfma")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
-_AVX512_BF16 = (*_AVX512, "-mavx512bf16")
+_AVX512_BF16 = (*_AVX512, "-mavx512bf16", "-mavx512vbmi2")
 FLAGS = {  # best first
     "amx": (*_AVX512_BF16, "-mamx-tile", "-mamx-bf16"),
     "avx512_bf16": _AVX512_BF16,
@@ -45,7 +45,7 @@ def supported() -> list[str]:
     has = torch.cpu.get_capabilities()
     avx2 = has.get("avx2", False) and has.get("fma3", False)
     avx512 = avx2 and all(has.get(f"avx512_{part}", False) for part in ("f", "bw", "vl", "dq"))
-    bf16 = avx512 and has.get("avx512_bf16", False)
+    bf16 = avx512 and has.get("avx512_bf16", False) and has.get("avx512_vbmi2", False)
     amx = bf16 and has.get("amx_tile", False) and has.get("amx_bf16", False)
     found = {"amx": amx, "avx512_bf16": bf16, "avx512": avx512, "avx2": avx2, "portable": True}
     return [name for name, yes in found.items() if yes]
