@@ -470,6 +470,18 @@ template <int BITS, bool PAIRS> bool run(const Call& c) {
     uint32_t* x = (uint32_t*)memory;
     float* x_sums = memory + x_size;
 
+    auto pack = [&](const Chunk& chunk) {
+        for (const RowTile& tile : tiles)
+            for (int64_t i = chunk.first; i < chunk.first + chunk.count; i++)
+                pack_x<BITS, PAIRS>(c, stretches[i], tile, amx,
+                                    x + chunk.unit * rows + chunk.units * tile.offset +
+                                        (stretches[i].unit - chunk.unit) * tile.padded,
+                                    x_sums + i * rows + tile.offset);
+    };
+    const bool pack_before = x_size <= 8192;  // not worth a barrier, where threads may wait for each other
+    if (pack_before)
+        for (const Chunk& chunk : chunks) pack(chunk);
+
 #pragma omp parallel num_threads(c.threads) if (c.threads > 1)
     {
 #ifdef _OPENMP
@@ -482,15 +494,10 @@ template <int BITS, bool PAIRS> bool run(const Call& c) {
 #ifdef __AMX_BF16__
         if (amx) amx_configure();
 #endif
+        if (!pack_before) {
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < (int64_t)chunks.size(); i++)
-            for (const RowTile& tile : tiles)
-                for (int64_t n = chunks[i].first; n < chunks[i].first + chunks[i].count; n++)
-                    pack_x<BITS, PAIRS>(c, stretches[n], tile, amx,
-                                        x + chunks[i].unit * rows + chunks[i].units * tile.offset +
-                                            (stretches[n].unit - chunks[i].unit) * tile.padded,
-                                        x_sums + n * rows + tile.offset);
-
+            for (int64_t i = 0; i < (int64_t)chunks.size(); i++) pack(chunks[i]);
+        }
 #pragma omp for schedule(dynamic, in_registers ? 4 : 1) nowait
         for (int64_t panel = 0; panel < panels; panel++) {
             const uint32_t* panel_words = c.packed + panel * blocks * WORDS * PANEL;
