@@ -90,16 +90,16 @@ def test_half_precision_inputs_are_summed_in_float32() -> None:
     torch.testing.assert_close(y.float(), expected, rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize(("b", "length", "d", "n", "chunk"), [(1, 1, 1, 1, 4), (2, 11, 5, 3, 4), (1, 9, 40, 16, 64)])
-def test_triton_interpreted(b: int, length: int, d: int, n: int, chunk: int) -> None:
+def test_triton_interpreted() -> None:
     run_interpreted(
-        f"""
+        """
         from kernels.test_selective_scan import arguments
         from tersor.kernels import selective_scan, selective_scan_triton
-        (x, dt, A, B, C), more = arguments({b}, {length}, {d}, {n}, dtype=torch.float32)
-        inputs = (x, dt.exp(), A, B, C, more["initial_state"], {chunk})
-        got, expected = selective_scan_triton.forward(*inputs), selective_scan._selective_scan(*inputs)
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        for b, length, d, n, chunk in ((1, 1, 1, 1, 4), (2, 11, 5, 3, 4), (1, 9, 40, 16, 64)):
+            (x, dt, A, B, C), more = arguments(b, length, d, n, dtype=torch.float32)
+            inputs = (x, torch.nn.functional.softplus(dt), A, B, C, more["initial_state"])
+            expected = selective_scan.chunked(*inputs, chunk_size=chunk)
+            torch.testing.assert_close(selective_scan_triton.forward(*inputs, chunk), expected, rtol=1e-4, atol=1e-4)
         """
     )
 

@@ -9,7 +9,8 @@ are float32 (float64 for float64), y has x's dtype. dt is used as softplus(dt + 
 lengths share a batch, padded at either end.
 
 `step` is the formula for one token, `reference` a loop over it. `selective_scan` is what models call: the op
-`tersor::selective_scan`, in torch on CPUs and in Triton on GPUs (selective_scan_triton.py). Both walk over chunks of
+`tersor::selective_scan`, in
+torch on CPUs (`chunked`) and in Triton on GPUs (selective_scan_triton.py). Both walk over chunks of
 time and keep only the states between chunks; the backward pass, in torch on either, recomputes the rest from these.
 """
 
@@ -79,7 +80,7 @@ def selective_scan(
     dt_softplus: bool = False,
     mask: Tensor | None = None,
     initial_state: Tensor | None = None,
-    chunk_size: int = 64,
+    chunk_size: int = 32,
 ) -> tuple[Tensor, Tensor]:
     """As `reference`, fast. Differentiable in every tensor but `mask`. One token is a `step`.
 
@@ -119,19 +120,26 @@ def skip_and_gate(y: Tensor, x: Tensor, *, D: Tensor | None, z: Tensor | None) -
     return y.to(x.dtype)
 
 
-@torch.library.custom_op("tersor::selective_scan", mutates_args=())
-def _selective_scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor, chunk_size: int
+def chunked(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor, *, chunk_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y [b, l, d], the last state, and the state before each chunk [chunks, b, d, n]."""
+    """The recurrence itself in torch: y, the last state, and the state before each chunk [chunks, b, d, n]."""
     y, h, before = torch.empty_like(x), initial_state, []
     for start in range(0, x.shape[1], chunk_size):
         chunk = slice(start, start + chunk_size)
         before.append(h)
         _, states = _states(x[:, chunk], dt[:, chunk], A, B[:, chunk], h)
-        y[:, chunk] = (states @ _time_first(C[:, chunk])[..., None]).squeeze(-1).transpose(0, 1)
+        y[:, chunk] = torch.einsum("lbdn,bln->bld", states, C[:, chunk])
         h = states[-1]
-    return y, h.clone(), torch.stack(before)
+    return y, h, torch.stack(before)
+
+
+@torch.library.custom_op("tersor::selective_scan", mutates_args=())
+def _selective_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, state, before = chunked(x, dt, A, B, C, initial_state, chunk_size=chunk_size)
+    return y, state.clone(), before
 
 
 @_selective_scan.register_kernel("cuda")
@@ -179,7 +187,7 @@ def _selective_scan_backward(
         for t in reversed(range(g.shape[0])):
             g[t] += carry
             carry = decay[t] * g[t]
-        grad_input = (g @ Bs[..., None]).squeeze(-1)  # of dt x
+        grad_input = torch.einsum("lbdn,lbn->lbd", g, Bs)  # of dt x
         grad_B[:, chunk] = torch.einsum("lbdn,lbd->bln", g, dts * xs)
         g *= decay
         g[0] *= before[index]

@@ -41,7 +41,6 @@ class Mamba2Mixer(nn.Module):
         rmsnorm: bool = True,
         norm_before_gate: bool = False,
         dt_limit: Limits = NO_LIMIT,
-        chunk_size: int = 256,
         eps: float = 1e-5,
         A_init_range: tuple[float, float] = (1.0, 16.0),
         dt_min: float = 0.001,
@@ -56,7 +55,7 @@ class Mamba2Mixer(nn.Module):
                 f"Mamba-2 needs d_ssm ({d_ssm}) to be at most d_inner ({d_inner}), a multiple of headdim ({headdim}), "
                 f"and their quotient a multiple of ngroups ({ngroups})"
             )
-        self.headdim, self.ngroups, self.dt_limit, self.chunk_size = headdim, ngroups, dt_limit, chunk_size
+        self.headdim, self.ngroups, self.dt_limit = headdim, ngroups, dt_limit
         d_bypass, d_groups = d_inner - d_ssm, ngroups * d_state
         self.widths = [d_bypass, d_bypass, d_ssm, d_ssm + 2 * d_groups, heads]
         self.conv_widths = [d_ssm, d_groups, d_groups]
@@ -90,7 +89,6 @@ class Mamba2Mixer(nn.Module):
             dt_limit=self.dt_limit,
             mask=mask,
             initial_state=ssm_state,
-            chunk_size=self.chunk_size,
         )
         y = rearrange(y, "b l h p -> b l (h p)")
         if self.norm is not None:

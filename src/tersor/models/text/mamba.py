@@ -25,7 +25,9 @@ state (or keys and values); it is not changed in place, so one prompt can be con
 
 Origin: state-spaces/mamba at e9594ce, Apache-2.0; its key names are ours. transformers' Mamba and Mamba2 differ by one
 key. The published step keeps d_conv inputs of the convolution, of which it needs one less. What chooses among its CUDA
-kernels (fused_add_norm, use_fast_path, use_mem_eff_path) is accepted and has no effect.
+kernels (fused_add_norm, chunk_size, use_fast_path, use_mem_eff_path) is accepted and has no effect.
+
+To quantize Mamba-1 in groups, exclude `*.dt_proj`: its few inputs (dt_rank) are no multiple of the usual group sizes.
 
 Proven: the golden cases of the published code to 1e-5, among them the 130m model; logits equal to transformers' of both
 kinds with random weights; steps equal to the whole sequence. Not proven: published zero-shot accuracies; attention's
@@ -74,7 +76,7 @@ class SSMConfig:
     rmsnorm: bool = True
     norm_before_gate: bool = False
     dt_limit: tuple[float, float] = (0.0, float("inf"))
-    chunk_size: int = 256
+    chunk_size: int = 256  # from here on no effect: the published kernels' choices
     use_fast_path: bool = True
     use_mem_eff_path: bool = True
 
@@ -399,7 +401,6 @@ def _mamba2_mixer(d_model: int, config: SSMConfig) -> Mamba2Mixer:
         rmsnorm=config.rmsnorm,
         norm_before_gate=config.norm_before_gate,
         dt_limit=config.dt_limit,
-        chunk_size=config.chunk_size,
         A_init_range=config.A_init_range,
         dt_min=config.dt_min,
         dt_max=config.dt_max,

