@@ -2,6 +2,7 @@
 
     python benchmarks/cpu_matmul.py                    prints the tables
     python benchmarks/cpu_matmul.py --write            and keeps them in benchmarks/results/cpu_matmul.md
+    python benchmarks/cpu_matmul.py --one-thread       processor time of one thread, for a machine that others use too
 
 Every turn runs all competitors once, so that each finds the caches filled by the others (weights come from memory) and
 all share whatever else the machine does. A cell is the median of the turns' ratios; the table of times has the fastest
@@ -50,14 +51,16 @@ def random_weight(bits: int, group_size: int, symmetric: bool, act_order: bool) 
     return QuantizedWeight(words, scales, zeros, g_idx, bits, group_size, IN_FEATURES)
 
 
-def take_turns(competitors: dict[str, Callable[[], object]], turns: int) -> dict[str, list[float]]:
+def take_turns(
+    competitors: dict[str, Callable[[], object]], turns: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {name: [] for name in competitors}
     for turn in range(turns + 2):
         for name, call in competitors.items():
-            start = time.perf_counter()
+            start = clock()
             call()
             if turn >= 2:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 
@@ -65,7 +68,7 @@ def ratio(slow: list[float], fast: list[float]) -> float:
     return statistics.median(s / f for s, f in zip(slow, fast, strict=True))
 
 
-def measure(turns: int) -> dict[int, dict[str, list[float]]]:
+def measure(turns: int, clock: Callable[[], float]) -> dict[int, dict[str, list[float]]]:
     """Seconds of every turn, by rows of x and competitor."""
     weights = {name: random_weight(*variant) for name, variant in VARIANTS.items()}
     torch_int4 = int4.prepare(weights["4 bits"])
@@ -84,7 +87,7 @@ def measure(turns: int) -> dict[int, dict[str, list[float]]]:
         }
         for name, weight in packed.items():
             competitors[name] = lambda x=x_bf16, weight=weight: cpu.matmul(x, weight)
-        seconds[rows] = take_turns(competitors, turns if rows <= 64 else turns // 2)
+        seconds[rows] = take_turns(competitors, turns if rows <= 64 else turns // 2, clock)
     return seconds
 
 
@@ -115,14 +118,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--turns", type=int, default=30)
     parser.add_argument("--write", action="store_true", help="keep the result in benchmarks/results/")
+    parser.add_argument("--one-thread", action="store_true", help="processor time of one thread instead of wall time")
     arguments = parser.parse_args()
+    if arguments.one_thread:
+        torch.set_num_threads(1)
+    clock = time.thread_time if arguments.one_thread else time.perf_counter
+    command = f"--turns {arguments.turns}{' --one-thread' if arguments.one_thread else ''} --write"
     text = f"""# A linear layer {IN_FEATURES} -> {OUT_FEATURES} on a CPU
 
-Command: `python benchmarks/cpu_matmul.py --turns {arguments.turns} --write`. torch {torch.__version__},
-{cpu.describe()}. Groups of 128 and symmetric where nothing else is said. Cells are medians of {arguments.turns} turns
+Command: `python benchmarks/cpu_matmul.py {command}`. torch {torch.__version__},
+{cpu.describe()}{", processor time" if arguments.one_thread else ""}.
+Groups of 128 and symmetric where nothing else is said. Cells are medians of {arguments.turns} turns
 ({arguments.turns // 2} for 256 rows) in which all competitors run one after the other; above 1 is faster than the peer.
 
-{report(measure(arguments.turns))}"""
+{report(measure(arguments.turns, clock))}"""
     print(text)
     if arguments.write:
         (Path(__file__).parent / "results" / "cpu_matmul.md").write_text(text)
