@@ -12,6 +12,7 @@ from tersor.cli.evaluate import evaluate
 from tersor.cli.generate import generate
 from tersor.cli.inspect import inspect
 from tersor.cli.quantize import quantize
+from tersor.cli.train import train
 from tersor.errors import TersorError
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app.command("quantize")(quantize)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("inspect")(inspect)
+app.command("train")(train)
 
 
 def _version(value: bool) -> None:
