@@ -27,9 +27,10 @@ Origin: thuml/iTransformer at c2426e6 (model/iTransformer.py), MIT. Its key name
 are linear layers here, and their weights (F, D, 1) are accepted. Its arguments without effect (factor, embed, freq,
 class_strategy, ...) are left out, and an activation other than "gelu" and "relu", which it takes for GELU, is refused.
 
-Proven: the golden cases of the published code (with and without marks and norm, one training step) to 1e-5, and
-ETTh1 and Exchange at horizon 96 as published (benchmarks/results/forecasting.md, with two yardsticks that are as good
-without any depth). Not proven: the other data sets and horizons, PEMS, unseen variates.
+Proven: the golden cases of the published code (with and without marks and norm, one training step) to 1e-5; trained
+by us at horizon 96, test MSE on ETTh1 0.386 (published 0.386), Exchange 0.087 (0.086), ETTm1 0.341 (0.334). One linear
+map shared by all variates is ahead of it on the first two, see benchmarks/results/forecasting.md. Not proven: the other
+data sets and horizons, PEMS, unseen variates.
 """
 
 from __future__ import annotations
