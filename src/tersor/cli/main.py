@@ -14,6 +14,7 @@ from tersor.cli.generate import generate
 from tersor.cli.inspect import inspect
 from tersor.cli.models import models
 from tersor.cli.quantize import quantize
+from tersor.cli.train import train
 from tersor.errors import TersorError
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app.command("generate")(generate)
 app.command("inspect")(inspect)
 app.command("models")(models)
 app.command("demo")(demo)
+app.command("train")(train)
 
 
 def _version(value: bool) -> None:
