@@ -14,13 +14,15 @@ Everything here is NumPy in double precision: it runs once, on the CPU, also whi
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from tersor.errors import TersorError
 
 Real = NDArray[np.float64]
-Complex = NDArray[np.complex128]
+Complex = NDArray[np.complexfloating[Any, Any]]
 
 _DIAGONAL = ("lin", "inv", "inv2", "quad", "real", "legs")
 _MIXTURES = {"hippo": ("legs", "fourier"), "diag": ("diag-inv", "diag-lin")}  # equal parts of the copies
@@ -106,8 +108,11 @@ def initial_state_space(
             raise TersorError(f"init {init!r} mixes {len(parts)} kinds, so n_ssm must divide by that; it is {copies}")
         of_each = copies // len(parts)
         made = [initial_state_space(part, N, rank=rank, copies=of_each, B_init=B_init) for part in parts]
-        A, P, B = zip(*made, strict=True)
-        return np.concatenate(A), np.concatenate(P, 1), np.concatenate(B)
+        return (
+            np.concatenate([A for A, _, _ in made]),
+            np.concatenate([P for _, P, _ in made], 1),
+            np.concatenate([B for _, _, B in made]),
+        )
     kind, _, name = init.partition("-")
     if kind in ("diag", "dplr"):
         W = diagonal_spectrum(name, N)
@@ -138,4 +143,4 @@ def _complex_normal(*shape: int) -> Complex:
     """Standard complex normal, from torch's generator so that torch.manual_seed governs it."""
     import torch
 
-    return torch.randn(*shape, dtype=torch.complex128, device="cpu").numpy()
+    return np.asarray(torch.randn(*shape, dtype=torch.complex128, device="cpu"))

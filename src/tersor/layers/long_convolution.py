@@ -22,4 +22,5 @@ def long_convolution(x: Tensor, kernel: Tensor, *, backward_kernel: Tensor | Non
     if backward_kernel is not None:
         kernel = F.pad(kernel, (0, length)) + F.pad(backward_kernel.flip(-1), (length, 0))
     spectrum = torch.fft.rfft(x.float(), n=total) * torch.fft.rfft(kernel.float(), n=total)
-    return torch.fft.irfft(spectrum, n=total)[..., :length].to(x.dtype)
+    y: Tensor = torch.fft.irfft(spectrum, n=total)
+    return y[..., :length].to(x.dtype)

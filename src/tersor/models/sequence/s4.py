@@ -16,12 +16,12 @@ conjugate pairs of which n = N/2 are stored; a = -f(A_real) - i g(A_imag). Bilin
     A_d = (I - dt/2 A)^-1 (I + dt/2 A),   B_d = (I - dt/2 A)^-1 dt B,   kernel k_l = C A_d^l B_d
 
 The kernel of length L comes from its values at the L-th roots of unity w, with C~ = C (I - A_d^L) and Woodbury's
-identity over Cauchy sums S_vu = 2/dt-scaled sum_n v_n u_n / (2 (1 - w) - (1 + w) dt a_n), conjugates included:
+identity over Cauchy sums S_vu = dt sum_n v_n u_n / (2 (1 - w) - (1 + w) dt a_n), conjugates included:
 
     k^(w) = 2 (S_CB - (1 + w) S_CP (1 + (1 + w) S_QP)^-1 S_QB),   Q = conj(P);   k = irfft(k^)
 
 which is the published formula without its division by 1 + w, that vanishes at w = -1.
-Block: y = W GLU-activated of GELU(k * u + D u). Model: encoder, n_layers residual blocks, mean over the length, Linear.
+Block: y = GLU(W GELU(k * u + D u) + b). Model: encoder, n_layers residual blocks, mean over the length, Linear.
 
 Origin: state-spaces/s4 at e757cef (v4: models/s4/s4.py, src/models/sequence), Apache-2.0; key names are ours. Quirks:
 * The parameter C is C~ of the length in the buffer l_kernel. A checkpoint with l_kernel = 0, or without it, holds the
@@ -515,7 +515,10 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor, lengths: Tensor | None) -> Tensor:
         if lengths is None:
             return self.output_transform(self._pool(x))
-        return self.output_transform(torch.stack([self._pool(s[None, :l])[0] for s, l in zip(x, lengths, strict=True)]))
+        return self.output_transform(self._pool_each(x, lengths))
+
+    def _pool_each(self, x: Tensor, lengths: Tensor) -> Tensor:
+        return torch.stack([self._pool(x[i : i + 1, :length])[0] for i, length in enumerate(lengths.tolist())])
 
     def _pool(self, x: Tensor) -> Tensor:
         if self.config.pool == "mean":

@@ -9,18 +9,19 @@ of S4's code and nearly its accuracy. It trains as one convolution and runs as a
     layer = S4D(64)                                         # the layer alone: u (B, 64, L) -> (B, 64, L)
     y, state = layer.step(u[..., 0], state, recurrence)     # recurrence = layer.recurrence(): a position at a time
 
-Each of the H = d_model channels has n = d_state/2 complex states, a = -exp(log_A_real) + i A_imag, step dt = exp(log_dt):
+Each of the H = d_model channels has n = d_state/2 complex states, a = -exp(log_A_real) + i A_imag, and a step
+dt = exp(log_dt):
 
     k_l = 2 Re sum_n C_n (exp(dt a_n) - 1)/a_n exp(dt a_n l)        zero-order hold with B = 1
     y = GLU(W GELU(k * u + D u) + b)                                * is the causal convolution along the length
 
-The model is Linear, n_layers times x + dropout(S4D(x)) with a LayerNorm before S4D (prenorm) or after the sum, the mean
-over the length, Linear. Initial values are S4D-Lin: a = -1/2 + i pi n.
+The model is Linear, n_layers times x + dropout(S4D(x)) with a LayerNorm before S4D (prenorm) or after the sum, the
+mean over the length, Linear. Initial values are S4D-Lin: a = -1/2 + i pi n.
 
-Origin: state-spaces/s4 at e757cef (models/s4/s4d.py, example.py), Apache-2.0; key names are ours, the 1x1 convolution is
-a Linear here. Quirks: the sign of A_imag is + here and - in the full implementation, which is
-`tersor.models.sequence.s4.S4Block` with mode="diag" and has the other discretisations and initialisations. Dropout drops
-a channel for the whole length. dt and A want a learning rate of at most 0.001 and no weight decay:
+Origin: state-spaces/s4 at e757cef (models/s4/s4d.py, example.py), Apache-2.0; key names are ours, the 1x1 convolution
+is a Linear here. Quirks: the sign of A_imag is + here and - in the full implementation, which is
+`tersor.models.sequence.s4.S4Block` with mode="diag" and has the other discretisations and initialisations. Dropout
+drops a channel for the whole length. dt and A want a learning rate of at most 0.001 and no weight decay:
 `model.parameter_groups(lr=0.01, weight_decay=0.01)`. The published layer returns (y, None), this one y.
 
 Proven: the golden cases of the published code (layer, kernel, model, the CIFAR example at 1024 steps), its parameter
