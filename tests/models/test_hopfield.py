@@ -169,12 +169,12 @@ def test_looking_up_learns_a_table() -> None:
     torch.manual_seed(0)
     layer = HopfieldLayer(HopfieldLayerConfig(input_size=8, hidden_size=16, quantity=40, output_size=3, scaling=1.0))
     keys, values = torch.randn(20, 1, 8), torch.randn(20, 1, 3)
-    optimizer = torch.optim.Adam(layer.parameters(), lr=0.02)
-    for _ in range(300):
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.05)
+    for _ in range(100):
         optimizer.zero_grad()
         F.mse_loss(layer(keys), values).backward()
         optimizer.step()
-    assert F.mse_loss(layer(keys), values) < 0.05
+    assert F.mse_loss(layer(keys), values) < 0.2 * values.var()
 
 
 def test_bags_with_a_given_bit_pattern_are_told_from_others() -> None:

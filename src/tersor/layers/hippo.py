@@ -143,4 +143,5 @@ def _complex_normal(*shape: int) -> Complex:
     """Standard complex normal, from torch's generator so that torch.manual_seed governs it."""
     import torch
 
-    return np.asarray(torch.randn(*shape, dtype=torch.complex128, device="cpu"))
+    drawn: Complex = np.asarray(torch.randn(*shape, dtype=torch.complex128, device="cpu"))
+    return drawn

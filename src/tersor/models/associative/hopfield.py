@@ -1,8 +1,8 @@
 """Modern Hopfield layers: association, pooling and lookup (Ramsauer et al., ICLR 2021, arXiv 2008.02217).
 
 What they are for: attention as an associative memory. `Hopfield` associates two sets, `HopfieldPooling` sums up a set
-of any size with trainable queries (multiple-instance learning, repertoires, point sets), `HopfieldLayer` looks a state up
-in trainable patterns (small tabular data). `HopfieldBags` is pooling and a classifier.
+of any size with trainable queries (multiple-instance learning, repertoires, point sets), `HopfieldLayer` looks a state
+up in trainable patterns (small tabular data). `HopfieldBags` is pooling and a classifier.
 
     model = tersor.models.create("hopfield_bags", input_size=32, num_heads=4)
     logits = model(bag)                                    # bag (B, S, input_size) -> (B, num_classes)
