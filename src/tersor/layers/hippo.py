@@ -134,7 +134,8 @@ def _input_vector(B_init: str, n: int) -> Complex:
     if B_init == "alternating":
         return (-1.0) ** k + 0j
     if B_init in ("unit-cw", "unit-ccw"):
-        return np.exp((-2j if B_init == "unit-cw" else 2j) * np.pi * k / n)
+        unit: Complex = np.exp((-2j if B_init == "unit-cw" else 2j) * np.pi * k / n)
+        return unit
     known = "constant, random, alternating, unit-cw and unit-ccw"
     raise TersorError(f"no B_init is named {B_init!r}; there are {known}")
 
@@ -143,5 +144,4 @@ def _complex_normal(*shape: int) -> Complex:
     """Standard complex normal, from torch's generator so that torch.manual_seed governs it."""
     import torch
 
-    drawn: Complex = np.asarray(torch.randn(*shape, dtype=torch.complex128, device="cpu"))
-    return drawn
+    return np.asarray(torch.randn(*shape, dtype=torch.complex128, device="cpu"))
