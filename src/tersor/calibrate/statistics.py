@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tersor.calibrate.hessian import Hessian
 from tersor.calibrate.lockstep import Call
+from tersor.calibrate.parallel import sample_number
 from tersor.errors import TersorError
 from tersor.layers.experts import ExpertCalls, ExpertMap
 from tersor.layers.linear_map import LinearMap, columns_of, input_matrix
@@ -153,5 +154,5 @@ def _where_not_finite(name: str, module: LinearMap, calls: Sequence[Call]) -> st
         with watch_inputs({name: module}, look):
             call.run()
         if found:
-            return f"the input of {name} is not finite (NaN or Inf) in calibration sample {found[0]}"
+            return f"the input of {name} is not finite (NaN or Inf) in calibration sample {sample_number(found[0])}"
     return f"the Hessian of {name} overflowed although its inputs are finite; use --dtype float32"
