@@ -91,31 +91,30 @@ def send(tensor: Tensor, source: int) -> None:
 
 
 def combine(hessians: Mapping[str, Hessian], device: torch.device) -> dict[str, Hessian]:
-    """The Hessians over all samples from those over each process's share: H = Σ_r samples_r / samples · H_r.
+    """The Hessians over all samples from those over each process's share; the totals that it is given are summed in place.
 
-    Takes over the matrices that it is given. Linear maps whose inputs are one tensor share one Hessian, which is summed once;
-    one that no sample of a process reached counts as zeros there.
+    Linear maps whose inputs are one tensor share one Hessian, which is summed once. One that no sample of a process reached
+    counts as zeros there. Adding in another order changes nothing: see `hessian.py`.
     """
     if processes() == 1:
         return dict(hessians)
     first = {id(hessian): n for n, hessian in reversed(list(enumerate(hessians.values())))}
     everyone = gather([(first[id(h)] if h.tokens else -1, h.samples, h.tokens) for h in hessians.values()])
     combined: dict[tuple[int, ...], Hessian] = {}
-    result: dict[str, Hessian] = {}
     taken: set[int] = set()
-    for n, (name, mine) in enumerate(hessians.items()):
+    result: dict[str, Hessian] = {}
+    for n, (name, own) in enumerate(hessians.items()):
         # Two maps share where they do so on every process that reached them.
-        key = (mine.matrix.shape[0], *(each[n][0] for each in everyone))
+        key = (len(own.total), *(each[n][0] for each in everyone))
         if key not in combined:
-            total = Hessian(0, dtype=mine.matrix.dtype)
-            total.samples, total.tokens = sum(each[n][1] for each in everyone), sum(each[n][2] for each in everyone)
-            total.matrix = mine.matrix.to(device, copy=id(mine) in taken)
-            taken.add(id(mine))
-            if total.samples:
-                total.matrix.mul_(mine.samples / total.samples)
+            whole = Hessian(0, dtype=own.dtype)
+            whole.total = own.total.to(device, copy=id(own) in taken)
+            whole.samples, whole.tokens = sum(each[n][1] for each in everyone), sum(each[n][2] for each in everyone)
+            taken.add(id(own))
+            if whole.tokens:
                 with _together():
-                    dist.all_reduce(total.matrix)
-            combined[key] = total
+                    dist.all_reduce(whole.total)
+            combined[key] = whole
         result[name] = combined[key]
     return result
 

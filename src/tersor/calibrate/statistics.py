@@ -74,7 +74,9 @@ def call_order(linears: Mapping[str, LinearMap], calls: Sequence[Call]) -> CallO
     for name in linears:
         if name not in seen:
             group_of_kind.get(kind_of(name), unreached).append(name)
-    return CallOrder([*groups, unreached] if unreached else groups, once)
+    place = {name: n for n, name in enumerate(linears)}  # which experts came first depends on the samples
+    ordered = [sorted(group, key=lambda name: place[name]) for group in groups]
+    return CallOrder([*ordered, unreached] if unreached else ordered, once)
 
 
 class _Enough(Exception):  # noqa: N818
@@ -114,7 +116,7 @@ def gather_hessians(
             with suppress(_Enough):
                 call.run()
     for name, hessian in hessians.items():
-        if not bool(torch.isfinite(hessian.matrix).all()):
+        if not bool(torch.isfinite(hessian.total).all()):
             raise TersorError(_where_not_finite(name, linears[name], calls))
     return {
         name: hessians[owner[name]] if name in owner else Hessian(columns_of(module), dtype=dtype)

@@ -86,24 +86,27 @@ class Block:
         The Hessian of an expert is moved towards the mean of its layer's. More experts than fit the memory set aside for
         statistics take turns, each with passes of its own.
         """
-        for some in self._turns(names):
-            maps = {name: self.linears[name] for name in some}
-            own = gather_hessians(maps, self.calls, once=self.order.once, dtype=self.hessian_dtype)
-            gathered = combine(own, self.device)
-            matrices = {name: hessian.matrix for name, hessian in gathered.items()}
-            experts: dict[str, dict[str, Hessian]] = defaultdict(dict)
-            for name in some:
-                if is_expert(name):
-                    experts[kind_of(name)][name] = gathered[name]
-            for mates in experts.values():
-                matrices |= shrink_towards_mean(mates)
-            yield {name: Statistics(matrices[name], gathered[name].tokens) for name in some}
+        yield from map(self._statistics, self._turns(names))
+
+    def _statistics(self, names: Sequence[str]) -> dict[str, Statistics]:
+        maps = {name: self.linears[name] for name in names}
+        own = gather_hessians(maps, self.calls, once=self.order.once, dtype=self.hessian_dtype)
+        gathered = combine(own, self.device)
+        experts: dict[str, dict[str, Hessian]] = defaultdict(dict)
+        for name in filter(is_expert, names):
+            experts[kind_of(name)][name] = gathered[name]
+        others = {id(each): each for name, each in gathered.items() if not is_expert(name)}
+        means = {key: each.matrix for key, each in others.items()}  # maps that share a Hessian share its matrix
+        matrices = {name: means[id(each)] for name, each in gathered.items() if not is_expert(name)}
+        for mates in experts.values():
+            matrices |= shrink_towards_mean(mates)
+        return {name: Statistics(matrices[name], gathered[name].tokens) for name in names}
 
     def _turns(self, names: Sequence[str]) -> Iterator[list[str]]:
         turn: list[str] = []
         size = 0
         for name in names:
-            needed = columns_of(self.linears[name]) ** 2 * self.hessian_dtype.itemsize
+            needed = columns_of(self.linears[name]) ** 2 * (torch.float64.itemsize + self.hessian_dtype.itemsize)
             if turn and is_expert(name) and size + needed > STATISTICS_MEMORY:
                 yield turn
                 turn, size = [], 0
