@@ -14,6 +14,7 @@ from tersor.cli.generate import generate
 from tersor.cli.inspect import inspect
 from tersor.cli.models import models
 from tersor.cli.quantize import quantize
+from tersor.cli.sweep import sweep
 from tersor.cli.train import train
 from tersor.errors import TersorError
 
@@ -26,6 +27,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.command("quantize")(quantize)
+app.command("sweep")(sweep)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("inspect")(inspect)
