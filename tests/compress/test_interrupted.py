@@ -119,9 +119,10 @@ def test_another_command_does_not_go_on_with_it(
         raise Stopped
 
     out = tmp_path / "out"
-    with monkeypatch.context() as patched, pytest.raises(Stopped):
+    with monkeypatch.context() as patched:
         patched.setattr("tersor.checkpoint.writer.Job.finish", stop)
-        tersor.compress(small_source, GPTQ(group_size=32), out=out, samples=2, seq_len=32)
+        with pytest.raises(Stopped):
+            tersor.compress(small_source, GPTQ(group_size=32), out=out, samples=2, seq_len=32)
     before = files_of(out)
     common = ("quantize", small_source, "--out", out, "--group-size", 32, "--seq-len", 32)
     for other, changed in (

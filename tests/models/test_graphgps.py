@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import tersor.models
-from tersor.data.graph_encodings import (
+from tersor.layers.graph_encodings import (
     electrostatic_encoding,
     heat_kernel_encoding,
     laplacian_eigenpairs,

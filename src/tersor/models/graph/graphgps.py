@@ -4,7 +4,7 @@ What it is for: predictions about graphs (molecules, peptides, superpixels) and 
 along edges and attends between all nodes of a graph, side by side; encodings say where in the graph a node is.
 
     model = tersor.models.load("graphgps_zinc", "checkpoint.ckpt")         # needs tersor[graphs]
-    rwse = random_walk_encoding(edge_index, nodes, range(1, 21))           # tersor.data.graph_encodings
+    rwse = random_walk_encoding(edge_index, nodes, range(1, 21))           # tersor.layers.graph_encodings
     y = model(x, edge_index, edge_attr, batch, pestat_RWSE=rwse)           # (graphs, dim_out)
 
 A batch is flat, as in torch_geometric: nodes x [N, ·], edges edge_index [2, E] (from row 0 to row 1) with edge_attr
@@ -602,7 +602,7 @@ class GraphGPS(nn.Module):
         """Rings of 6, 7, 8, 6, ... nodes."""
         from torch_geometric.data import Batch, Data
 
-        from tersor.data import graph_encodings as encodings
+        from tersor.layers import graph_encodings as encodings
 
         config, rings = self.config, []
         for i in range(batch_size):
