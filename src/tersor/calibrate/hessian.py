@@ -1,4 +1,9 @@
-"""Second-order statistics of a linear map's inputs: H = 2/N · Σ x xᵀ over all tokens of N samples (GPTQ, section 3)."""
+"""Second-order statistics of a linear map's inputs: H = 2/N · Σ x xᵀ over all tokens of N samples (GPTQ, section 3).
+
+Each sample's x xᵀ is computed in float32 and added up in float64. Numbers of 24 bits have room there to be added without
+rounding, as long as none is 2²² times another, so that the sum does not depend on the order of the samples, nor on how many
+processes they were shared out to.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +14,11 @@ from torch import Tensor
 
 
 class Hessian:
-    """Running mean over samples; the same whatever the batch sizes. `matrix` is [columns, columns]."""
+    """The mean over samples. `total` is Σ x xᵀ so far, `matrix` is H; both are [columns, columns]."""
 
     def __init__(self, columns: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        self.matrix = torch.zeros(columns, columns, device=device, dtype=dtype)
+        self.total = torch.zeros(columns, columns, device=device, dtype=torch.float64)
+        self.dtype = dtype  # of the products, and of H
         self.samples = 0
         self.tokens = 0
 
@@ -20,12 +26,12 @@ class Hessian:
         """Take in inputs x [tokens, columns] that belong to `samples` samples."""
         self.tokens += x.shape[0]
         self.samples += samples
-        x = x.to(self.matrix.dtype)
-        self.matrix.addmm_(x.t(), x, beta=(self.samples - samples) / self.samples, alpha=2 / self.samples)
+        x = x.to(self.dtype)
+        self.total += x.t() @ x
 
-    def sum(self) -> Tensor:
-        """Σ x xᵀ over all tokens."""
-        return self.matrix * (self.samples / 2)
+    @property
+    def matrix(self) -> Tensor:
+        return (self.total * (2 / max(self.samples, 1))).to(self.dtype)
 
 
 def shrink_towards_mean(hessians: Mapping[str, Hessian]) -> dict[str, Tensor]:
@@ -35,8 +41,8 @@ def shrink_towards_mean(hessians: Mapping[str, Hessian]) -> dict[str, Tensor]:
     x xᵀ and M the mean over all tokens of all experts of the layer.
     """
     tokens = sum(each.tokens for each in hessians.values())
-    mean = sum(each.sum() for each in hessians.values()) / max(tokens, 1)
+    mean = sum(each.total for each in hessians.values()) / max(tokens, 1)
     return {
-        name: 2 * (each.sum() + each.matrix.shape[0] * mean) / (each.tokens + each.matrix.shape[0])
+        name: (2 * (each.total + len(each.total) * mean) / (each.tokens + len(each.total))).to(each.dtype)
         for name, each in hessians.items()
     }

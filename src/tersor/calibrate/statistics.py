@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tersor.calibrate.hessian import Hessian
 from tersor.calibrate.lockstep import Call
+from tersor.calibrate.parallel import sample_number
 from tersor.errors import TersorError
 from tersor.layers.experts import ExpertCalls, ExpertMap
 from tersor.layers.linear_map import LinearMap, columns_of, input_matrix
@@ -73,7 +74,9 @@ def call_order(linears: Mapping[str, LinearMap], calls: Sequence[Call]) -> CallO
     for name in linears:
         if name not in seen:
             group_of_kind.get(kind_of(name), unreached).append(name)
-    return CallOrder([*groups, unreached] if unreached else groups, once)
+    place = {name: n for n, name in enumerate(linears)}  # which experts came first depends on the samples
+    ordered = [sorted(group, key=lambda name: place[name]) for group in groups]
+    return CallOrder([*ordered, unreached] if unreached else ordered, once)
 
 
 class _Enough(Exception):  # noqa: N818
@@ -113,7 +116,7 @@ def gather_hessians(
             with suppress(_Enough):
                 call.run()
     for name, hessian in hessians.items():
-        if not bool(torch.isfinite(hessian.matrix).all()):
+        if not bool(torch.isfinite(hessian.total).all()):
             raise TersorError(_where_not_finite(name, linears[name], calls))
     return {
         name: hessians[owner[name]] if name in owner else Hessian(columns_of(module), dtype=dtype)
@@ -153,5 +156,5 @@ def _where_not_finite(name: str, module: LinearMap, calls: Sequence[Call]) -> st
         with watch_inputs({name: module}, look):
             call.run()
         if found:
-            return f"the input of {name} is not finite (NaN or Inf) in calibration sample {found[0]}"
+            return f"the input of {name} is not finite (NaN or Inf) in calibration sample {sample_number(found[0])}"
     return f"the Hessian of {name} overflowed although its inputs are finite; use --dtype float32"

@@ -12,6 +12,7 @@ from tersor.checkpoint.into import load_into
 from tersor.checkpoint.lazy_model import LazyModel, compute_dtype
 from tersor.checkpoint.source import open_checkpoint
 from tersor.errors import TersorError
+from tersor.layers.quantized_linear import prepare_layers
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -36,8 +37,9 @@ def load(model: str | Path, *, dtype: str = "auto", device: str = "auto", into: 
     where = pick_device(device)
     checkpoint = open_checkpoint(model)
     lazy = LazyModel(checkpoint, dtype=compute_dtype(checkpoint, where, dtype), device=where, packed=True)
-    module = lazy.load_all()
-    return module.to(where)  # computed buffers, which no checkpoint holds
+    module = lazy.load_all().to(where)  # with computed buffers, which no checkpoint holds
+    prepare_layers(module)
+    return module
 
 
 def load_tokenizer(directory: Path) -> Any:

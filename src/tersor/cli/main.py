@@ -14,6 +14,8 @@ from tersor.cli.generate import generate
 from tersor.cli.inspect import inspect
 from tersor.cli.models import models
 from tersor.cli.quantize import quantize
+from tersor.cli.sweep import sweep
+from tersor.cli.train import train
 from tersor.errors import TersorError
 
 app = typer.Typer(
@@ -25,11 +27,13 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.command("quantize")(quantize)
+app.command("sweep")(sweep)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("inspect")(inspect)
 app.command("models")(models)
 app.command("demo")(demo)
+app.command("train")(train)
 
 
 def _version(value: bool) -> None:

@@ -12,7 +12,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from tersor.calibrate.parallel import is_first
 from tersor.cli.progress import progress_bar
+from tersor.cli.torchrun import together
 from tersor.compress import compress
 from tersor.compress.method import Method, from_options, methods
 from tersor.compress.recipe import Recipe, read_recipe
@@ -54,12 +56,13 @@ def _quantize(
     """Quantize a model and write it as a checkpoint that transformers, vLLM and GPTQModel load.
 
     The model is read and written block by block. A job that is interrupted goes on when the same command is given again.
+    Started by torchrun, several processes share the work.
     """
     given = {name: value for name, value in options.items() if value is not None}
     if "bits" in given and str(given["bits"]).isdigit():
         given["bits"] = int(given["bits"])
     chosen = _recipe(recipe, method, given)
-    with progress_bar(quiet=as_json) as progress:
+    with together(device) as device, progress_bar(quiet=as_json or not is_first()) as progress:
         result = compress(
             model,
             chosen.method,
@@ -82,6 +85,8 @@ def _quantize(
             redo=redo or (),
             progress=progress,
         )
+        if not is_first():
+            return
     if as_json:
         typer.echo(json.dumps({"out": str(out), **result.summary.as_dict()}))
     else:

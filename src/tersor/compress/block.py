@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -14,11 +14,13 @@ from torch import Tensor
 
 from tersor.calibrate.hessian import Hessian, shrink_towards_mean
 from tersor.calibrate.lockstep import Call
+from tersor.calibrate.parallel import combine
 from tersor.calibrate.statistics import CallOrder, call_order, gather_hessians, is_expert, kind_of
 from tersor.compress.gptq_solver import Solution
+from tersor.compress.parallel import Solved, agree_on_order, solve_apart
 from tersor.formats.grid import Stored
 from tersor.formats.quantized_weight import QuantizedWeight
-from tersor.layers.linear_map import LinearMap, columns_of, set_weight_matrix
+from tersor.layers.linear_map import LinearMap, columns_of, matrix_shape, set_weight_matrix, weight_matrix
 
 STATISTICS_MEMORY = 8 * 2**30  # bytes of experts' Hessians that are gathered at once
 
@@ -38,6 +40,17 @@ class LayerReport:
 
     def row(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What the calibration says of one map: H, and of how many tokens."""
+
+    hessian: Tensor
+    tokens: int
+
+
+Solver = Callable[[str], tuple[Solution, str]]  # a map's name to its solution and what was unusual
 
 
 @dataclass
@@ -61,32 +74,39 @@ class Block:
 
     @cached_property
     def order(self) -> CallOrder:
-        return call_order(self.linears, self.calls)
+        return agree_on_order(self.name, call_order(self.linears, self.calls))
 
-    def hessians(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor, int]]:
-        """(name, H, tokens) of each map, from the block as it is when its turn comes.
+    @property
+    def device(self) -> torch.device:
+        return weight_matrix(next(iter(self.linears.values()))).device
+
+    def hessians(self, names: Sequence[str]) -> Iterator[dict[str, Statistics]]:
+        """The statistics of the maps, turn by turn, from the block as it is when a turn comes.
 
         The Hessian of an expert is moved towards the mean of its layer's. More experts than fit the memory set aside for
         statistics take turns, each with passes of its own.
         """
-        for some in self._turns(names):
-            maps = {name: self.linears[name] for name in some}
-            gathered = gather_hessians(maps, self.calls, once=self.order.once, dtype=self.hessian_dtype)
-            matrices = {name: hessian.matrix for name, hessian in gathered.items()}
-            experts: dict[str, dict[str, Hessian]] = defaultdict(dict)
-            for name in some:
-                if is_expert(name):
-                    experts[kind_of(name)][name] = gathered[name]
-            for mates in experts.values():
-                matrices |= shrink_towards_mean(mates)
-            for name in some:
-                yield name, matrices.pop(name), gathered[name].tokens
+        yield from map(self._statistics, self._turns(names))
+
+    def _statistics(self, names: Sequence[str]) -> dict[str, Statistics]:
+        maps = {name: self.linears[name] for name in names}
+        own = gather_hessians(maps, self.calls, once=self.order.once, dtype=self.hessian_dtype)
+        gathered = combine(own, self.device)
+        experts: dict[str, dict[str, Hessian]] = defaultdict(dict)
+        for name in filter(is_expert, names):
+            experts[kind_of(name)][name] = gathered[name]
+        others = {id(each): each for name, each in gathered.items() if not is_expert(name)}
+        means = {key: each.matrix for key, each in others.items()}  # maps that share a Hessian share its matrix
+        matrices = {name: means[id(each)] for name, each in gathered.items() if not is_expert(name)}
+        for mates in experts.values():
+            matrices |= shrink_towards_mean(mates)
+        return {name: Statistics(matrices[name], gathered[name].tokens) for name in names}
 
     def _turns(self, names: Sequence[str]) -> Iterator[list[str]]:
         turn: list[str] = []
         size = 0
         for name in names:
-            needed = columns_of(self.linears[name]) ** 2 * self.hessian_dtype.itemsize
+            needed = columns_of(self.linears[name]) ** 2 * (torch.float64.itemsize + self.hessian_dtype.itemsize)
             if turn and is_expert(name) and size + needed > STATISTICS_MEMORY:
                 yield turn
                 turn, size = [], 0
@@ -95,15 +115,27 @@ class Block:
         if turn:
             yield turn
 
-    def replace(
-        self, name: str, solution: Solution, group_size: int, *, tokens: int, started: float, note: str = ""
-    ) -> None:
+    def solve(self, names: Iterable[str], solver: Solver, group_size: int, tokens: Mapping[str, int]) -> None:
+        """Put solver(name) in the place of each map; where several processes work on the block, each solves some of them."""
+        shapes = {name: matrix_shape(self.linears[name]) for name in names}
+        costs = {name: columns**2 * (rows + columns) for name, (rows, columns) in shapes.items()}
+
+        def timed(name: str) -> Solved:
+            started = time.perf_counter()
+            solution, note = solver(name)
+            return Solved(solution, note, time.perf_counter() - started)
+
+        for name, solved in solve_apart(costs, timed, self.device):
+            self.replace(name, solved, group_size, tokens=tokens.get(name, 0))
+
+    def replace(self, name: str, solved: Solved, group_size: int, *, tokens: int) -> None:
         """Put a solved weight in the place of the original: packed for the result, dense in the block that runs on."""
-        module = self.linears[name]
-        set_weight_matrix(module, solution.dequantize())
+        solution = solved.solution
+        set_weight_matrix(self.linears[name], solution.dequantize())
         bits = solution.bits
         if bits != "ternary" or torch.equal(solution.scales, -solution.zeros):
             self.packed[name] = solution.pack(group_size, self.stored)
         width = 2 if bits == "ternary" else bits
-        seconds = time.perf_counter() - started
-        self.reports.append(LayerReport(name, width, group_size, solution.error, solution.damp, tokens, seconds, note))
+        self.reports.append(
+            LayerReport(name, width, group_size, solution.error, solution.damp, tokens, solved.seconds, solved.note)
+        )

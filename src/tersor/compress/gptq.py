@@ -6,15 +6,15 @@ inverse Hessian of the layer's inputs. See `gptq_solver.py` for the mathematics.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 
-from tersor.compress.block import Block
-from tersor.compress.gptq_solver import solve_gptq
+from tersor.compress.block import Block, Statistics
+from tersor.compress.gptq_solver import Solution, solve_gptq
 from tersor.compress.method import Method, check_options, option, register
 from tersor.compress.uniform import BITS_HELP, GROUP_HELP, SYM_HELP, check_grid, is_bits, is_group_size, width_of
 from tersor.formats.grid import Bits, ClipSearch
@@ -55,27 +55,29 @@ class GPTQ(Method):
     def compress_block(self, block: Block) -> None:
         groups = block.order.groups
         for names in groups if self.true_sequential else [[name for group in groups for name in group]]:
-            for name, H, tokens in block.hessians(names):
-                started = time.perf_counter()
-                weight = weight_matrix(block.linears[name])
-                solution = solve_gptq(
-                    weight,
-                    H.to(weight.device) if bool(H.any()) else torch.eye(len(H), dtype=H.dtype, device=weight.device),
-                    bits=self.bits,
-                    group_size=self.group_size,
-                    sym=self.sym,
-                    desc_act=self.desc_act,
-                    static_groups=self.static_groups,
-                    clip_search=ClipSearch() if self.mse else None,
-                    damp=self.damp,
-                    stored=block.stored,
-                )
-                notes = (
-                    ["no calibration token reached it: rounded to nearest"] if tokens == 0 and not bool(H.any()) else []
-                )
-                if solution.damp != self.damp:
-                    notes.append(f"damping raised to {solution.damp:g}")
-                block.replace(name, solution, self.group_size, tokens=tokens, started=started, note="; ".join(notes))
+            for statistics in block.hessians(names):
+                tokens = {name: each.tokens for name, each in statistics.items()}
+                block.solve(statistics, partial(self._solve, block, statistics), self.group_size, tokens)
+
+    def _solve(self, block: Block, statistics: Mapping[str, Statistics], name: str) -> tuple[Solution, str]:
+        weight = weight_matrix(block.linears[name])
+        H, tokens = statistics[name].hessian, statistics[name].tokens
+        solution = solve_gptq(
+            weight,
+            H.to(weight.device) if bool(H.any()) else torch.eye(len(H), dtype=H.dtype, device=weight.device),
+            bits=self.bits,
+            group_size=self.group_size,
+            sym=self.sym,
+            desc_act=self.desc_act,
+            static_groups=self.static_groups,
+            clip_search=ClipSearch() if self.mse else None,
+            damp=self.damp,
+            stored=block.stored,
+        )
+        notes = ["no calibration token reached it: rounded to nearest"] if tokens == 0 and not bool(H.any()) else []
+        if solution.damp != self.damp:
+            notes.append(f"damping raised to {solution.damp:g}")
+        return solution, "; ".join(notes)
 
     def quantization(self) -> Mapping[str, Any]:
         return {

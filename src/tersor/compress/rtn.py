@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from tersor.compress.block import Block
-from tersor.compress.gptq_solver import solve_rtn
+from tersor.compress.gptq_solver import Solution, solve_rtn
 from tersor.compress.method import Method, check_options, option, register
 from tersor.compress.uniform import BITS_HELP, GROUP_HELP, SYM_HELP, check_grid, is_bits, is_group_size, width_of
 from tersor.formats.grid import Bits, ClipSearch
@@ -37,17 +36,18 @@ class RTN(Method):
         check_grid(name, self.bits, self.group_size, self.sym, out_features, in_features, layout)
 
     def compress_block(self, block: Block) -> None:
-        for name, module in block.linears.items():
-            started = time.perf_counter()
+        def solve(name: str) -> tuple[Solution, str]:
             solution = solve_rtn(
-                weight_matrix(module).to(block.hessian_dtype),
+                weight_matrix(block.linears[name]).to(block.hessian_dtype),
                 bits=self.bits,
                 group_size=self.group_size,
                 sym=self.sym,
                 clip_search=ClipSearch() if self.mse else None,
                 stored=block.stored,
             )
-            block.replace(name, solution, self.group_size, tokens=0, started=started)
+            return solution, ""
+
+        block.solve(block.linears, solve, self.group_size, tokens={})
 
     def quantization(self) -> Mapping[str, Any]:
         return {

@@ -21,6 +21,7 @@ from torch import Tensor
 import tersor
 from tersor.calibrate.batches import Batch, fingerprint, without_cache
 from tersor.calibrate.blocks import Unit
+from tersor.calibrate.parallel import agree, is_first
 from tersor.checkpoint.lazy_model import LazyModel, compute_dtype, read_layer
 from tersor.checkpoint.load import load_tokenizer
 from tersor.checkpoint.quantization_config import QuantizationConfig, parse_config
@@ -32,6 +33,7 @@ from tersor.compress.forecast import forecast
 from tersor.compress.plan import Plan, make_plan, without
 from tersor.compress.result import Compressed, Summary, Timer, loss_of, peak_memory
 from tersor.compress.settings import Settings, Size, check_reached, samples_of
+from tersor.compress.shared_job import follow, lead, open_job
 from tersor.compress.walk import (
     Hooks,
     NotFiniteError,
@@ -56,6 +58,7 @@ def compress_checkpoint(name: str, job: Settings) -> Compressed:
     folder = tempfile.TemporaryDirectory(prefix="tersor-") if job.out is None else None
     target = Path(folder.name) / "model" if folder is not None else job.out
     assert target is not None
+    target = agree(target)
     if target.resolve() == checkpoint.directory.resolve():
         raise TersorError(f"{target} is the model itself; give another output directory")
     layout = job.layout
@@ -69,7 +72,7 @@ def compress_checkpoint(name: str, job: Settings) -> Compressed:
     batches, probe = samples_of(job, plan, lazy.module, tokenizer, job.device, dtype)
     stored = Stored(layout.scale_dtype or torch_dtype(checkpoint.config), layout.min_zero)
     hessian_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    writer = Job(target)
+    writer = open_job(target)
     asked = (job.recipe, layout.name, str(dtype), job.include, job.exclude, job.head)
     marks = {
         "model": model_fingerprint(checkpoint),
@@ -108,6 +111,8 @@ def compress_checkpoint(name: str, job: Settings) -> Compressed:
         else:
             after = first_tensor(walk(lazy.module, plan, batches, probe, first, stored, hessian_dtype, hooks))
 
+        if not is_first():
+            return follow(target)
         job.progress("writing", 0, 1)
         config = quantization_config(lazy.module, plan, job.recipe, layout, published)
         extra: dict[str, Any] = {RESULT_FILE: _result(job, layout, marks, blocks.reports)}
@@ -138,7 +143,7 @@ def compress_checkpoint(name: str, job: Settings) -> Compressed:
         resumed_blocks=blocks.resumed,
         **loss_of(before, after),
     )
-    return Compressed(summary, target, _folder=folder)
+    return lead(Compressed(summary, target, _folder=folder))
 
 
 class _Blocks:

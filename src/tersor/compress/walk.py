@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tersor.calibrate.batches import Batch, call
 from tersor.calibrate.blocks import Unit, find_units
 from tersor.calibrate.lockstep import Call, Lockstep
+from tersor.calibrate.parallel import sample_number, share
 from tersor.calibrate.statistics import kind_of, watch_inputs
 from tersor.compress.block import Block
 from tersor.compress.plan import Plan
@@ -84,7 +85,7 @@ def _trace(model: nn.Module, units: list[Unit], probe: Batch, hooks: Hooks) -> T
             _check_weights(stop.unit)
             visits[stop.unit.name] += 1
             with _watching_linear_maps(stop.unit, called):
-                stop.run(_output_check(stop.unit))
+                stop.run(_output_check(stop.unit, lambda sample: sample))
             hooks.release(stop.unit.module)
             hooks.progress("checking the model", sum(visits.values()), max(len(units), sum(visits.values())))
     return Trace(units, visits, called, passes.outputs.get(0))
@@ -125,8 +126,10 @@ def walk(
 ) -> Any:
     """Compress every planned block; returns the probe's output from the compressed model.
 
-    A block that the model uses more than once is compressed at its last use, from the samples of all uses.
+    A block that the model uses more than once is compressed at its last use, from the samples of all uses. Where several
+    processes walk together, each runs its share of the samples.
     """
+    batches = share(batches)
     last = len(batches)  # the probe's sample number
     remaining = {name for name, linears in plan.linears.items() if linears and traced.visits[name]}
     total = len(remaining)
@@ -152,7 +155,7 @@ def walk(
                     block = Block(name, plan.linears[name], calls, stored, hessian_dtype)
                     if not hooks.restore(block):
                         _compress(block, plan)
-                    stop.run(_output_check(stop.unit))
+                    stop.run(_output_check(stop.unit, sample_number))
                     hooks.finished(block)
                     remaining.discard(name)
                     hooks.progress(f"compressed {name or 'the model'}", total - len(remaining), total)
@@ -218,13 +221,13 @@ def _check_weights(unit: Unit) -> None:
             raise NotFiniteError(f"the weight {unit.name}.{name} is not finite (NaN or Inf)")
 
 
-def _output_check(unit: Unit) -> Callable[[Call], None]:
+def _output_check(unit: Unit, number: Callable[[int], int]) -> Callable[[Call], None]:
     def check(each: Call) -> None:
         output = first_tensor(each.output)
         if output is not None and not bool(torch.isfinite(output).all()):
             raise NotFiniteError(
                 f"the output of {unit.name or 'the model'} is not finite (NaN or Inf) in calibration sample "
-                f"{each.sample}; if the model overflows {output.dtype}, use --dtype float32"
+                f"{number(each.sample)}; if the model overflows {output.dtype}, use --dtype float32"
             )
 
     return check

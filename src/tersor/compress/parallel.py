@@ -1,0 +1,89 @@
+"""The linear maps of a block solved by several processes, each by one of them. With one process, it solves all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tersor.calibrate import parallel
+from tersor.calibrate.statistics import CallOrder
+from tersor.compress.gptq_solver import Solution
+from tersor.errors import TersorError
+
+
+@dataclass(frozen=True)
+class Solved:
+    """note: what was unusual; seconds: of the process that solved it."""
+
+    solution: Solution
+    note: str
+    seconds: float
+
+
+def agree_on_order(block: str, order: CallOrder) -> CallOrder:
+    """The first process's order of calls. A map counts as called once a pass only where it is so on every process."""
+    found = parallel.gather((block, order))
+    for rank, (other, _) in enumerate(found):
+        if other != found[0][0]:
+            raise TersorError(
+                f"the samples of process {rank} take another path through the model ({other}) than those of process 0 "
+                f"({found[0][0]}); use one process"
+            )
+    return CallOrder(found[0][1].groups, all(each.once for _, each in found))
+
+
+def assign(costs: Mapping[str, int], workers: int) -> dict[str, int]:
+    """Who does what: the costliest first, each to the worker with the least to do so far."""
+    load = [0] * workers
+    owner: dict[str, int] = {}
+    for name in sorted(costs, key=lambda name: -costs[name]):
+        owner[name] = min(range(workers), key=lambda worker: load[worker])
+        load[owner[name]] += costs[name]
+    return owner
+
+
+def solve_apart(
+    costs: Mapping[str, int], solve: Callable[[str], Solved], device: torch.device
+) -> Iterator[tuple[str, Solved]]:
+    """Each name's solution, in the order of `costs`: found by one process, known to all."""
+    if parallel.processes() == 1:
+        yield from ((name, solve(name)) for name in costs)
+        return
+    owner = assign(costs, parallel.processes())
+    mine = {name: solve(name) for name in costs if owner[name] == parallel.rank()}
+    outlines = parallel.gather({name: _outline(solved) for name, solved in mine.items()})
+    for name in costs:
+        source = owner[name]
+        outline, note, seconds = outlines[source][name]
+        own = mine.pop(name).solution if name in mine else None
+        yield name, Solved(_send(outline, own, source, device), note, seconds)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What stands for a tensor while it is not there."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+def _outline(solved: Solved) -> tuple[dict[str, Any], str, float]:
+    """A solution without the numbers in its tensors."""
+    values = {each.name: getattr(solved.solution, each.name) for each in fields(Solution)}
+    outline = {name: _Shape(v.shape, v.dtype) if isinstance(v, Tensor) else v for name, v in values.items()}
+    return outline, solved.note, solved.seconds
+
+
+def _send(outline: dict[str, Any], solution: Solution | None, source: int, device: torch.device) -> Solution:
+    values = dict(outline)
+    for name, value in outline.items():
+        if isinstance(value, _Shape):
+            own = getattr(solution, name, None)
+            empty = torch.empty(value.shape, dtype=value.dtype, device=device)
+            values[name] = empty if own is None else own.to(device).contiguous()
+            parallel.send(values[name], source)
+    return Solution(**values)

@@ -1,0 +1,71 @@
+"""One result that several processes work on: the first writes it and keeps its journal, the others go by what it finds there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor
+
+from tersor.calibrate import parallel
+from tersor.checkpoint.writer import Job
+from tersor.compress.result import Compressed, Summary
+from tersor.errors import TersorError
+
+
+def open_job(out: Path) -> Job:
+    """The result in `out`, of this process or of all together."""
+    return Job(out) if parallel.processes() == 1 else _SharedJob(out)
+
+
+class _SharedJob(Job):
+    def __init__(self, out: Path) -> None:
+        super().__init__(out)
+        self._job = Job(out)
+
+    def check(self, fingerprint: Mapping[str, str], **how: bool) -> bool:
+        for rank, other in enumerate(parallel.gather(dict(fingerprint))):
+            different = [key for key in fingerprint if other[key] != fingerprint[key]]
+            if different:
+                raise TersorError(
+                    f"processes {parallel.rank()} and {rank} of this job differ in {' and '.join(different)}; "
+                    "all machines need the same files"
+                )
+        return parallel.once(lambda: self._job.check(fingerprint, **how))
+
+    def start(self, fingerprint: Mapping[str, str], **how: bool) -> None:
+        def begin() -> dict[str, list[dict[str, Any]]]:
+            self._job.start(fingerprint, **how)
+            return self._job.done
+
+        self.done = parallel.once(begin)
+
+    def redo(self, blocks: set[str], layers: Mapping[str, Mapping[str, Sequence[str]]]) -> None:
+        def forget() -> dict[str, list[dict[str, Any]]]:
+            self._job.redo(blocks, layers)
+            return self._job.done
+
+        self.done = parallel.once(forget)
+
+    def write_block(self, name: str, tensors: Mapping[str, Tensor], reports: list[dict[str, Any]]) -> None:
+        parallel.once(lambda: self._job.write_block(name, tensors, reports))
+        self.done[name] = reports
+
+    def read_block(self, name: str) -> dict[str, Tensor]:
+        return parallel.once(lambda: self._job.read_block(name))
+
+    def finish(self, *result: Any) -> None:
+        """Called by the first process alone."""
+        self._job.finish(*result)
+
+
+def lead(result: Compressed) -> Compressed:
+    """The first process's result, after it told the others: the end of a job for them too."""
+    parallel.agree(result.summary)
+    return result
+
+
+def follow(target: Path) -> Compressed:
+    """Wait for the first process to write and verify the result."""
+    return Compressed(parallel.agree(cast(Summary, None)), target)

@@ -1,0 +1,156 @@
+"""Recipes of a sweep: YAML files with the names of `tersor quantize`'s options; lists of values make a grid.
+
+model: demo                    # what to compress; a list for several
+method: [gptq, rtn]
+bits: [3, 4]
+group_size: 64
+damp: 0.02                     # rtn has no such option: it goes to gptq alone
+samples: 32
+rules:                         # as in `tersor quantize --recipe`
+  - {match: "*.down_proj", bits: 8}
+eval: {text: builtin, seq_len: 512, max_windows: 16}    # perplexity of each result; `eval: builtin` for the defaults
+
+`include`, `exclude` and `rules` are lists in themselves: give a list of lists to try several.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tersor.compress.job import compress
+from tersor.compress.method import from_options, methods
+from tersor.compress.recipe import make_rules
+from tersor.errors import TersorError
+
+LISTS = ("include", "exclude", "rules")  # a list is one value of these
+
+
+@dataclass(frozen=True)
+class SweepJob:
+    """name: of its directory and its row; values: one value per key of the recipe."""
+
+    name: str
+    values: dict[str, Any]
+
+    @property
+    def method(self) -> str:
+        return str(self.values.get("method", "gptq"))
+
+    def options(self) -> dict[str, Any]:
+        """Those of the method."""
+        return {key: value for key, value in self.values.items() if key in _fields(self.method)}
+
+    def settings(self) -> dict[str, Any]:
+        """The other arguments of `compress`."""
+        return {key: value for key, value in self.values.items() if key in _settings() or key == "rules"}
+
+    def evaluation(self) -> dict[str, Any] | None:
+        """The arguments of `perplexity`, where it is asked for."""
+        asked = self.values.get("eval")
+        return {"text": asked} if isinstance(asked, str) else asked
+
+
+def read_jobs(paths: Iterable[str | Path], *, models: Sequence[str] = ()) -> list[SweepJob]:
+    """The jobs of all recipes; `models` takes the place of `model` in each. Raises TersorError before anything is run."""
+    jobs: dict[str, SweepJob] = {}
+    for path in map(Path, paths):
+        for job in jobs_of(path.stem, _read(path) | ({"model": list(models)} if models else {}), str(path)):
+            if job.name in jobs:
+                raise TersorError(f"{path}: another recipe is called {job.name} too; rename one of the files")
+            jobs[job.name] = job
+    if not jobs:
+        raise TersorError("no recipes: give one or more YAML files")
+    return list(jobs.values())
+
+
+def jobs_of(name: str, recipe: Mapping[str, Any], where: str) -> list[SweepJob]:
+    """One job for each combination of the recipe's values, named after those that vary."""
+    choices = {key: _choices(key, value) for key, value in recipe.items()}
+    chosen = [str(each) for each in choices.get("method", ["gptq"])]
+    _check_keys(recipe, chosen, where)
+    varied = [key for key, values in choices.items() if len(values) > 1]
+    jobs: dict[str, SweepJob] = {}
+    for indices in itertools.product(*(range(len(values)) for values in choices.values())):
+        index = dict(zip(choices, indices, strict=True))
+        values = {key: choices[key][n] for key, n in index.items()}
+        fields = _fields(str(values.get("method", "gptq")))
+        foreign = {key for method in chosen for key in _fields(method)} - fields
+        values = {key: value for key, value in values.items() if key not in foreign}
+        parts = [f"{key}={index[key] if key in LISTS else values[key]}" for key in varied if key in values]
+        job = SweepJob(re.sub(r"[^\w.,=-]+", "-", ",".join([name, *parts])), values)
+        try:
+            from_options(job.method, job.options())
+            make_rules(values.get("rules") or ())
+        except TersorError as error:
+            raise TersorError(f"{where}: {error}") from None
+        if jobs.setdefault(job.name, job) != job:
+            raise TersorError(f"{where}: two jobs of this grid would both be called {job.name}; write two recipes")
+    return list(jobs.values())
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise TersorError(f"no recipe file at {path}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise TersorError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise TersorError(f"{path} holds no recipe but {type(content).__name__}; give `model: NAME` and options")
+    return content
+
+
+def _choices(key: str, value: Any) -> list[Any]:
+    if key in LISTS:
+        return value if isinstance(value, list) and value and all(isinstance(each, list) for each in value) else [value]
+    return value if isinstance(value, list) else [value]
+
+
+def _check_keys(recipe: Mapping[str, Any], chosen: Sequence[str], where: str) -> None:
+    for method in chosen:
+        if method not in methods():
+            raise TersorError(f"{where}: unknown method {method!r}; known: {', '.join(methods())}")
+    options = {field for method in chosen for field in _fields(method)}
+    _check_known(recipe, {"model", "method", "rules", "eval", *_settings(), *options}, where)
+    if not recipe.get("model"):
+        raise TersorError(f"{where} names no model: add `model: NAME`, or give --model")
+    for key, values in ((key, _choices(key, recipe[key])) for key in recipe):
+        if not values:
+            raise TersorError(f"{where}: {key} is an empty list")
+        default = _settings()[key].default if key in _settings() else None
+        for value in values:
+            if default is not None and not isinstance(value, list if key in LISTS else type(default)):
+                raise TersorError(f"{where}: {key}={value!r} must be a {type(default).__name__}, such as {default!r}")
+    asked = recipe.get("eval")
+    if isinstance(asked, Mapping):
+        _check_known(asked, {"text", "seq_len", "max_windows", "dtype", "device"}, f"{where}, eval")
+    elif asked is not None and not isinstance(asked, str):
+        raise TersorError(f"{where}: eval={asked!r} must be a text file, `builtin`, or options of `tersor eval`")
+
+
+def _check_known(given: Mapping[str, Any], known: set[str], where: str) -> None:
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), sorted(known), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+            raise TersorError(f"{where}: unknown key {key!r}; {hint}")
+
+
+def _fields(method: str) -> set[str]:
+    return {field.name for field in dataclasses.fields(methods()[method])}
+
+
+def _settings() -> dict[str, inspect.Parameter]:
+    """The arguments of `compress` that a recipe may set."""
+    own = ("model", "method", "rules", "out", "overwrite", "redo", "tokenizer", "progress")
+    return {name: each for name, each in inspect.signature(compress).parameters.items() if name not in own}
