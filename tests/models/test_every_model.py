@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+import tersor
 import tersor.models
 from tersor.models import ModelInfo
 
@@ -79,6 +81,21 @@ def test_survives_export_unless_it_says_why_not(info: ModelInfo) -> None:
     assert not info.untraceable, f"it does survive; take untraceable={info.untraceable!r} out of its @register"
     with torch.no_grad():
         assert_equal_results(exported(**inputs), model(**inputs))
+
+
+@each_system
+def test_is_quantized_saved_and_loaded_with_equal_outputs(info: ModelInfo, tmp_path: Path) -> None:
+    model = build_small(info).eval()
+    batches = [model.example_inputs(2) for _ in range(2)]
+    method = tersor.GPTQ(bits=4, group_size=-1)
+    result = tersor.compress(model, method, calibration=batches, format="compressed-tensors")
+    assert result.summary.layers
+    result.save(tmp_path / "quantized")
+    again = tersor.load(tmp_path / "quantized")
+    with torch.no_grad():
+        original, quantized = tensors(model(**batches[0])), tensors(result.model(**batches[0]))
+        assert_equal_results(again(**batches[0]), result.model(**batches[0]))
+    assert any(not torch.equal(a, b) for a, b in zip(original, quantized, strict=True) if a.is_floating_point())
 
 
 @pytest.mark.slow

@@ -244,8 +244,13 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
         with torch.device("meta"):
             return models.create(config.pop("tersor_model"), **config).to(dtype).eval()
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
 
     architectures = config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(each, str) for each in architectures):
+        raise TersorError(
+            f"{checkpoint.directory}: config.json's architectures are {architectures!r}; expected a list of names"
+        )
     kind = getattr(transformers, architectures[0], None) if architectures else None
     if kind is None:
         name = architectures[0] if architectures else "none"
@@ -260,7 +265,7 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
         with torch.device("meta"):
             # the plain loop over experts is the one whose products with single experts can be seen and replaced
             module: nn.Module = kind._from_config(parsed, dtype=dtype, experts_implementation="eager")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise TersorError(
             f"{checkpoint.directory}: {architectures[0]} cannot be built from config.json: {error}"
         ) from None

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from tersor.checkpoint.into import load_into
 from tersor.checkpoint.lazy_model import LazyModel, compute_dtype
 from tersor.checkpoint.source import open_checkpoint
 from tersor.errors import TersorError
+from tersor.layers.quantized_linear import prepare_layers
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -22,18 +24,22 @@ TOKENIZER_FILES = (
 )
 
 
-def load(model: str | Path, *, dtype: str = "auto", device: str = "auto") -> nn.Module:
+def load(model: str | Path, *, dtype: str = "auto", device: str = "auto", into: nn.Module | None = None) -> nn.Module:
     """Load a model: a directory, a hub name or a built-in name, original or quantized (gptq, gptq_v2, compressed-tensors, awq).
 
     Quantized layers stay packed. dtype: "auto" (float32 on a CPU, else the checkpoint's own), "float16", "bfloat16" or
-    "float32". device: "auto" (the GPU where there is one), "cpu", "cuda", "cuda:1". Raises TersorError where the directory
-    is no model or lacks tensors.
+    "float32". device: "auto" (the GPU where there is one), "cpu", "cuda", "cuda:1". into: a module of the same structure to
+    fill in place, for a class of your own that was compressed in memory; it keeps its dtype and device. Raises TersorError
+    where the directory is no model or lacks tensors.
     """
+    if into is not None:
+        return load_into(open_checkpoint(model), into)
     where = pick_device(device)
     checkpoint = open_checkpoint(model)
     lazy = LazyModel(checkpoint, dtype=compute_dtype(checkpoint, where, dtype), device=where, packed=True)
-    module = lazy.load_all()
-    return module.to(where)  # computed buffers, which no checkpoint holds
+    module = lazy.load_all().to(where)  # with computed buffers, which no checkpoint holds
+    prepare_layers(module)
+    return module
 
 
 def load_tokenizer(directory: Path) -> Any:

@@ -36,13 +36,17 @@ class QuantizationConfig:
 
 def read_config(directory: Path, config: Mapping[str, Any]) -> QuantizationConfig | None:
     """The checkpoint's quantization, or None where it has none. Raises TersorError where tersor cannot read it."""
-    found = config.get("quantization_config")
-    if found is None:
-        for name in CONFIG_FILES:
-            if (directory / name).is_file():
-                found = json.loads((directory / name).read_text(encoding="utf-8"))
-                break
-    return parse_config(found) if found else None
+    try:
+        found = config.get("quantization_config")
+        if found is None:
+            for name in CONFIG_FILES:
+                if (directory / name).is_file():
+                    found = json.loads((directory / name).read_text(encoding="utf-8"))
+                    break
+        return parse_config(found) if found else None
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise TersorError(f"{directory}: its quantization config cannot be read: {reason}") from None
 
 
 def parse_config(found: Mapping[str, Any]) -> QuantizationConfig:

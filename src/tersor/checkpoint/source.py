@@ -183,9 +183,9 @@ def _shards(directory: Path, allow_pickle: bool) -> dict[str, Path]:
     if index.is_file():
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError) as error:
+            paths = sorted({directory / name for name in weight_map.values()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise TersorError(f"{index} is not a safetensors index: {error}") from None
-        paths = sorted({directory / name for name in weight_map.values()})
         missing = [path.name for path in paths if not path.is_file()]
         if missing:
             raise TersorError(f"{directory} lacks {', '.join(missing)}, which its index names")

@@ -23,9 +23,11 @@ def generate(
 
     if max_new_tokens < 1:
         raise TersorError(f"--max-new-tokens {max_new_tokens} must be positive")
-    typer.echo(prompt, nl=False)
-    for piece in stream(
+    pieces = stream(
         model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, dtype=dtype, device=device
-    ):
+    )
+    first = next(pieces, "")  # what is wrong with the model or the prompt shows before anything is printed
+    typer.echo(prompt + first, nl=False)
+    for piece in pieces:
         typer.echo(piece, nl=False)
     typer.echo()

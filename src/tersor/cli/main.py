@@ -15,6 +15,7 @@ from tersor.cli.inspect import inspect
 from tersor.cli.models import models
 from tersor.cli.quantize import quantize
 from tersor.cli.sweep import sweep
+from tersor.cli.train import train
 from tersor.errors import TersorError
 
 app = typer.Typer(
@@ -32,6 +33,7 @@ app.command("generate")(generate)
 app.command("inspect")(inspect)
 app.command("models")(models)
 app.command("demo")(demo)
+app.command("train")(train)
 
 
 def _version(value: bool) -> None:

@@ -3,9 +3,54 @@
 from __future__ import annotations
 
 import gzip
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
 from tersor.errors import TersorError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    tokenizer: str = "bytes"  # a directory or hub name with a tokenizer, or "bytes": one token a byte of UTF-8
+    seq_len: int = 256
+
+
+class TokenWindows(Dataset[dict[str, Tensor]]):
+    """Tokens (n,) in windows of seq_len, no overlap, the rest dropped; what is predicted is in the window too."""
+
+    def __init__(self, tokens: Tensor, *, seq_len: int) -> None:
+        self.tokens, self.seq_len = tokens, seq_len
+        if seq_len < 2:
+            raise TersorError(f"windows of {seq_len} tokens leave nothing to predict; seq_len must be at least 2")
+        if len(tokens) < seq_len:
+            raise TersorError(f"the text has {len(tokens)} tokens, fewer than one window of {seq_len}")
+
+    def __len__(self) -> int:
+        return len(self.tokens) // self.seq_len
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return {"input_ids": self.tokens[index * self.seq_len : (index + 1) * self.seq_len]}
+
+
+def load_tokens(path: str | Path, config: TextConfig) -> TokenWindows:
+    """A text file as windows of tokens, tokenized in one piece without special tokens."""
+    text = read_text(path)
+    if config.tokenizer == "bytes":
+        return TokenWindows(torch.tensor(list(text.encode())), seq_len=config.seq_len)
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
+    except (OSError, ValueError) as error:
+        raise TersorError(f"no tokenizer at {config.tokenizer!r}: {str(error).splitlines()[0]}") from None
+    tokens = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0]
+    return TokenWindows(tokens, seq_len=config.seq_len)
 
 
 def builtin_text(part: str) -> str:

@@ -118,6 +118,8 @@ def read_gptq(
     """
     _require(name, tensors, ("qweight", "qzeros", "scales"))
     qweight, qzeros, scales = tensors["qweight"], tensors["qzeros"], tensors["scales"]
+    _expect_matrix(f"{name}.qweight", qweight)
+    _expect_matrix(f"{name}.scales", scales)
     out_features = qweight.shape[1]
     bits = _bits_that_fit(f"{name}.qweight", qweight.shape[0], in_features, bits)
     groups = scales.shape[0]
@@ -140,7 +142,7 @@ def read_gptq(
         zeros = unpack(words, bits, out_features, dim=1)
     else:
         zeros = (stored + 1) & (2**bits - 1)
-    return _weight(name, qweight, scales, zeros, g_idx, bits, group_size, in_features)
+    return _weight(f"{name}.scales", qweight, scales, zeros, g_idx, bits, group_size, in_features)
 
 
 def read_compressed(
@@ -149,13 +151,14 @@ def read_compressed(
     """Read one compressed-tensors `pack-quantized` layer; 3 bits in both packings (dense, and ten values a word)."""
     _require(name, tensors, ("weight_packed", "weight_scale"))
     packed, scales = tensors["weight_packed"], tensors["weight_scale"]
+    _expect_matrix(f"{name}.weight_packed", packed)
+    scales = scales.view(-1, 1) if scales.dim() == 1 else scales
+    _expect_matrix(f"{name}.weight_scale", scales)
     out_features = packed.shape[0]
     if "weight_shape" in tensors:
-        stored_out, stored_in = (int(n) for n in tensors["weight_shape"])
-        if (stored_out, stored_in) != (out_features, in_features):
-            raise TersorError(
-                f"{name}.weight_shape says [{stored_out}, {stored_in}]; the layer is [{out_features}, {in_features}]"
-            )
+        shape = tensors["weight_shape"].tolist()
+        if shape != [out_features, in_features]:
+            raise TersorError(f"{name}.weight_shape says {shape}; the layer is [{out_features}, {in_features}]")
     dense, sparse = packed_size(in_features, bits), -(-in_features // (WORD // bits))
     if packed.shape[1] == dense:
         qweight = packed.t().contiguous()
@@ -163,8 +166,7 @@ def read_compressed(
         qweight = pack(_unpack_whole_values(packed, bits, in_features), bits, dim=1).t().contiguous()
     else:
         raise TersorError(f"{name}.weight_packed has {packed.shape[1]} words a row; {bits} bits need {dense}")
-    groups = scales.shape[1] if scales.dim() == 2 else 1
-    scales = scales.reshape(-1, groups)
+    groups = scales.shape[1]
     _expect(f"{name}.weight_scale", scales, (out_features, groups))
     stored_zeros = tensors.get("weight_zero_point")
     if stored_zeros is None:
@@ -178,24 +180,27 @@ def read_compressed(
         raise TersorError(f"{name}.weight_zero_point is {tuple(stored_zeros.shape)}; expected {(rows, groups)}")
     g_idx = tensors.get("weight_g_idx")
     if g_idx is not None:
+        _expect(f"{name}.weight_g_idx", g_idx, (in_features,))
         g_idx = _checked_groups(f"{name}.weight_g_idx", g_idx, groups)
     group_size = _group_size_that_fits(f"{name}.weight_scale", groups, in_features, group_size, g_idx)
-    return _weight(name, qweight, scales.t(), zeros, g_idx, bits, group_size, in_features)
+    return _weight(f"{name}.weight_scale", qweight, scales.t(), zeros, g_idx, bits, group_size, in_features)
 
 
 def read_awq(name: str, tensors: Mapping[str, Tensor], in_features: int, *, group_size: int) -> QuantizedWeight:
     """Read one AWQ "GEMM" layer of 4 bits."""
     _require(name, tensors, ("qweight", "qzeros", "scales"))
+    for suffix in ("qweight", "qzeros", "scales"):
+        _expect_matrix(f"{name}.{suffix}", tensors[suffix])
     codes, zeros = unpack_awq(tensors["qweight"]), unpack_awq(tensors["qzeros"])  # [in, out], [groups, out]
     scales = tensors["scales"]
     _expect(f"{name}.qweight", codes, (in_features, scales.shape[1]))
     _expect(f"{name}.qzeros", zeros, tuple(scales.shape))
     group_size = _group_size_that_fits(f"{name}.scales", scales.shape[0], in_features, group_size, None)
-    return _weight(name, pack(codes, 4, dim=0), scales, zeros, None, 4, group_size, in_features)
+    return _weight(f"{name}.scales", pack(codes, 4, dim=0), scales, zeros, None, 4, group_size, in_features)
 
 
 def _weight(
-    name: str,
+    scales_name: str,
     qweight: Tensor,
     scales: Tensor,
     zeros: Tensor,
@@ -207,7 +212,9 @@ def _weight(
     bad = ~torch.isfinite(scales.float()) | (scales == 0)
     if bool(bad.any()):
         group, output = (int(n) for n in bad.nonzero()[0])
-        raise TersorError(f"{name}: the scale of group {group}, output {output} is {float(scales[group, output])}")
+        raise TersorError(
+            f"{scales_name}: the step of group {group}, output {output} is {float(scales[group, output])}"
+        )
     natural = torch.arange(in_features) // (in_features if group_size == -1 else group_size)
     if g_idx is not None and torch.equal(g_idx.cpu().long(), natural):
         g_idx = None
@@ -232,6 +239,11 @@ def _require(name: str, tensors: Mapping[str, Tensor], suffixes: tuple[str, ...]
 def _expect(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != shape:
         raise TersorError(f"{name} is {tuple(tensor.shape)}; expected {shape}")
+
+
+def _expect_matrix(name: str, tensor: Tensor) -> None:
+    if tensor.dim() != 2 or tensor.numel() == 0:
+        raise TersorError(f"{name} is {tuple(tensor.shape)}; expected a matrix")
 
 
 def _bits_that_fit(name: str, words: int, in_features: int, claimed: int) -> int:

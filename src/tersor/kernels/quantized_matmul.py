@@ -10,8 +10,13 @@ import torch
 from torch import Tensor
 
 from tersor.formats.quantized_weight import QuantizedWeight
-from tersor.kernels.prepared_weight import PreparedWeight
-from tersor.kernels.quantized_matmul_cuda import prepared_matmul
+from tersor.kernels import prepared_weight as gpu
+from tersor.kernels import quantized_matmul_cpu as cpu
+from tersor.kernels import quantized_matmul_int4 as int4
+from tersor.kernels.quantized_matmul_cuda import has_kernel, prepared_matmul
+
+# what `prepare` makes; the first where there is no kernel
+PreparedWeight = QuantizedWeight | cpu.PreparedWeight | int4.PreparedWeight | gpu.PreparedWeight
 
 
 def reference(x: Tensor, weight: QuantizedWeight) -> Tensor:
@@ -54,12 +59,36 @@ def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
 _quantized_matmul.register_autograd(_backward, setup_context=_setup_context)
 
 
-def quantized_matmul(x: Tensor, weight: QuantizedWeight | PreparedWeight) -> Tensor:
-    """y = x · Wᵀ. x [..., in], y [..., out] in x's dtype. Differentiable in x; traceable by torch.compile.
+def prepare(weight: QuantizedWeight) -> PreparedWeight:
+    """Repack a weight for the fastest kernel that its device has; the weight itself where there is none."""
+    if weight.qweight.device.type == "cpu":
+        if cpu.why_not(weight) is None:
+            return cpu.prepare(weight)
+        if int4.why_not(weight) is None:
+            return int4.prepare(weight)
+    elif has_kernel(weight.qweight.device, torch.float16) and gpu.why_not(weight) is None:
+        return gpu.prepare(weight)
+    return weight
 
-    A weight in the checkpoint's layout goes through the reference, one that was prepared through the GPU's kernel.
-    """
-    if isinstance(weight, PreparedWeight):
+
+def restore(weight: PreparedWeight) -> QuantizedWeight:
+    """Inverse of `prepare`: the same integers, scales and zero points in the standard layout."""
+    if isinstance(weight, cpu.PreparedWeight):
+        return cpu.restore(weight)
+    if isinstance(weight, int4.PreparedWeight):
+        return weight.standard
+    return gpu.restore(weight) if isinstance(weight, gpu.PreparedWeight) else weight
+
+
+def quantized_matmul(x: Tensor, weight: PreparedWeight) -> Tensor:
+    """y = x · Wᵀ. x [..., in], y [..., out] in x's dtype. Differentiable in x; traceable by torch.compile."""
+    if isinstance(weight, cpu.PreparedWeight):
+        return cpu.matmul(x, weight)
+    if isinstance(weight, int4.PreparedWeight):
+        if x.dtype == torch.bfloat16 and not (x.requires_grad and torch.is_grad_enabled()):
+            return int4.matmul(x, weight)
+        weight = weight.standard
+    if isinstance(weight, gpu.PreparedWeight):
         return prepared_matmul(x, weight)
     y: Tensor = _quantized_matmul(
         x, weight.qweight, weight.scales, weight.zeros, weight.g_idx, weight.bits, weight.group_size

@@ -1,35 +1,28 @@
-"""A linear layer whose weight is packed integers. The same module, whichever format it was read from or will be written to."""
+"""A linear layer whose weight is packed integers, whichever format it was read from or will be written to."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tersor.errors import TersorError
 from tersor.formats.quantized_weight import QuantizedWeight
-from tersor.kernels.prepared_weight import PreparedWeight, prepare, restore, why_not
-from tersor.kernels.quantized_matmul import quantized_matmul
+from tersor.kernels.quantized_matmul import PreparedWeight, prepare, quantized_matmul, restore
 from tersor.layers.experts import ExpertMap, PackedExperts
 from tersor.layers.linear_map import LinearMap
 
 
 class QuantizedLinear(nn.Module):
-    """Drop-in for nn.Linear (and transformers' Conv1D): x [..., in] -> [..., out] in x's dtype.
-
-    Holds the weight in the checkpoint's layout or, after `prepare`, in the GPU kernel's; `packed` is the former at any time.
-    """
+    """Drop-in for nn.Linear (and transformers' Conv1D): x [..., in] -> [..., out] in x's dtype."""
 
     qweight: Tensor
     scales: Tensor
     zeros: Tensor
     g_idx: Tensor | None
     bias: Tensor | None
-    tiles: Tensor
-    order: Tensor | None
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -40,28 +33,46 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("zeros", weight.zeros)
         self.register_buffer("g_idx", weight.g_idx)
         self.register_buffer("bias", bias)
-        self._prepared: PreparedWeight | None = None  # without its tensors, which are buffers
+        self.prepared: PreparedWeight | None = None
 
     def prepare(self) -> bool:
-        """Repack the weight for the GPU's kernel, in place; False where no kernel takes it. Call it on the GPU."""
-        if self._prepared is not None or why_not(self.packed) is not None:
-            return self._prepared is not None
+        """Repack for the device's kernel and let the standard layout go; to be called where the layer will run.
+
+        False where the device has no kernel for this weight: the layer stays as it is.
+        """
+        if self.prepared is not None:
+            return True
         prepared = prepare(self.packed)
-        self._prepared = replace(prepared, tiles=torch.empty(0), order=None)
-        for name in ("qweight", "scales", "zeros", "g_idx"):
-            self.register_buffer(name, None)
-        self.register_buffer("tiles", prepared.tiles)
-        self.register_buffer("order", prepared.order)
+        if isinstance(prepared, QuantizedWeight):
+            return False
+        self.prepared = prepared
+        self.qweight = self.scales = self.zeros = self.g_idx = None  # type: ignore[assignment]
         return True
 
-    @property
-    def prepared(self) -> PreparedWeight | None:
-        return self._prepared and replace(self._prepared, tiles=self.tiles, order=self.order)
+    def restore(self) -> None:
+        """Back to the standard layout. Moving or casting the module does this by itself."""
+        if self.prepared is not None:
+            weight, self.prepared = self.packed, None
+            self.qweight, self.scales, self.zeros = weight.qweight, weight.scales, weight.zeros
+            self.g_idx = weight.g_idx
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        self.restore()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.prepared is not None:
+            weight = self.packed
+            tensors = {"qweight": weight.qweight, "scales": weight.scales, "zeros": weight.zeros, "g_idx": weight.g_idx}
+            destination.update({prefix + name: tensor for name, tensor in tensors.items() if tensor is not None})
 
     @property
     def packed(self) -> QuantizedWeight:
-        if (prepared := self.prepared) is not None:
-            return restore(prepared)
+        """The weight in its standard layout, whichever layout is held."""
+        if self.prepared is not None:
+            return restore(self.prepared)
         return QuantizedWeight(
             self.qweight, self.scales, self.zeros, self.g_idx, self.bits, self.group_size, self.in_features
         )
@@ -72,7 +83,7 @@ class QuantizedLinear(nn.Module):
         return self.packed.dequantize()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = quantized_matmul(x, self.prepared or self.packed)
+        y = quantized_matmul(x, self.packed if self.prepared is None else self.prepared)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
@@ -100,6 +111,15 @@ def quantized_layer(layer: nn.Module, weight: QuantizedWeight) -> nn.Module:
         return QuantizedConv2d(weight, layer)
     bias = getattr(layer, "bias", None)
     return QuantizedLinear(weight, bias if isinstance(bias, Tensor) else None)
+
+
+def prepare_layers(model: nn.Module) -> None:
+    """Repack every packed layer for the kernel of the device that it is on. A packed convolution unpacks its weight at every
+    call and stays in the standard layout."""
+    for module in model.modules():
+        for child in module.children():
+            if isinstance(child, QuantizedLinear) and not isinstance(module, QuantizedConv2d):
+                child.prepare()
 
 
 def place_packed(model: nn.Module, maps: Mapping[str, LinearMap], packed: Mapping[str, QuantizedWeight]) -> None:

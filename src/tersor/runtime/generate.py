@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tersor.checkpoint.load import load, load_tokenizer
-from tersor.checkpoint.source import resolve
+from tersor.checkpoint.source import open_checkpoint
 from tersor.errors import TersorError
 
 
@@ -29,7 +29,7 @@ def stream(
 
     Raises TersorError where the model cannot generate, has no tokenizer, or the prompt leaves no room.
     """
-    directory = resolve(model)
+    directory = open_checkpoint(model).directory
     tokenizer = load_tokenizer(directory)
     if tokenizer is None:
         raise TersorError(f"{directory} has no tokenizer, so it cannot read a prompt")

@@ -1,0 +1,206 @@
+"""`tersor train`: any registered architecture on series, images or text. Its options are those of TrainConfig."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import torch
+import typer
+from rich.console import Console
+from torch import nn
+
+import tersor.models
+from tersor.cli.progress import progress_bar
+from tersor.data.images import ImageConfig, load_images
+from tersor.data.series import SeriesConfig, load_series
+from tersor.data.text import TextConfig, load_tokens
+from tersor.errors import TersorError
+from tersor.models.config import config_from_dict
+from tersor.train.config import TrainConfig
+from tersor.train.objectives import objective_for
+from tersor.train.trainer import train as run_training
+from tersor.train.trainer import validate
+
+Config = TypeVar("Config")
+SECTIONS = ("model", "data", "train")
+DataSets = dict[str, Any]  # "train", and where there are any "validation" and "test"
+
+
+def _train(
+    model: Annotated[str, typer.Argument(help="An architecture: `tersor models` lists them.")],
+    data: Annotated[
+        Path, typer.Option("--data", help="CSV file (series), folder or .npz (images), or text file; .gz too.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the run; one that was interrupted goes on.")],
+    validation: Annotated[
+        Path | None, typer.Option(help="Validation data of the same form; series have their own part.")
+    ] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights to start from.")] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="TOML or JSON with the tables model, data and train.")
+    ] = None,
+    set: Annotated[
+        list[str] | None, typer.Option("--set", help="One entry of these tables: `model.pred_len=192`, `data.size=32`.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+    **options: Any,
+) -> None:
+    """Train a model: forecasting for series, classification for images, language modelling for text.
+
+    On several devices: `torchrun --nproc-per-node 4 -m tersor train MODEL ...`. An option given here wins over `--set`,
+    and that over `--config`.
+    """
+    tables = _tables(config, set or [])
+    tables["train"] |= {name: value for name, value in options.items() if value is not None}
+    settings = _config(TrainConfig, tables["train"], "train")
+    info = tersor.models.find(model)
+    objective = objective_for(info.input)
+    torch.manual_seed(settings.seed)
+    net = _build(model, checkpoint, tables["model"])
+    sets = {"series": _series, "image": _images, "tokens": _tokens}[info.input](net, data, validation, tables["data"])
+    with progress_bar(quiet=as_json) as progress:
+        result = run_training(
+            net,
+            sets["train"],
+            objective=objective,
+            out=out,
+            config=settings,
+            validation=sets.get("validation"),
+            progress=progress,
+        )
+    told: dict[str, Any] = {"out": str(out), "steps": result.steps, "best_step": result.best_step}
+    told["validation"] = result.validation
+    if "test" in sets:
+        told["test"] = validate(net, sets["test"], objective, batch_size=settings.batch_size)
+    rank = 0
+    if torch.distributed.is_initialized():
+        rank = torch.distributed.get_rank()
+        torch.distributed.destroy_process_group()
+    if rank == 0:
+        _print(told, as_json=as_json)
+
+
+def _print(told: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(told))
+        return
+    console = Console()
+    console.print(f"{told['out']}: {told['steps']} steps, the weights of step {told['best_step']} kept")
+    for part in ("validation", "test"):
+        if told.get(part):
+            console.print(f"{part}: " + ", ".join(f"{name} {value:.4f}" for name, value in told[part].items()))
+
+
+def _build(name: str, checkpoint: Path | None, overrides: dict[str, Any]) -> nn.Module:
+    try:
+        if checkpoint is not None:
+            return tersor.models.load(name, checkpoint, **overrides)
+        return tersor.models.create(name, **overrides)
+    except (TypeError, ValueError, RuntimeError) as error:  # a config that no __post_init__ caught
+        raise TersorError(f"{name} cannot be built with {overrides}: {error}") from None
+
+
+def _series(net: Any, data: Path, validation: Path | None, table: dict[str, Any]) -> DataSets:
+    if validation is not None:
+        raise TersorError("a series has a validation part of its own; leave --validation out")
+    lengths = {name: getattr(net.config, name) for name in ("seq_len", "pred_len") if hasattr(net.config, name)}
+    parts = load_series(data, _config(SeriesConfig, {**lengths, **table}, "data"))
+    return {"train": parts.train, "validation": parts.validation, "test": parts.test}
+
+
+def _images(net: Any, data: Path, validation: Path | None, table: dict[str, Any]) -> DataSets:
+    config = _config(ImageConfig, {"size": net.example_inputs(1)["image"].shape[-1], **table}, "data")
+    sets = {"train": load_images(data, config)}
+    if validation is not None:
+        sets["validation"] = load_images(validation, dataclasses.replace(config, augment=False))
+    _fits(net, "num_classes", max(max(each.labels) for each in sets.values()), "class numbers")
+    return sets
+
+
+def _tokens(net: Any, data: Path, validation: Path | None, table: dict[str, Any]) -> DataSets:
+    config = _config(TextConfig, table, "data")
+    sets = {"train": load_tokens(data, config)}
+    if validation is not None:
+        sets["validation"] = load_tokens(validation, config)
+    _fits(net, "vocab_size", max(int(each.tokens.max()) for each in sets.values()), "tokens")
+    return sets
+
+
+def _fits(net: Any, option: str, largest: int, what: str) -> None:
+    room = getattr(net.config, option, None)
+    if isinstance(room, int) and largest >= room:
+        raise TersorError(
+            f"the data have {what} up to {largest}, the model has {option} {room}; --set model.{option}=..."
+        )
+
+
+def _tables(path: Path | None, entries: list[str]) -> dict[str, dict[str, Any]]:
+    """The config file's three tables, and what --set changes in them."""
+    tables: dict[str, Any] = {}
+    if path is not None:
+        try:
+            tables = tomllib.loads(path.read_text()) if path.suffix == ".toml" else json.loads(path.read_text())
+        except OSError:
+            raise TersorError(f"no config file at {path}") from None
+        except ValueError as error:
+            raise TersorError(f"{path} is not valid {path.suffix[1:].upper() or 'JSON'}: {error}") from None
+    if not isinstance(tables, dict) or any(not isinstance(table, dict) for table in tables.values()):
+        raise TersorError(f"{path}: a config has the tables {', '.join(SECTIONS)}, and its entries in them")
+    for entry in entries:
+        name, equals, text = entry.partition("=")
+        section, dot, option = name.partition(".")
+        if not equals or not dot:
+            raise TersorError(f"--set {entry}: SECTION.NAME=VALUE is expected, such as model.pred_len=192")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text  # a string without quotes
+        tables.setdefault(section, {})[option] = value
+    if unknown := tables.keys() - SECTIONS:
+        raise TersorError(f"a config has no table {sorted(unknown)[0]!r}, only {', '.join(SECTIONS)}")
+    return {section: dict(tables.get(section, {})) for section in SECTIONS}
+
+
+def _config(kind: type[Config], values: dict[str, Any], section: str) -> Config:
+    for each in dataclasses.fields(kind):  # type: ignore[arg-type]
+        value, default = values.get(each.name), each.default
+        wanted = (
+            (int, float)
+            if isinstance(default, float)
+            else (list, tuple)
+            if isinstance(default, tuple)
+            else type(default)
+        )
+        if each.name in values and (
+            not isinstance(value, wanted) or isinstance(value, bool) != isinstance(default, bool)
+        ):
+            raise TersorError(f"{section}.{each.name} is {value!r}, a value such as {default!r} is expected")
+    return config_from_dict(kind, values, of=section)
+
+
+def train(**arguments: Any) -> None:
+    _train(**arguments)
+
+
+def _declare() -> None:
+    """One option for each field of TrainConfig; what is not given keeps its default."""
+    fixed = inspect.signature(_train, eval_str=True).parameters.values()
+    parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in fixed if p.kind is not p.VAR_KEYWORD]
+    for each in dataclasses.fields(TrainConfig):
+        help = f"{each.metadata['help']} [default: {each.default}]"
+        option = typer.Option(None, help=help, rich_help_panel="Training")
+        annotation = type(each.default) | None
+        parameters.append(
+            inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=annotation)
+        )
+    train.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    train.__annotations__ = {p.name: p.annotation for p in parameters}
+    train.__doc__ = _train.__doc__
+
+
+_declare()

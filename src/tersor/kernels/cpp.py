@@ -1,0 +1,77 @@
+"""Compiles a C++ file of this package into a shared library, with the compiler that is there, once on a machine.
+
+The source has a plain C interface and is called through ctypes: no torch headers are needed and one build serves every
+version of torch. The library is kept in the user's cache directory under a hash of source, compiler and flags. It gets
+its name when it is complete, so that processes which build at the same time each end up with a whole file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+CACHE = Path.home() / ".cache" / "tersor" / "kernels"
+COMPILERS = ("c++", "g++", "clang++")
+
+
+class CompileError(RuntimeError):
+    """There is no compiler, or it refuses the source or a flag."""
+
+
+@functools.cache
+def compiler() -> tuple[str, str]:
+    """Path and version text of the C++ compiler."""
+    if sys.platform == "win32":
+        raise CompileError("no build for Windows")
+    for name in COMPILERS:
+        if path := shutil.which(name):
+            version = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+            if version.returncode == 0:
+                return path, version.stdout
+    raise CompileError(f"no C++ compiler on the PATH (looked for {', '.join(COMPILERS)})")
+
+
+def build(source: Path, flags: Sequence[str], *, cache: Path | None = None) -> Path:
+    """The shared library of `source`, from the cache where it is there. CompileError has the compiler's words."""
+    path, version = compiler()
+    flags = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", *flags)
+    key = hashlib.sha256("\0".join([source.read_text(), path, version, *flags]).encode()).hexdigest()[:24]
+    directory = CACHE if cache is None else cache
+    library = directory / f"{source.stem}-{key}.so"
+    if library.exists():
+        return library
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError:  # no home directory to write to: build for this process only
+        directory = Path(tempfile.mkdtemp(prefix="tersor-"))
+    library = directory / library.name
+    handle, name = tempfile.mkstemp(suffix=".so", dir=directory)
+    os.close(handle)
+    try:
+        result = subprocess.run([path, *flags, str(source), "-o", name], capture_output=True, text=True, check=False)
+        if result.returncode != 0:
+            raise CompileError(f"{path} {' '.join(flags)} failed: {result.stderr.strip()[:2000]}")
+        os.replace(name, library)
+    finally:
+        Path(name).unlink(missing_ok=True)
+    return library
+
+
+def load(source: Path, flags: Sequence[str]) -> ctypes.CDLL:
+    """Builds with OpenMP where the compiler has it, without (one thread) where it has not, and loads the library.
+
+    torch must be imported before: its OpenMP runtime is then the one that the library gets, and both share one thread
+    pool instead of fighting for the cores.
+    """
+    try:
+        return ctypes.CDLL(str(build(source, (*flags, "-fopenmp"))))
+    except CompileError:
+        return ctypes.CDLL(str(build(source, flags)))

@@ -1,0 +1,329 @@
+"""The quantized matmul on a CPU: choice of the instruction set, the repacked weight, and the call of
+`quantized_matmul_cpu.cpp`.
+
+`prepare` turns a weight into the layout that the kernel streams (the top of the .cpp file), once; `restore` is its
+inverse, so that a model needs to hold one copy only. All instruction sets read the same layout.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tersor.formats.packing import packed_size
+from tersor.formats.quantized_weight import QuantizedWeight
+from tersor.kernels import cpp
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+PANEL = 32  # outputs side by side in memory
+BLOCK_INPUTS = {2: 16, 3: 32, 4: 8, 8: 4}  # inputs of a block, and
+BLOCK_WORDS = {2: 1, 3: 3, 4: 1, 8: 1}  # the 32-bit words they take
+_WORTH_THREADS = 2**18  # multiply-adds; below, waking threads costs more than they save
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_AVX2 = ("-mavx2", "-mfma")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
+_AVX512_BF16 = (*_AVX512, "-mavx512bf16", "-mavx512vbmi2")
+FLAGS = {  # best first
+    "amx": (*_AVX512_BF16, "-mamx-tile", "-mamx-bf16"),
+    "avx512_bf16": _AVX512_BF16,
+    "avx512": _AVX512,
+    "avx2": _AVX2,
+    "portable": (),
+}
+
+
+def supported() -> list[str]:
+    """The implementations that this processor can run, best first; whether a compiler is there is another matter."""
+    has = torch.cpu.get_capabilities()
+    avx2 = has.get("avx2", False) and has.get("fma3", False)
+    avx512 = avx2 and all(has.get(f"avx512_{part}", False) for part in ("f", "bw", "vl", "dq"))
+    bf16 = avx512 and has.get("avx512_bf16", False) and has.get("avx512_vbmi2", False)
+    amx = bf16 and has.get("amx_tile", False) and has.get("amx_bf16", False)
+    found = {"amx": amx, "avx512_bf16": bf16, "avx512": avx512, "avx2": avx2, "portable": True}
+    return [name for name, yes in found.items() if yes]
+
+
+@functools.cache
+def library(implementation: str) -> ctypes.CDLL:
+    """The compiled kernel for one instruction set. Raises cpp.CompileError."""
+    if implementation == "amx" and not torch.cpu._init_amx():
+        raise cpp.CompileError("the system does not grant this process the use of AMX")
+    compiled = cpp.load(SOURCE, FLAGS[implementation])
+    compiled.tersor_matmul.argtypes = [ctypes.POINTER(_Call)]
+    compiled.tersor_repack.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 2 + [ctypes.c_int] * 3
+    compiled.tersor_repack.restype = None
+    return compiled
+
+
+@functools.cache
+def choose() -> tuple[str | None, str]:
+    """The best implementation that this processor runs and the compiler makes, or None; why it is no better one."""
+    refused = []
+    for name in supported():
+        try:
+            library(name)
+        except (cpp.CompileError, OSError) as error:
+            refused.append(f"{name}: {error}")
+        else:
+            return name, "; ".join(refused) or "the best this processor supports"
+    return None, "; ".join(refused)
+
+
+def describe() -> str:
+    """Which implementation runs here and why, for people."""
+    name, why = choose()
+    model = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
+    processor = f"{model}, {torch.get_num_threads()} threads"
+    if name is None:
+        return f"no compiled kernel ({why}); torch's int4 operator or dequantization runs instead, on {processor}"
+    return f"compiled kernel for {name} ({why}), on {processor}"
+
+
+@dataclass(frozen=True)
+class PreparedWeight:
+    """A weight [out, in] as the kernel reads it.
+
+    packed:  int32 [panels, blocks, words, 32], see the .cpp file.
+    scales:  float16, bfloat16 or float32 [panels, groups, 32].
+    zeros:   uint8 [panels, groups, 32], or None where all are 2^(bits-1).
+    columns: int32 [blocks * inputs of a block], the input at every packed place (-1: none), or None where that is
+             the natural order without gaps.
+    starts:  int32 [groups + 1], the first block of every group.
+    g_idx:   as in QuantizedWeight, only for `restore`.
+    """
+
+    packed: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    columns: Tensor | None
+    starts: Tensor
+    g_idx: Tensor | None
+    bits: int
+    group_size: int
+    in_features: int
+    out_features: int
+    implementation: str
+
+
+def why_not(weight: QuantizedWeight) -> str | None:
+    """Why `prepare` cannot take this weight, or None."""
+    if weight.bits not in BLOCK_INPUTS:
+        return f"{weight.bits} bits (has kernels for {sorted(BLOCK_INPUTS)})"
+    if weight.scales.dtype not in _TYPES:
+        return f"scales of {weight.scales.dtype} (has kernels for {', '.join(map(str, _TYPES))})"
+    name, why = choose()
+    return why if name is None else None
+
+
+def _order(groups: Tensor, count: int, block: int) -> tuple[Tensor | None, Tensor]:
+    """`columns` and `starts` (see PreparedWeight) for columns in groups, int64 [in], each filled up to whole blocks."""
+    sizes = torch.bincount(groups, minlength=count)
+    blocks = (sizes + block - 1) // block
+    starts = torch.nn.functional.pad(blocks.cumsum(0), (1, 0))
+    order = groups.argsort(stable=True)
+    first = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))[:-1]  # place of every group's first column in `order`
+    place = starts[groups[order]] * block + torch.arange(len(order)) - first[groups[order]]
+    columns = torch.full((int(starts[-1]) * block,), -1, dtype=torch.int32)
+    columns[place] = order.to(torch.int32)
+    natural = len(columns) == len(groups) and bool((columns == torch.arange(len(groups))).all())
+    return None if natural else columns, starts.to(torch.int32)
+
+
+def _to_panels(values: Tensor) -> Tensor:
+    """[groups, out] -> [panels, groups, 32]"""
+    padded = torch.nn.functional.pad(values, (0, -values.shape[1] % PANEL))
+    return padded.view(len(values), -1, PANEL).transpose(0, 1).contiguous()
+
+
+def _from_panels(values: Tensor, out_features: int) -> Tensor:
+    return values.transpose(0, 1).flatten(1)[:, :out_features].contiguous()
+
+
+def prepare(weight: QuantizedWeight, *, implementation: str | None = None) -> PreparedWeight:
+    """Repack for the kernel; for the best implementation where none is named. Raises ValueError where `why_not`."""
+    if implementation is None:
+        if reason := why_not(weight):
+            raise ValueError(f"no CPU kernel for this weight: {reason}; use the reference")
+        implementation = choose()[0]
+    assert implementation is not None
+    bits = weight.bits
+    groups = weight.groups()
+    if weight.in_features and int(groups.max()) >= len(weight.scales):
+        raise ValueError(f"a column is in group {int(groups.max())}, but scales are for {len(weight.scales)} groups")
+    columns, starts = _order(groups, len(weight.scales), BLOCK_INPUTS[bits])
+    blocks, panels = int(starts[-1]), -(-weight.out_features // PANEL)
+    packed = torch.zeros(panels, blocks, BLOCK_WORDS[bits], PANEL, dtype=torch.int32)
+    qweight, threads = weight.qweight.contiguous(), torch.get_num_threads()
+    pointers = qweight.data_ptr(), packed.data_ptr(), _pointer(columns)
+    library(implementation).tersor_repack(*pointers, blocks, weight.out_features, bits, threads, False)
+    symmetric = bool((weight.zeros == 2 ** (bits - 1)).all())
+    return PreparedWeight(
+        packed=packed,
+        scales=_to_panels(weight.scales),
+        zeros=None if symmetric else _to_panels(weight.zeros),
+        columns=columns,
+        starts=starts,
+        g_idx=weight.g_idx,
+        bits=bits,
+        group_size=weight.group_size,
+        in_features=weight.in_features,
+        out_features=weight.out_features,
+        implementation=implementation,
+    )
+
+
+def restore(weight: PreparedWeight) -> QuantizedWeight:
+    """The weight in its standard layout again: the same integers, scales and zero points."""
+    bits, out_features = weight.bits, weight.out_features
+    qweight = torch.zeros(packed_size(weight.in_features, bits), out_features, dtype=torch.int32)
+    pointers = qweight.data_ptr(), weight.packed.data_ptr(), _pointer(weight.columns)
+    blocks, threads = weight.packed.shape[1], torch.get_num_threads()
+    library(weight.implementation).tersor_repack(*pointers, blocks, out_features, bits, threads, True)
+    scales = _from_panels(weight.scales, out_features)
+    if weight.zeros is None:
+        zeros = torch.full(scales.shape, 2 ** (bits - 1), dtype=torch.uint8)
+    else:
+        zeros = _from_panels(weight.zeros, out_features)
+    return QuantizedWeight(qweight, scales, zeros, weight.g_idx, bits, weight.group_size, weight.in_features)
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+class _Call(ctypes.Structure):
+    """`Call` of the .cpp file."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("x_stride", ctypes.c_int64),
+        ("y", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("outputs", ctypes.c_int64),
+        ("packed", ctypes.c_void_p),
+        ("columns", ctypes.c_void_p),
+        ("starts", ctypes.c_void_p),
+        ("groups", ctypes.c_int64),
+        ("scales", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("type", ctypes.c_int),
+        ("scale_type", ctypes.c_int),
+        ("bits", ctypes.c_int),
+        ("threads", ctypes.c_int),
+    )
+
+
+def _run(x: Tensor, weight: PreparedWeight) -> Tensor:
+    if x.dtype == torch.float64:
+        return torch.nn.functional.linear(x, restore(weight).dequantize(torch.float64))
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        return _run(x.float(), weight).to(x.dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    y = x.new_empty((*x.shape[:-1], weight.out_features))
+    small = rows.numel() * weight.out_features < _WORTH_THREADS
+    call = _Call(
+        rows.data_ptr(),
+        rows.stride(0),
+        y.data_ptr(),
+        rows.shape[0],
+        weight.out_features,
+        weight.packed.data_ptr(),
+        _pointer(weight.columns),
+        weight.starts.data_ptr(),
+        weight.scales.shape[1],
+        weight.scales.data_ptr(),
+        _pointer(weight.zeros),
+        _TYPES[x.dtype],
+        _TYPES[weight.scales.dtype],
+        weight.bits,
+        1 if small else torch.get_num_threads(),
+    )
+    if library(weight.implementation).tersor_matmul(call) != 0:
+        raise MemoryError(f"no memory for a product of {rows.shape[0]} rows")
+    return y
+
+
+_WEIGHT_SCHEMA = (
+    "Tensor packed, Tensor scales, Tensor? zeros, Tensor? columns, Tensor starts, Tensor? g_idx, "
+    "int bits, int group_size, int in_features, int out_features, str implementation"
+)  # the fields of PreparedWeight, of which the first six are tensors
+_TENSORS = 6
+
+
+@torch.library.custom_op(
+    "tersor::quantized_matmul_cpu",
+    mutates_args=(),
+    device_types="cpu",
+    schema=f"(Tensor x, {_WEIGHT_SCHEMA}) -> Tensor",
+)
+def _op(x: Tensor, *fields: Any) -> Tensor:
+    return _run(x, PreparedWeight(*fields))
+
+
+@torch.library.custom_op(
+    "tersor::quantized_matmul_cpu_backward",
+    mutates_args=(),
+    device_types="cpu",
+    schema=f"(Tensor grad, {_WEIGHT_SCHEMA}) -> Tensor",
+)
+def _backward_op(grad: Tensor, *fields: Any) -> Tensor:
+    return grad @ restore(PreparedWeight(*fields)).dequantize(grad.dtype)
+
+
+@_op.register_fake
+def _(x: Tensor, *fields: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], PreparedWeight(*fields).out_features))
+
+
+@_backward_op.register_fake
+def _(grad: Tensor, *fields: Any) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], PreparedWeight(*fields).in_features))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, *fields = inputs
+    ctx.save_for_backward(*fields[:_TENSORS])
+    ctx.rest = fields[_TENSORS:]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The input's gradient only: the integers are frozen."""
+    fields = (*ctx.saved_tensors, *ctx.rest)
+    return _backward_op(grad, *fields), *[None] * len(fields)
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def matmul(x: Tensor, weight: PreparedWeight) -> Tensor:
+    """y = x · Wᵀ. x [..., in], y [..., out] in x's dtype. Differentiable in x; traceable by torch.compile."""
+    if x.shape[-1] != weight.in_features:
+        raise ValueError(f"x has {x.shape[-1]} features, the weight takes {weight.in_features}")
+    plain = type(x) is Tensor and not (x.requires_grad and torch.is_grad_enabled())
+    if plain and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _run(x, weight)  # what the operator would do, without the 30 us that its dispatch takes
+    y: Tensor = _op(
+        x,
+        weight.packed,
+        weight.scales,
+        weight.zeros,
+        weight.columns,
+        weight.starts,
+        weight.g_idx,
+        weight.bits,
+        weight.group_size,
+        weight.in_features,
+        weight.out_features,
+        weight.implementation,
+    )
+    return y

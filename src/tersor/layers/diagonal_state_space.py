@@ -1,0 +1,86 @@
+"""Diagonal state space models: H independent channels, n complex states each, every one half of a conjugate pair.
+
+    x_l = A x_{l-1} + B u_l,   y_l = 2 Re(C x_l)             the recurrence, O(n) a step
+    y = k * u,                 k_l = 2 Re(sum_n C_n B_n A_n^l)   the convolution with its kernel
+
+A, B [H, n] are the discretised ones, C [channels, H, n]. Continuous a, b with step dt become
+
+    zoh:       A = exp(dt a),                   B = b (A - 1) / a
+    bilinear:  A = (1 + dt a/2) / (1 - dt a/2), B = b dt / (1 - dt a/2)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tersor.errors import TersorError
+
+_OWN_RATE = ("inv_dt", "log_dt", "A_real", "log_A_real", "A_imag", "B", "P")  # parameters of the dynamics; C is not
+
+
+@dataclass(frozen=True)
+class DiagonalRecurrence:
+    """The model as it is run step by step. State (batch, H, n), complex."""
+
+    A: Tensor  # [H, n]
+    B: Tensor  # [H, n]
+    C: Tensor  # [channels, H, n]
+
+    def initial_state(self, batch_size: int) -> Tensor:
+        return self.B.new_zeros(batch_size, *self.B.shape)
+
+    def step(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """u (batch, H) -> y (batch, channels, H) and the next state."""
+        state = self.A * state + self.B * u[..., None]
+        return 2 * torch.einsum("chn,bhn->bch", self.C, state).real, state
+
+    def advance(self, u: Tensor, state: Tensor) -> Tensor:
+        """The state after a chunk u (batch, H, L): A^L x + sum_l A^(L-1-l) B u_l."""
+        length = u.shape[-1]
+        powers = torch.exp(torch.log(self.A)[..., None] * torch.arange(length, device=u.device))  # [H, n, L]
+        added = torch.einsum("bhl,hnl->bhn", u.flip(-1).to(powers.dtype), powers) * self.B
+        return self.A**length * state + added
+
+
+def discretize(a: Tensor, b: Tensor, dt: Tensor, method: str) -> tuple[Tensor, Tensor]:
+    """Continuous a, b [..., n] -> A, B of the same shape."""
+    if method == "zoh":
+        return torch.exp(dt * a), b * torch.expm1(dt * a) / a
+    if method == "bilinear":
+        inverse = 1 / (1 - dt * a / 2)
+        return (1 + dt * a / 2) * inverse, b * dt * inverse
+    raise TersorError(f"a recurrence is discretised by 'zoh' or 'bilinear', not {method!r}")
+
+
+def vandermonde(v: Tensor, log_A: Tensor, length: int) -> Tensor:
+    """2 Re(sum_n v_n A_n^l), l = 0..length-1: v [..., H, n], log_A [H, n] -> [..., H, length].
+
+    With l = i s + j and s = sqrt(length), A^l = (A^s)^i A^j: the powers take 2 sqrt(length) numbers a state instead of
+    `length`, and the sum is a matrix product.
+    """
+    s = math.isqrt(max(length - 1, 0)) + 1
+    position = torch.arange(s, device=v.device)
+    fine = torch.exp(log_A[..., None] * position)  # [H, n, j]
+    coarse = torch.exp(log_A[..., None] * (position * s))  # [H, n, i]
+    product = (v[..., None] * coarse).transpose(-1, -2) @ fine  # [..., H, i, j]
+    return 2 * product.real.flatten(-2)[..., :length]
+
+
+def parameter_groups(
+    model: nn.Module, *, lr: float, weight_decay: float, dynamics_lr: float = 0.001
+) -> list[dict[str, Any]]:
+    """For an optimizer: the parameters of dt, A, B and P have no weight decay and a learning rate of their own."""
+    dynamics: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        parent, _, last = name.rpartition(".")
+        (dynamics if parent.endswith("kernel") and last in _OWN_RATE else others).append(parameter)
+    return [
+        {"params": others, "lr": lr, "weight_decay": weight_decay},
+        {"params": dynamics, "lr": min(dynamics_lr, lr), "weight_decay": 0.0},
+    ]

@@ -1,0 +1,26 @@
+"""Convolution with kernels as long as the sequence, by FFT in O(L log L).
+
+    y_l = sum_{j <= l} k_j x_{l-j}          and, with a kernel backwards:  + sum_{j > l} b_{j-l-1} x_j
+
+The FFT length is the sum of both lengths, so that nothing wraps around, and the transform is in float32 at least.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def long_convolution(x: Tensor, kernel: Tensor, *, backward_kernel: Tensor | None = None) -> Tensor:
+    """x (..., L), kernel (..., Lk), their leading axes broadcast; the result has x's length and dtype.
+
+    backward_kernel: of the same shape. Its tap 0 meets the next position, not the present one, which the forward
+    kernel has already.
+    """
+    length, total = x.shape[-1], x.shape[-1] + kernel.shape[-1]
+    if backward_kernel is not None:
+        kernel = F.pad(kernel, (0, length)) + F.pad(backward_kernel.flip(-1), (length, 0))
+    spectrum = torch.fft.rfft(x.float(), n=total) * torch.fft.rfft(kernel.float(), n=total)
+    y: Tensor = torch.fft.irfft(spectrum, n=total)
+    return y[..., :length].to(x.dtype)

@@ -1,0 +1,62 @@
+"""The files of a training run, each replaced at once or not at all: a kill leaves the old one or the new one.
+
+model.safetensors, config.json   weights for tersor.models.load, and the config of a registered model
+last.pt                          {"settings", "run", "model", "optimizer", "scaler", "averaged"?}: all to go on with
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from tersor.errors import TersorError
+from tersor.models import config_of
+
+RUN_FILE, MODEL_FILE = "last.pt", "model.safetensors"
+
+
+def save_model(model: nn.Module, folder: Path) -> None:
+    tensors = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}  # tied ones twice
+    _replace(folder / MODEL_FILE, lambda path: save_file(tensors, path, {"format": "pt"}))
+    if hasattr(type(model), "system"):
+        text = json.dumps(config_of(model), indent=2) + "\n"
+        _replace(folder / "config.json", lambda path: path.write_text(text))
+
+
+def save_run(folder: Path, run: dict[str, Any], parts: dict[str, Any], settings: dict[str, Any]) -> None:
+    """parts: what has a state_dict. settings: what must be the same for the run to go on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {"settings": settings, "run": run, **{name: part.state_dict() for name, part in parts.items()}}
+    _replace(folder / RUN_FILE, lambda path: torch.save(state, path))
+
+
+def load_run(folder: Path, parts: dict[str, Any], settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Load the state of `parts`, and return what save_run was given as `run`; {} where no run is in the folder."""
+    if not (folder / RUN_FILE).exists():
+        if (folder / MODEL_FILE).exists():
+            raise TersorError(f"{folder} holds a model that no training left there; choose another folder")
+        return {}
+    state = torch.load(folder / RUN_FILE, map_location=device, weights_only=True)
+    for name, value in settings.items():
+        before = state["settings"].get(name)
+        if before != value:
+            raise TersorError(f"{folder} holds a run with {name} {before}, now it is {value}; choose another folder")
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    run: dict[str, Any] = state["run"]
+    return run
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    temporary = path.with_name(path.name + ".new")
+    write(temporary)
+    with temporary.open("rb+") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,49 @@
+"""What a training run writes down: one CSV row a step or validation, the same to TensorBoard where it is installed."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+COLUMNS = ("step", "epoch", "lr", "loss", "grad_norm", "validation", "seconds")
+
+
+class RunLog:
+    """`log.csv` in a run's folder, and TensorBoard in `tensorboard/`. Rows after `step`, of a killed run, go."""
+
+    def __init__(self, folder: Path, *, step: int) -> None:
+        path = folder / "log.csv"
+        kept: list[dict[str, Any]] = []
+        if path.exists():
+            with path.open(newline="") as file:
+                kept = [row for row in csv.DictReader(file) if row["step"] and int(row["step"]) <= step]
+        temporary = path.with_name("log.csv.new")
+        with temporary.open("w", newline="") as file:
+            rows = csv.DictWriter(file, COLUMNS)
+            rows.writeheader()
+            rows.writerows(kept)
+        temporary.replace(path)
+        self._file = path.open("a", newline="")
+        self._rows = csv.DictWriter(self._file, COLUMNS, restval="")
+        self._board = _tensorboard(folder / "tensorboard", step)
+
+    def write(self, step: int, **values: float) -> None:
+        self._rows.writerow({"step": step, **{name: f"{value:.7g}" for name, value in values.items()}})
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _tensorboard(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=step + 1)

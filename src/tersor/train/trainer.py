@@ -1,0 +1,294 @@
+"""One plain trainer: AdamW, warm-up, mixed precision, clipping, EMA, accumulation, resume, several devices.
+
+    train(model, windows, objective=forecasting, out="run", validation=more, config=TrainConfig(lr=1e-3))
+
+    torchrun --nproc-per-node 4 -m tersor train MODEL --data DATA ...        # the same on four devices
+
+One step is one batch of `batch_size` samples, however many devices and accumulated parts share it: the number of
+devices changes the speed and the last bits, not the training. `out` holds
+
+    model.safetensors, config.json   weights (the EMA's, if any) of the best validation, for models.load
+    last.pt                          everything that is needed to go on
+    log.csv, tensorboard/            loss, gradient norm, rate and validation by step
+
+Every file is replaced at once or not at all. A killed run goes on from last.pt when it is started again, and on a CPU
+ends in the very same bits, since nothing depends on what was before but the weights and the optimizer: the order of the
+data follows from (seed, epoch), and torch's random numbers from (seed, step, rank), set anew at each step. A data set
+that plays dice must do so as a function of (epoch, index); its set_epoch(epoch) is called where it has one.
+
+Plain torch, not Lightning Fabric or accelerate: what they would save is a DDP wrapper, an autocast and a loss scaler,
+some thirty lines here, and they would stand between the reader and the two things that need care, the random state and
+the order of the data.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from tersor.data.seeding import mixed_seed
+from tersor.errors import TersorError
+from tersor.train.checkpoint import MODEL_FILE, load_run, save_model, save_run
+from tersor.train.config import PRECISIONS, TrainConfig, learning_rate
+from tersor.train.log import RunLog
+from tersor.train.objectives import Batch, Objective
+
+FREE_TO_CHANGE = ("save_every", "log_every", "workers", "device")  # of a run that is resumed
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class _Run:
+    """How far a run is, beside weights and optimizer."""
+
+    step: int = 0
+    best: float = math.inf
+    best_step: int = 0
+    since_best: int = 0  # validations
+    validation: dict[str, float] = field(default_factory=dict)  # of the best
+
+
+@dataclass(frozen=True)
+class Trained:
+    steps: int
+    best_step: int  # of the weights that were kept
+    validation: dict[str, float]  # what they score; empty without validation data
+
+
+def train(
+    model: nn.Module,
+    training: Any,
+    *,
+    objective: Objective,
+    out: str | Path,
+    config: TrainConfig | None = None,
+    validation: Any = None,
+    progress: Progress | None = None,
+) -> Trained:
+    """Train `model` in place, or go on where a run in `out` was interrupted; it ends with the best weights.
+
+    training, validation: map-style data sets (len and [index]) whose items are dictionaries of tensors, see objectives.
+    """
+    config, out = config or TrainConfig(), Path(out)
+    rank, world, device = _place(config.device)
+    share, rest = divmod(config.batch_size, world * config.accumulate)
+    if share == 0 or rest:
+        raise TersorError(f"a batch of {config.batch_size} cannot be shared by {world} x {config.accumulate} parts")
+    if config.patience and validation is None:
+        raise TersorError(f"patience {config.patience} needs validation data")
+    steps_per_epoch = len(training) // config.batch_size  # a last, smaller batch is left out
+    if steps_per_epoch == 0:
+        raise TersorError(f"the training data have {len(training)} samples, less than one batch of {config.batch_size}")
+    steps = config.epochs * steps_per_epoch
+    steps = min(steps, config.max_steps or steps)
+    validate_every = config.validate_every or steps_per_epoch
+
+    model.to(device)
+    averaged = copy.deepcopy(model).requires_grad_(False) if config.ema else None
+    kept = averaged if averaged is not None else model
+    optimizer = _optimizer(model, config)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler} | ({"averaged": averaged} if averaged else {})
+    settings = _settings(model, training, config)
+    run = _Run(**load_run(out, parts, settings, device))
+    if rank == 0 and run.step == 0:
+        save_run(out, dataclasses.asdict(run), parts, settings)
+    stopped = bool(config.patience) and run.since_best >= config.patience
+
+    autocast = _autocast(config.precision, device)
+    net: nn.Module = model
+    if world > 1:
+        net = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    log = RunLog(out, step=run.step) if rank == 0 else None
+    batches: Iterator[Batch] = iter(())
+    losses, started = torch.zeros(2, device=device), time.perf_counter()  # the sum of losses, their number
+
+    first = run.step
+    for step in range(first, steps if not stopped else 0):
+        epoch, position = divmod(step, steps_per_epoch)
+        if position == 0 or step == first:
+            batches = _batches(training, config, epoch, position, rank, world)
+        torch.manual_seed(mixed_seed(config.seed, step, rank))
+        lr = learning_rate(step, steps, steps_per_epoch, config)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        net.train()
+        for part in range(config.accumulate):
+            batch = _to(next(batches), device)
+            last_part = part == config.accumulate - 1
+            hold: AbstractContextManager[None] = nullcontext()
+            if isinstance(net, DistributedDataParallel) and not last_part:
+                hold = net.no_sync()
+            with hold:
+                with autocast():
+                    loss = objective(net, batch)["loss"]
+                scaler.scale(loss / config.accumulate).backward()  # type: ignore[no-untyped-call]
+            losses += torch.stack((loss.detach().float(), torch.ones_like(losses[1])))
+        scaler.unscale_(optimizer)
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        if averaged is not None:
+            _average(averaged, model, min(config.ema, (1 + step) / (10 + step)))  # short memory at first
+
+        done = step + 1
+        validated = done % validate_every == 0 or done == steps
+        saved = validated or (config.save_every and done % config.save_every == 0)
+        values: dict[str, float] = {}
+        if saved or done % config.log_every == 0:
+            total, number = _sum(losses).tolist()
+            losses.zero_()
+            if not math.isfinite(total):
+                raise TersorError(f"the loss is {total} at step {done}; a lower lr, a warm-up or clip may help")
+            values = {"loss": total / number, "grad_norm": float(grad_norm)}
+            if progress is not None and rank == 0:
+                progress(f"epoch {epoch + 1}, loss {values['loss']:.4g}", done, steps)
+        if validated:
+            scores: dict[str, float] = {}
+            if validation is not None:
+                how: dict[str, Any] = {"precision": config.precision, "workers": config.workers}
+                scores = validate(kept, validation, objective, batch_size=share, **how)
+                values["validation"] = scores["loss"]
+            run.since_best += 1
+            if not scores or scores["loss"] < run.best:
+                run.best, run.best_step, run.since_best, run.validation = scores.get("loss", math.inf), done, 0, scores
+                if rank == 0:
+                    save_model(kept, out)
+            stopped = bool(config.patience) and run.since_best >= config.patience
+        if log is not None and values:
+            log.write(done, epoch=epoch + 1, lr=lr, seconds=time.perf_counter() - started, **values)
+        run.step = done
+        if rank == 0 and saved:
+            save_run(out, dataclasses.asdict(run), parts, settings)
+        if stopped:
+            break
+
+    if log is not None:
+        log.close()
+    _wait()  # for rank 0's files
+    model.load_state_dict(load_file(out / MODEL_FILE, device=str(device)))
+    return Trained(steps=run.step, best_step=run.best_step, validation=run.validation)
+
+
+@torch.no_grad()
+def validate(
+    model: nn.Module,
+    data: Any,
+    objective: Objective,
+    *,
+    batch_size: int = 32,
+    precision: str = "float32",
+    workers: int = 0,
+) -> dict[str, float]:
+    """The mean over all samples of everything that the objective reports, in eval mode; devices share the samples."""
+    rank, world = _ranks()
+    if len(data) < world:
+        raise TersorError(f"{len(data)} samples are too few to validate on with {world} devices")
+    device = next(model.parameters()).device
+    mine = torch.utils.data.Subset(data, range(rank, len(data), world))
+    was_training = model.training
+    model.eval()
+    sums: dict[str, Tensor] = {}
+    for batch in DataLoader(mine, batch_size, num_workers=workers):
+        size = len(next(iter(batch.values())))
+        with _autocast(precision, device)():
+            scores = objective(model, _to(batch, device))
+        for name, score in scores.items():
+            sums[name] = sums.get(name, torch.zeros((), device=device, dtype=torch.float64)) + score.double() * size
+    model.train(was_training)
+    return {name: _sum(total).item() / len(data) for name, total in sums.items()}
+
+
+def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    weights = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
+    others = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
+    groups = [{"params": weights, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2))
+
+
+def _batches(data: Any, config: TrainConfig, epoch: int, position: int, rank: int, world: int) -> Iterator[Batch]:
+    """This rank's parts of the epoch's batches, from batch `position` on."""
+    if hasattr(data, "set_epoch"):
+        data.set_epoch(epoch)
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(mixed_seed(config.seed, epoch)))
+    usable = len(data) // config.batch_size * config.batch_size
+    share = config.batch_size // (world * config.accumulate)
+    parts = order[position * config.batch_size : usable].reshape(-1, world, share)[:, rank].tolist()
+    loader: DataLoader[Batch] = DataLoader(data, batch_sampler=parts, num_workers=config.workers)
+    return iter(loader)
+
+
+@torch.no_grad()
+def _average(averaged: nn.Module, model: nn.Module, decay: float) -> None:
+    for mean, value in zip(averaged.parameters(), model.parameters(), strict=True):
+        mean.lerp_(value, 1 - decay)
+    for kept, buffer in zip(averaged.buffers(), model.buffers(), strict=True):
+        kept.copy_(buffer)
+
+
+def _settings(model: nn.Module, training: Any, config: TrainConfig) -> dict[str, Any]:
+    """What must be the same for a run to go on."""
+    fixed = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_TO_CHANGE}
+    described = str(getattr(model, "config", type(model).__name__))
+    return {**fixed, "model": described, "training samples": len(training)}
+
+
+def _place(wanted: str) -> tuple[int, int, torch.device]:
+    """(rank, number of processes, this process's device). Under torchrun, the group is made here."""
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise TersorError(f"device {wanted!r} is none that torch knows") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise TersorError(f"device {wanted!r} was asked for, but torch sees no GPU")
+    if dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    rank, world = _ranks()
+    if device.type == "cuda" and world > 1:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # torchrun's own way to say it
+        torch.cuda.set_device(device)
+    return rank, world, device
+
+
+def _ranks() -> tuple[int, int]:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def _autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    return lambda: torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "float32")
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def _sum(value: Tensor) -> Tensor:
+    if _ranks()[1] > 1:
+        value = value.clone()
+        dist.all_reduce(value)
+    return value
+
+
+def _wait() -> None:
+    if _ranks()[1] > 1:
+        dist.barrier()

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import tersor.models
+from tersor.cli.main import main
+
+SMALL = ["--set", "model.d_model=8", "--set", "model.d_ff=8", "--set", "model.n_heads=2", "--set", "model.seq_len=8"]
+QUICK = ["--max-steps", "3", "--batch-size", "4", "--device", "cpu"]
+
+
+@pytest.fixture
+def series(tmp_path: Path) -> Path:
+    rows = np.random.default_rng(0).standard_normal((200, 2)).cumsum(0)
+    np.savetxt(tmp_path / "x.csv", rows, delimiter=",")
+    return tmp_path / "x.csv"
+
+
+def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", *arguments])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("tersor: ")
+    assert error.count("\n") == 1
+    return error
+
+
+def run(*arguments: str) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", *arguments])
+    assert stopped.value.code == 0
+
+
+def test_trains_a_forecaster_that_loads_again(tmp_path: Path, series: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    run("itransformer", "--data", str(series), "--out", str(out), *SMALL, "--set", "model.pred_len=4", *QUICK, "--json")
+    told = json.loads(capsys.readouterr().out)
+    assert told["steps"] == 3
+    assert told["validation"].keys() == told["test"].keys() == {"loss", "mae"}
+    described = json.loads((out / "config.json").read_text())
+    model = tersor.models.load(described.pop("tersor_model"), out / "model.safetensors", **described)
+    assert model(torch.zeros(1, 8, 2)).shape == (1, 4, 2)
+
+
+def test_a_config_file_is_overruled_by_set_and_set_by_options(
+    tmp_path: Path, series: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text("[model]\npred_len = 2\n[train]\nmax_steps = 1\nbatch_size = 8\nlr = 0.5\n")
+    run(
+        *("itransformer", "--data", str(series), "--out", str(tmp_path / "run"), "--config", str(config), *SMALL),
+        *("--set", "model.pred_len=6", "--set", "train.lr=0.25", "--lr", "0.125", "--device", "cpu"),
+    )
+    assert "1 steps" in capsys.readouterr().out
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert state["settings"]["lr"] == 0.125
+    assert state["settings"]["batch_size"] == 8
+    assert state["model"]["projector.bias"].shape == (6,)
+
+
+def test_trains_a_classifier(tmp_path: Path) -> None:
+    pillow = pytest.importorskip("PIL.Image", reason="reading images needs Pillow")
+    for name in ("a", "b"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for n in range(4):
+            pixels = np.random.default_rng(n).integers(0, 255, (64, 64, 3), np.uint8)
+            pillow.fromarray(pixels).save(tmp_path / "images" / name / f"{n}.png")
+    images = str(tmp_path / "images")
+    run(
+        *("shvit", "--data", images, "--validation", images, "--out", str(tmp_path / "run"), *QUICK),
+        *("--set", "model.embed_dim=[16,24,32]", "--set", "model.partial_dim=[4,5,7]", "--set", "model.num_classes=2"),
+        *("--set", "data.size=64", "--set", "data.augment=true"),
+    )
+    assert (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--set", "model.d_modle=8"], "no option 'd_modle'; did you mean 'd_model'?"),
+        (["--set", "model.d_model=wide"], "d_model"),
+        (["--set", "data.split=thirds"], "not 'thirds'"),
+        (["--set", "data.marks=3"], "data.marks is 3, a value such as 'hours' is expected"),
+        (["--set", "train.lr=fast"], "train.lr is 'fast', a value such as 0.0001 is expected"),
+        (["--set", "lr=1"], "SECTION.NAME=VALUE is expected"),
+        (["--set", "optimizer.lr=1"], "no table 'optimizer'"),
+        (["--config", "missing.toml"], "no config file at missing.toml"),
+        (["--validation", "other.csv"], "a validation part of its own"),
+        (["--schedule", "linear"], "not 'linear'"),
+    ],
+)
+def test_says_in_one_line_what_is_wrong(
+    tmp_path: Path, series: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    usual = ["itransformer", "--data", str(series), "--out", str(tmp_path / "run"), *QUICK]
+    assert said in failure(capsys, *usual, *arguments)
+
+
+def test_says_when_a_file_is_no_config(tmp_path: Path, series: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    usual = ["itransformer", "--data", str(series), "--out", str(tmp_path / "run")]
+    for name, text in (("x.toml", "[model"), ("x.json", "{"), ("y.json", "[1]"), ("z.json", '{"model": 1}')):
+        (tmp_path / name).write_text(text)
+        assert name in failure(capsys, *usual, "--config", str(tmp_path / name))

@@ -1,0 +1,181 @@
+"""A job that is stopped at any moment leaves what it has finished, and the same command goes on to the same bytes."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Ran, files_of
+
+import tersor
+from tersor import GPTQ
+
+ARGUMENTS = ("--samples", "4", "--seq-len", "128", "--bits", "4", "--seed", "3")
+
+
+def start(out: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tersor", "quantize", "demo", "--out", str(out), *ARGUMENTS]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_block(process: subprocess.Popen[str], out: Path, number: int) -> None:
+    """Until so many blocks are on disk. A process that ends before is left to the test."""
+    while process.poll() is None and len(list((out / ".tersor-job").glob("model.layers.*.safetensors"))) < number:
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("uninterrupted") / "out"
+    tersor.compress("demo", GPTQ(bits=4), out=out, samples=4, seq_len=128, seed=3)
+    return files_of(out)
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_finished_blocks_and_the_same_command_goes_on(
+    tmp_path: Path, uninterrupted: dict[str, bytes]
+) -> None:
+    out = tmp_path / "out"
+    process = start(out)
+    wait_for_block(process, out, 2)
+    process.send_signal(signal.SIGINT)
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert printed == ""
+    assert errors.strip().splitlines() == [
+        "interrupted; what is finished is kept, and the same command goes on from there"
+    ]
+    assert not (out / "config.json").exists()
+    with pytest.raises(tersor.TersorError, match="unfinished job"):
+        tersor.load(out)
+
+    resumed = start(out)
+    printed, errors = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0, errors
+    assert "blocks from an earlier run" in printed
+    assert files_of(out) == uninterrupted
+
+
+@pytest.mark.slow
+def test_a_job_killed_again_and_again_comes_to_the_same_bytes(tmp_path: Path, uninterrupted: dict[str, bytes]) -> None:
+    out = tmp_path / "out"
+    for blocks in (1, 3, 6):
+        process = start(out)
+        wait_for_block(process, out, blocks)
+        process.kill()
+        process.communicate()
+    tersor.compress("demo", GPTQ(bits=4), out=out, samples=4, seq_len=128, seed=3)
+    assert files_of(out) == uninterrupted
+
+
+class Stopped(BaseException):
+    """What a test raises in the middle of a job."""
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_job_stopped_between_any_two_files_comes_to_the_same_bytes(
+    small_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sharded: bool
+) -> None:
+    if sharded:
+        monkeypatch.setattr("tersor.checkpoint.writer.SINGLE_FILE_LIMIT", 1000)
+    replace = os.replace
+    left = [10**9]
+
+    def replace_and_count(source: str, target: str) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Stopped
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_and_count)
+
+    def run(out: Path) -> None:
+        tersor.compress(small_source, GPTQ(group_size=32), out=out, samples=2, seq_len=32)
+
+    run(tmp_path / "whole")
+    files = 10**9 - left[0]
+    for stop in range(0, files, 2):
+        left[0] = stop
+        with pytest.raises(Stopped):
+            run(tmp_path / "out")
+        left[0] = 10**9
+        run(tmp_path / "out")
+        assert files_of(tmp_path / "out") == files_of(tmp_path / "whole"), f"stopped before file {stop} of {files}"
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_another_command_does_not_go_on_with_it(
+    tersor_command: Callable[..., Ran], small_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise Stopped
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        patched.setattr("tersor.checkpoint.writer.Job.finish", stop)
+        tersor.compress(small_source, GPTQ(group_size=32), out=out, samples=2, seq_len=32)
+    before = files_of(out)
+    common = ("quantize", small_source, "--out", out, "--group-size", 32, "--seq-len", 32)
+    for other, changed in (
+        (("--samples", 2, "--bits", 3), "another method"),
+        (("--samples", 3), "another calibration"),
+        (("--samples", 2, "--seed", 1), "another calibration"),
+    ):
+        ran = tersor_command(*common, *other)
+        assert ran.status == 2
+        assert changed in ran.err
+    assert files_of(out) == before
+    ran = tersor_command(*common, "--samples", 2, "--bits", 3, "--overwrite", "--json")
+    assert ran.status == 0, ran.err
+
+
+def test_a_file_size_limit_is_an_error_in_one_line(
+    tersor_command: Callable[..., Ran], small_source: Path, tmp_path: Path
+) -> None:
+    """What a quota does, and a stand-in for a full disk where none can be mounted."""
+    out, command = tmp_path / "out", ("quantize", small_source, "--group-size", 32, "--samples", 2, "--seq-len", 32)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        ran = tersor_command(*command, "--out", out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert ran.status == 2
+    assert len(ran.err.strip().splitlines()) == 1
+    assert "cannot write to" in ran.err
+    assert not (out / "config.json").exists()
+    assert tersor_command(*command, "--out", out).status == 0  # with room, the same command finishes
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_disk_is_an_error_in_one_line_and_the_job_goes_on_with_more_room(
+    tersor_command: Callable[..., Ran], small_source: Path, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("mounting a small file system is not permitted here")
+    try:
+        command = ("quantize", small_source, "--group-size", 32, "--samples", 2, "--seq-len", 32, "--out", disk / "out")
+        ran = tersor_command(*command)
+        assert ran.status == 2
+        assert len(ran.err.strip().splitlines()) == 1
+        assert "is full; the finished blocks are kept" in ran.err
+        assert not (disk / "out" / "config.json").exists()
+        subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
+        ran = tersor_command(*command, "--json")
+        assert ran.status == 0, ran.err
+        assert '"resumed_blocks": 2' in ran.out
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

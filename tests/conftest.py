@@ -1,0 +1,117 @@
+"""What all tests share: a small language model on disk, the command line as a function, and few examples for hypothesis."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from safetensors.torch import load_file, save_file
+
+from tersor.checkpoint.source import resolve
+
+settings.register_profile(
+    "tersor", max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("tersor")
+
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+EXTRA_FILES = {  # beside the model, to be carried along
+    "LICENSE": "Do as you like.\n",
+    "chat_template.jinja": "{{ messages }}\n",
+    "processor/nested.json": '{"kept": true}\n',
+}
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How a command ended: its exit status, and what it printed."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def tersor_command(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """The command line, run in this process: as `tersor ARGUMENTS`, after its imports."""
+    from tersor.cli.main import main
+
+    def run(*arguments: object) -> Ran:
+        capsys.readouterr()
+        status = 0
+        try:
+            main([str(each) for each in arguments])
+        except SystemExit as end:
+            status = int(end.code or 0)
+        captured = capsys.readouterr()
+        return Ran(status, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def small_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaMA of two narrow layers with random weights, the demo's tokenizer, and files and a tensor that nobody knows."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=8192,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        initializer_range=0.1,
+    )
+    folder = tmp_path_factory.mktemp("models") / "small"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    for name in TOKENIZER:
+        shutil.copyfile(resolve("demo") / name, folder / name)
+    for name, content in EXTRA_FILES.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"mtp.weight": torch.arange(6.0).view(2, 3)}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.fixture
+def small(small_source: Path, tmp_path: Path) -> Path:
+    """A copy of the small model that a test may damage."""
+    return Path(shutil.copytree(small_source, tmp_path / "small"))
+
+
+def change_tensors(model: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Edit the tensors of a checkpoint of one file in place."""
+    path = model / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    change(tensors)
+    save_file(tensors, path, {"format": "pt"})
+
+
+def change_json(path: Path, **values: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """The content of every file under a directory."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of texts that are too large to ship; a test that needs it says so where it is not there."""
+    folder = Path(os.environ.get("TERSOR_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"needs the data at {folder}: set TERSOR_DATA")
+    return folder

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tersor.errors import TersorError
+from tersor.train.objectives import classification, forecasting, language_modelling, objective_for
+
+
+class Answers(nn.Module):
+    def __init__(self, answer: Any) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, **inputs: Tensor) -> Any:
+        assert "target" not in inputs
+        return self.answer
+
+
+def test_forecasting_is_the_mean_squared_error() -> None:
+    scores = forecasting(
+        Answers(torch.zeros(1, 2, 1)), {"x_enc": torch.ones(1), "target": torch.tensor([[[1.0], [3.0]]])}
+    )
+    assert scores["loss"] == 5
+    assert scores["mae"] == 2
+
+
+def test_classification_is_the_cross_entropy() -> None:
+    logits = torch.tensor([[0.0, math.log(3)], [0.0, 0.0]])
+    scores = classification(Answers(logits), {"image": torch.ones(2), "target": torch.tensor([1, 1])})
+    assert scores["loss"] == pytest.approx((math.log(4 / 3) + math.log(2)) / 2)
+    assert scores["accuracy"] == 0.5
+
+
+def test_language_modelling_predicts_the_next_token() -> None:
+    tokens = torch.tensor([[2, 0, 1]])
+    logits = torch.full((1, 3, 3), -100.0)
+    logits[0, 0, 0] = logits[0, 1, 1] = 100.0  # at 2 says 0, at 0 says 1; what it says at the last counts for nothing
+    assert language_modelling(Answers(logits), {"input_ids": tokens})["loss"] == pytest.approx(0)
+
+
+def test_a_second_output_is_refused() -> None:
+    with pytest.raises(TersorError, match="returns tuple of 2"):
+        forecasting(Answers((torch.zeros(1), torch.zeros(1))), {"target": torch.zeros(1)})
+
+
+def test_the_input_decides() -> None:
+    assert objective_for("image") is classification
+    with pytest.raises(TersorError, match="'smell', only for series, image, tokens"):
+        objective_for("smell")
