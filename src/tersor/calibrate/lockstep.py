@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from tersor.calibrate.activations import Activations
 from tersor.calibrate.blocks import Unit
+from tersor.layers.linear_map import is_linear_map
 
 
 @dataclass
@@ -201,6 +202,8 @@ class Lockstep:
 
     def _gate(self, unit: Unit) -> Callable[..., Any]:
         forward = unit.module.forward
+        # An output head is a linear map itself: statistics hang on its being called as a module.
+        seen = unit.module if is_linear_map(unit.module) else forward
 
         def gate(*args: Any, **kwargs: Any) -> Any:
             current: _Pass | None = getattr(self._local, "current", None)
@@ -209,7 +212,7 @@ class Lockstep:
             if any(each.is_meta for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)):
                 raise WeightsElsewhereError(f"{unit.name} got an input that was made from weights not in memory (meta)")
             self._store.put((args, kwargs))
-            return current.stop_at(unit, Call(current.sample, args, kwargs, forward, self._store))
+            return current.stop_at(unit, Call(current.sample, args, kwargs, seen, self._store))
 
         return gate
 

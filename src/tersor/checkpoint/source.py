@@ -90,6 +90,22 @@ class Checkpoint:
         with self.tensors(names) as slices:
             return {name: piece[...] for name, piece in slices.items()}
 
+    @contextmanager
+    def mapped(self, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+        """The named tensors where they lie in their files: for copying from disk to disk, without holding them in memory."""
+        with ExitStack() as stack:
+            opened: dict[Path, Any] = {}
+            found = {}
+            for name in names:
+                path = self.shard_of[name]
+                if path not in opened:
+                    opened[path] = (
+                        _unpickled(path) if _is_pickle(path) else stack.enter_context(safe_open(path, framework="pt"))
+                    )
+                shard = opened[path]
+                found[name] = shard[name] if isinstance(shard, dict) else shard.get_tensor(name)
+            yield found
+
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, from the file's header."""
         with self.tensors([name]) as slices:
@@ -113,13 +129,14 @@ class Checkpoint:
         return sum(path.stat().st_size for path in set(self.shard_of.values()))
 
 
-def open_checkpoint(model: str | Path, *, allow_pickle: bool = False) -> Checkpoint:
+def open_checkpoint(model: str | Path, *, allow_pickle: bool = False, unfinished: bool = False) -> Checkpoint:
     """Open a directory, a built-in model or a hub repository. Raises TersorError where it is none of these.
 
     allow_pickle: read pickled weights where there are no safetensors; with `weights_only`, so that nothing in them runs.
+    unfinished: the caller is the job that writes it.
     """
     directory = resolve(model, allow_pickle=allow_pickle)
-    if (directory / JOB_FOLDER).exists():
+    if (directory / JOB_FOLDER / "journal.json").exists() and not unfinished:
         raise TersorError(f"{directory} holds an unfinished job; run its command again to finish it")
     config_file = directory / "config.json"
     if not config_file.is_file():

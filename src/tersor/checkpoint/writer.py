@@ -1,8 +1,8 @@
 """Write a compressed checkpoint block by block, so that a job that is stopped at any moment loses at most one block.
 
 While the job runs, OUT holds one folder, `.tersor-job`: `journal.json` (what is being made from what, and which blocks are done)
-and one safetensors file a block. Every file appears by a rename, so it is whole or absent. `finish` puts the shards, config and
-other files in place and removes the folder.
+and one safetensors file a block. Every file appears by a rename, so it is whole or absent. `place` puts the shards, config and
+other files beside the folder; `seal` makes the result a finished one, by removing first the journal, then the folder.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class Job:
         self.out, self.folder = out, out / JOB_FOLDER
         self.done: dict[str, list[dict[str, Any]]] = {}
         self._fingerprint: dict[str, str] = {}
+        self._emptying = False  # whether `out` still holds what --overwrite is to remove
 
     def check(self, fingerprint: Mapping[str, str], *, overwrite: bool, redo: bool = False) -> bool:
         """Whether there is a job to go on with. Raises TersorError where `out` is taken; changes nothing on disk.
@@ -53,9 +54,14 @@ class Job:
                     "give the same command to finish it, or --overwrite to start anew"
                 )
             return True
-        if redo and not overwrite and self._finished_result(fingerprint):
+        finished = not overwrite and self._is_result_of(fingerprint)
+        if finished and redo:
             return True
         if self.out.exists() and any(path != self.folder for path in self.out.iterdir()):
+            if finished:
+                raise TersorError(
+                    f"{self.out} holds the finished result of this very command; --redo '*' or --overwrite makes it again"
+                )
             if not overwrite:
                 raise TersorError(f"{self.out} exists and is not empty; give another directory or --overwrite")
             if not self.folder.exists() and not (self.out / "config.json").exists():
@@ -66,15 +72,36 @@ class Job:
 
     def start(self, fingerprint: Mapping[str, str], *, overwrite: bool, redo: bool = False) -> None:
         """Begin, or go on with what an earlier run of the same command left. Raises as `check` does."""
-        if self.check(fingerprint, overwrite=overwrite, redo=redo):
-            journal = self._read_journal()
-            self.done = journal["done"] if journal is not None else {}
-        elif self.out.exists():
-            shutil.rmtree(self.out)
+        going_on = self.check(fingerprint, overwrite=overwrite, redo=redo)
+        journal = self._read_journal() if going_on else None
         self._fingerprint = dict(fingerprint)
         with _disk_errors(self.out):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._write_journal()
+            if journal is not None:
+                self._remove_half_written()
+                self._emptying = bool(journal.get("emptying"))
+                self.done = {name: rows for name, rows in journal["done"].items() if self._block_file(name).exists()}
+            else:
+                self._emptying = not going_on
+            self._write_journal()  # from here on, a run that is killed while it empties `out` is gone on with
+            if self._emptying:
+                self._empty()
+                self._emptying = False
+                self._write_journal()
+
+    def _remove_half_written(self) -> None:
+        """Files that a killed run was writing: safetensors begins them under names of its own."""
+        for path in self.folder.glob(".tmp*"):
+            path.unlink()
+
+    def _empty(self) -> None:
+        """Remove all that is in `out` but the journal."""
+        journal = self.folder / "journal.json"
+        for path in [*self.out.iterdir(), *self.folder.iterdir()]:
+            if path.is_dir() and not path.is_symlink() and path != self.folder:
+                shutil.rmtree(path)
+            elif path not in (self.folder, journal):
+                path.unlink()
 
     def redo(self, blocks: set[str], layers: Mapping[str, Mapping[str, Sequence[str]]]) -> None:
         """Forget these finished blocks. Where the whole result is finished, its other blocks become those of an unfinished job.
@@ -103,64 +130,81 @@ class Job:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return found
 
-    def _finished_result(self, fingerprint: Mapping[str, str]) -> bool:
+    def _is_result_of(self, fingerprint: Mapping[str, str]) -> bool:
         result = self._result()
         return result is not None and result.get("fingerprint") == dict(fingerprint)
 
     def write_block(self, name: str, tensors: Mapping[str, Tensor], reports: list[dict[str, Any]]) -> None:
         with _disk_errors(self.out):
-            _save(tensors, self._block_file(name))
+            self._save(tensors, self._block_file(name))
             self.done[name] = reports
             self._write_journal()
 
     def read_block(self, name: str) -> dict[str, Tensor]:
         return load_file(self._block_file(name))
 
-    def finish(
+    def place(
         self, source: Checkpoint, replaced: set[str], config: Mapping[str, Any], extra: Mapping[str, Mapping[str, Any]]
     ) -> None:
         """Complete the directory: the tensors of `source` but for those in `replaced`, its other files, and the configs.
 
-        extra: JSON files to write beside config.json, by name.
+        extra: JSON files to write beside config.json, by name. Placed again after an interruption, they are the same.
         """
         with _disk_errors(self.out):
             blocks = [self._block_file(name) for name in self.done]
             rest = self.folder / "rest.safetensors"
             if not rest.exists():
-                kept = [name for name in source.shard_of if name not in replaced]
-                _save(source.read(kept), rest)
-            sizes = sum(path.stat().st_size for path in [*blocks, rest] if path.exists())
-            if sizes <= SINGLE_FILE_LIMIT:
+                with source.mapped([name for name in source.shard_of if name not in replaced]) as kept:
+                    self._save(kept, rest)
+            if sum(path.stat().st_size for path in [*blocks, rest]) <= SINGLE_FILE_LIMIT:
                 together: dict[str, Tensor] = {}
                 for path in [*blocks, rest]:
                     together.update(load_file(path))  # mapped, not read: the merge streams from disk to disk
-                _save(together, self.out / "model.safetensors")
+                self._save(together, self.out / "model.safetensors")
             else:
                 self._place_shards([*blocks, rest])
             for path in source.other_files():
                 relative = path.relative_to(source.directory)
                 if relative.as_posix() not in ("config.json", RESULT_FILE, *extra):
                     (self.out / relative).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(path, self.out / relative)
+                    shutil.copyfile(path, self._partial)
+                    _settle(self._partial, self.out / relative)
             for name, content in {**extra, "config.json": config}.items():
-                _write_json(self.out / name, content)
-            leftover = (
-                self.out / f"{JOB_FOLDER}-finished"
-            )  # from here on the result counts, whenever the folder is gone
-            os.replace(self.folder, leftover)
-            shutil.rmtree(leftover)
+                self._write_json(content, self.out / name)
+
+    def seal(self) -> None:
+        """Declare the result finished."""
+        with _disk_errors(self.out):
+            (self.folder / "journal.json").unlink()
+            shutil.rmtree(self.folder)
 
     def _place_shards(self, files: list[Path]) -> None:
         weight_map, total = {}, 0
         for n, path in enumerate(files, 1):
             shard = self.out / f"model-{n:05d}-of-{len(files):05d}.safetensors"
-            _link(path, shard)  # the job's own file stays, so that a job that is stopped here still has its blocks
+            _link(path, shard)
             for name, tensor in load_file(shard).items():
                 weight_map[name] = shard.name
                 total += tensor.numel() * tensor.element_size()
-        _write_json(
-            self.out / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        )
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        self._write_json(index, self.out / INDEX)
+
+    @property
+    def _partial(self) -> Path:
+        """Where a file is written before it is renamed to its place."""
+        return self.folder / "partial"
+
+    def _save(self, tensors: Mapping[str, Tensor], path: Path) -> None:
+        """A safetensors file that is whole or absent."""
+        own = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+        self._partial.unlink(missing_ok=True)
+        save_file(own, self._partial, metadata={"format": "pt"})
+        self._partial.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
+        _settle(self._partial, path)
+
+    def _write_json(self, content: Mapping[str, Any], path: Path) -> None:
+        self._partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _settle(self._partial, path)
 
     def _block_file(self, name: str) -> Path:
         return self.folder / f"{name or 'model'}.safetensors"
@@ -171,42 +215,19 @@ class Job:
             return None
         try:
             journal: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return {key: dict(journal[key]) for key in ("fingerprint", "done")}
+            return {**journal, **{key: dict(journal[key]) for key in ("fingerprint", "done")}}
         except (ValueError, KeyError, TypeError) as error:
             raise TersorError(f"{path} is damaged ({error}); --overwrite starts anew") from None
 
     def _write_journal(self) -> None:
-        _write_json(self.folder / "journal.json", {"fingerprint": self._fingerprint, "done": self.done})
-
-
-def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """A safetensors file that is whole or absent."""
-    partial = path.with_name(f"{path.name}.partial")
-    own = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
-    save_file(own, partial, metadata={"format": "pt"})
-    partial.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
-    _settle(partial, path)
-
-
-def _link(path: Path, other: Path) -> None:
-    """`other` as a second name of a file, or a copy where the file system has no such thing."""
-    other.unlink(missing_ok=True)
-    try:
-        os.link(path, other)
-    except OSError:
-        shutil.copyfile(path, other)
+        journal = {"fingerprint": self._fingerprint, "done": self.done}
+        self._write_json({**journal, "emptying": True} if self._emptying else journal, self.folder / "journal.json")
 
 
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    _settle(partial, path)
 
 
 def _settle(partial: Path, path: Path) -> None:
@@ -216,17 +237,28 @@ def _settle(partial: Path, path: Path) -> None:
     os.replace(partial, path)
 
 
+def _link(source: Path, target: Path) -> None:
+    """Another name for a file, which is kept for a run that goes on from here; a copy where the disk knows no links."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 @contextmanager
 def _disk_errors(out: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         if full:
             raise TersorError(
                 f"the disk of {out} is full; the finished blocks are kept: make room and give the same command again"
             ) from None
-        raise TersorError(f"cannot write to {out}: {error}") from None
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise TersorError(f"cannot write to {out}: {error.strerror}") from None
+        raise
 
 
 def model_fingerprint(checkpoint: Checkpoint) -> str:

@@ -60,6 +60,8 @@ class Recipe:
 
 def make_rules(rules: Sequence[Mapping[str, Any] | Rule]) -> tuple[Rule, ...]:
     """Rules from plain mappings. Raises TersorError naming what is wrong with one."""
+    if isinstance(rules, str | Mapping) or not isinstance(rules, Sequence):
+        raise TersorError(f"rules is no list but {rules!r}; give a list of mappings, each with `match`")
     made = []
     for n, rule in enumerate(rules, 1):
         if isinstance(rule, Rule):

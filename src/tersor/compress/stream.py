@@ -102,9 +102,10 @@ def compress_checkpoint(name: str, job: Settings) -> Compressed:
             plan = without(plan, {name for name in plan.all_linears() if not first.is_called(name)})
             check_reached(plan, first.visits)
             job.progress(forecast(lazy, plan, batches, job.device).text(), 0, 1)
+        again = _blocks_to_redo(plan, job.redo)
         writer.start(marks, overwrite=job.overwrite, redo=bool(job.redo))
         if job.redo:
-            writer.redo(_blocks_to_redo(plan, job.redo), _stems_of(plan, published))
+            writer.redo(again, _stems_of(plan, published))
         blocks.timer.lap("")
         if probe is None:
             walk_without_samples(lazy.module, plan, stored, hessian_dtype, hooks)
@@ -119,12 +120,13 @@ def compress_checkpoint(name: str, job: Settings) -> Compressed:
         if layout.name != "compressed-tensors":
             extra["quantize_config.json"] = config
         replaced = {key for linear in plan.all_linears() for key in lazy.keys_of_map(linear)}
-        writer.finish(checkpoint, replaced, {**checkpoint.config, "quantization_config": config}, extra)
+        writer.place(checkpoint, replaced, {**checkpoint.config, "quantization_config": config}, extra)
         if probe is not None and after is not None:
             read = _read_back(target, probe, first.units, dtype, job.device)
             if max(first.visits.values()) == 1:
                 _check_equal(target, read, after)
             after = read  # of a block that is used twice, the walk ran the original the first time
+        writer.seal()
         job.progress("writing", 1, 1)
 
     summary = Summary(
@@ -218,7 +220,7 @@ def _result(job: Settings, layout: Layout, marks: dict[str, str], reports: list[
 
 def _read_back(target: Path, probe: Batch, units: list[Unit], dtype: torch.dtype, device: torch.device) -> Tensor:
     """The probe's output from the checkpoint that was written."""
-    lazy = LazyModel(open_checkpoint(target), dtype=dtype, device=device)
+    lazy = LazyModel(open_checkpoint(target, unfinished=True), dtype=dtype, device=device)
     names = {unit.name for unit in units}
     mine = [unit for unit in units_of(lazy.module) if unit.name in names]
     lazy.load_rest([unit.module for unit in mine])

@@ -103,7 +103,7 @@ def _watching_linear_maps(unit: Unit, called: set[str]) -> Iterator[None]:
 
         return after
 
-    maps = {f"{unit.name}.{name}" if unit.name else name: each for name, each in linear_maps(unit.module).items()}
+    maps = {".".join(filter(None, (unit.name, n))): each for n, each in linear_maps(unit.module).items()}
     handles = [each.register_forward_hook(watch(n)) for n, each in maps.items() if isinstance(each, nn.Module)]
     experts = {name: each for name, each in maps.items() if isinstance(each, ExpertMap)}
     try:
@@ -152,7 +152,7 @@ def walk(
                     stop.run()
                 else:
                     hooks.progress(f"compressing {name or 'the model'}", total - len(remaining), total)
-                    block = Block(name, plan.linears[name], calls, stored, hessian_dtype)
+                    block = Block(name, plan.linears[name], calls, stored, hessian_dtype, module=stop.unit.module)
                     if not hooks.restore(block):
                         _compress(block, plan)
                     stop.run(_output_check(stop.unit, sample_number))
