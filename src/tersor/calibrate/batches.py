@@ -24,8 +24,9 @@ def make_batches(
     """Samples from whatever the user gave.
 
     A text ("builtin", None, "hf:NAME" or a file's path) is tokenized as one string, of which `samples` windows of `seq_len`
-    tokens are drawn at random places; of a list of strings each is one sample, cut at `seq_len` tokens; anything else is taken
-    as the model's own inputs: dictionaries, tensors (the first argument) or tuples (the arguments). At most `samples` are used.
+    tokens are drawn, one at a random place in each equal part; of a list of strings each is one sample, cut at `seq_len`
+    tokens; anything else is taken as the model's own inputs: dictionaries, tensors (the first argument) or tuples (the
+    arguments). At most `samples` are used.
     """
     length = min(seq_len, max_positions or seq_len)
     if calibration is None or isinstance(calibration, str | Path):
@@ -105,7 +106,9 @@ def _windows(tokens: Tensor, origin: str, *, samples: int, length: int, seed: in
             f"{origin} has {len(tokens)} tokens, less than one sample of {length}; use a longer text or --seq-len {len(tokens)}"
         )
     generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(0, len(tokens) - length + 1, (samples,), generator=generator)
+    # One window at a random place in each of `samples` equal parts: texts are collections, and this visits all of one.
+    places = (torch.arange(samples) + torch.rand(samples, generator=generator)) / samples
+    starts = (places * (len(tokens) - length + 1)).long()
     return [{"input_ids": tokens[start : start + length][None]} for start in starts.tolist()]
 
 

@@ -55,9 +55,12 @@ class _SharedJob(Job):
     def read_block(self, name: str) -> dict[str, Tensor]:
         return parallel.once(lambda: self._job.read_block(name))
 
-    def finish(self, *result: Any) -> None:
-        """Called by the first process alone."""
-        self._job.finish(*result)
+    def place(self, *result: Any) -> None:
+        """Called by the first process alone, as is `seal`."""
+        self._job.place(*result)
+
+    def seal(self) -> None:
+        self._job.seal()
 
 
 def lead(result: Compressed) -> Compressed:

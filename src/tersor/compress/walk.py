@@ -152,7 +152,7 @@ def walk(
                     stop.run()
                 else:
                     hooks.progress(f"compressing {name or 'the model'}", total - len(remaining), total)
-                    block = Block(name, plan.linears[name], calls, stored, hessian_dtype, module=stop.unit.module)
+                    block = Block(name, plan.linears[name], calls, stored, hessian_dtype)
                     if not hooks.restore(block):
                         _compress(block, plan)
                     stop.run(_output_check(stop.unit, sample_number))
