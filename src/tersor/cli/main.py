@@ -35,6 +35,8 @@ app.command("models")(models)
 app.command("demo")(demo)
 app.command("train")(train)
 
+INTERRUPTED = 130  # the exit status that typer makes of Ctrl-C, without a word
+
 
 def _version(value: bool) -> None:
     if value:
@@ -57,9 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app(args=None if arguments is None else list(arguments))
     except TersorError as error:
         _fail(str(error))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as ended:
+        if isinstance(ended, SystemExit) and ended.code != INTERRUPTED:
+            raise
         typer.echo("interrupted; what is finished is kept, and the same command goes on from there", err=True)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except BrokenPipeError:
         sys.exit(0)
 
