@@ -251,14 +251,12 @@ def _disk_errors(out: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
         if full:
             raise TersorError(
                 f"the disk of {out} is full; the finished blocks are kept: make room and give the same command again"
             ) from None
-        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise TersorError(f"cannot write to {out}: {error.strerror}") from None
-        raise
+        raise TersorError(f"cannot write to {out}: {error}") from None
 
 
 def model_fingerprint(checkpoint: Checkpoint) -> str:
