@@ -18,6 +18,8 @@ from tersor.cli.sweep import sweep
 from tersor.cli.train import train
 from tersor.errors import TersorError
 
+INTERRUPTED = 130  # the exit status that typer makes of Ctrl-C, without a word
+
 app = typer.Typer(
     name="tersor",
     help="Make transformers small and fast, see what was lost, and run them.",
@@ -57,9 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app(args=None if arguments is None else list(arguments))
     except TersorError as error:
         _fail(str(error))
-    except KeyboardInterrupt:
-        typer.echo("interrupted; what is finished is kept, and the same command goes on from there", err=True)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            typer.echo("interrupted; what is finished is kept, and the same command goes on from there", err=True)
+        raise
     except BrokenPipeError:
         sys.exit(0)
 
