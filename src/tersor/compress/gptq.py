@@ -17,6 +17,7 @@ from tersor.compress.block import Block, Statistics
 from tersor.compress.gptq_solver import Solution, solve_gptq
 from tersor.compress.method import Method, check_options, option, register
 from tersor.compress.uniform import BITS_HELP, GROUP_HELP, SYM_HELP, check_grid, is_bits, is_group_size, width_of
+from tersor.errors import TersorError
 from tersor.formats.grid import Bits, ClipSearch
 from tersor.formats.layouts import Layout
 from tersor.layers.linear_map import weight_matrix
@@ -51,6 +52,12 @@ class GPTQ(Method):
 
     def check_linear(self, name: str, out_features: int, in_features: int, layout: Layout | None) -> None:
         check_grid(name, self.bits, self.group_size, self.sym, out_features, in_features, layout)
+        scattered = self.desc_act and not self.static_groups and self.group_size != -1
+        if scattered and layout is not None and layout.name == "compressed-tensors":
+            raise TersorError(
+                "--desc-act scatters the groups, which compressed-tensors no longer has a place for: "
+                "add --static-groups, or use --format gptq"
+            )
 
     def compress_block(self, block: Block) -> None:
         groups = block.order.groups
@@ -83,7 +90,7 @@ class GPTQ(Method):
         return {
             "bits": width_of(self.bits),
             "group_size": self.group_size,
-            "sym": self.sym and self.bits != "ternary",
+            "sym": self.sym,
             "desc_act": self.desc_act,
             "static_groups": self.static_groups,
             "true_sequential": self.true_sequential,

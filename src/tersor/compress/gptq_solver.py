@@ -40,11 +40,13 @@ class Solution:
         return dequantize(self.codes, self.scales[:, self.g_idx], self.zeros[:, self.g_idx], self.bits)
 
     def pack(self, group_size: int, stored: Stored | None) -> QuantizedWeight:
-        """The packed weight. Symmetric ternary levels -s, 0, s are 2-bit codes 0, 1, 2 with zero point 1."""
+        """The packed weight. Symmetric ternary levels -s, 0, s are 2-bit codes 1, 2, 3: the zero point of all symmetric grids."""
         scales = self.scales if stored is None else self.scales.to(stored.scale_dtype)
-        bits, zeros = (2, torch.ones_like(self.zeros)) if self.bits == "ternary" else (self.bits, self.zeros)
+        codes, zeros, bits = self.codes, self.zeros, self.bits
+        if bits == "ternary":
+            codes, zeros, bits = codes + 1, torch.full_like(zeros, 2), 2
         return QuantizedWeight.from_codes(
-            self.codes, scales.t(), zeros.t(), bits=bits, group_size=group_size, g_idx=self.g_idx
+            codes, scales.t(), zeros.t(), bits=bits, group_size=group_size, g_idx=self.g_idx
         )
 
 

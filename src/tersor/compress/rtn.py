@@ -53,7 +53,7 @@ class RTN(Method):
         return {
             "bits": width_of(self.bits),
             "group_size": self.group_size,
-            "sym": self.sym and self.bits != "ternary",
+            "sym": self.sym,
             "desc_act": False,
             "static_groups": False,
             "true_sequential": False,

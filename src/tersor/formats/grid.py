@@ -84,7 +84,9 @@ def fit_grid(
     high = x.amax(1, keepdim=True).clamp(min=0)
     if sym:
         high = torch.maximum(low.abs(), high)
-        low = torch.where(low < 0, -high, low)
+        # Of the three levels that a file holds, the outer ones always mirror each other.
+        mirrored = -high if bits == "ternary" and stored is not None else low
+        low = torch.where(low < 0, -high, mirrored)
     empty = (low == 0) & (high == 0)
     low, high = torch.where(empty, -1.0, low), torch.where(empty, 1.0, high)
     grid = _grid_of_range(low, high, bits, sym, stored)
