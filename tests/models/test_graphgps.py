@@ -8,7 +8,7 @@ from torch import Tensor
 
 import tersor.models
 from tersor.errors import TersorError
-from tersor.layers.graph_encodings import (
+from tersor.data.graph_encodings import (
     electrostatic_encoding,
     heat_kernel_encoding,
     laplacian_eigenpairs,

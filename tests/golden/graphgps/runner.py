@@ -7,7 +7,7 @@ from golden.harness import Case, capture, check_parameters
 from torch import Tensor
 
 import tersor.models
-from tersor.layers import graph_encodings
+from tersor.data import graph_encodings
 from tersor.models.loading import load_state
 
 

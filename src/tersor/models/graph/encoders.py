@@ -1,7 +1,7 @@
 """Encoders of graphs' nodes and edges: categories, molecules' features, positional and structural encodings.
 
 What GraphGPS' models are fed through; every class is named and keyed as there. An encoding's forward takes the batch's
-statistics by name (see tersor.layers.graph_encodings), edge_index [2, E] and batch [N], and gives [N, dim_pe].
+statistics by name (see tersor.data.graph_encodings), edge_index [2, E] and batch [N], and gives [N, dim_pe].
 """
 
 from __future__ import annotations
@@ -237,5 +237,5 @@ def _channel_norm(norm: nn.Module, x: Tensor) -> Tensor:
 def _given(statistics: dict[str, Tensor], key: str) -> Tensor:
     if key not in statistics:
         given = ", ".join(statistics) or "none"
-        raise TersorError(f"graphgps needs {key}=..., computed with tersor.layers.graph_encodings; given are {given}")
+        raise TersorError(f"graphgps needs {key}=..., computed with tersor.data.graph_encodings; given are {given}")
     return statistics[key]

@@ -4,7 +4,7 @@ What it is for: predictions about graphs (molecules, peptides, superpixels) and 
 along edges and attends between all nodes of a graph, side by side; encodings say where in the graph a node is.
 
     model = tersor.models.load("graphgps_zinc", "checkpoint.ckpt")         # needs tersor[graphs]
-    rwse = random_walk_encoding(edge_index, nodes, range(1, 21))           # tersor.layers.graph_encodings
+    rwse = random_walk_encoding(edge_index, nodes, range(1, 21))           # tersor.data.graph_encodings
     y = model(x, edge_index, edge_attr, batch, pestat_RWSE=rwse)           # (graphs, dim_out)
 
 A batch is flat, as in torch_geometric: nodes x [N, ·], edges edge_index [2, E] (from row 0 to row 1) with edge_attr
@@ -356,7 +356,7 @@ class GPSLayer(nn.Module):
         return x + self.dropout(y), edges
 
     def convert_checkpoint(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {key.replace("self_attn.in_proj_", "self_attn.in_proj."): value for key, value in state.items()}
+        return _layers_renamed(state)
 
 
 class NodeEncoder(nn.Module):
@@ -599,48 +599,37 @@ class GraphGPS(nn.Module):
         return self.post_mp(x, batch)
 
     def example_inputs(self, batch_size: int = 2) -> dict[str, Tensor]:
-        """Rings of 6, 7, 8, 6, ... nodes."""
-        from torch_geometric.data import Batch, Data
-
-        from tersor.layers import graph_encodings as encodings
-
-        config, rings = self.config, []
-        for i in range(batch_size):
-            n = 6 + i % 3
-            there = torch.stack((torch.arange(n), (torch.arange(n) + 1) % n))
-            ring = Data(edge_index=torch.cat((there, there.flip(0)), 1), num_nodes=n)
-            if (rwse := config.posenc_RWSE) is not None:
-                ring.pestat_RWSE = encodings.random_walk_encoding(ring.edge_index, n, range(1, rwse.statistics + 1))
-            if (heat := config.posenc_HKdiagSE) is not None:
-                ring.pestat_HKdiagSE = encodings.heat_kernel_encoding(ring.edge_index, n, range(1, heat.statistics + 1))
-            if config.posenc_ElstaticSE is not None:
-                ring.pestat_ElstaticSE = encodings.electrostatic_encoding(ring.edge_index, n)
-            for section, values, vectors in (("LapPE", "EigVals", "EigVecs"), ("SignNet", "eigvals_sn", "eigvecs_sn")):
-                if (laplacian := getattr(config, f"posenc_{section}")) is not None:
-                    pairs = encodings.laplacian_eigenpairs(
-                        ring.edge_index, n, laplacian.max_freqs, laplacian_norm="none"
-                    )
-                    ring[values], ring[vectors] = pairs
-            rings.append(ring)
-        joined = Batch.from_data_list(rings)
-        kind = config.node_encoder.split("+")[0]
+        """Rings of 6, 7, 8, 6, ... nodes with random features and statistics."""
+        config = self.config
+        sizes = [6 + i % 3 for i in range(batch_size)]
+        batch = torch.repeat_interleave(torch.arange(batch_size), torch.tensor(sizes))
+        first = torch.cat([torch.arange(n) for n in sizes])
+        offset = torch.arange(len(batch)) - first
+        there = torch.stack((offset + first, offset + (first + 1) % torch.tensor(sizes)[batch]))
+        edge_index = torch.cat((there, there.flip(0)), 1)
+        kind, nodes, edges = config.node_encoder.split("+")[0], len(batch), edge_index.shape[1]
         inputs = {
-            "x": _example_features(joined.num_nodes, kind, ATOM_TYPES, config.node_types, config.dim_in),
-            "edge_index": joined.edge_index,
-            "edge_attr": _example_features(
-                joined.num_edges, config.edge_encoder, BOND_TYPES, config.edge_types, config.dim_edge
-            ),
-            "batch": joined.batch,
+            "x": _example_features(nodes, kind, ATOM_TYPES, config.node_types, config.dim_in),
+            "edge_index": edge_index,
+            "edge_attr": _example_features(edges, config.edge_encoder, BOND_TYPES, config.edge_types, config.dim_edge),
+            "batch": batch,
         }
-        return inputs | {key: joined[key] for key in list(joined.keys()) if key.startswith(("pestat", "Eig", "eig"))}
+        for name in ("RWSE", "HKdiagSE", "ElstaticSE"):
+            if (encoding := getattr(config, f"posenc_{name}")) is not None:
+                inputs[f"pestat_{name}"] = torch.rand(nodes, encoding.statistics)
+        for name, values, vectors in (("LapPE", "EigVals", "EigVecs"), ("SignNet", "eigvals_sn", "eigvecs_sn")):
+            if (encoding := getattr(config, f"posenc_{name}")) is not None:
+                absent = torch.arange(encoding.max_freqs) >= torch.tensor(sizes)[batch][:, None]
+                inputs[vectors] = torch.randn(absent.shape).masked_fill(absent, torch.nan)
+                inputs[values] = torch.rand(absent.shape).masked_fill(absent, torch.nan)[..., None]
+        return inputs
 
     def convert_checkpoint(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         if state and all(key.startswith("model.") for key in state):
             state = {key.removeprefix("model."): value for key, value in state.items()}
         alone = isinstance(self.encoder.node_encoder, EncodingAlone)
         converted = {}
-        for key, value in state.items():
-            key = key.replace("self_attn.in_proj_", "self_attn.in_proj.")
+        for key, value in _layers_renamed(state).items():
             place = "encoder.node_encoder."
             if alone and key.startswith(place) and not key.startswith((f"{place}linear_x", f"{place}encoding")):
                 key = f"{place}encoding.{key.removeprefix(place)}"
@@ -648,6 +637,19 @@ class GraphGPS(nn.Module):
                 value = F.pad(value, (0, 0, 0, 1))  # the older vocabulary has no fifth kind of chirality
             converted[key] = value
         return converted
+
+
+def _layers_renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Attention's packed projection is a Linear here; GAT's one W was written twice before torch_geometric 2.5."""
+    renames = (("self_attn.in_proj_", "self_attn.in_proj."), ("local_model.lin_src.", "local_model.lin."))
+    renamed = {}
+    for key, value in state.items():
+        if "local_model.lin_dst." in key:
+            continue
+        for published, ours in renames:
+            key = key.replace(published, ours)
+        renamed[key] = value
+    return renamed
 
 
 def _two_layers(config: GPSLayerConfig) -> nn.Sequential:
