@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 import tersor.models
-from tersor.errors import TersorError
 from tersor.data.graph_encodings import (
     electrostatic_encoding,
     heat_kernel_encoding,
     laplacian_eigenpairs,
     random_walk_encoding,
 )
+from tersor.errors import TersorError
 
 LAP = {"model": "DeepSet", "dim_pe": 4, "layers": 2, "max_freqs": 5}
 SMALL: dict[str, Any] = {"node_encoder": "TypeDictNode", "dim_hidden": 16, "layers": 2}
