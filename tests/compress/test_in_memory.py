@@ -112,7 +112,8 @@ def test_gpt2_with_its_transposed_layers(tmp_path: Path) -> None:
     result.save(tmp_path / "saved")
     with torch.no_grad():
         expected = result.model(**samples[0]).logits
-        assert torch.equal(tersor.load(tmp_path / "saved")(**samples[0]).logits, expected)
+        read = tersor.load(tmp_path / "saved")(**samples[0]).logits
+        torch.testing.assert_close(read, expected, rtol=1e-4, atol=1e-5)  # kernels add up in another order
         assert float((expected - model(**samples[0]).logits).norm() / expected.norm()) < 0.02
 
 

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tersor.errors import TersorError
@@ -23,8 +24,12 @@ class QuantizedLinear(nn.Module):
     zeros: Tensor
     g_idx: Tensor | None
     bias: Tensor | None
+    like: Tensor  # empty; of the dtype in which `weight` is shown, which follows the module's casts
 
-    def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None) -> None:
+    def __init__(
+        self, weight: QuantizedWeight, bias: Tensor | None = None, *, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """dtype: of the dense weight whose place this takes; models that cast their inputs look at it."""
         super().__init__()
         self.bits, self.group_size, self.in_features = weight.bits, weight.group_size, weight.in_features
         self.out_features = weight.out_features
@@ -33,6 +38,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("zeros", weight.zeros)
         self.register_buffer("g_idx", weight.g_idx)
         self.register_buffer("bias", bias)
+        self.register_buffer("like", torch.empty(0, dtype=dtype, device=weight.qweight.device), persistent=False)
         self.prepared: PreparedWeight | None = None
 
     def prepare(self) -> bool:
@@ -80,7 +86,7 @@ class QuantizedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dequantized weight [out, in]; a new tensor at every access, for code that only looks at it."""
-        return self.packed.dequantize()
+        return self.packed.dequantize(self.like.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         y = quantized_matmul(x, self.packed if self.prepared is None else self.prepared)
@@ -109,8 +115,9 @@ def quantized_layer(layer: nn.Module, weight: QuantizedWeight) -> nn.Module:
     """The packed module that takes the place of a linear map."""
     if isinstance(layer, nn.Conv2d):
         return QuantizedConv2d(weight, layer)
-    bias = getattr(layer, "bias", None)
-    return QuantizedLinear(weight, bias if isinstance(bias, Tensor) else None)
+    dense, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
+    assert isinstance(dense, Tensor)
+    return QuantizedLinear(weight, bias if isinstance(bias, Tensor) else None, dtype=dense.dtype)
 
 
 def prepare_layers(model: nn.Module) -> None:
@@ -139,6 +146,7 @@ def place_packed(model: nn.Module, maps: Mapping[str, LinearMap], packed: Mappin
             raise TersorError(
                 f"{name}: only {len(experts)} of {count} experts are quantized; all of a stack or none can be"
             )
+        dtype = getattr(first.owner, first.stack).dtype
         del first.owner._parameters[first.stack]
-        layers = [QuantizedLinear(experts[n]) for n in range(count)]
+        layers = [QuantizedLinear(experts[n], dtype=dtype) for n in range(count)]
         first.owner.add_module(first.stack, PackedExperts(layers, transposed=first.transposed))

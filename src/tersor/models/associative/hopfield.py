@@ -246,11 +246,13 @@ class HopfieldCore(nn.Module):
     def _beta(self) -> Tensor:
         config = self.config
         if isinstance(config.scaling, tuple):
-            tiled = torch.tensor(config.scaling).repeat(config.head_size)  # channel c: scaling[c mod heads]
+            tiled = torch.tensor(config.scaling, device="cpu").repeat(
+                config.head_size
+            )  # channel c: scaling[c mod heads]
             return tiled.view(config.num_heads, 1, config.head_size)
         static = self.q_proj is None and self.k_proj is None and self.v_proj is None and self.out_proj is None
         default = 1.0 if static and not config.normalize_hopfield_space else config.head_size**-0.5
-        return torch.tensor(default if config.scaling is None else config.scaling).view(1, 1, 1)
+        return torch.tensor(default if config.scaling is None else config.scaling, device="cpu").view(1, 1, 1)
 
     def split_packed(self, state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
         """Published in_proj_weight, or q_proj_weight and so on, and in_proj_bias, as our Linear layers' tensors."""
@@ -399,7 +401,7 @@ class HopfieldPooling(nn.Module):
     "hopfield_layer",
     input="sets",
     paper="arXiv 2008.02217",
-    variants={"hopfield_layer": (4960, {"quantity": 17})},
+    variants={"hopfield_layer": (4448, {})},
     small={"input_size": 12, "num_heads": 3, "quantity": 5},
 )
 class HopfieldLayer(nn.Module):
