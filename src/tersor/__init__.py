@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tersor.compress import RTN as RTN
     from tersor.compress import compress as compress
     from tersor.errors import TersorError as TersorError
+    from tersor.evaluate.accuracy import accuracy as accuracy
     from tersor.evaluate.perplexity import perplexity as perplexity
 
 __version__ = "0.1.0"
@@ -24,11 +25,12 @@ _HOME = {
     "RTN": "tersor.compress",
     "TersorError": "tersor.errors",
     "load": "tersor.checkpoint.load",
+    "accuracy": "tersor.evaluate.accuracy",
     "perplexity": "tersor.evaluate.perplexity",
 }
 _MODULES = ("compress", "models")  # `tersor.compress` is a module that can be called: see tersor/compress/__init__.py
 
-__all__ = ["GPTQ", "RTN", "TersorError", "__version__", "compress", "load", "models", "perplexity"]
+__all__ = ["GPTQ", "RTN", "TersorError", "__version__", "accuracy", "compress", "load", "models", "perplexity"]
 
 
 def __getattr__(name: str) -> Any:

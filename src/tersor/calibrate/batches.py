@@ -58,6 +58,11 @@ def fingerprint(batches: Sequence[Batch]) -> str:
     return digest.hexdigest()
 
 
+def without_target(batch: Batch) -> Batch:
+    """What the model takes of a sample: all but the label that data sets give."""
+    return {name: value for name, value in batch.items() if name != "target"}
+
+
 def probe_of(batch: Batch, tokens: int = 64) -> Batch:
     """A short sample to compare outputs on: the first tokens of a text sample, others as they are."""
     ids = batch.get("input_ids")

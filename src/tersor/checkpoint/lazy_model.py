@@ -20,6 +20,7 @@ from tersor.checkpoint.source import Checkpoint, torch_dtype
 from tersor.errors import TersorError
 from tersor.formats.layouts import COMPRESSED_SUFFIXES, GPTQ_SUFFIXES, read_awq, read_compressed, read_gptq
 from tersor.formats.quantized_weight import QuantizedWeight
+from tersor.layers.exchange import EXCHANGED, exchange
 from tersor.layers.experts import ExpertMap
 from tersor.layers.linear_map import linear_maps, matrix_shape, set_weight_matrix
 from tersor.layers.quantized_linear import place_packed
@@ -237,12 +238,20 @@ def read_layer(name: str, tensors: dict[str, Tensor], in_features: int, config: 
 
 def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
     """The module tree that a config.json describes, without weights, in eval mode."""
-    config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
-    if "tersor_model" in config:
+    module = _build(checkpoint, dtype)
+    exchange(module, checkpoint.config.get(EXCHANGED, {}))
+    return module.eval()
+
+
+def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
+    config = {k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", EXCHANGED)}
+    if "tersor_model" in config or "architecture" in config:
         from tersor import models
 
+        if "architecture" in config:  # timm's config.json: options beside facts about the training
+            config = models.options_of(config.pop("architecture"), config)
         with torch.device("meta"):
-            return models.create(config.pop("tersor_model"), **config).to(dtype).eval()
+            return models.create(config.pop("tersor_model"), **config).to(dtype)
     import transformers
     from huggingface_hub.errors import StrictDataclassError
 
@@ -270,7 +279,7 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
             f"{checkpoint.directory}: {architectures[0]} cannot be built from config.json: {error}"
         ) from None
     _fill_computed_buffers(module)
-    return module.eval()
+    return module
 
 
 def compute_dtype(checkpoint: Checkpoint, device: torch.device | str, dtype: str = "auto") -> torch.dtype:

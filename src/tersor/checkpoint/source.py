@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tersor.errors import TersorError
 
-BUILTIN = ("demo",)  # models that come with the package, under tersor/assets
+BUILTIN = ("demo", "demo-vit")  # models that come with the package, under tersor/assets
 JOB_FOLDER = ".tersor-job"  # what an unfinished compression leaves in its output directory
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth")
@@ -160,7 +160,9 @@ def resolve(model: str | Path, *, allow_pickle: bool = False) -> Path:
     if path.exists():
         raise TersorError(f"{path} is a file; give the directory that holds the model's config.json")
     if not _is_hub_name(str(model)):
-        raise TersorError(f"no model at {model}: give a directory, a hub name such as org/name, or one of {BUILTIN}")
+        raise TersorError(
+            f"no model at {model}: give a directory, a hub name such as org/name, or one of {', '.join(BUILTIN)}"
+        )
     return _download(str(model), allow_pickle)
 
 

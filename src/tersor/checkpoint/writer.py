@@ -75,7 +75,7 @@ class Job:
         going_on = self.check(fingerprint, overwrite=overwrite, redo=redo)
         journal = self._read_journal() if going_on else None
         self._fingerprint = dict(fingerprint)
-        with _disk_errors(self.out):
+        with disk_errors(self.out):
             self.folder.mkdir(parents=True, exist_ok=True)
             if journal is not None:
                 self._remove_half_written()
@@ -109,7 +109,7 @@ class Job:
         layers: {block: {layer: the published names under which its tensors lie}}, for all blocks.
         """
         result = self._result()
-        with _disk_errors(self.out):
+        with disk_errors(self.out):
             if not self.done and result is not None:
                 reports = {row["name"]: {**row, "seconds": 0.0} for row in result["layers"]}
                 shards = [load_file(path) for path in sorted(self.out.glob("*.safetensors"))]
@@ -135,7 +135,7 @@ class Job:
         return result is not None and result.get("fingerprint") == dict(fingerprint)
 
     def write_block(self, name: str, tensors: Mapping[str, Tensor], reports: list[dict[str, Any]]) -> None:
-        with _disk_errors(self.out):
+        with disk_errors(self.out):
             self._save(tensors, self._block_file(name))
             self.done[name] = reports
             self._write_journal()
@@ -150,7 +150,7 @@ class Job:
 
         extra: JSON files to write beside config.json, by name. Placed again after an interruption, they are the same.
         """
-        with _disk_errors(self.out):
+        with disk_errors(self.out):
             blocks = [self._block_file(name) for name in self.done]
             rest = self.folder / "rest.safetensors"
             if not rest.exists():
@@ -174,7 +174,7 @@ class Job:
 
     def seal(self) -> None:
         """Declare the result finished."""
-        with _disk_errors(self.out):
+        with disk_errors(self.out):
             (self.folder / "journal.json").unlink()
             shutil.rmtree(self.folder)
 
@@ -247,7 +247,8 @@ def _link(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def _disk_errors(out: Path) -> Iterator[None]:
+def disk_errors(out: Path) -> Iterator[None]:
+    """A failure to write is a TersorError that says what to do."""
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import typer
 
 import tersor
+from tersor.cli.compress import compress
 from tersor.cli.demo import demo
 from tersor.cli.evaluate import evaluate
 from tersor.cli.generate import generate
@@ -27,6 +28,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.command("quantize")(quantize)
+app.command("compress")(compress)
 app.command("sweep")(sweep)
 app.command("eval")(evaluate)
 app.command("generate")(generate)

@@ -31,7 +31,7 @@ class GPTQ(Method):
     name: ClassVar[str] = "gptq"
     layouts: ClassVar[tuple[str, ...]] = ("gptq", "gptq_v2", "compressed-tensors")
 
-    bits: Bits = option(4, BITS_HELP, check=is_bits, allowed="2, 3, 4, 8 or 'ternary'")
+    bits: Bits = option(4, BITS_HELP, check=is_bits, allowed="2, 3, 4, 8 or 'ternary'", word=True)
     group_size: int = option(128, GROUP_HELP, check=is_group_size, allowed="-1 or a positive number")
     sym: bool = option(True, SYM_HELP, flag="--sym/--asym")
     desc_act: bool = option(False, "solve the columns with the largest activations first")

@@ -33,7 +33,7 @@ def compress_module(model: nn.Module, job: Settings) -> Compressed:
     maps = linear_maps(module)
     first_parameter = next(module.parameters())
     dtype, device = first_parameter.dtype, first_parameter.device
-    batches, probe = samples_of(job, plan, module, job.tokenizer, device, dtype)
+    batches, probe = samples_of(job, job.calibration, plan, module, job.tokenizer, device, dtype)
     stored = None if job.layout is None else Stored(job.layout.scale_dtype or dtype, job.layout.min_zero)
     hessian_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     timer, size = Timer(), Size()

@@ -12,12 +12,12 @@ from tersor.calibrate.activations import PLACES
 from tersor.calibrate.batches import Calibration
 from tersor.checkpoint.load import pick_device
 from tersor.compress.in_memory import compress_module
-from tersor.compress.method import Method
+from tersor.compress.method import Method, Progress
 from tersor.compress.recipe import Recipe, Rule, make_rules
 from tersor.compress.result import Compressed
 from tersor.compress.settings import Settings
 from tersor.compress.stream import compress_checkpoint
-from tersor.compress.walk import Progress
+from tersor.compress.whole_model import compress_whole_checkpoint, compress_whole_module
 from tersor.errors import TersorError
 from tersor.formats.layouts import layout_named
 
@@ -92,8 +92,12 @@ def compress(
         tokenizer=tokenizer,
         progress=progress or (lambda what, done, total: None),
     )
+    if isinstance(model, nn.Module) and out is not None:
+        raise TersorError("a module in memory is compressed in memory: call save(directory) on the result, not out=")
+    if method.whole_model:
+        if isinstance(model, nn.Module):
+            return compress_whole_module(model, job)
+        return compress_whole_checkpoint(str(model), job)
     if not isinstance(model, nn.Module):
         return compress_checkpoint(str(model), job)
-    if out is not None:
-        raise TersorError("a module in memory is compressed in memory: call save(directory) on the result, not out=")
     return compress_module(model, job)

@@ -9,16 +9,43 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from tersor.errors import TersorError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from tersor.compress.block import Block
     from tersor.formats.layouts import Layout
+
+Progress = Callable[[str, int, int], None]  # what is being done, how many steps are done, of how many
+
+
+class Report(Protocol):
+    """How one part of a model was compressed: a dataclass of the method's own, shown as a row."""
+
+    @property
+    def name(self) -> str: ...
+    def row(self) -> dict[str, Any]: ...
+
+
+@dataclass
+class Work:
+    """What a job gives to `compress_model`. samples: calibration batches, on the model's device; `target` holds labels where
+    the user's data have any, and is no argument of the model. wanted(name): whether the user asked for this layer."""
+
+    samples: Sequence[dict[str, Any]]
+    wanted: Callable[[str], bool]
+    progress: Progress
+    reports: list[Report] = field(default_factory=list)
+
+    def report(self, report: Report) -> None:
+        self.reports.append(report)
+
 
 _METHODS: dict[str, type[Method]] = {}
 M = TypeVar("M", bound="type[Method]")
@@ -27,15 +54,24 @@ M = TypeVar("M", bound="type[Method]")
 @dataclass(frozen=True)
 class Method:
     """Base of all methods. `name` is what `--method` takes; `layouts`: the formats on disk that can hold its result;
-    `needs_samples`: whether it looks at what the model computes."""
+    `needs_samples`: whether it looks at what the model computes.
+
+    A method works either block by block (`compress_block`), on models of any size, or on the whole model in memory
+    (`compress_model`, with `whole_model`), where it changes the structure or has to see everything at once.
+    """
 
     name: ClassVar[str]
     layouts: ClassVar[tuple[str, ...]] = ()
     needs_samples: ClassVar[bool] = True
+    whole_model: ClassVar[bool] = False
 
     def compress_block(self, block: Block) -> None:
         """Compress the linear maps of one block: call `block.replace(name, ...)` for each of `block.linears`."""
         raise TypeError(f"{type(self).__name__} does not say how it compresses a block")
+
+    def compress_model(self, model: nn.Module, work: Work) -> nn.Module:
+        """The compressed model: `model` changed in place, or another one. Call `work.report(...)` for each part."""
+        raise TypeError(f"{type(self).__name__} does not say how it compresses a whole model")
 
     def check_linear(self, name: str, out_features: int, in_features: int, layout: Layout | None) -> None:
         """Raise TersorError where the method cannot take this layer. Called for every layer before anything is done."""
@@ -74,11 +110,19 @@ def from_options(name: str, options: Mapping[str, Any]) -> Method:
 
 
 def option(
-    default: Any, help: str, *, check: Callable[[Any], bool] | None = None, allowed: str = "", flag: str | None = None
+    default: Any,
+    help: str,
+    *,
+    check: Callable[[Any], bool] | None = None,
+    allowed: str = "",
+    flag: str | None = None,
+    word: bool = False,
 ) -> Any:
-    """A field of a method: its default, what `--help` says, what values are allowed, and its flag on the command line where
-    that is not simply its name."""
-    return field(default=default, metadata={"help": help, "check": check, "allowed": allowed, "flag": flag})
+    """A field of a method: its default, what `--help` says, what values are allowed, its flag on the command line where that
+    is not simply its name, and whether it takes a word (as well as a number)."""
+    return field(
+        default=default, metadata={"help": help, "check": check, "allowed": allowed, "flag": flag, "word": word}
+    )
 
 
 def check_options(method: Method) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.checkpoint.load import load
-from tersor.compress.block import LayerReport
+from tersor.compress.method import Report
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Summary:
     model: str
     method: dict[str, Any]
     format: str | None
-    layers: list[LayerReport]
+    layers: Sequence[Report]
     left: list[str]
     seconds: float
     seconds_per_block: dict[str, float]
@@ -40,6 +41,8 @@ class Summary:
     divergence: float | None = None
     agreement: float | None = None
     resumed_blocks: int = 0
+    parameters_before: int | None = None
+    parameters_after: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return {**self.__dict__, "layers": [layer.row() for layer in self.layers]}

@@ -24,7 +24,7 @@ class RTN(Method):
     layouts: ClassVar[tuple[str, ...]] = ("gptq", "gptq_v2", "compressed-tensors")
     needs_samples: ClassVar[bool] = False
 
-    bits: Bits = option(4, BITS_HELP, check=is_bits, allowed="2, 3, 4, 8 or 'ternary'")
+    bits: Bits = option(4, BITS_HELP, check=is_bits, allowed="2, 3, 4, 8 or 'ternary'", word=True)
     group_size: int = option(128, GROUP_HELP, check=is_group_size, allowed="-1 or a positive number")
     sym: bool = option(True, SYM_HELP, flag="--sym/--asym")
     mse: bool = option(False, "search for the clipping range with the least error in each group")

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tersor import models
 from tersor.checkpoint.quantization_config import parse_config
-from tersor.checkpoint.writer import RESULT_FILE
+from tersor.checkpoint.source import Checkpoint, torch_dtype
+from tersor.checkpoint.writer import RESULT_FILE, disk_errors
 from tersor.compress.result import Summary
 from tersor.errors import TersorError
 from tersor.formats.layouts import layout_named, write
+from tersor.layers.exchange import EXCHANGED, exchanged_in
 from tersor.layers.experts import PackedExperts
 from tersor.layers.quantized_linear import QuantizedConv2d, QuantizedLinear
+
+PLAIN = "safetensors"  # the format of a result whose tensors are those of its modules
 
 
 def copy_directory(source: Path, target: Path, *, overwrite: bool) -> Path:
@@ -28,6 +34,8 @@ def copy_directory(source: Path, target: Path, *, overwrite: bool) -> Path:
 
 def save_module(module: nn.Module, summary: Summary, target: Path, *, overwrite: bool) -> Path:
     """Write a module whose layers were replaced by packed ones, under its own tensor names, with its config where it has one."""
+    if summary.format == PLAIN:
+        return save_plain(module, summary, target, overwrite=overwrite)
     if summary.format is None:
         raise TersorError(
             "the model was compressed with format=None, in numbers that no file format holds; name a format"
@@ -46,19 +54,71 @@ def save_module(module: nn.Module, summary: Summary, target: Path, *, overwrite:
             if isinstance(getattr(each, "bias", None), Tensor):
                 tensors[f"{name}.bias"] = each.bias
     inside = tuple(f"{name}." for name in packed)
-    seen: dict[int, str] = {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if not name.startswith(inside) and seen.setdefault(id(tensor), name) == name:  # a tied tensor is stored once
-            tensors[name] = tensor.detach()
+    tensors |= {n: t for n, t in _own_tensors(module).items() if not n.startswith(inside)}
     _make_room(target, overwrite=overwrite)
     target.mkdir(parents=True)
     save_file(
         {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, target / "model.safetensors", {"format": "pt"}
     )
-    config = {**config_of(module), "quantization_config": summary.quantization}
+    config = {**config_of(module), EXCHANGED: exchanged_in(module), "quantization_config": summary.quantization}
     (target / RESULT_FILE).write_text(json.dumps({"method": summary.method, "format": layout.name}, indent=2) + "\n")
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return target
+
+
+def save_plain(
+    module: nn.Module,
+    summary: Summary,
+    target: Path,
+    *,
+    source: Checkpoint | None = None,
+    extra: Mapping[str, Mapping[str, Any]] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a module as it is: its tensors, its config with what was exchanged in it, and the other files of `source`.
+
+    Parameters are stored in the source's dtype, buffers in their own. extra: JSON files to write, by name. `target` appears
+    whole or not at all.
+    """
+    check_free(target, overwrite=overwrite)
+    partial = target.with_name(f".{target.name}.partial")
+    stored = next(module.parameters()).dtype if source is None else torch_dtype(source.config)
+    config = config_of(module) | {EXCHANGED: exchanged_in(module)}
+    if "dtype" in config or "tersor_model" not in config:
+        config["dtype"] = str(stored).removeprefix("torch.")
+    kept = {} if source is None else {path.relative_to(source.directory): path for path in source.other_files()}
+    result = {"method": summary.method, "format": PLAIN, "layers": [each.row() for each in summary.layers]}
+    written = {"config.json": config, RESULT_FILE: result, **(extra or {})}
+    with disk_errors(target):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            save_file(_own_tensors(module, stored), partial / "model.safetensors", {"format": "pt"})
+            for relative, path in kept.items():
+                if relative.as_posix() not in written:
+                    (partial / relative).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(path, partial / relative)
+            for name, content in written.items():
+                text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+                (partial / name).write_text(text, encoding="utf-8")
+            _make_room(target, overwrite=overwrite)
+            partial.rename(target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def _own_tensors(module: nn.Module, stored: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Every tensor once, under the first name of tied ones; parameters in dtype `stored` where that is given."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        narrow = stored is not None and isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
+        tensors[name] = tensor.detach().to("cpu", stored if narrow else tensor.dtype).contiguous()
+    return tensors
 
 
 def config_of(module: nn.Module) -> dict[str, Any]:
@@ -85,14 +145,18 @@ def _packed_layers(name: str, module: nn.Module) -> dict[str, QuantizedLinear]:
     return {name: module} if isinstance(module, QuantizedLinear) and not inner else {}
 
 
-def _make_room(target: Path, *, overwrite: bool) -> None:
+def check_free(target: Path, *, overwrite: bool) -> None:
+    """Raise TersorError where nothing may be written to `target`."""
+    if target.exists() and not target.is_dir():
+        raise TersorError(f"{target} is a file; give a directory")
     if target.is_dir() and any(target.iterdir()):
         if not overwrite:
-            raise TersorError(f"{target} exists and is not empty; give another directory or overwrite=True")
+            raise TersorError(f"{target} exists and is not empty; give another directory, or --overwrite")
         if not (target / "config.json").exists():
             raise TersorError(f"{target} is no model directory, so it is not overwritten; remove it yourself")
+
+
+def _make_room(target: Path, *, overwrite: bool) -> None:
+    check_free(target, overwrite=overwrite)
+    if target.is_dir():
         shutil.rmtree(target)
-    elif target.exists() and not target.is_dir():
-        raise TersorError(f"{target} is a file; give a directory")
-    elif target.is_dir():
-        target.rmdir()

@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersor.calibrate.batches import Batch, Calibration, make_batches, probe_of, to_device
+from tersor.calibrate.batches import Batch, Calibration, make_batches, probe_of, to_device, without_target
+from tersor.calibrate.images import image_batches
+from tersor.checkpoint.preprocessing import image_settings
+from tersor.checkpoint.source import Checkpoint
+from tersor.compress.method import Progress
 from tersor.compress.plan import Plan
 from tersor.compress.recipe import Recipe
-from tersor.compress.walk import Progress
 from tersor.errors import TersorError
 from tersor.formats.layouts import Layout
 from tersor.formats.quantized_weight import QuantizedWeight
@@ -48,22 +51,36 @@ class Settings:
 
 
 def samples_of(
-    job: Settings, plan: Plan, module: nn.Module, tokenizer: Any, device: torch.device, dtype: torch.dtype
+    job: Settings,
+    calibration: Calibration,
+    plan: Plan,
+    module: nn.Module,
+    tokenizer: Any,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> tuple[list[Batch], Batch | None]:
     """The calibration samples and the probe, on the device. A recipe that needs no samples gets none."""
     needed = any(method.needs_samples for method in plan.methods.values())
-    if job.calibration is None and tokenizer is None and not needed:
+    if calibration is None and tokenizer is None and not needed:
         return [], None
     batches = make_batches(
-        job.calibration,
+        calibration,
         tokenizer,
         samples=job.samples,
         seq_len=job.seq_len,
         seed=job.seed,
         max_positions=getattr(getattr(module, "config", None), "max_position_embeddings", None),
     )
-    moved = [to_device(batch, device, dtype) for batch in batches]
+    moved = [to_device(without_target(batch), device, dtype) for batch in batches]
     return (moved if needed else []), probe_of(moved[0])
+
+
+def samples_by_path(checkpoint: Checkpoint, job: Settings) -> Calibration:
+    """The job's calibration; the images at a path as batches of one image and its label."""
+    given = job.calibration
+    if not isinstance(given, str | Path) or not (Path(given).is_dir() or Path(given).suffix == ".npz"):
+        return given
+    return image_batches(given, image_settings(checkpoint), samples=job.samples, seed=job.seed)
 
 
 def check_reached(plan: Plan, visits: Counter[str]) -> None:

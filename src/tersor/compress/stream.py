@@ -32,7 +32,7 @@ from tersor.compress.describe import quantization_config
 from tersor.compress.forecast import forecast
 from tersor.compress.plan import Plan, make_plan, without
 from tersor.compress.result import Compressed, Summary, Timer, loss_of, peak_memory
-from tersor.compress.settings import Settings, Size, check_reached, samples_of
+from tersor.compress.settings import Settings, Size, check_reached, samples_by_path, samples_of
 from tersor.compress.shared_job import follow, lead, open_job
 from tersor.compress.walk import (
     Hooks,
@@ -69,7 +69,7 @@ def compress_checkpoint(name: str, job: Settings) -> Compressed:
     lazy = LazyModel(checkpoint, dtype=dtype, device=job.device)
     plan = make_plan(lazy.module, job)
     tokenizer = job.tokenizer or load_tokenizer(checkpoint.directory)
-    batches, probe = samples_of(job, plan, lazy.module, tokenizer, job.device, dtype)
+    batches, probe = samples_of(job, samples_by_path(checkpoint, job), plan, lazy.module, tokenizer, job.device, dtype)
     stored = Stored(layout.scale_dtype or torch_dtype(checkpoint.config), layout.min_zero)
     hessian_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     writer = open_job(target)

@@ -17,6 +17,7 @@ from tersor.calibrate.lockstep import Call, Lockstep
 from tersor.calibrate.parallel import sample_number, share
 from tersor.calibrate.statistics import kind_of, watch_inputs
 from tersor.compress.block import Block
+from tersor.compress.method import Progress
 from tersor.compress.plan import Plan
 from tersor.errors import TersorError
 from tersor.formats.grid import Stored
@@ -26,9 +27,6 @@ from tersor.layers.linear_map import computes_its_own, linear_maps
 
 class NotFiniteError(TersorError):
     """NaN or Inf in a weight or in what a part of the model computes."""
-
-
-Progress = Callable[[str, int, int], None]  # what is being done, how many steps are done, of how many
 
 
 @dataclass

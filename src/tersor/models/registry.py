@@ -9,11 +9,12 @@ needs.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import difflib
 import fnmatch
 import importlib
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -101,6 +102,13 @@ def create(name: str, /, **overrides: Any) -> nn.Module:
     model_class = info.load_class()
     config_class = typing.get_type_hints(model_class.__init__)["config"]
     return model_class(config_from_dict(config_class, {**info.overrides, **overrides}, of=name))
+
+
+def options_of(name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """{"tersor_model": name, **options}: of a foreign config's entries those that the model's config has."""
+    config_class = typing.get_type_hints(find(name).load_class().__init__)["config"]
+    known = {each.name for each in dataclasses.fields(config_class)}
+    return {"tersor_model": name, **{key: value for key, value in facts.items() if key in known}}
 
 
 def config_of(model: nn.Module) -> dict[str, Any]:

@@ -1,0 +1,19 @@
+"""Calibration samples from a folder or packed file of labelled images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tersor.data.images import ImageConfig, load_images
+
+
+def image_batches(path: str | Path, settings: dict[str, Any], *, samples: int, seed: int) -> list[dict[str, Any]]:
+    """`samples` images drawn at random without repetition (all, where there are fewer), in one batch each:
+    {"image": [1, 3, H, W], "target": [1]}. settings: as `checkpoint.preprocessing.image_settings` gives them."""
+    data = load_images(path, ImageConfig(**settings))
+    chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:samples]
+    items = [data[n] for n in chosen.tolist()]
+    return [{name: value[None] for name, value in item.items()} for item in items]

@@ -1,0 +1,71 @@
+"""`tersor compress`: methods that change a model's structure, or quantize more than its weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tersor.cli.method_options import chosen_recipe, given_options, with_method_options
+from tersor.cli.progress import progress_bar
+from tersor.cli.summary import print_summary
+from tersor.compress import compress as compress_model
+from tersor.compress.method import methods
+
+METHODS = {name: kind for name, kind in methods().items() if kind.whole_model}
+
+
+def _compress(
+    model: Annotated[str, typer.Argument(help="A directory, a hub name such as org/name, `demo` or `demo-vit`.")],
+    out: Annotated[Path, typer.Option("--out", help="Directory to write; must not exist.")],
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")],
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="A text file (.gz too), `builtin`, `hf:NAME`; for images a folder of classes or a packed .npz."
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
+    seq_len: Annotated[int, typer.Option(help="Tokens a sample, of a text.")] = 2048,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of samples.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Precision of the forward passes: auto, float32, ...")] = "auto",
+    include: Annotated[list[str] | None, typer.Option(help="Only layers that match, such as `*.mlp.*`.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Not layers that match.")] = None,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read pickled weights (.bin) too.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in --out.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
+    **options: Any,
+) -> None:
+    """Compress a model that fits in memory: factorize, prune, drop tokens, or quantize weights and activations.
+
+    The result is a model directory that `tersor eval`, `tersor.load` and further methods take. `tersor quantize` is for
+    weights alone, on models of any size.
+    """
+    chosen = chosen_recipe(None, method, given_options(options), default=method)
+    with progress_bar(quiet=as_json) as progress:
+        result = compress_model(
+            model,
+            chosen.method,
+            calibration=calibration,
+            samples=samples,
+            seq_len=seq_len,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            out=out,
+            overwrite=overwrite,
+            include=include or (),
+            exclude=exclude or (),
+            allow_pickle=allow_pickle,
+            progress=progress,
+        )
+    if as_json:
+        typer.echo(json.dumps({"out": str(out), **result.summary.as_dict()}))
+    else:
+        print_summary(result.summary, out)
+
+
+compress = with_method_options(_compress, METHODS)

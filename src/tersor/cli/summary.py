@@ -1,0 +1,51 @@
+"""What a compression did, as a table and a few lines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tersor.compress.result import Summary
+
+
+def print_summary(summary: Summary, out: Path) -> None:
+    console = Console()
+    rows = [report.row() for report in summary.layers]
+    if rows:
+        table = Table(title=None, box=None, pad_edge=False)
+        for key, value in rows[0].items():
+            heading = {"name": "layer", "note": "", "group_size": "group"}.get(key, key.replace("_", " "))
+            table.add_column(heading, justify="left" if isinstance(value, str) else "right")
+        for row in rows:
+            table.add_row(*map(_shown, row.values()))
+        console.print(table)
+    facts = []
+    if summary.size_before and summary.size_after:
+        ratio = summary.size_before / summary.size_after
+        facts.append(f"{summary.size_before / 1e6:.1f} MB -> {summary.size_after / 1e6:.1f} MB ({ratio:.2f}x smaller)")
+    if summary.parameters_before and summary.parameters_after:
+        share = summary.parameters_after / summary.parameters_before
+        facts.append(f"{summary.parameters_before:,} -> {summary.parameters_after:,} parameters ({share:.1%})")
+    else:
+        facts.append(f"{summary.bits_per_weight:.3f} bits a quantized weight")
+    blocks = [seconds for name, seconds in summary.seconds_per_block.items() if name]
+    a_block = f"{sum(blocks) / len(blocks):.1f} s a block, " if blocks else ""
+    earlier = f", {summary.resumed_blocks} blocks from an earlier run" if summary.resumed_blocks else ""
+    console.print(
+        f"{out}: {', '.join(facts)}\n"
+        f"{summary.seconds:.1f} s in all, {a_block}peak memory {summary.peak_memory / 1e9:.2f} GB{earlier}"
+    )
+    if summary.divergence is not None:
+        console.print(
+            f"predictions on a sample: KL divergence {summary.divergence:.4f} nats from the original, "
+            f"{summary.agreement:.1%} of the first choices the same"
+        )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -1,0 +1,119 @@
+"""Apply a method that needs the whole model in memory, and write what it made."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from tersor.calibrate.batches import Batch, call, make_batches, to_device, without_cache, without_target
+from tersor.checkpoint.lazy_model import compute_dtype
+from tersor.checkpoint.load import load, load_tokenizer
+from tersor.checkpoint.preprocessing import PREPROCESSOR, image_settings, preprocessor_config
+from tersor.checkpoint.source import open_checkpoint, torch_dtype
+from tersor.compress.method import Work
+from tersor.compress.result import Compressed, Summary, loss_of, peak_memory
+from tersor.compress.save import PLAIN, check_free, save_plain
+from tersor.compress.settings import Settings, samples_by_path
+from tersor.compress.walk import first_tensor
+from tersor.errors import TersorError
+from tersor.layers.linear_map import linear_maps
+
+
+def compress_whole_checkpoint(name: str, job: Settings) -> Compressed:
+    """Load a model as it is, compress it, and write it to `job.out` where that is given. Nothing is left where it fails."""
+    checkpoint = open_checkpoint(name, allow_pickle=job.allow_pickle)
+    if "quantization_config" in checkpoint.config:
+        raise TersorError(f"{name} is quantized already; compress the original")
+    if job.out is not None:
+        check_free(job.out, overwrite=job.overwrite)
+    dtype = compute_dtype(checkpoint, job.device, job.dtype)
+    module = load(name, dtype=str(dtype).removeprefix("torch."), device=str(job.device))
+    job = replace(job, tokenizer=job.tokenizer or load_tokenizer(checkpoint.directory))
+    result = _compress(
+        module, replace(job, calibration=samples_by_path(checkpoint, job)), torch_dtype(checkpoint.config)
+    )
+    summary = replace(result.summary, model=name, size_before=checkpoint.size())
+    extra: dict[str, Any] = {}
+    if "mean" in checkpoint.config:  # facts that lie in a config.json of timm's and not in ours
+        extra[PREPROCESSOR] = preprocessor_config(image_settings(checkpoint))
+    if job.out is None:
+        return Compressed(summary, None, result.model)
+    save_plain(result.model, summary, job.out, source=checkpoint, extra=extra, overwrite=job.overwrite)
+    return Compressed(replace(summary, size_after=open_checkpoint(job.out).size()), job.out)
+
+
+def compress_whole_module(model: nn.Module, job: Settings) -> Compressed:
+    """A compressed copy of a module in memory."""
+    return _compress(copy.deepcopy(model), job, next(model.parameters()).dtype)
+
+
+def _compress(module: nn.Module, job: Settings, stored: torch.dtype) -> Compressed:
+    """module: to be changed. stored: the dtype of the parameters on disk, to which the result's are rounded."""
+    method = job.recipe.method
+    _check_patterns(job, list(linear_maps(module)))
+    samples = _samples(job, module) if method.needs_samples or job.calibration is not None else []
+    work = Work(samples if method.needs_samples else [], lambda name: _is_wanted(job, name), job.progress)
+    size = sum(parameter.numel() for parameter in module.parameters())
+    probe = without_target(samples[0]) if samples else None
+    module.eval()
+    with without_cache(module):
+        with torch.no_grad():
+            before = first_tensor(call(module, probe)) if probe else None
+        compressed = method.compress_model(module, work).eval()
+        for parameter in compressed.parameters():
+            parameter.data = parameter.data.to(stored).to(parameter.dtype)
+        with torch.no_grad():
+            after = first_tensor(call(compressed, probe)) if probe else None
+    summary = Summary(
+        model=type(module).__name__,
+        method=method.options(),
+        format=PLAIN,
+        layers=work.reports,
+        left=[],
+        seconds=time.perf_counter() - job.started,
+        seconds_per_block={},
+        peak_memory=peak_memory(job.device),
+        bits_per_weight=8.0 * stored.itemsize,
+        quantization={},
+        parameters_before=size,
+        parameters_after=sum(parameter.numel() for parameter in compressed.parameters()),
+        **loss_of(before, after),
+    )
+    return Compressed(summary, None, compressed)
+
+
+def _samples(job: Settings, module: nn.Module) -> list[Batch]:
+    batches = make_batches(
+        job.calibration,
+        job.tokenizer,
+        samples=job.samples,
+        seq_len=job.seq_len,
+        seed=job.seed,
+        max_positions=getattr(getattr(module, "config", None), "max_position_embeddings", None),
+    )
+    first = next(module.parameters())
+    return [to_device(batch, first.device, first.dtype) for batch in batches]
+
+
+def _is_wanted(job: Settings, name: str) -> bool:
+    included = not job.include or any(fnmatchcase(name, pattern) for pattern in job.include)
+    excluded = any(fnmatchcase(name, pattern) for pattern in job.exclude)
+    return included and not excluded and job.recipe.method_for(name) is not None
+
+
+def _check_patterns(job: Settings, layers: list[str]) -> None:
+    job.recipe.check_matches(layers)
+    for rule in job.recipe.rules:
+        if not rule.skip:
+            raise TersorError(
+                f"method {job.recipe.method.name} works on the whole model: its rules can only skip layers"
+            )
+    for pattern in (*job.include, *job.exclude):
+        if not any(fnmatchcase(name, pattern) for name in layers):
+            raise TersorError(f"the pattern {pattern!r} matches none of the {len(layers)} linear layers")
