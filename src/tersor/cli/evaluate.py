@@ -13,7 +13,7 @@ from tersor.evaluate.perplexity import perplexity
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A directory, a hub name such as org/name, or `demo`.")],
+    model: Annotated[str, typer.Argument(help="A directory, a .gguf file, a hub name such as org/name, or `demo`.")],
     text: Annotated[str, typer.Option(help="A text file (.gz too), or `builtin`.")] = "builtin",
     seq_len: Annotated[int, typer.Option(help="Tokens a window.")] = 1024,
     max_windows: Annotated[int | None, typer.Option(help="Evaluate only the first windows.")] = None,

@@ -10,6 +10,7 @@ import typer
 import tersor
 from tersor.cli.demo import demo
 from tersor.cli.evaluate import evaluate
+from tersor.cli.export import export
 from tersor.cli.generate import generate
 from tersor.cli.inspect import inspect
 from tersor.cli.models import models
@@ -31,6 +32,7 @@ app.command("sweep")(sweep)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("inspect")(inspect)
+app.command("export")(export)
 app.command("models")(models)
 app.command("demo")(demo)
 app.command("train")(train)
