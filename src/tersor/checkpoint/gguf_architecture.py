@@ -84,7 +84,7 @@ def name_from_file(name: str) -> str | None:
 
 
 def heads_permuted(name: str, heads: int, key_heads: int) -> int | None:
-    """For a tensor of q or k, by transformers' name: its number of heads, whose rows `llama` keeps in another order. Else None."""
+    """The number of heads of a tensor of q or k, by transformers' name, whose rows `llama` has in another order. Else None."""
     return {"q_proj": heads, "k_proj": key_heads}.get(name.rpartition(".")[0].rpartition(".")[2])
 
 

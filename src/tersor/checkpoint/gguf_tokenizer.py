@@ -201,9 +201,9 @@ def _sentencepiece(parts: Mapping[str, Any], tokens: list[str], types: list[int]
             )
         rank.setdefault(piece, len(rank))
     known = set(merges)
-    # A half that no merge makes, and that is no character, never comes about.
+    # A half that no merge makes, and that is no character, never comes about; any union that is a token would be made.
     parts_of = {text for text in model["vocab"] if len(text) == 1} | set(rank)
-    for piece in rank:
+    for piece in (text for text, kind in zip(tokens, types, strict=True) if kind == NORMAL):
         for pair in ((piece[:cut], piece[cut:]) for cut in range(1, len(piece))):
             if parts_of.issuperset(pair) and pair not in known:
                 raise TersorError(

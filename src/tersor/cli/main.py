@@ -9,6 +9,7 @@ import typer
 
 import tersor
 from tersor.cli.demo import demo
+from tersor.cli.doctor import doctor
 from tersor.cli.evaluate import evaluate
 from tersor.cli.export import export
 from tersor.cli.generate import generate
@@ -35,6 +36,7 @@ app.command("inspect")(inspect)
 app.command("export")(export)
 app.command("models")(models)
 app.command("demo")(demo)
+app.command("doctor")(doctor)
 app.command("train")(train)
 
 INTERRUPTED = 130  # the exit status that typer makes of Ctrl-C, without a word

@@ -138,7 +138,7 @@ def on_grid(blocks: Tensor, kind: BlockType) -> bool:
     if kind.name != "Q4_1":
         return True
     head = _apart(blocks, kind.bytes)[..., :4]
-    scales, minimum = (part[..., 0] for part in head.contiguous().view(torch.float16).float().split(1, -1))
+    scales, minimum = _halves(head[..., :2]), _halves(head[..., 2:])
     zeros = _zero_points(scales, minimum)
     return bool(((zeros >= 0) & (zeros <= 15) & (zeros * scales == -minimum)).all())
 
