@@ -6,9 +6,10 @@
 llama-cpp-python compiles llama.cpp when it is installed, so this is run by hand. The built-in model is exported as it is (as
 float32 and bfloat16) and after GPTQ at several grids; small random models stand for the other architectures, for biases and for
 rotary scalings, and have the demo's vocabulary under each way to cut text that tersor knows. llama.cpp computes the logits of 100
-tokens in the other environment, and the tokens of some 300 texts. The table shows how far the logits are from tersor's in float32
-and relative to their norm. llama.cpp rounds what a quantized layer multiplies to 8 bits in groups of 32, which tersor does not do; so
-they are also compared with those of tersor's own layers with inputs rounded in that way, which leaves what differs in the file.
+tokens in the other environment, and the tokens of some 300 texts. The table shows how far the logits are from tersor's in
+float32, relative to their norm. llama.cpp rounds what a quantized layer multiplies to 8 bits in groups of 32, which tersor does
+not do; so they are also compared with those of tersor's own layers with inputs rounded in that way, which leaves what differs in
+the file.
 """
 
 from __future__ import annotations

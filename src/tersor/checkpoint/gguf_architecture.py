@@ -139,8 +139,8 @@ def _rope_metadata(rope: dict[str, Any]) -> dict[str, Any]:
     # yarn's defaults are those of both programs; anything beside them is refused
     standard = {"beta_fast": 32, "beta_slow": 1, "partial_rotary_factor": 1.0, "truncate": True}
     for key, value in rope.items():
-        given = key not in ("rope_type", "type", "rope_theta", *known[kind]) and value not in (None, standard.get(key))
-        if given:
+        understood = key in ("rope_type", "type", "rope_theta", *known[kind]) or value in (None, standard.get(key))
+        if not understood:
             raise TersorError(f"rotary positions with {key}={value!r} have no GGUF model here")
     if kind in ("linear", "yarn"):
         found |= {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from tersor.checkpoint.gguf_architecture import (
     name_from_file,
     rows_in_file,
 )
+from tersor.checkpoint.gguf_header import Place, gguf_package, read_header
 from tersor.errors import TersorError
 from tersor.formats.gguf_blocks import BLOCK, BLOCK_TYPES, dequantize_blocks, on_grid
 
@@ -35,16 +35,15 @@ _NOT_LINEAR = ("model.embed_tokens.weight",)
 class GGUFTensor:
     """One tensor of the file, with the interface of a safetensors slice: read, and its rows put in order, when indexed."""
 
-    def __init__(self, found: Any, *, packed: bool, heads: int | None) -> None:
-        self._found, self._packed, self._heads = found, packed, heads
-        self.kind = str(found.tensor_type.name)
-        self.bytes = int(found.n_bytes)
-        self._shape = [int(n) for n in reversed(found.shape)]  # the file has the innermost dimension first
+    def __init__(self, data: Any, place: Place, *, packed: bool, heads: int | None) -> None:
+        self._data, self._place, self._packed, self._heads = data, place, packed, heads
+        self.kind, self.bytes = place.kind, place.stop - place.start
 
     def get_shape(self) -> list[int]:
+        shape = list(self._place.shape)
         if self._packed:
-            return [*self._shape[:-1], self._shape[-1] // BLOCK * BLOCK_TYPES[self.kind].bytes]
-        return self._shape
+            shape[-1] = shape[-1] // BLOCK * BLOCK_TYPES[self.kind].bytes
+        return shape
 
     def get_dtype(self) -> str:
         return "U8" if self._packed else self.kind if self.kind in PLAIN else "F32"
@@ -57,7 +56,8 @@ class GGUFTensor:
 
     def raw(self) -> Tensor:
         """The tensor's bytes, copied out of the mapped file: uint8 [..., bytes of a row]."""
-        return torch.from_numpy(np.array(self._found.data.view(np.uint8)))
+        content = np.array(self._data[self._place.start : self._place.stop])
+        return torch.from_numpy(content).view(*self._place.shape[:-1], -1)
 
     def _values(self) -> Tensor:
         raw = self.raw()
@@ -67,7 +67,8 @@ class GGUFTensor:
             return raw.view(PLAIN[self.kind])
         if self.kind in BLOCK_TYPES:
             return dequantize_blocks(raw, BLOCK_TYPES[self.kind])
-        return torch.from_numpy(gguf_package().quants.dequantize(raw.numpy(), self._found.tensor_type))
+        gguf = gguf_package()
+        return torch.from_numpy(gguf.quants.dequantize(raw.numpy(), gguf.GGMLQuantizationType(self._place.number)))
 
 
 @dataclass(frozen=True)
@@ -80,40 +81,21 @@ class GGUFFile:
     tensors: dict[str, GGUFTensor]
 
 
-def gguf_package() -> ModuleType:
-    """The `gguf` package. Raises TersorError where it is not installed."""
-    try:
-        import gguf
-    except ImportError:
-        raise TersorError("GGUF files need the package gguf: pip install 'tersor[gguf]'") from None
-    return gguf
-
-
 def open_gguf(path: Path) -> GGUFFile:
     """Read the header of a file. Raises TersorError where it is damaged, or holds what tersor does not read."""
-    gguf = gguf_package()
-    try:
-        reader = gguf.GGUFReader(path)
-        fields = {name: _value(field) for name, field in reader.fields.items()}
-    except (ValueError, IndexError, KeyError, TypeError, OSError) as error:
-        raise TersorError(f"{path} cannot be read as a GGUF file: {error}") from None
-    if reader.byte_order != "I":
-        raise TersorError(
-            f"{path} is a GGUF file in the other byte order; convert it with the gguf package's own script"
-        )
+    fields, places = read_header(path)
     if int(fields.get("split.count", 0)) > 1:
         raise TersorError(
-            f"{path} is one of {fields['split.count']} parts; merge them first with llama.cpp's llama-gguf-split"
+            f"{path} is one of {fields['split.count']} parts; merge them with llama.cpp's llama-gguf-split"
         )
-    raw = {str(each.name): each for each in reader.tensors}
-    divisors = None
-    if FREQUENCIES in raw:
-        divisors = GGUFTensor(raw.pop(FREQUENCIES), packed=False, heads=None)[...]
+    data, divisors = np.memmap(path, mode="r"), None
+    if FREQUENCIES in places:
+        divisors = GGUFTensor(data, places.pop(FREQUENCIES), packed=False, heads=None)[...]
     try:
-        config = config_of(fields, raw, divisors)
+        config = config_of(fields, places, divisors)
     except TersorError as error:
         raise TersorError(f"{path}: {error}") from None
-    tensors = _named(path, raw, config)
+    tensors = _named(path, data, places, config)
     embedding = tensors.get("model.embed_tokens.weight")
     if embedding is None:
         raise TersorError(f"{path} lacks the tensor token_embd.weight")
@@ -129,32 +111,31 @@ def open_gguf(path: Path) -> GGUFFile:
     return GGUFFile(path, fields, config, tensors)
 
 
-def _named(path: Path, raw: dict[str, Any], config: dict[str, Any]) -> dict[str, GGUFTensor]:
-    quants = gguf_package().quants
+def _named(path: Path, data: Any, places: dict[str, Place], config: dict[str, Any]) -> dict[str, GGUFTensor]:
     permuted = ARCHITECTURES[config["architectures"][0]].permuted
     found: dict[str, GGUFTensor] = {}
-    for short, each in raw.items():
+    for short, place in places.items():
         name = name_from_file(short) or short  # what is unknown is reported as such by whoever builds the model
         heads = heads_permuted(name, config["num_attention_heads"], config["num_key_value_heads"]) if permuted else None
-        kind = str(each.tensor_type.name)
-        if kind not in PLAIN and kind not in BLOCK_TYPES:
-            try:
-                quants.dequantize(each.data[:1], each.tensor_type)
-            except NotImplementedError:
-                raise TersorError(f"{path}: {short} is of the type {kind}, which tersor does not read") from None
-        dense = GGUFTensor(each, packed=False, heads=heads)
-        linear = name.endswith(".weight") and name not in _NOT_LINEAR and len(each.shape) == 2
+        kind = place.kind
+        if kind not in PLAIN and kind not in BLOCK_TYPES and not _dequantizable(place.number):
+            raise TersorError(f"{path}: {short} is of the type {kind}, which tersor does not read")
+        dense = GGUFTensor(data, place, packed=False, heads=heads)
+        linear = name.endswith(".weight") and name not in _NOT_LINEAR and len(place.shape) == 2
         if linear and kind in BLOCK_TYPES and (kind != "Q4_1" or on_grid(dense.raw(), BLOCK_TYPES[kind])):
             stem = name.removesuffix(".weight")
-            found[f"{stem}.{BLOCK_TYPES[kind].suffix}"] = GGUFTensor(each, packed=True, heads=heads)
+            found[f"{stem}.{BLOCK_TYPES[kind].suffix}"] = GGUFTensor(data, place, packed=True, heads=heads)
         else:
             found[name] = dense
     return found
 
 
-def _value(field: Any) -> Any:
-    """A metadata value as Python has it; a float32 as the shortest number that rounds to it, which is the one that was meant."""
-    value = field.contents()
-    if field.types and field.types[-1].name == "FLOAT32":
-        return [float(str(np.float32(v))) for v in value] if isinstance(value, list) else float(str(np.float32(value)))
-    return value
+def _dequantizable(number: int) -> bool:
+    """Whether the `gguf` package knows this type; a block of zeros is tried."""
+    gguf = gguf_package()
+    kind = gguf.GGMLQuantizationType(number)
+    try:
+        gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True

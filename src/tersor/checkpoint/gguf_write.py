@@ -27,7 +27,8 @@ from tersor.checkpoint.gguf_architecture import (
     name_in_file,
     rows_in_file,
 )
-from tersor.checkpoint.gguf_read import PLAIN, gguf_package
+from tersor.checkpoint.gguf_header import gguf_package
+from tersor.checkpoint.gguf_read import PLAIN
 from tersor.checkpoint.gguf_tokenizer import tokenizer_metadata
 from tersor.checkpoint.lazy_model import LazyModel
 from tersor.checkpoint.load import load_tokenizer

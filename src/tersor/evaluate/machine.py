@@ -135,11 +135,16 @@ def advice(machine: Machine) -> list[str]:
     """What is missing, what that costs, and how to get it; a sentence each, the weightiest first."""
     said = []
     if machine.compiler_missing is not None:
+        way = (
+            "run tersor in WSL, which has one"
+            if machine.system.startswith("Windows")
+            else "install g++ or clang++: `apt install g++` on Debian and Ubuntu, `dnf install gcc-c++` on Fedora, "
+            "`xcode-select --install` on macOS; tersor finds it by itself"
+        )
         said.append(
             f"{machine.compiler_missing}: packed layers on the CPU are dequantized at every call, which makes them slower than "
-            "the original (with --dtype bfloat16, symmetric ones of 2 to 4 bits run on torch's int4 operator). Install g++ or "
-            "clang++: `apt install g++` on Debian and Ubuntu, `dnf install gcc-c++` on Fedora, `xcode-select --install` on "
-            "macOS; tersor finds it by itself"
+            "the original (with --dtype bfloat16, symmetric ones of 2 to 4 bits run on torch's int4 operator). To have the "
+            f"kernel, {way}"
         )
     elif not machine.features["AVX2"] and not machine.features["NEON"]:
         said.append(
