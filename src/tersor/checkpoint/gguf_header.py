@@ -1,7 +1,7 @@
 """The header of a GGUF file: its metadata, and the type, shape and place of every tensor.
 
 Read here and not by the `gguf` package, which makes an array of every token and takes long over a large vocabulary. Layout (all
-little-endian): magic, version, number of tensors, number of fields; each field a name, a type and a value; each tensor a name, its
+little-endian): magic, version, numbers of tensors and fields; each field a name, a type and a value; each tensor a name, its
 dimensions from the innermost on, a type and an offset; then, aligned, the tensors. Source: the GGUF specification, versions 2, 3.
 """
 
@@ -52,7 +52,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Place]]:
         raise TersorError(f"{path} cannot be read as a GGUF file: {error}") from None
 
 
-def _parse(data: np.memmap[Any, np.dtype[np.uint8]]) -> tuple[dict[str, Any], dict[str, Place]]:
+def _parse(data: Any) -> tuple[dict[str, Any], dict[str, Place]]:
     reader = _Reader(memoryview(data))
     if bytes(data[:4]) != b"GGUF":
         raise ValueError("it does not begin with GGUF")
