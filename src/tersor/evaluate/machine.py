@@ -36,7 +36,7 @@ EXTRAS = {  # extra: its package, and what it is for
     "hub-data": ("datasets", "calibration texts from hub data sets"),
     "images": ("pillow", "images from files"),
     "compressed-tensors": ("compressed-tensors", "loading compressed-tensors checkpoints with transformers itself"),
-    "gguf": ("gguf", "GGUF files: `tersor export`, and reading them"),
+    "gguf": ("gguf", "`tersor export` to GGUF, and reading types such as the K types"),
     "graphs": ("torch_geometric", "checkpoints and data of torch_geometric"),
     "ray": ("ray", "sweeps on a Ray cluster"),
 }
