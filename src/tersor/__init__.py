@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tersor import models as models
+    from tersor.checkpoint.gguf_write import export as export
     from tersor.checkpoint.load import load as load
     from tersor.compress import GPTQ as GPTQ
     from tersor.compress import RTN as RTN
@@ -24,13 +25,25 @@ _HOME = {
     "GPTQ": "tersor.compress",
     "RTN": "tersor.compress",
     "TersorError": "tersor.errors",
-    "load": "tersor.checkpoint.load",
     "accuracy": "tersor.evaluate.accuracy",
+    "export": "tersor.checkpoint.gguf_write",
+    "load": "tersor.checkpoint.load",
     "perplexity": "tersor.evaluate.perplexity",
 }
 _MODULES = ("compress", "models")  # `tersor.compress` is a module that can be called: see tersor/compress/__init__.py
 
-__all__ = ["GPTQ", "RTN", "TersorError", "__version__", "accuracy", "compress", "load", "models", "perplexity"]
+__all__ = [
+    "GPTQ",
+    "RTN",
+    "TersorError",
+    "__version__",
+    "accuracy",
+    "compress",
+    "export",
+    "load",
+    "models",
+    "perplexity",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,8 @@ from tersor.checkpoint.lazy_model import read_layer
 from tersor.checkpoint.quantization_config import read_config
 from tersor.checkpoint.source import Checkpoint
 from tersor.errors import TersorError
-from tersor.formats.layouts import COMPRESSED_SUFFIXES, GPTQ_SUFFIXES
+from tersor.formats.gguf_blocks import GGUF_SUFFIXES
+from tersor.formats.layouts import PACKED_SUFFIXES
 from tersor.formats.quantized_weight import QuantizedWeight
 from tersor.layers.experts import ExpertMap, stored_name
 from tersor.layers.linear_map import linear_maps, matrix_shape
@@ -64,6 +65,7 @@ def _packed(checkpoint: Checkpoint, linears: dict[str, str], module: nn.Module) 
 def _stem_of_packed(checkpoint: Checkpoint, key: str) -> str | None:
     """The layer whose packed weight this tensor is a part of."""
     stem, _, suffix = key.rpartition(".")
-    if suffix not in (*GPTQ_SUFFIXES, *COMPRESSED_SUFFIXES):
+    if suffix not in PACKED_SUFFIXES:
         return None
-    return stem if {f"{stem}.qweight", f"{stem}.weight_packed"} & checkpoint.shard_of.keys() else None
+    whole = {f"{stem}.{each}" for each in ("qweight", "weight_packed", *GGUF_SUFFIXES)}
+    return stem if whole & checkpoint.shard_of.keys() else None

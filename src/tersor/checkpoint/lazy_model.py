@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from tersor.checkpoint.quantization_config import QuantizationConfig, read_config
 from tersor.checkpoint.source import Checkpoint, torch_dtype
 from tersor.errors import TersorError
-from tersor.formats.layouts import COMPRESSED_SUFFIXES, GPTQ_SUFFIXES, read_awq, read_compressed, read_gptq
+from tersor.formats.gguf_blocks import BLOCK_TYPES, unpack_blocks
+from tersor.formats.layouts import PACKED_SUFFIXES, read_awq, read_compressed, read_gptq
 from tersor.formats.quantized_weight import QuantizedWeight
 from tersor.layers.exchange import EXCHANGED, exchange
 from tersor.layers.experts import ExpertMap
@@ -121,7 +122,7 @@ class LazyModel:
 
     def _sort_keys(self) -> None:
         known = dict(_state(self.module, ""))
-        suffixes = (*GPTQ_SUFFIXES, *COMPRESSED_SUFFIXES) if self.quantization else ()
+        suffixes = PACKED_SUFFIXES if self.quantization else ()
         packed: dict[str, dict[int, str]] = defaultdict(dict)
         plain: dict[str, list[tuple[int, str]]] = defaultdict(list)
         for key in self.checkpoint.shard_of:
@@ -171,7 +172,7 @@ class LazyModel:
 
     def _make_room_for_packed(self) -> None:
         """Replace every dense layer that is stored packed, so that its dense weight is never allocated."""
-        packed = {linear: self._read_quantized(linear).to(self.device) for linear in self.quantized}
+        packed = {linear: self.read_quantized(linear).to(self.device) for linear in self.quantized}
         place_packed(self.module, self.maps, packed)
 
     def _load_plain(self, names: Iterable[str]) -> None:
@@ -186,15 +187,16 @@ class LazyModel:
             name, found = self.parameter_of(linear), self.maps[linear]
             if _get(self.module, name).is_meta:
                 _set(self.module, name, torch.empty_like(_get(self.module, name), device=self.device))
-            set_weight_matrix(found, self._read_quantized(linear).to(self.device).dequantize(self.dtype))
+            set_weight_matrix(found, self.read_quantized(linear).to(self.device).dequantize(self.dtype))
 
-    def _read_quantized(self, linear: str) -> QuantizedWeight:
+    def read_quantized(self, linear: str) -> QuantizedWeight:
+        """The packed weight of one of `quantized`, on the CPU."""
         config = self.quantization
         assert config is not None
         out_features, in_features = matrix_shape(self.maps[linear])
         parts = []
         for stem in self.quantized[linear]:
-            present = [s for s in (*GPTQ_SUFFIXES, *COMPRESSED_SUFFIXES) if f"{stem}.{s}" in self.checkpoint.shard_of]
+            present = [s for s in PACKED_SUFFIXES if f"{stem}.{s}" in self.checkpoint.shard_of]
             read = self.checkpoint.read(f"{stem}.{suffix}" for suffix in present)
             tensors = {suffix: read[f"{stem}.{suffix}"] for suffix in present}
             parts.append(read_layer(stem, tensors, in_features, config))
@@ -220,6 +222,9 @@ def read_layer(name: str, tensors: dict[str, Tensor], in_features: int, config: 
     """One quantized layer from its tensors by suffix, whichever layout they are in. `name` is its published name."""
     config = config.for_layer(name)
     bits, group_size = config.bits, config.group_size
+    for kind in BLOCK_TYPES.values():
+        if kind.suffix in tensors:
+            return unpack_blocks(name, tensors[kind.suffix], kind, in_features)
     if "weight_packed" in tensors:
         return read_compressed(name, tensors, in_features, bits=bits, group_size=group_size)
     if config.layout == "awq":
@@ -268,7 +273,10 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
             f"{transformers.__version__} does not have"
         )
     try:
-        parsed = kind.config_class.from_pretrained(checkpoint.directory)
+        if checkpoint.gguf is None:
+            parsed = kind.config_class.from_pretrained(checkpoint.directory)
+        else:
+            parsed = kind.config_class.from_dict(config)
         if hasattr(parsed, "quantization_config"):
             del parsed.quantization_config
         with torch.device("meta"):

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tersor.checkpoint.gguf_read import open_gguf
+from tersor.checkpoint.gguf_tokenizer import tokenizer_from
 from tersor.checkpoint.into import load_into
 from tersor.checkpoint.lazy_model import LazyModel, compute_dtype
 from tersor.checkpoint.source import open_checkpoint
@@ -25,7 +27,8 @@ TOKENIZER_FILES = (
 
 
 def load(model: str | Path, *, dtype: str = "auto", device: str = "auto", into: nn.Module | None = None) -> nn.Module:
-    """Load a model: a directory, a hub name or a built-in name, original or quantized (gptq, gptq_v2, compressed-tensors, awq).
+    """Load a model: a directory, a hub name, a built-in name or a GGUF file, original or quantized (gptq, gptq_v2,
+    compressed-tensors, awq, gguf).
 
     Quantized layers stay packed. dtype: "auto" (float32 on a CPU, else the checkpoint's own), "float16", "bfloat16" or
     "float32". device: "auto" (the GPU where there is one), "cpu", "cuda", "cuda:1". into: a module of the same structure to
@@ -43,7 +46,9 @@ def load(model: str | Path, *, dtype: str = "auto", device: str = "auto", into: 
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer in a model directory, or None where it has none."""
+    """The tokenizer in a model directory or GGUF file, or None where it has none."""
+    if directory.suffix == ".gguf" and directory.is_file():
+        return tokenizer_from(open_gguf(directory).fields, str(directory))
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
         return None
     from transformers import AutoTokenizer

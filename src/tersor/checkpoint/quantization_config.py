@@ -18,8 +18,8 @@ CONFIG_FILES = ("quantize_config.json", "quant_config.json")  # older writers ke
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """layout: "gptq", "gptq_v2", "compressed-tensors" or "awq". overrides: what is different for layers whose published name
-    matches a regular expression, the first that matches winning."""
+    """layout: "gptq", "gptq_v2", "compressed-tensors", "awq" or "gguf". overrides: what is different for layers whose published
+    name matches a regular expression, the first that matches winning."""
 
     layout: str
     bits: int
@@ -60,6 +60,8 @@ def parse_config(found: Mapping[str, Any]) -> QuantizationConfig:
                 f"AWQ version {found.get('version')!r} at {found.get('bits')} bits: only 4-bit gemm is read"
             )
         return QuantizationConfig("awq", 4, int(found.get("group_size", 128)), sym=not found.get("zero_point", True))
+    if method == "gguf":  # what `gguf_read` says of a file: the tensors themselves have the rest
+        return QuantizationConfig("gguf", int(found["bits"]), int(found["group_size"]), sym=True)
     if method != "gptq":
         raise TersorError(f"quantization method {method!r} is not one of gptq, compressed-tensors, awq")
     layout = found.get("checkpoint_format") or found.get("format") or "gptq"

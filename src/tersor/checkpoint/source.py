@@ -1,4 +1,4 @@
-"""A checkpoint directory, opened lazily: its config, its tensors by name (memory-mapped safetensors), its other files."""
+"""A checkpoint directory or GGUF file, opened lazily: its config, its tensors by name (memory-mapped), its other files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tersor.checkpoint.gguf_read import GGUFFile, open_gguf
 from tersor.errors import TersorError
 
 BUILTIN = ("demo", "demo-vit")  # models that come with the package, under tersor/assets
@@ -33,6 +35,7 @@ NAMES = {  # torch's dtypes by the names that safetensors has for them
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}  # bytes
 
 
 class _Slice:
@@ -64,16 +67,20 @@ class _PickledTensor:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """directory; config (the parsed config.json); shard_of: the file that holds each tensor."""
+    """directory (or GGUF file); config (the parsed config.json); shard_of: the file that holds each tensor; gguf: that file's."""
 
     directory: Path
     config: dict[str, Any]
     shard_of: dict[str, Path]
+    gguf: GGUFFile | None = None
 
     @contextmanager
     def tensors(self, names: Iterable[str]) -> Iterator[dict[str, Any]]:
         """The named tensors as safetensors slices: nothing is read before a slice is indexed, as `slice[...]`."""
         names = list(names)
+        if self.gguf is not None:
+            yield {name: self.gguf.tensors[name] for name in names}
+            return
         with ExitStack() as stack:
             shards = {self.shard_of[name] for name in names}
             opened = {
@@ -124,18 +131,28 @@ class Checkpoint:
             and not any(part.startswith(".") for part in path.relative_to(self.directory).parts)
         )
 
+    def bytes_of_tensors(self) -> dict[str, int]:
+        """What each tensor takes on disk, from the headers."""
+        if self.gguf is not None:
+            return {name: each.bytes for name, each in self.gguf.tensors.items()}
+        with self.tensors(self.shard_of) as slices:
+            return {name: prod(each.get_shape()) * WIDTH.get(each.get_dtype(), 1) for name, each in slices.items()}
+
     def size(self) -> int:
         """Bytes of all tensor files."""
         return sum(path.stat().st_size for path in set(self.shard_of.values()))
 
 
 def open_checkpoint(model: str | Path, *, allow_pickle: bool = False, unfinished: bool = False) -> Checkpoint:
-    """Open a directory, a built-in model or a hub repository. Raises TersorError where it is none of these.
+    """Open a directory, a GGUF file, a built-in model or a hub repository. Raises TersorError where it is none of these.
 
     allow_pickle: read pickled weights where there are no safetensors; with `weights_only`, so that nothing in them runs.
     unfinished: the caller is the job that writes it.
     """
     directory = resolve(model, allow_pickle=allow_pickle)
+    if _is_gguf(directory):
+        found = open_gguf(directory)
+        return Checkpoint(directory, found.config, dict.fromkeys(found.tensors, directory), found)
     if (directory / JOB_FOLDER / "journal.json").exists() and not unfinished:
         raise TersorError(f"{directory} holds an unfinished job; run its command again to finish it")
     config_file = directory / "config.json"
@@ -151,19 +168,23 @@ def open_checkpoint(model: str | Path, *, allow_pickle: bool = False, unfinished
 
 
 def resolve(model: str | Path, *, allow_pickle: bool = False) -> Path:
-    """The local directory of a model; downloads a hub repository where the name has that form."""
+    """The local directory of a model, or its GGUF file; downloads a hub repository where the name has that form."""
     if str(model) in BUILTIN:
         return Path(str(files("tersor") / "assets" / str(model)))
     path = Path(model).expanduser()
-    if path.is_dir():
+    if path.is_dir() or _is_gguf(path):
         return path
     if path.exists():
-        raise TersorError(f"{path} is a file; give the directory that holds the model's config.json")
+        raise TersorError(f"{path} is a file; give the directory that holds the model's config.json, or a .gguf file")
     if not _is_hub_name(str(model)):
         raise TersorError(
             f"no model at {model}: give a directory, a hub name such as org/name, or one of {', '.join(BUILTIN)}"
         )
     return _download(str(model), allow_pickle)
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.suffix == ".gguf" and path.is_file()
 
 
 def _is_hub_name(name: str) -> bool:

@@ -14,7 +14,7 @@ from tersor.evaluate.perplexity import perplexity
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A directory, a hub name such as org/name, or `demo`.")],
+    model: Annotated[str, typer.Argument(help="A directory, a .gguf file, a hub name such as org/name, or `demo`.")],
     text: Annotated[str, typer.Option(help="A text file (.gz too), or `builtin`.")] = "builtin",
     images: Annotated[
         Path | None,

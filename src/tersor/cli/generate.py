@@ -10,7 +10,7 @@ from tersor.errors import TersorError
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="A directory, a hub name such as org/name, or `demo`.")],
+    model: Annotated[str, typer.Argument(help="A directory, a .gguf file, a hub name such as org/name, or `demo`.")],
     prompt: Annotated[str, typer.Option(help="The text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time.")] = 0.0,

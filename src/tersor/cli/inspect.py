@@ -14,7 +14,7 @@ from tersor.evaluate.inspection import inspect_checkpoint
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="A directory, a hub name such as org/name, or `demo`.")],
+    model: Annotated[str, typer.Argument(help="A directory, a .gguf file, a hub name such as org/name, or `demo`.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show a checkpoint's blocks, linear layers, formats and bits per weight; reads no weights."""

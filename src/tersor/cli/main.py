@@ -10,7 +10,9 @@ import typer
 import tersor
 from tersor.cli.compress import compress
 from tersor.cli.demo import demo
+from tersor.cli.doctor import doctor
 from tersor.cli.evaluate import evaluate
+from tersor.cli.export import export
 from tersor.cli.generate import generate
 from tersor.cli.inspect import inspect
 from tersor.cli.models import models
@@ -33,8 +35,10 @@ app.command("sweep")(sweep)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("inspect")(inspect)
+app.command("export")(export)
 app.command("models")(models)
 app.command("demo")(demo)
+app.command("doctor")(doctor)
 app.command("train")(train)
 
 INTERRUPTED = 130  # the exit status that typer makes of Ctrl-C, without a word

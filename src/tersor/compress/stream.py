@@ -53,6 +53,10 @@ from tersor.layers.linear_map import columns_of, set_weight_matrix
 
 def compress_checkpoint(name: str, job: Settings) -> Compressed:
     checkpoint = open_checkpoint(name, allow_pickle=job.allow_pickle)
+    if checkpoint.gguf is not None:
+        raise TersorError(
+            f"{name} is a GGUF file, which comes last: compress the original, then `tersor export` the result"
+        )
     if "quantization_config" in checkpoint.config:
         raise TersorError(f"{name} is quantized already; compress the original")
     folder = tempfile.TemporaryDirectory(prefix="tersor-") if job.out is None else None

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
-
-from safetensors import safe_open
 
 from tersor.calibrate.blocks import find_units
 from tersor.checkpoint.lazy_model import LazyModel
-from tersor.checkpoint.source import Checkpoint, open_checkpoint, torch_dtype
-from tersor.formats.layouts import COMPRESSED_SUFFIXES, GPTQ_SUFFIXES
+from tersor.checkpoint.source import open_checkpoint, torch_dtype
+from tersor.formats.layouts import PACKED_SUFFIXES
 from tersor.layers.linear_map import linear_maps, matrix_shape
-
-WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
 @dataclass(frozen=True)
@@ -48,7 +43,7 @@ def inspect_checkpoint(model: str | Path) -> Inspection:
     """Look into a checkpoint. Raises TersorError where it is none."""
     checkpoint = open_checkpoint(model)
     lazy = LazyModel(checkpoint, dtype=torch_dtype(checkpoint.config))
-    stored = _bytes_of_tensors(checkpoint)
+    stored = checkpoint.bytes_of_tensors()
     units = find_units(lazy.module)
     groups: dict[tuple[str, tuple[tuple[str, tuple[int, int], float], ...]], list[str]] = {}
     for unit in units:
@@ -77,21 +72,10 @@ def inspect_checkpoint(model: str | Path) -> Inspection:
     )
 
 
-def _bytes_of_tensors(checkpoint: Checkpoint) -> dict[str, int]:
-    sizes = {}
-    for path in set(checkpoint.shard_of.values()):
-        with safe_open(path, framework="pt") as shard:
-            for name in shard.keys():  # noqa: SIM118
-                piece = shard.get_slice(name)
-                sizes[name] = prod(piece.get_shape()) * WIDTH.get(piece.get_dtype(), 1)
-    return sizes
-
-
 def _bits(lazy: LazyModel, name: str, stored: dict[str, int]) -> float:
     rows, columns = matrix_shape(lazy.maps[name])
     if name in lazy.quantized:
-        suffixes = (*GPTQ_SUFFIXES, *COMPRESSED_SUFFIXES)
-        size = sum(stored.get(f"{stem}.{suffix}", 0) for stem in lazy.quantized[name] for suffix in suffixes)
+        size = sum(stored.get(f"{stem}.{suffix}", 0) for stem in lazy.quantized[name] for suffix in PACKED_SUFFIXES)
         return 8 * size / (rows * columns)
     keys = lazy.keys_of.get(lazy.parameter_of(name), [])
     weights = lazy.module.get_parameter(lazy.parameter_of(name)).numel()

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from tersor.errors import TersorError
+from tersor.formats.gguf_blocks import GGUF_SUFFIXES
 from tersor.formats.packing import WORD, pack, packed_size, unpack, unpack_awq
 from tersor.formats.quantized_weight import QuantizedWeight
 
@@ -36,6 +37,7 @@ COMPRESSED_SUFFIXES = (
     "weight_zero_point",
     "weight_g_idx",
 )
+PACKED_SUFFIXES = (*GPTQ_SUFFIXES, *COMPRESSED_SUFFIXES, *GGUF_SUFFIXES)  # of every layout that is read
 BITS = (2, 3, 4, 8)  # what the formats and their readers share
 
 

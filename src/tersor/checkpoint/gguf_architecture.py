@@ -1,0 +1,260 @@
+"""What a GGUF file calls the tensors and the numbers of a model of the LLaMA family, to and from transformers' names.
+
+llama.cpp rotates neighbouring pairs of a head in its `llama` architecture where transformers rotates its two halves, so the
+rows of the query and key projections are stored in another order there (`rows_in_file`); `qwen2` and `qwen3` rotate halves too.
+Rotary frequencies: `linear` and `yarn` scaling are metadata, `llama3` is a tensor of divisors, `rope_freqs.weight`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tersor.errors import TersorError
+
+FREQUENCIES = "rope_freqs.weight"
+OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+INSIDE = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_FROM_INSIDE = {short: name for name, short in INSIDE.items()}
+_FROM_OUTSIDE = {short: name for name, short in OUTSIDE.items()}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """name: in the file. permuted: whether rows of q and k are in llama.cpp's own order. biased: layers that may have a bias."""
+
+    name: str
+    model_type: str
+    permuted: bool
+    biased: tuple[str, ...]
+
+
+_ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ARCHITECTURES = {
+    "LlamaForCausalLM": Architecture("llama", "llama", True, _ALL),
+    "MistralForCausalLM": Architecture("llama", "mistral", True, ()),
+    "Qwen2ForCausalLM": Architecture("qwen2", "qwen2", False, ("q_proj", "k_proj", "v_proj")),
+    "Qwen3ForCausalLM": Architecture("qwen3", "qwen3", False, ()),
+}
+
+
+def architecture_of(name: str) -> Architecture:
+    """Of a transformers class. Raises TersorError where GGUF files of it are not written."""
+    if name not in ARCHITECTURES:
+        raise TersorError(f"{name} cannot be written as GGUF; tersor knows how for {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[name]
+
+
+def name_in_file(name: str, architecture: Architecture) -> str:
+    """The name that the file has for a tensor or layer of the module tree, such as `model.layers.3.mlp.up_proj.weight`."""
+    stem, _, leaf = name.rpartition(".")
+    inside = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem)
+    short = INSIDE.get(inside[2]) if inside else OUTSIDE.get(stem)
+    if short is None or (leaf == "bias" and stem.rpartition(".")[2] not in architecture.biased):
+        raise TersorError(f"{name} has no place in a GGUF file of the architecture {architecture.name}")
+    return f"blk.{inside[1]}.{short}.{leaf}" if inside else f"{short}.{leaf}"
+
+
+def name_from_file(name: str) -> str | None:
+    """Inverse of `name_in_file`; None for a name that is not of this family."""
+    stem, _, leaf = name.rpartition(".")
+    inside = re.fullmatch(r"blk\.(\d+)\.(.+)", stem)
+    long = _FROM_INSIDE.get(inside[2]) if inside else _FROM_OUTSIDE.get(stem)
+    if long is None:
+        return None
+    return f"model.layers.{inside[1]}.{long}.{leaf}" if inside else f"{long}.{leaf}"
+
+
+def heads_permuted(name: str, heads: int, key_heads: int) -> int | None:
+    """The number of heads of a tensor of q or k, by transformers' name, whose rows `llama` has in another order. Else None."""
+    return {"q_proj": heads, "k_proj": key_heads}.get(name.rpartition(".")[0].rpartition(".")[2])
+
+
+def rows_in_file(rows: int, heads: int) -> Tensor:
+    """Which row of transformers' q or k comes at each row of the file: element i of a head's first half, then that of its
+    second, for every i. int64 [rows]; its argsort leads back."""
+    return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).flatten()
+
+
+def metadata_of(config: Any, architecture: Architecture) -> dict[str, Any]:
+    """The numbers of a transformers config under the file's keys, but for the tokenizer's. Raises TersorError for what
+    llama.cpp would compute otherwise."""
+    if config.hidden_act != "silu":
+        raise TersorError(
+            f"the activation {config.hidden_act!r} has no GGUF model of {architecture.name}; only silu has"
+        )
+    context = config.max_position_embeddings
+    window = getattr(config, "sliding_window", None)
+    if window is not None and architecture.model_type == "mistral":
+        context = min(context, window)  # llama.cpp attends to everything: within the window that is the same
+    elif "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        raise TersorError(f"layers with a sliding window of {window} have no GGUF model of {architecture.name}")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    numbers = {
+        "context_length": context,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "vocab_size": config.vocab_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "rope.dimension_count": head_dim,
+        **_rope_metadata(dict(config.rope_parameters)),
+    }
+    return {f"{architecture.name}.{key}": value for key, value in numbers.items()}
+
+
+def _rope_metadata(rope: dict[str, Any]) -> dict[str, Any]:
+    kind = rope.get("rope_type", "default")
+    found: dict[str, Any] = {"rope.freq_base": float(rope["rope_theta"])}
+    known = {
+        "default": (),
+        "linear": ("factor",),
+        "llama3": _LLAMA3,
+        "yarn": ("factor", "original_max_position_embeddings"),
+    }
+    if kind not in known:
+        raise TersorError(f"rotary positions of type {kind!r} have no GGUF model here; {', '.join(known)} have")
+    # yarn's defaults are those of both programs; anything beside them is refused
+    standard = {"beta_fast": 32, "beta_slow": 1, "partial_rotary_factor": 1.0, "truncate": True}
+    for key, value in rope.items():
+        understood = key in ("rope_type", "type", "rope_theta", *known[kind]) or value in (None, standard.get(key))
+        if not understood:
+            raise TersorError(f"rotary positions with {key}={value!r} have no GGUF model here")
+    if kind in ("linear", "yarn"):
+        found |= {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
+    if kind == "yarn":
+        if rope.get("original_max_position_embeddings") is None:
+            raise TersorError(
+                "rotary positions of type 'yarn' without original_max_position_embeddings have no GGUF model here"
+            )
+        found["rope.scaling.original_context_length"] = int(rope["original_max_position_embeddings"])
+    return found
+
+
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def frequency_divisors(config: Any) -> Tensor | None:
+    """llama3 scaling as the file has it: what each rotary frequency is divided by, float32 [head_dim / 2]; else None.
+
+    Wavelengths above original / low_freq_factor are stretched by `factor`, those below original / high_freq_factor stay, and
+    between them the frequency is a mix of both, linear in original / wavelength.
+    """
+    rope = config.rope_parameters
+    if rope.get("rope_type") != "llama3":
+        return None
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return _divisors(head_dim, rope["rope_theta"], **{key: rope[key] for key in _LLAMA3})
+
+
+def _divisors(
+    head_dim: int,
+    theta: float,
+    *,
+    factor: float,
+    low_freq_factor: float,
+    high_freq_factor: float,
+    original_max_position_embeddings: int,
+) -> Tensor:
+    frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    turns = original_max_position_embeddings * frequencies / (2 * math.pi)
+    kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+    return (1 / ((1 - kept) / factor + kept)).float()
+
+
+def config_of(fields: Mapping[str, Any], tensors: Iterable[str], divisors: Tensor | None) -> dict[str, Any]:
+    """A config.json for the metadata and tensor names of a file. Raises TersorError where it is of another family.
+
+    The file's vocab_size may be absent: the caller, who sees the embedding, sets it.
+    """
+    name = fields.get("general.architecture")
+    found = next((kind for kind, each in ARCHITECTURES.items() if each.name == name), None)
+    if found is None:
+        known = ", ".join(dict.fromkeys(each.name for each in ARCHITECTURES.values()))
+        raise TersorError(f"a GGUF file of the architecture {name!r}; tersor reads {known}")
+    if fields.get(f"{name}.expert_count"):
+        raise TersorError(f"a GGUF file of {name} with experts; tersor reads those without")
+
+    def number(key: str, default: Any = None) -> Any:
+        value = fields.get(f"{name}.{key}", default)
+        if value is None:
+            raise TersorError(f"the GGUF file lacks {name}.{key}")
+        if isinstance(value, list):
+            raise TersorError(f"the GGUF file has {name}.{key} per layer; tersor reads models whose layers are alike")
+        return value
+
+    names, heads = set(tensors), number("attention.head_count")
+    hidden = number("embedding_length")
+    head_dim = number("attention.key_length", hidden // heads)
+    if number("attention.value_length", head_dim) != head_dim or number("rope.dimension_count", head_dim) != head_dim:
+        raise TersorError(f"the GGUF file has heads of several widths: {name}.attention.key_length is {head_dim}")
+    theta = number("rope.freq_base", 10000.0)
+    return {
+        "architectures": [found],
+        "model_type": ARCHITECTURES[found].model_type,
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "intermediate_size": number("feed_forward_length"),
+        "num_hidden_layers": number("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": number("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": number("context_length"),
+        "rms_norm_eps": number("attention.layer_norm_rms_epsilon"),
+        "rope_parameters": {"rope_theta": theta, **_rope_of(fields, str(name), head_dim, theta, divisors)},
+        "tie_word_embeddings": "output.weight" not in names,
+        "attention_bias": "blk.0.attn_q.bias" in names,
+        "mlp_bias": "blk.0.ffn_up.bias" in names,
+        "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": fields.get("tokenizer.ggml.eos_token_id"),
+        "pad_token_id": fields.get("tokenizer.ggml.padding_token_id"),
+    }
+
+
+def _rope_of(
+    fields: Mapping[str, Any], name: str, head_dim: int, theta: float, divisors: Tensor | None
+) -> dict[str, Any]:
+    kind = fields.get(f"{name}.rope.scaling.type", "none")
+    if divisors is not None and kind == "none":
+        # A file has the divisors only. The published models share all but the factor, which is the largest divisor.
+        for original in (8192, *(2**n for n in range(9, 18))):
+            guess = {
+                "factor": float(divisors.max()),
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": original,
+            }
+            if torch.allclose(_divisors(head_dim, theta, **guess), divisors, rtol=1e-5):
+                return {"rope_type": "llama3", **guess}
+        raise TersorError(f"{FREQUENCIES} of the GGUF file is no llama3 scaling that tersor knows")
+    if kind == "none":
+        return {"rope_type": "default"}
+    factor = float(fields.get(f"{name}.rope.scaling.factor", 1.0))
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": factor}
+    if kind == "yarn":
+        original = fields[f"{name}.rope.scaling.original_context_length"]
+        return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+    raise TersorError(f"a GGUF file with rotary scaling of type {kind!r}; tersor reads none, linear and yarn")

@@ -1,0 +1,278 @@
+"""What this machine offers to tersor, which kernels it thereby gets, how fast they are here, and what is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import tersor
+from tersor.formats.packing import packed_size
+from tersor.formats.quantized_weight import QuantizedWeight
+from tersor.kernels import cpp
+from tersor.kernels import prepared_weight as gpu_kernel
+from tersor.kernels import quantized_matmul_cpu as cpu_kernel
+from tersor.kernels import quantized_matmul_int4 as int4_kernel
+from tersor.kernels.quantized_matmul import prepare, quantized_matmul
+from tersor.kernels.quantized_matmul_cuda import has_kernel as gpu_has_kernel
+
+FEATURES = {  # torch's names by those that people know
+    "AVX2": ("avx2", "fma3"),
+    "AVX-512": ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq"),
+    "AVX-512 VNNI": ("avx512_vnni",),
+    "AVX-512 BF16": ("avx512_bf16",),
+    "AMX": ("amx_tile", "amx_bf16"),
+}
+REQUIRED = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
+EXTRAS = {  # extra: its package, and what it is for
+    "hub-data": ("datasets", "calibration texts from hub data sets"),
+    "images": ("pillow", "images from files"),
+    "compressed-tensors": ("compressed-tensors", "loading compressed-tensors checkpoints with transformers itself"),
+    "gguf": ("gguf", "`tersor export` to GGUF, and reading types such as the K types"),
+    "graphs": ("torch_geometric", "checkpoints and data of torch_geometric"),
+    "ray": ("ray", "sweeps on a Ray cluster"),
+}
+BITS = (4, 8, 3, 2)
+SIZE, GROUP = 4096, 128  # what is measured: 4096 x 4096 in groups of 128
+ROWS = (1, 64)
+_TURNS = {1: 9, 64: 3}
+_SECONDS = 0.3  # after which no more turns of a table row begin
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """bits; implementation: what multiplies by such a weight here; why_not: what keeps a faster one away, or None; speedup: by
+    rows of x, how many times faster than F.linear in `Machine.dtype`; milliseconds: of one product, likewise."""
+
+    bits: int
+    implementation: str
+    why_not: str | None
+    speedup: dict[int, float]
+    milliseconds: dict[int, float]
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """memory in bytes; capability: NVIDIA's version of the architecture; kernel: whether tersor has one for it."""
+
+    name: str
+    memory: int
+    capability: str
+    kernel: bool
+
+
+@dataclass(frozen=True)
+class Machine:
+    """memory, memory_available: bytes, None where the system does not tell; compiler: None where `compiler_missing` says why;
+    versions, extras: by package and by extra, None where it is not installed; dense: ms of F.linear by rows of x."""
+
+    system: str
+    processor: str
+    features: dict[str, bool]
+    cores: int
+    threads: int
+    memory: int | None
+    memory_available: int | None
+    compiler: str | None
+    compiler_missing: str | None
+    kernel_cache: str
+    kernel_cache_writable: bool
+    gpus: list[Gpu]
+    versions: dict[str, str | None]
+    extras: dict[str, str | None]
+    device: str
+    dtype: str
+    dense: dict[int, float]
+    kernels: list[Kernel]
+
+
+def examine() -> Machine:
+    """Look at this machine. Measures for a second or two, longer where layers must be dequantized, and compiles the kernel where
+    that was never done."""
+    has = torch.cpu.get_capabilities()
+    features = {name: all(bool(has.get(part, False)) for part in parts) for name, parts in FEATURES.items()}
+    arm = platform.machine().lower() in ("arm64", "aarch64")
+    features["NEON"] = arm  # a part of that architecture
+    try:
+        path, version = cpp.compiler()
+        compiler, missing = f"{path}: {version.splitlines()[0]}", None
+    except cpp.CompileError as error:
+        compiler, missing = None, str(error)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16  # what `tersor.load` chooses for most models
+    dense, kernels = _measure(device, dtype)
+    return Machine(
+        system=f"{platform.system()} {platform.release()}, {platform.machine()}, Python {platform.python_version()}",
+        processor=str(has.get("cpu_name") or platform.processor() or platform.machine()),
+        features=features,
+        cores=os.cpu_count() or 1,
+        threads=torch.get_num_threads(),
+        memory=_memory_total(),
+        memory_available=_memory_available(),
+        compiler=compiler,
+        compiler_missing=missing,
+        kernel_cache=str(cpp.CACHE),
+        kernel_cache_writable=_writable(cpp.CACHE),
+        gpus=[_gpu(n) for n in range(torch.cuda.device_count())],
+        versions={"tersor": tersor.__version__, **{name: _version(name) for name in REQUIRED}},
+        extras={extra: _version(package) for extra, (package, _) in EXTRAS.items()},
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        dense=dense,
+        kernels=kernels,
+    )
+
+
+def advice(machine: Machine) -> list[str]:
+    """What is missing, what that costs, and how to get it; a sentence each, the weightiest first."""
+    said = []
+    if machine.compiler_missing is not None:
+        way = (
+            "run tersor in WSL, which has one"
+            if machine.system.startswith("Windows")
+            else "install g++ or clang++: `apt install g++` on Debian and Ubuntu, `dnf install gcc-c++` on Fedora, "
+            "`xcode-select --install` on macOS; tersor finds it by itself"
+        )
+        said.append(
+            f"{machine.compiler_missing}: packed layers on the CPU are dequantized at every call, which makes them slower than "
+            "the original (with --dtype bfloat16, symmetric ones of 2 to 4 bits run on torch's int4 operator). To have the "
+            f"kernel, {way}"
+        )
+    elif not machine.features["AVX2"] and not machine.features["NEON"]:
+        said.append(
+            "the processor has no AVX2: the portable kernel runs, at the speed shown; a newer processor is the only way out"
+        )
+    if machine.compiler is not None and not machine.kernel_cache_writable:
+        said.append(
+            f"{machine.kernel_cache} cannot be written: the kernel is compiled anew by every process; make it writable"
+        )
+    for each in machine.gpus:
+        if not each.kernel:
+            said.append(
+                f"tersor has no packed kernel for {each.name} (capability {each.capability}; it needs 9.0): packed layers save "
+                "memory there, but are dequantized at every call"
+            )
+    if not machine.gpus:
+        said.append("torch sees no GPU: everything runs on the CPU")
+    missing = [extra for extra, version in machine.extras.items() if version is None]
+    if missing:
+        said.append(
+            f"extras not installed: {', '.join(missing)}; pip install 'tersor[{','.join(missing)}]' adds them all"
+        )
+    return said
+
+
+def _measure(device: torch.device, dtype: torch.dtype) -> tuple[dict[int, float], list[Kernel]]:
+    for bits in BITS:  # what an operator does at its first call is not its speed
+        tiny = torch.ones(1, GROUP, dtype=dtype, device=device)
+        quantized_matmul(tiny, prepare(_random_weight(bits, GROUP, device)))
+    weights = {bits: _random_weight(bits, SIZE, device) for bits in BITS}
+    prepared = {bits: prepare(weight) for bits, weight in weights.items()}
+    dense = torch.empty(SIZE, SIZE, dtype=dtype, device=device).uniform_(-1, 1)
+    times: dict[int, dict[int, list[float]]] = {}
+    for rows in ROWS:
+        x = torch.empty(rows, SIZE, dtype=dtype, device=device).uniform_(-1, 1)
+        calls: dict[int, Callable[[], object]] = {0: lambda x=x: F.linear(x, dense)}  # type: ignore[misc]
+        for bits, weight in prepared.items():
+            calls[bits] = lambda x=x, weight=weight: quantized_matmul(x, weight)  # type: ignore[misc]
+        with torch.no_grad():
+            times[rows] = _take_turns(calls, _TURNS[rows], device)
+    kernels = [
+        Kernel(
+            bits=bits,
+            implementation=_implementation(weight),
+            why_not=_why_not(weights[bits])
+            if isinstance(weight, QuantizedWeight | int4_kernel.PreparedWeight)
+            else None,
+            speedup={
+                rows: statistics.median(d / q for d, q in zip(found[0], found[bits], strict=True))
+                for rows, found in times.items()
+            },
+            milliseconds={rows: 1e3 * statistics.median(found[bits]) for rows, found in times.items()},
+        )
+        for bits, weight in prepared.items()
+    ]
+    return {rows: 1e3 * statistics.median(found[0]) for rows, found in times.items()}, kernels
+
+
+def _random_weight(bits: int, size: int, device: torch.device) -> QuantizedWeight:
+    """Symmetric, as GPTQ's default; the time does not depend on the values."""
+    words = torch.randint(-(2**31), 2**31, (packed_size(size, bits), size), dtype=torch.int32)
+    scales = torch.full((size // GROUP, size), 0.01, dtype=torch.float16)
+    zeros = torch.full(scales.shape, 2 ** (bits - 1), dtype=torch.uint8)
+    return QuantizedWeight(words, scales, zeros, None, bits, GROUP, size).to(device)
+
+
+def _take_turns(calls: dict[int, Callable[[], object]], turns: int, device: torch.device) -> dict[int, list[float]]:
+    """Seconds of every turn, in which all run once, one after another. The first, which fills caches, counts only where it is the
+    only one that there is time for."""
+    seconds: dict[int, list[float]] = {name: [] for name in calls}
+    began = time.perf_counter()
+    for _ in range(turns + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds[name].append(time.perf_counter() - start)
+        if time.perf_counter() - began > _SECONDS:
+            break
+    return {name: found[1:] or found for name, found in seconds.items()}
+
+
+def _implementation(weight: object) -> str:
+    if isinstance(weight, cpu_kernel.PreparedWeight):
+        return f"compiled kernel, {weight.implementation}"
+    if isinstance(weight, gpu_kernel.PreparedWeight):
+        return "GPU kernel"
+    if isinstance(weight, int4_kernel.PreparedWeight):
+        return "torch's int4 operator in bfloat16, dequantization in float32"
+    return "dequantization, then F.linear"
+
+
+def _why_not(weight: QuantizedWeight) -> str:
+    if weight.qweight.device.type == "cpu":
+        return cpu_kernel.why_not(weight) or "unknown"
+    return gpu_kernel.why_not(weight) or "the GPU kernel needs compute capability 9.0"
+
+
+def _gpu(number: int) -> Gpu:
+    found = torch.cuda.get_device_properties(number)
+    kernel = gpu_has_kernel(torch.device("cuda", number), torch.float16)
+    return Gpu(found.name, int(found.total_memory), f"{found.major}.{found.minor}", kernel)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _memory_total() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, AttributeError, OSError):
+        return None
+
+
+def _memory_available() -> int | None:
+    """What new work can have without swapping; only Linux tells without a package."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return None
+
+
+def _writable(folder: Path) -> bool:
+    """Whether files can be made in a folder that may not exist yet."""
+    return os.access(next(each for each in (folder, *folder.parents) if each.exists()), os.W_OK)
