@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tersor.calibrate.parallel import is_first
+from tersor.calibrate.statistics import is_expert
 from tersor.cli.progress import progress_bar
 from tersor.cli.torchrun import together
 from tersor.compress import compress
@@ -44,6 +45,9 @@ def _quantize(
     exclude: Annotated[list[str] | None, typer.Option(help="Not layers that match.")] = None,
     head: Annotated[bool, typer.Option("--head", help="Quantize the output head too.")] = False,
     target_tp: Annotated[int, typer.Option(help="Check that the layers split over so many devices when served.")] = 1,
+    experts: Annotated[
+        str, typer.Option(help="Experts that calibrate with a token: as-is, top-k:N, or all, by the router's weight.")
+    ] = "as-is",
     activations: Annotated[
         str, typer.Option(help="Where samples wait between blocks: device, cpu or disk.")
     ] = "device",
@@ -80,6 +84,7 @@ def _quantize(
             exclude=exclude or (),
             head=head,
             target_tp=target_tp,
+            experts=experts,
             activations=activations,
             allow_pickle=allow_pickle,
             redo=redo or (),
@@ -118,6 +123,13 @@ def print_summary(summary: Summary, out: Path) -> None:
             layer.note,
         )
     console.print(table)
+    experts = [layer for layer in summary.layers if is_expert(layer.name)]
+    if experts:
+        tokens = [layer.tokens for layer in experts]
+        console.print(
+            f"{len(experts)} experts, calibrated with {min(tokens):,} to {max(tokens):,} tokens each; "
+            f"{tokens.count(0) or 'none'} without"
+        )
     sizes = ""
     if summary.size_before and summary.size_after:
         ratio = summary.size_before / summary.size_after

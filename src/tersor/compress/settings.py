@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.calibrate.batches import Batch, Calibration, make_batches, probe_of, to_device
+from tersor.calibrate.routing import Routing
 from tersor.compress.plan import Plan
 from tersor.compress.recipe import Recipe
 from tersor.compress.walk import Progress
@@ -40,6 +41,7 @@ class Settings:
     exclude: tuple[str, ...]
     head: bool
     target_tp: int
+    experts: Routing
     activations: str
     allow_pickle: bool
     tokenizer: Any
