@@ -5,9 +5,10 @@
 
 A LLaMA of 34 blocks (width 1024, feed-forward 2816, vocabulary of 32,000) with random float32 weights is written in shards of
 five blocks. Each tool quantizes it to 4 bits, symmetric, in groups of 128 by GPTQ, on the CPU, from the same 4 samples of 64
-tokens, with its own defaults for everything else, in a process of its own. "Resident" is what the kernel counted for that process at its peak, with
-the libraries and the pages of mapped files, which it can drop when they are wanted elsewhere; "of its own" leaves mapped
-files out (RssAnon, looked at ten times a second). The row "only its imports" is a process that imports the tool and ends.
+tokens, with its own defaults for everything else, in a process of its own. "Resident" is what the kernel counted for that
+process at its peak, with the libraries and the pages of mapped files, which it can drop when they are wanted elsewhere; "of its
+own" leaves mapped files out (RssAnon, looked at ten times a second). The row "only its imports" is a process that imports the
+tool and ends.
 """
 
 from __future__ import annotations

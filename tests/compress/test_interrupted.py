@@ -127,7 +127,7 @@ def test_another_command_does_not_go_on_with_it(
     before = files_of(out)
     common = ("quantize", small_source, "--out", out, "--group-size", 32, "--seq-len", 32)
     for other, changed in (
-        (("--samples", 2, "--bits", 3), "another method"),
+        (("--samples", 2, "--bits", 3), "another bits"),
         (("--samples", 3), "another calibration"),
         (("--samples", 2, "--seed", 1), "another calibration"),
     ):

@@ -77,6 +77,7 @@ def routed(block: nn.Module, routing: Routing) -> Iterator[Rows]:
     mixtures = _mixtures(block) if routing.experts is not None else []
     routers = _routers(block) if routing.experts is not None else []
     before = [router.top_k for router in routers]
+    forwards = [each.__dict__.get("forward") for each in mixtures]  # of its own only where something else put one there
     try:
         for router in routers:
             router.top_k = routing.experts or min(each.num_experts for each in mixtures)
@@ -86,8 +87,10 @@ def routed(block: nn.Module, routing: Routing) -> Iterator[Rows]:
     finally:
         for router, top_k in zip(routers, before, strict=True):
             router.top_k = top_k
-        for each in mixtures:
+        for each, forward in zip(mixtures, forwards, strict=True):
             each.__dict__.pop("forward", None)
+            if forward is not None:
+                each.forward = forward
 
 
 def _one_by_one(mixture: Any, rows: Rows) -> Callable[..., Tensor]:
