@@ -209,7 +209,7 @@ def _lives(process: int) -> bool:
     ("changed", "what"),
     [
         ({"method": GPTQ(bits=8, group_size=32)}, "bits"),
-        ({"method": RTN(group_size=32)}, "method"),
+        ({"method": RTN(group_size=32)}, "method and calibration"),
         ({"rules": [{"match": "*.down_proj", "bits": 8}]}, "rules"),
         ({"format": "gptq_v2"}, "format"),
         ({"exclude": ["*.0.mlp.*"]}, "exclude"),

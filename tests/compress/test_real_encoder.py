@@ -56,7 +56,7 @@ def original(encoder: Path) -> Tensor:
 
 def test_the_original_knows_which_sentences_mean_the_same(original: Tensor) -> None:
     assert partners_found(original) == len(SENTENCES)
-    assert float(original[0] @ original[1]) == pytest.approx(0.7553, abs=1e-3)  # as sentence-transformers documents it
+    assert float(original[0] @ original[1]) == pytest.approx(0.7553, abs=1e-3)  # transformers' AutoModel says the same
 
 
 def partners_found(found: Tensor) -> int:

@@ -102,11 +102,11 @@ def compress_checkpoint(name: str, job: Settings) -> Compressed:
             before = first_tensor(first.output)
             plan = without(plan, {name for name in plan.all_linears() if not first.is_called(name)})
             check_reached(plan, first.visits)
-        job.progress(forecast(lazy, plan, batches, job.device, job.activations).text(), 0, 0)
         again = _blocks_to_redo(plan, job.redo)
         writer.start(marks, overwrite=job.overwrite, redo=bool(job.redo))
         if job.redo:
             writer.redo(again, _stems_of(plan, published))
+        job.progress(forecast(lazy, plan, batches, job.device, job.activations).text(), 0, 0)
         blocks.timer.lap("")
         if probe is None:
             walk_without_samples(lazy.module, plan, stored, hessian_dtype, hooks)
