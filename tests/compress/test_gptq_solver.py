@@ -168,7 +168,7 @@ def test_the_packed_weight_is_the_weight_that_was_solved_for(
 @given(problems())
 def test_the_factor_is_the_upper_cholesky_factor_of_the_inverse(problem: tuple[Tensor, Tensor]) -> None:
     _, H = problem
-    U, damp = inverse_cholesky(H, 0.01)
+    U, damp, _ = inverse_cholesky(H, 0.01)
     damped = H + damp * H.diagonal().mean() * torch.eye(COLUMNS, dtype=H.dtype)
     torch.testing.assert_close(U, U.triu())
     torch.testing.assert_close(U.t() @ U @ damped, torch.eye(COLUMNS, dtype=H.dtype), atol=1e-8, rtol=0)
@@ -178,6 +178,16 @@ def test_damping_is_raised_where_the_hessian_is_not_positive_definite() -> None:
     H = torch.eye(8)
     H[0, 1] = H[1, 0] = 1.05  # an eigenvalue of -0.05: 0.01 is too little, ten times that is enough
     assert solve_gptq(torch.randn(3, 8), H, bits=4).damp == pytest.approx(0.1)
+
+
+def test_a_hessian_that_float32_cannot_factorize_is_inverted_in_float64_at_the_same_damping() -> None:
+    H = torch.ones(64, 64)  # 1 + 1e-9 is 1 in float32
+    U, damp, in_float64 = inverse_cholesky(H, 1e-9)
+    assert (damp, in_float64) == (1e-9, True)
+    exact, _, again = inverse_cholesky(H.double(), 1e-9)
+    assert not again
+    torch.testing.assert_close(U.double(), exact, rtol=1e-6, atol=1e-2)  # its diagonal is 3e4
+    assert inverse_cholesky(H, 0.01)[1:] == (0.01, False)
 
 
 def test_a_hessian_that_no_damping_helps_is_an_error_not_a_rounding() -> None:

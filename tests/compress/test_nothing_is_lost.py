@@ -18,7 +18,7 @@ from safetensors import safe_open
 from zoo.tiny_models import build, samples
 
 import tersor
-from tersor import GPTQ, TersorError
+from tersor import GPTQ, RTN, TersorError
 from tersor.checkpoint import writer
 from tersor.compress.result import Compressed
 
@@ -208,13 +208,15 @@ def _lives(process: int) -> bool:
 @pytest.mark.parametrize(
     ("changed", "what"),
     [
-        ({"method": GPTQ(bits=8, group_size=32)}, "method"),
-        ({"rules": [{"match": "*.down_proj", "bits": 8}]}, "method"),
-        ({"format": "gptq_v2"}, "method"),
-        ({"exclude": ["*.0.mlp.*"]}, "method"),
-        ({"dtype": "bfloat16"}, "method"),
+        ({"method": GPTQ(bits=8, group_size=32)}, "bits"),
+        ({"method": RTN(group_size=32)}, "method and calibration"),
+        ({"rules": [{"match": "*.down_proj", "bits": 8}]}, "rules"),
+        ({"format": "gptq_v2"}, "format"),
+        ({"exclude": ["*.0.mlp.*"]}, "exclude"),
+        ({"dtype": "bfloat16"}, "dtype"),
+        ({"experts": "all"}, "experts"),
         ({"seed": 2}, "calibration"),
-        ({"method": GPTQ(bits=8, group_size=32), "seed": 2}, "method and calibration"),
+        ({"method": GPTQ(bits=8, group_size=32), "seed": 2}, "bits and calibration"),
     ],
 )
 def test_a_changed_job_is_refused_with_what_changed(

@@ -21,12 +21,20 @@ class Hessian:
         self.dtype = dtype  # of the products, and of H
         self.samples = 0
         self.tokens = 0
+        self.weight = 0.0  # of all tokens together
 
-    def add(self, x: Tensor, samples: int) -> None:
-        """Take in inputs x [tokens, columns] that belong to `samples` samples."""
-        self.tokens += x.shape[0]
+    def add(self, x: Tensor, samples: int, weights: Tensor | None = None) -> None:
+        """Take in inputs x [tokens, columns] that belong to `samples` samples; weights [tokens]: how much each counts."""
         self.samples += samples
         x = x.to(self.dtype)
+        if weights is None:
+            self.tokens += x.shape[0]
+            self.weight += x.shape[0]
+        else:
+            weights = weights.to(self.dtype)
+            self.tokens += int(weights.count_nonzero())
+            self.weight += float(weights.double().sum())
+            x = x * weights.sqrt()[:, None]
         self.total += x.t() @ x
 
     @property
@@ -34,15 +42,17 @@ class Hessian:
         return (self.total * (2 / max(self.samples, 1))).to(self.dtype)
 
 
-def shrink_towards_mean(hessians: Mapping[str, Hessian]) -> dict[str, Tensor]:
+def shrink_towards_mean(hessians: Mapping[str, Hessian], mean: Tensor | None = None) -> dict[str, Tensor]:
     """Hessians per token, each moved towards the mean of all: what experts that saw few tokens are solved with.
 
     The mean counts as much as `columns` tokens would: H = (S + columns · M) / (tokens + columns), with S an expert's own sum of
-    x xᵀ and M the mean over all tokens of all experts of the layer.
+    x xᵀ and M the mean over all tokens of all experts of the layer: `mean` where these are only some of them. Tokens that
+    count in part do so here too.
     """
-    tokens = sum(each.tokens for each in hessians.values())
-    mean = sum(each.total for each in hessians.values()) / max(tokens, 1)
+    if mean is None:
+        weight = sum(each.weight for each in hessians.values())
+        mean = sum((each.total for each in hessians.values()), torch.zeros(())) / (weight or 1)
     return {
-        name: (2 * (each.total + len(each.total) * mean) / (each.tokens + len(each.total))).to(each.dtype)
+        name: (2 * (each.total + len(each.total) * mean) / (each.weight + len(each.total))).to(each.dtype)
         for name, each in hessians.items()
     }

@@ -99,7 +99,7 @@ def combine(hessians: Mapping[str, Hessian], device: torch.device) -> dict[str, 
     if processes() == 1:
         return dict(hessians)
     first = {id(hessian): n for n, hessian in reversed(list(enumerate(hessians.values())))}
-    everyone = gather([(first[id(h)] if h.tokens else -1, h.samples, h.tokens) for h in hessians.values()])
+    everyone = gather([(first[id(h)] if h.tokens else -1, h.samples, h.tokens, h.weight) for h in hessians.values()])
     combined: dict[tuple[int, ...], Hessian] = {}
     taken: set[int] = set()
     result: dict[str, Hessian] = {}
@@ -110,6 +110,7 @@ def combine(hessians: Mapping[str, Hessian], device: torch.device) -> dict[str, 
             whole = Hessian(0, dtype=own.dtype)
             whole.total = own.total.to(device, copy=id(own) in taken)
             whole.samples, whole.tokens = sum(each[n][1] for each in everyone), sum(each[n][2] for each in everyone)
+            whole.weight = sum(each[n][3] for each in everyone)
             taken.add(id(own))
             if whole.tokens:
                 with _together():

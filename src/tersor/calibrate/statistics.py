@@ -15,9 +15,14 @@ from torch import Tensor, nn
 from tersor.calibrate.hessian import Hessian
 from tersor.calibrate.lockstep import Call
 from tersor.calibrate.parallel import sample_number
+from tersor.calibrate.routing import Rows
 from tersor.errors import TersorError
 from tersor.layers.experts import ExpertCalls, ExpertMap
 from tersor.layers.linear_map import LinearMap, columns_of, input_matrix
+
+
+class NotFiniteError(TersorError):
+    """NaN or Inf in a weight or in what a part of the model computes."""
 
 
 def kind_of(name: str) -> str:
@@ -84,12 +89,18 @@ class _Enough(Exception):  # noqa: N818
 
 
 def gather_hessians(
-    linears: Mapping[str, LinearMap], calls: Sequence[Call], *, once: bool, dtype: torch.dtype = torch.float32
+    linears: Mapping[str, LinearMap],
+    calls: Sequence[Call],
+    rows: Rows,
+    *,
+    once: bool,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Hessian]:
     """The Hessian of each linear map over all calls; maps that are called with one tensor (queries, keys, values) share one.
 
-    `once` promises that no map is called twice a pass, so that a pass ends with the last map. Maps that no call reaches have
-    a Hessian of zeros. Raises TersorError naming the module and the sample where an input is not finite.
+    rows: how much an expert's rows count (see `routing.py`). `once` promises that no map is called twice a pass, so that a pass
+    ends with the last map. Maps that no call reaches have a Hessian of zeros. Raises NotFiniteError naming the module and the
+    sample where an input is not finite.
     """
     hessians: dict[str, Hessian] = {}
     owner: dict[str, str] = {}  # the first of those that share
@@ -103,7 +114,7 @@ def gather_hessians(
             if owner[name] == name:
                 hessians[name] = Hessian(columns_of(linears[name]), device=x.device, dtype=dtype)
         if owner[name] == name:
-            hessians[name].add(*input_matrix(linears[name], x))
+            hessians[name].add(*input_matrix(linears[name], x), _weights(linears[name], rows))
         previous = (name, x)
         reached.add(name)
         if once and len(reached) == len(linears):
@@ -117,11 +128,33 @@ def gather_hessians(
                 call.run()
     for name, hessian in hessians.items():
         if not bool(torch.isfinite(hessian.total).all()):
-            raise TersorError(_where_not_finite(name, linears[name], calls))
+            raise NotFiniteError(_where_not_finite(name, linears[name], calls))
     return {
         name: hessians[owner[name]] if name in owner else Hessian(columns_of(module), dtype=dtype)
         for name, module in linears.items()
     }
+
+
+def gather_means(
+    experts: Mapping[str, ExpertMap], calls: Sequence[Call], rows: Rows, dtype: torch.dtype
+) -> dict[str, Hessian]:
+    """One Hessian for each kind of expert, over the tokens of all that are of the kind."""
+    means = {
+        kind_of(name): Hessian(columns_of(each), device=each.weight.device, dtype=dtype)
+        for name, each in experts.items()
+    }
+
+    def note(name: str, x: Tensor) -> None:
+        means[kind_of(name)].add(*input_matrix(experts[name], x), _weights(experts[name], rows))
+
+    with watch_inputs(experts, note):
+        for call in calls:
+            call.run()
+    return means
+
+
+def _weights(module: LinearMap, rows: Rows) -> Tensor | None:
+    return rows.weights if isinstance(module, ExpertMap) else None
 
 
 @contextmanager

@@ -130,6 +130,11 @@ class Job:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return found
 
+    def mark(self, name: str) -> str | None:
+        """What the unfinished job or finished result in `out` says of itself, None where there is none."""
+        found = (self._read_journal() or self._result() or {}).get("fingerprint", {})
+        return found.get(name) if isinstance(found, dict) else None
+
     def _is_result_of(self, fingerprint: Mapping[str, str]) -> bool:
         result = self._result()
         return result is not None and result.get("fingerprint") == dict(fingerprint)

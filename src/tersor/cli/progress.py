@@ -13,7 +13,8 @@ Report = Callable[[str, int, int], None]
 
 @contextmanager
 def progress_bar(*, quiet: bool = False) -> Iterator[Report]:
-    """A `progress(what, done, total)` that draws one bar; silent where standard error is no terminal or `quiet`."""
+    """A `progress(what, done, total)` that draws one bar where standard error is a terminal, and prints what comes with a total
+    of 0 in a line of its own; silent where `quiet`."""
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -25,6 +26,10 @@ def progress_bar(*, quiet: bool = False) -> Iterator[Report]:
         task = bar.add_task("starting", total=None)
 
         def report(what: str, done: int, total: int) -> None:
+            if total == 0:
+                if not quiet:
+                    console.print(what, highlight=False, soft_wrap=True)
+                return
             bar.update(task, description=what, completed=done, total=total)
 
         yield report

@@ -44,6 +44,9 @@ def _quantize(
     exclude: Annotated[list[str] | None, typer.Option(help="Not layers that match.")] = None,
     head: Annotated[bool, typer.Option("--head", help="Quantize the output head too.")] = False,
     target_tp: Annotated[int, typer.Option(help="Check that the layers split over so many devices when served.")] = 1,
+    experts: Annotated[
+        str, typer.Option(help="Experts that calibrate with a token: as-is, top-k:N, or all, by the router's weight.")
+    ] = "as-is",
     activations: Annotated[
         str, typer.Option(help="Where samples wait between blocks: device, cpu or disk.")
     ] = "device",
@@ -77,6 +80,7 @@ def _quantize(
             exclude=exclude or (),
             head=head,
             target_tp=target_tp,
+            experts=experts,
             activations=activations,
             allow_pickle=allow_pickle,
             redo=redo or (),

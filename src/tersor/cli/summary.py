@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from tersor.calibrate.statistics import is_expert
 from tersor.compress.result import Summary
 
 
@@ -22,6 +23,12 @@ def print_summary(summary: Summary, out: Path) -> None:
         for row in rows:
             table.add_row(*map(_shown, row.values()))
         console.print(table)
+    experts = [report.row()["tokens"] for report in summary.layers if is_expert(report.name)]
+    if experts:
+        console.print(
+            f"{len(experts)} experts, calibrated with {min(experts):,} to {max(experts):,} tokens each; "
+            f"{experts.count(0) or 'none'} without"
+        )
     facts = []
     if summary.size_before and summary.size_after:
         ratio = summary.size_before / summary.size_after

@@ -10,16 +10,18 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tersor.calibrate.hessian import Hessian, shrink_towards_mean
 from tersor.calibrate.lockstep import Call
 from tersor.calibrate.parallel import combine
-from tersor.calibrate.statistics import CallOrder, call_order, gather_hessians, is_expert, kind_of
+from tersor.calibrate.routing import Routing, routed
+from tersor.calibrate.statistics import CallOrder, call_order, gather_hessians, gather_means, is_expert, kind_of
 from tersor.compress.gptq_solver import Solution
 from tersor.compress.parallel import Solved, agree_on_order, solve_apart
 from tersor.formats.grid import Stored
 from tersor.formats.quantized_weight import QuantizedWeight
+from tersor.layers.experts import ExpertMap
 from tersor.layers.linear_map import LinearMap, columns_of, matrix_shape, set_weight_matrix, weight_matrix
 
 STATISTICS_MEMORY = 8 * 2**30  # bytes of experts' Hessians that are gathered at once
@@ -57,14 +59,17 @@ Solver = Callable[[str], tuple[Solution, str]]  # a map's name to its solution a
 class Block:
     """linears: the maps to compress, by full name; calls: the calibration samples' calls to this block.
 
-    stored: what the file format will keep of a grid (None: everything). packed: the finished layers, by full name.
+    stored: what the file format will keep of a grid (None: everything). routing: which experts the samples visit while
+    statistics are gathered. packed: the finished layers, by full name.
     """
 
     name: str
+    module: nn.Module
     linears: Mapping[str, LinearMap]
     calls: Sequence[Call]
     stored: Stored | None
     hessian_dtype: torch.dtype
+    routing: Routing
     packed: dict[str, QuantizedWeight] = field(default_factory=dict)
     reports: list[LayerReport] = field(default_factory=list)
 
@@ -86,11 +91,22 @@ class Block:
         The Hessian of an expert is moved towards the mean of its layer's. More experts than fit the memory set aside for
         statistics take turns, each with passes of its own.
         """
-        yield from map(self._statistics, self._turns(names))
+        turns = list(self._turns(names))
+        means = self._means(names) if len(turns) > 1 else {}
+        for turn in turns:
+            yield self._statistics(turn, means)
 
-    def _statistics(self, names: Sequence[str]) -> dict[str, Statistics]:
+    def _means(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Σ x xᵀ over the tokens of all experts of a kind, divided by their number."""
+        experts = {name: each for name in names if isinstance(each := self.linears[name], ExpertMap)}
+        with routed(self.module, self.routing) as rows:
+            own = gather_means(experts, self.calls, rows, self.hessian_dtype)
+        return {kind: each.total / (each.weight or 1) for kind, each in combine(own, self.device).items()}
+
+    def _statistics(self, names: Sequence[str], layer_means: Mapping[str, Tensor]) -> dict[str, Statistics]:
         maps = {name: self.linears[name] for name in names}
-        own = gather_hessians(maps, self.calls, once=self.order.once, dtype=self.hessian_dtype)
+        with routed(self.module, self.routing) as rows:
+            own = gather_hessians(maps, self.calls, rows, once=self.order.once, dtype=self.hessian_dtype)
         gathered = combine(own, self.device)
         experts: dict[str, dict[str, Hessian]] = defaultdict(dict)
         for name in filter(is_expert, names):
@@ -98,8 +114,8 @@ class Block:
         others = {id(each): each for name, each in gathered.items() if not is_expert(name)}
         means = {key: each.matrix for key, each in others.items()}  # maps that share a Hessian share its matrix
         matrices = {name: means[id(each)] for name, each in gathered.items() if not is_expert(name)}
-        for mates in experts.values():
-            matrices |= shrink_towards_mean(mates)
+        for kind, mates in experts.items():
+            matrices |= shrink_towards_mean(mates, layer_means.get(kind))
         return {name: Statistics(matrices[name], gathered[name].tokens) for name in names}
 
     def _turns(self, names: Sequence[str]) -> Iterator[list[str]]:

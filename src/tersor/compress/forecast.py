@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,16 +11,23 @@ import torch
 from torch import Tensor
 
 from tersor.calibrate.batches import Batch
+from tersor.calibrate.statistics import is_expert
 from tersor.checkpoint.lazy_model import LazyModel
+from tersor.checkpoint.source import torch_dtype
+from tersor.checkpoint.writer import SINGLE_FILE_LIMIT
+from tersor.compress.block import STATISTICS_MEMORY
 from tersor.compress.plan import Plan
+from tersor.compress.result import peak_memory
 from tersor.layers.linear_map import matrix_shape
 
 PASSES = 3.5  # runs of a block: its call order, its statistics (true-sequential ones stop early), its outputs
+HESSIAN_BYTES = 12  # a number of a Hessian: its sum in float64, and the mean in float32
+SOLVER_COPIES = 6  # of a Hessian and of a weight, that are held while a layer is solved
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """seconds, bytes of memory (the largest block, its statistics and the activations), bytes on disk."""
+    """seconds; bytes of memory, with what is held already; bytes on disk, with the blocks from which one file is made."""
 
     seconds: float
     memory: int
@@ -27,28 +35,37 @@ class Forecast:
 
     def text(self) -> str:
         minutes = f"{self.seconds / 60:.0f} min" if self.seconds > 90 else f"{self.seconds:.0f} s"
-        return f"about {minutes}, {self.memory / 1e9:.1f} GB of memory and {self.disk / 1e9:.2f} GB of disk"
+        return f"forecast: {minutes}, {self.memory / 1e9:.1f} GB of memory, {self.disk / 1e9:.2f} GB of disk"
 
 
-def forecast(lazy: LazyModel, plan: Plan, batches: Sequence[Batch], device: torch.device) -> Forecast:
-    """An estimate within a factor of about two. It assumes that every token passes through every layer."""
+def forecast(lazy: LazyModel, plan: Plan, batches: Sequence[Batch], device: torch.device, activations: str) -> Forecast:
+    """An estimate within a factor of about two. It assumes that every token passes through every layer, and that the largest
+    part of the model has been in memory once."""
     tokens = sum(_tokens(batch) for batch in batches)
-    rate = _products_per_second(device, lazy.dtype)
-    work, statistics, kept, packed = 0.0, 0, 0, 0
+    work, solving, replaced, packed = 0.0, 0, 0, 0
+    original = torch_dtype(lazy.checkpoint.config).itemsize
+    widths: Counter[int] = Counter()
     for linears in plan.linears.values():
-        columns = []
+        experts = 0
         for name, found in linears.items():
             rows, width = matrix_shape(found)
-            bits = plan.methods[name].quantization().get("bits", 16)
+            options = plan.methods[name].quantization()
+            bits, group = options.get("bits", 16), options.get("group_size", -1)
             work += PASSES * tokens * rows * width + tokens * width**2 + rows * width**2 + width**3
-            columns.append(width)
-            kept += rows * width * 2
-            packed += int(rows * width * (bits + 0.25) / 8)
-        statistics = max([statistics, *(4 * width**2 for width in columns)])
-    largest = max(lazy.bytes_of(unit.module) for unit in plan.blocks)
-    hidden = max((matrix_shape(found)[1] for found in plan.all_linears().values()), default=0)
-    activations = 2 * tokens * hidden * lazy.dtype.itemsize
-    return Forecast(work / rate, 2 * largest + 4 * statistics + activations, lazy.checkpoint.size() - kept + packed)
+            solving = max(solving, SOLVER_COPIES * 4 * (width**2 + rows * width))
+            experts += HESSIAN_BYTES * width**2 if is_expert(name) else 0
+            replaced += original * rows * width
+            packed += rows * (width * bits + (16 + bits) * (1 if group == -1 else width // group)) // 8
+            widths[width] += 1
+        solving = max(solving, min(experts, STATISTICS_MEMORY))
+    hidden = widths.most_common(1)[0][0]
+    waiting = 2 * tokens * hidden * lazy.dtype.itemsize if activations == "device" or device.type == activations else 0
+    result = lazy.checkpoint.size() - replaced + packed
+    return Forecast(
+        seconds=work / _products_per_second(device, lazy.dtype),
+        memory=peak_memory(device) + solving + waiting,
+        disk=2 * result if result <= SINGLE_FILE_LIMIT else result,
+    )
 
 
 def _tokens(batch: Batch) -> int:

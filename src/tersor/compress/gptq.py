@@ -81,9 +81,14 @@ class GPTQ(Method):
             damp=self.damp,
             stored=block.stored,
         )
-        notes = ["no calibration token reached it: rounded to nearest"] if tokens == 0 and not bool(H.any()) else []
+        notes = []
+        if tokens == 0:
+            instead = "solved with the mean of its layer's experts" if bool(H.any()) else "rounded to nearest"
+            notes.append(f"no calibration token reached it: {instead}")
         if solution.damp != self.damp:
             notes.append(f"damping raised to {solution.damp:g}")
+        if solution.in_float64:
+            notes.append("inverted in float64")
         return solution, "; ".join(notes)
 
     def quantization(self) -> Mapping[str, Any]:

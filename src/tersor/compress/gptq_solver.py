@@ -24,7 +24,8 @@ class Solution:
     """codes [rows, columns]; scales, zeros [rows, groups]; g_idx [columns], the group of every original column.
 
     error: Σ (w - q)² / (2 U_ii²), which equals ½ Σ_rows dᵀ (H + damp·I) d with d = W - Q.
-    damp: the fraction of the mean diagonal that was added to it in the end.
+    damp: the fraction of the mean diagonal that was added to it in the end. in_float64: whether H could be inverted in this
+    precision only.
     """
 
     codes: Tensor
@@ -34,6 +35,7 @@ class Solution:
     bits: Bits
     error: float
     damp: float
+    in_float64: bool = False
 
     def dequantize(self) -> Tensor:
         """The weight that a reader of the packed result gets back, [rows, columns]."""
@@ -97,7 +99,7 @@ def solve_gptq(
         W, H = W[:, order], H[order][:, order]
         if static_groups:
             groups = groups[order]
-    U, damp = inverse_cholesky(H, damp)
+    U, damp, in_float64 = inverse_cholesky(H, damp)
 
     codes = torch.empty_like(W)
     error = W.new_zeros(())
@@ -122,6 +124,7 @@ def solve_gptq(
         bits=bits,
         error=float(error),
         damp=damp,
+        in_float64=in_float64,
     )
 
 
@@ -140,8 +143,8 @@ def solve_block(W: Tensor, U: Tensor, scale: Tensor, zero: Tensor, bits: Bits) -
     return codes, scaled_errors
 
 
-def inverse_cholesky(H: Tensor, damp: float) -> tuple[Tensor, float]:
-    """U upper triangular with (H + damp · mean(diag H) · I)⁻¹ = Uᵀ U, and the damping that it took.
+def inverse_cholesky(H: Tensor, damp: float) -> tuple[Tensor, float, bool]:
+    """U upper triangular with (H + damp · mean(diag H) · I)⁻¹ = Uᵀ U, the damping that it took, and whether it took float64.
 
     With R upper triangular and H = R Rᵀ (a Cholesky factorization from the last row up), U = R⁻¹: one factorization and one
     triangular inverse where the textbook inverts and factorizes again, and fewer digits lost.
@@ -156,7 +159,7 @@ def inverse_cholesky(H: Tensor, damp: float) -> tuple[Tensor, float]:
                 identity = torch.eye(H.shape[0], dtype=dtype, device=H.device)
                 U = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True).to(H.dtype)
                 if bool(torch.isfinite(U).all()):
-                    return U, factor * damp
+                    return U, factor * damp, dtype != H.dtype
     raise TersorError(
         f"the Hessian cannot be inverted even with damping {DAMPING_STEPS[-1] * damp:g}; "
         f"use more calibration samples or a damping above {damp:g}"

@@ -56,7 +56,7 @@ def compress_module(model: nn.Module, job: Settings) -> Compressed:
             before = first_tensor(first.output)
             plan = without(plan, {name for name in plan.all_linears() if not first.is_called(name)})
             check_reached(plan, first.visits)
-            walk(module, plan, batches, probe, first, stored, hessian_dtype, hooks)
+            walk(module, plan, batches, probe, first, stored, hessian_dtype, job.experts, hooks)
             after = first_tensor(call(module, probe))
     described = {}
     if job.layout is not None:

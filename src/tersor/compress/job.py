@@ -10,6 +10,7 @@ from torch import nn
 
 from tersor.calibrate.activations import PLACES
 from tersor.calibrate.batches import Calibration
+from tersor.calibrate.routing import parse_routing
 from tersor.checkpoint.load import pick_device
 from tersor.compress.in_memory import compress_module
 from tersor.compress.method import Method, Progress
@@ -41,6 +42,7 @@ def compress(
     exclude: Sequence[str] = (),
     head: bool = False,
     target_tp: int = 1,
+    experts: str = "as-is",
     activations: str = "device",
     allow_pickle: bool = False,
     tokenizer: Any = None,
@@ -58,6 +60,8 @@ def compress(
     include, exclude: patterns of linear layers, such as "*.mlp.*". head: compress the output head too.
     redo: patterns of layers whose blocks are solved again although an earlier run of the same job finished them.
     target_tp: check that every layer can be split over so many devices for tensor-parallel serving.
+    experts: which experts of a mixture the samples visit while statistics are gathered: "as-is" (those that the router
+        chooses), "top-k:N" (the N best), or "all" (every token counts for every expert, by the router's weight).
     activations: where samples wait between blocks: "device", "cpu" or "disk".
     allow_pickle: read pickled weights (.bin), which are opened without running any code in them, but by Python's unpickler.
     progress: called as progress(what, done, total).
@@ -87,6 +91,7 @@ def compress(
         exclude=tuple(exclude),
         head=head,
         target_tp=target_tp,
+        experts=parse_routing(experts),
         activations=activations,
         allow_pickle=allow_pickle,
         tokenizer=tokenizer,

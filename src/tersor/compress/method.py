@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from tersor.compress.block import Block
     from tersor.formats.layouts import Layout
 
-Progress = Callable[[str, int, int], None]  # what is being done, how many steps are done, of how many
+# What is being done, how many steps are done, of how many; of none where it is news to be kept.
+Progress = Callable[[str, int, int], None]
 
 
 class Report(Protocol):

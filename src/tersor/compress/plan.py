@@ -12,6 +12,8 @@ from typing import Any, Protocol
 from torch import nn
 
 from tersor.calibrate.blocks import Unit, find_blocks
+from tersor.calibrate.routing import Routing, check_routing
+from tersor.calibrate.statistics import is_expert
 from tersor.compress.method import Method
 from tersor.compress.recipe import Recipe
 from tersor.errors import TersorError
@@ -41,6 +43,8 @@ class Choice(Protocol):
     def head(self) -> bool: ...
     @property
     def target_tp(self) -> int: ...
+    @property
+    def experts(self) -> Routing: ...
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,9 @@ def make_plan(model: nn.Module, job: Choice) -> Plan:
         if layout is not None and layout.name not in method.layouts:
             can = ", ".join(method.layouts)
             raise TersorError(f"method {method.name} cannot be stored as {layout.name}; it can as {can}")
+    for block in blocks:
+        if any(map(is_expert, chosen[block.name])):
+            check_routing(block.name, block.module, job.experts)
     for name, module in taken.items():
         methods[name].check_linear(name, *matrix_shape(module), layout)
         check_split(name, *matrix_shape(module), methods[name], job.target_tp)

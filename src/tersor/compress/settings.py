@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tersor.calibrate.batches import Batch, Calibration, make_batches, probe_of, to_device, without_target
 from tersor.calibrate.images import image_batches
+from tersor.calibrate.routing import Routing
 from tersor.checkpoint.preprocessing import image_settings
 from tersor.checkpoint.source import Checkpoint
 from tersor.compress.method import Progress
@@ -43,6 +44,7 @@ class Settings:
     exclude: tuple[str, ...]
     head: bool
     target_tp: int
+    experts: Routing
     activations: str
     allow_pickle: bool
     tokenizer: Any

@@ -24,6 +24,9 @@ class _SharedJob(Job):
         super().__init__(out)
         self._job = Job(out)
 
+    def mark(self, name: str) -> str | None:
+        return parallel.once(lambda: self._job.mark(name))
+
     def check(self, fingerprint: Mapping[str, str], **how: bool) -> bool:
         for rank, other in enumerate(parallel.gather(dict(fingerprint))):
             different = [key for key in fingerprint if other[key] != fingerprint[key]]

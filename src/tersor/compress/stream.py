@@ -21,7 +21,8 @@ from torch import Tensor
 import tersor
 from tersor.calibrate.batches import Batch, fingerprint, without_cache
 from tersor.calibrate.blocks import Unit
-from tersor.calibrate.parallel import agree, is_first
+from tersor.calibrate.parallel import agree, is_first, processes
+from tersor.calibrate.statistics import NotFiniteError
 from tersor.checkpoint.lazy_model import LazyModel, compute_dtype, read_layer
 from tersor.checkpoint.load import load_tokenizer
 from tersor.checkpoint.quantization_config import QuantizationConfig, parse_config
@@ -36,7 +37,6 @@ from tersor.compress.settings import Settings, Size, check_reached, samples_by_p
 from tersor.compress.shared_job import follow, lead, open_job
 from tersor.compress.walk import (
     Hooks,
-    NotFiniteError,
     first_tensor,
     run,
     trace,
@@ -70,17 +70,19 @@ def compress_checkpoint(name: str, job: Settings) -> Compressed:
         raise TersorError("a model given by name is written as it is compressed: format=None is for modules in memory")
 
     dtype = compute_dtype(checkpoint, job.device, job.dtype)
+    may_widen = job.dtype == "auto" and dtype == torch.float16
+    writer = open_job(target)
+    if may_widen and writer.mark("dtype") == str(torch.float32):
+        return _in_float32(name, job)  # as an earlier run of this command decided
     lazy = LazyModel(checkpoint, dtype=dtype, device=job.device)
     plan = make_plan(lazy.module, job)
     tokenizer = job.tokenizer or load_tokenizer(checkpoint.directory)
     batches, probe = samples_of(job, samples_by_path(checkpoint, job), plan, lazy.module, tokenizer, job.device, dtype)
     stored = Stored(layout.scale_dtype or torch_dtype(checkpoint.config), layout.min_zero)
     hessian_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    writer = open_job(target)
-    asked = (job.recipe, layout.name, str(dtype), job.include, job.exclude, job.head)
     marks = {
         "model": model_fingerprint(checkpoint),
-        "method": repr(asked),
+        **_asked(job, layout, dtype),
         "calibration": fingerprint([*batches, probe] if probe else batches),
     }
     writer.check(marks, overwrite=job.overwrite, redo=bool(job.redo))
@@ -98,23 +100,28 @@ def compress_checkpoint(name: str, job: Settings) -> Compressed:
             try:
                 first = trace(lazy.module, probe, hooks)
             except NotFiniteError:
-                if job.dtype != "auto" or dtype != torch.float16:
+                if not may_widen:
                     raise
-                job.progress("float16 overflows: running in float32", 0, 1)
-                return compress_checkpoint(name, replace(job, dtype="float32"))
+                return _in_float32(name, job)
             before = first_tensor(first.output)
             plan = without(plan, {name for name in plan.all_linears() if not first.is_called(name)})
             check_reached(plan, first.visits)
-            job.progress(forecast(lazy, plan, batches, job.device).text(), 0, 1)
         again = _blocks_to_redo(plan, job.redo)
         writer.start(marks, overwrite=job.overwrite, redo=bool(job.redo))
         if job.redo:
             writer.redo(again, _stems_of(plan, published))
+        job.progress(forecast(lazy, plan, batches, job.device, job.activations).text(), 0, 0)
         blocks.timer.lap("")
         if probe is None:
             walk_without_samples(lazy.module, plan, stored, hessian_dtype, hooks)
         else:
-            after = first_tensor(walk(lazy.module, plan, batches, probe, first, stored, hessian_dtype, hooks))
+            try:
+                end = walk(lazy.module, plan, batches, probe, first, stored, hessian_dtype, job.experts, hooks)
+            except NotFiniteError:
+                if not may_widen or processes() > 1:  # the others do not know, and go on
+                    raise
+                return _in_float32(name, replace(job, overwrite=True))
+            after = first_tensor(end)
 
         if not is_first():
             return follow(target)
@@ -150,6 +157,27 @@ def compress_checkpoint(name: str, job: Settings) -> Compressed:
         **loss_of(before, after),
     )
     return lead(Compressed(summary, target, _folder=folder))
+
+
+def _in_float32(name: str, job: Settings) -> Compressed:
+    job.progress("float16 overflows: running in float32", 0, 0)
+    return compress_checkpoint(name, replace(job, dtype="float32"))
+
+
+def _asked(job: Settings, layout: Layout, dtype: torch.dtype) -> dict[str, str]:
+    """What decides the bytes of a result beside model and calibration, by the names under which the user gives it."""
+    options = {("method" if key == "name" else key): value for key, value in job.recipe.method.options().items()}
+    asked = {
+        **options,
+        "rules": job.recipe.rules,
+        "format": layout.name,
+        "dtype": dtype,
+        "include": job.include,
+        "exclude": job.exclude,
+        "head": job.head,
+        "experts": job.experts,
+    }
+    return {key: str(value) for key, value in asked.items()}
 
 
 class _Blocks:

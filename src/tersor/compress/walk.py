@@ -15,18 +15,14 @@ from tersor.calibrate.batches import Batch, call
 from tersor.calibrate.blocks import Unit, find_units
 from tersor.calibrate.lockstep import Call, Lockstep
 from tersor.calibrate.parallel import sample_number, share
-from tersor.calibrate.statistics import kind_of, watch_inputs
+from tersor.calibrate.routing import Routing
+from tersor.calibrate.statistics import NotFiniteError, kind_of, watch_inputs
 from tersor.compress.block import Block
 from tersor.compress.method import Progress
 from tersor.compress.plan import Plan
-from tersor.errors import TersorError
 from tersor.formats.grid import Stored
 from tersor.layers.experts import ExpertMap
 from tersor.layers.linear_map import computes_its_own, linear_maps
-
-
-class NotFiniteError(TersorError):
-    """NaN or Inf in a weight or in what a part of the model computes."""
 
 
 @dataclass
@@ -120,6 +116,7 @@ def walk(
     traced: Trace,
     stored: Stored | None,
     hessian_dtype: torch.dtype,
+    routing: Routing,
     hooks: Hooks,
 ) -> Any:
     """Compress every planned block; returns the probe's output from the compressed model.
@@ -150,7 +147,7 @@ def walk(
                     stop.run()
                 else:
                     hooks.progress(f"compressing {name or 'the model'}", total - len(remaining), total)
-                    block = Block(name, plan.linears[name], calls, stored, hessian_dtype)
+                    block = Block(name, stop.unit.module, plan.linears[name], calls, stored, hessian_dtype, routing)
                     if not hooks.restore(block):
                         _compress(block, plan)
                     stop.run(_output_check(stop.unit, sample_number))
@@ -177,7 +174,7 @@ def walk_without_samples(
         hooks.progress(f"compressing {unit.name or 'the model'}", n, len(plan.blocks))
         hooks.load(unit.module)
         _check_weights(unit)
-        block = Block(unit.name, plan.linears[unit.name], [], stored, hessian_dtype)
+        block = Block(unit.name, unit.module, plan.linears[unit.name], [], stored, hessian_dtype, Routing())
         if not hooks.restore(block):
             _compress(block, plan)
         hooks.finished(block)

@@ -84,7 +84,7 @@ class ExpertCalls(TorchFunctionMode):
             self._see(args[0], args[1])
         elif func in BMM and len(args) > 1 and isinstance(args[1], Tensor):
             for e, x in enumerate(args[0]):
-                self._see(x, args[1][e])
+                self._see(x[x.any(-1)], args[1][e])  # tokens that are not for this expert are rows of zeros
         return func(*args, **(kwargs or {}))
 
     def _see(self, x: Tensor, weight: Tensor) -> None:
