@@ -99,31 +99,25 @@ def shared_layers(model: nn.Module) -> set[str]:
 
 @dataclass(frozen=True)
 class Factors:
-    """encoder E [r, in], decoder D [out, r]: W ≈ D E. energies: of all of W's directions, the largest first (svd only)."""
+    """encoder E [r, in], decoder D [out, r]: W ≈ D E."""
 
     encoder: Tensor
     decoder: Tensor
-    energies: Tensor | None = None
-
-    def at(self, rank: int, dtype: torch.dtype) -> Factors:
-        """Those of a lower rank: the best directions come first (svd only)."""
-        encoder, decoder = self.encoder[:rank], self.decoder[:, :rank]
-        return Factors(encoder.to(dtype, copy=True), decoder.to(dtype, copy=True), self.energies)
 
 
-def svd(W: Tensor, H: Tensor | None = None) -> Factors:
-    """The best factors of every rank: E = Dᵀ W, with D the leading left singular vectors of W H^½, the best first.
+def svd(W: Tensor, rank: int, H: Tensor | None = None) -> Factors:
+    """The best factors of a rank: E = Dᵀ W, with D the leading left singular vectors of W H^½.
 
     Without H (a multiple of Σ x xᵀ) they minimise ‖W - D E‖ (Eckart and Young), with it ‖(W - D E) X‖, the error of the outputs
     for the inputs X that H is of. This is the optimum that SVD-LLM (arXiv 2403.07378) reaches by a Cholesky factor L of H as
     (W L)_r L⁻¹; as a projection it needs no inverse, and H may be singular. Computed in float64: with W = Q R, the vectors are
-    Q times the eigenvectors of R H Rᵀ, whose eigenvalues are the energies.
+    Q times the eigenvectors of R H Rᵀ.
     """
     W = W.double()
     Q, R = torch.linalg.qr(W)
-    values, vectors = torch.linalg.eigh(R @ R.t() if H is None else R @ H.double() @ R.t())
-    D = (Q @ vectors).flip(1)
-    return Factors(D.t() @ W, D, values.flip(0).clamp(min=0))
+    _, vectors = torch.linalg.eigh(R @ R.t() if H is None else R @ H.double() @ R.t())  # the largest last
+    D = Q @ vectors[:, -rank:].flip(1)
+    return Factors(D.t() @ W, D)
 
 
 def snmf(M: Tensor, F: Tensor, H: Tensor, num_iter: int) -> tuple[Tensor, Tensor, list[float]]:
@@ -152,11 +146,12 @@ def nmf(M: Tensor, F: Tensor, H: Tensor, num_iter: int) -> tuple[Tensor, Tensor,
     return F, H, errors
 
 
-def solve(name: str, layer: nn.Module, rank: int, solver: str, num_iter: int) -> Factors:
-    """Factors of a layer's weight by any solver but "random", in float64. Raises TersorError where nmf cannot."""
+def solve(name: str, layer: nn.Module, rank: int, solver: str, num_iter: int, H: Tensor | None = None) -> Factors:
+    """Factors of a layer's weight by any solver but "random", in float64. H: of its inputs, for svd. Raises TersorError where
+    nmf cannot."""
     W = weight_matrix(layer).detach().double()
     if solver == "svd":
-        return svd(W).at(rank, W.dtype)
+        return svd(W, rank, H)
     if solver == "nmf" and bool((W < 0).any()):
         raise TersorError(f"{name} has negative weights, which nmf cannot factorize: use the solver snmf or svd")
     start = torch.Generator().manual_seed(0)

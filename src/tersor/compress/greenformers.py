@@ -4,10 +4,10 @@ What it is for: a model with fewer weights and fewer operations that runs on any
 kernels; and a small start for training on. The result is a plain model that the other methods take: quantize it
 afterwards. Without training on, a trained model loses much at ranks that save much (see the measured numbers below).
 
-    tersor compress demo --method greenformers --budget 0.8 --whiten --out smaller
-    tersor quantize smaller --out smaller-4bit
+    tersor compress demo --method greenformers --rank 0.75 --whiten --multiple 32 --out smaller
+    tersor quantize smaller --group-size 32 --out smaller-4bit
 
-    result = tersor.compress("demo", Greenformers(budget=0.8, whiten=True))
+    result = tersor.compress("demo", Greenformers(rank=0.75, whiten=True))
     model = factorize(model, 0.25, solver="random")       # the published function, to train a small model from scratch
 
 A weight seen as the matrix W [out, in] becomes D E, of r (in + out) instead of in · out numbers:
@@ -18,15 +18,17 @@ A weight seen as the matrix W [out, in] becomes D E, of r (in + out) instead of 
 How the ranks are chosen, one of:
 
     rank     from 1 on a rank; below 1 a share of the rank at which nothing is saved, in · out / (in + out): as published
-    energy   the smallest rank that keeps this share of the squared singular values, layer by layer
-    budget   the ranks for which the whole model keeps this share of its parameters, at the least sum over the layers of
-             the shares of energy that are lost, greedily by energy per parameter
+    energy   the smallest rank that keeps this share of the squared singular values of W, layer by layer
+    budget   the ranks at which the model keeps this share of its parameters and loses the least energy, each layer's being
+             1 in all; chosen greedily by energy per parameter, which is optimal but for the last step
 
-`whiten` counts by what a layer computes instead of by its weights: with H = Σ x xᵀ over calibration samples it minimises
-‖(W - D E) X‖, the error of the outputs for the inputs X of the samples, which is never larger than that of plain SVD. It is
-the optimum of SVD-LLM (arXiv 2403.07378), reached by a projection instead of a Cholesky factor's inverse, so that few samples
-are enough. Solvers: svd (exact); snmf and nmf, semi-non-negative and non-negative factorization (nmf needs weights >= 0, which
-trained layers hardly have); random begins anew, for training from scratch.
+`whiten` fits D and E to what a layer computes instead of to its weights: with H = Σ x xᵀ over calibration samples they
+minimise ‖(W - D E) X‖, the error of the outputs for the samples' inputs X, which is never larger than that of plain SVD. It
+is the optimum of SVD-LLM (arXiv 2403.07378), reached by a projection instead of the inverse of a Cholesky factor, so that
+few samples are enough. The ranks stay those that the weights alone give.
+
+Solvers: svd (exact); snmf and nmf, semi-non-negative and non-negative factorization (nmf needs weights >= 0, which trained
+layers hardly have); random begins anew, for training from scratch.
 
 Taken are the exact classes Linear, Conv1d, Conv2d, Conv3d and transformers' Conv1D. Left as they are: layers that would not
 become smaller; direct children of the model (stems and output heads, as published) unless `head`; layers whose weight is
@@ -59,13 +61,11 @@ from tersor.compress.block import STATISTICS_MEMORY
 from tersor.compress.factorize import (
     CONVOLUTIONS,
     SOLVERS,
-    Factors,
     is_factorizable,
     low_rank_layer,
     rank_of,
     shared_layers,
     solve,
-    svd,
 )
 from tersor.compress.method import Method, Work, check_options, option, register
 from tersor.compress.plan import ROUTERS
@@ -77,8 +77,8 @@ from tersor.layers.linear_map import is_linear_map, matrix_shape, weight_matrix
 
 @dataclass(frozen=True)
 class Factorized:
-    """How one layer fared. rank: 0 where it was kept; lost: the share of the energy of its weight (whitened: of its outputs)
-    that is gone; parameters: of its weight now."""
+    """How one layer fared. rank: 0 where it was kept; lost: the share of the energy of its weight (whitened: of its outputs
+    for the samples) that is gone; parameters: of its weight now."""
 
     name: str
     outputs: int
@@ -122,7 +122,13 @@ class Greenformers(Method):
         "svd", "svd, snmf, nmf or random", check=lambda v: v in SOLVERS, allowed=f"one of {', '.join(SOLVERS)}"
     )
     num_iter: int = option(10, "iterations of snmf and nmf", check=lambda v: v >= 1, allowed="at least 1")
-    whiten: bool = option(False, "count by the outputs for the calibration samples instead of by the weights")
+    whiten: bool = option(False, "fit to the outputs for the calibration samples instead of to the weights")
+    multiple: int = option(
+        1,
+        "round ranks down to a multiple of this (up, where none is below): 32 or more to quantize afterwards",
+        check=lambda v: v >= 1,
+        allowed="at least 1",
+    )
     head: bool = option(False, "take the direct children of the model too, such as an output head")
 
     def __post_init__(self) -> None:
@@ -141,28 +147,38 @@ class Greenformers(Method):
     @torch.no_grad()
     def compress_model(self, model: nn.Module, work: Work) -> nn.Module:
         layers, kept = self._layers(model, work)
-        factors: dict[str, Factors] = {}
-        notes: dict[str, str] = {}
-        if self.solver == "svd":
-            factors, notes = self._svd(model, layers, work)
-        ranks = self._ranks(model, layers, {name: _shares(each) for name, each in factors.items()})
-        for n, (name, layer) in enumerate(layers.items(), 1):
-            rank, shape = ranks[name], matrix_shape(layer)
-            if rank == 0:
-                kept[name] = "would not become smaller"
-                continue
-            if self.solver in ("snmf", "nmf"):
-                factors[name] = solve(name, layer, rank, self.solver, self.num_iter)
-            found = factors.pop(name, None)
-            lost = 1.0 if found is None else _lost(layer, found, rank)
-            lower = low_rank_layer(layer, rank, found and found.at(rank, weight_matrix(layer).dtype))
-            model.set_submodule(name, lower)
-            work.report(Factorized(name, *shape, rank, lost, rank * sum(shape), notes.get(name, "")))
-            work.progress("replacing", n, len(layers))
-        for name, why in kept.items():
+        ranks = self._ranks(model, layers)
+        lowered = {name: layer for name, layer in layers.items() if ranks[name] > 0}
+        if not lowered:
+            raise TersorError(f"none of the {len(layers)} layers would become smaller: give a lower rank or energy")
+        done = 0
+        for names in _turns(lowered) if self.whiten else [list(lowered)]:
+            seen = _hessians(model, {name: lowered[name] for name in names}, work) if self.whiten else {}
+            for name in names:
+                work.report(self._replace(model, name, ranks[name], seen.get(name)))
+                done += 1
+                work.progress("factorizing", done, len(lowered))
+        spared = "would not become smaller" if self.budget is None else "spared by the budget"
+        kept |= dict.fromkeys(layers.keys() - lowered.keys(), spared)
+        for name, why in sorted(kept.items()):
             rows, columns = matrix_shape(model.get_submodule(name))
             work.report(Factorized(name, rows, columns, 0, 0.0, rows * columns, why))
         return model
+
+    def _replace(self, model: nn.Module, name: str, rank: int, H: Tensor | None) -> Factorized:
+        """Put the low-rank layer in a layer's place. H: Σ x xᵀ of its inputs, where they count."""
+        layer, note = model.get_submodule(name), ""
+        if self.whiten and H is None:
+            note = "no sample reached it" if is_linear_map(layer) else type(layer).__name__
+            note = f"not whitened: {note}"
+        W, factors, lost = weight_matrix(layer), None, 1.0
+        rows, columns = W.shape
+        if self.solver != "random":
+            factors = solve(name, layer, rank, self.solver, self.num_iter, H)
+            error = W.double() - factors.decoder @ factors.encoder
+            lost = _energy(error, H) / max(_energy(W.double(), H), 1e-300)
+        model.set_submodule(name, low_rank_layer(layer, rank, factors))
+        return Factorized(name, rows, columns, rank, lost, rank * (rows + columns), note)
 
     def _layers(self, model: nn.Module, work: Work) -> tuple[dict[str, nn.Module], dict[str, str]]:
         """The layers to factorize, and why others of their kinds are kept."""
@@ -187,41 +203,38 @@ class Greenformers(Method):
             raise TersorError(f"there is no layer to factorize in this {type(model).__name__}{why and f' ({why})'}")
         return layers, kept
 
-    def _svd(
-        self, model: nn.Module, layers: Mapping[str, nn.Module], work: Work
-    ) -> tuple[dict[str, Factors], dict[str, str]]:
-        """Factors of every layer, of as high a rank as can be of use; and notes on those that could not be whitened."""
-        found: dict[str, Factors] = {}
-        notes: dict[str, str] = {}
-        for names in _turns(layers) if self.whiten else [list(layers)]:
-            seen = _hessians(model, {name: layers[name] for name in names}, work) if self.whiten else {}
-            for name in names:
-                if self.whiten and name not in seen:
-                    notes[name] = "not whitened: no sample reached it"
-                    if not is_linear_map(layers[name]):
-                        notes[name] = f"not whitened: {type(layers[name]).__name__}"
-                W = weight_matrix(layers[name])
-                found[name] = svd(W, seen.get(name)).at(break_even(*W.shape), W.dtype)
-                work.progress("factorizing", len(found), len(layers))
-        return found, notes
-
-    def _ranks(
-        self, model: nn.Module, layers: Mapping[str, nn.Module], spectra: Mapping[str, Tensor]
-    ) -> dict[str, int]:
+    def _ranks(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, int]:
         """The rank of each layer; 0: it is kept."""
         shapes = {name: matrix_shape(layer) for name, layer in layers.items()}
+        if self.energy is None and self.budget is None:
+            rank = 0.5 if self.rank is None else self.rank
+            return {name: self._rounded(rank_of(layer, rank), shapes[name]) for name, layer in layers.items()}
+        spectra = {name: spectrum(weight_matrix(layer)) for name, layer in layers.items()}
         if self.energy is not None:
-            return {name: rank_by_energy(spectrum, shapes[name], self.energy) for name, spectrum in spectra.items()}
-        if self.budget is None:
-            return {name: rank_of(layer, 0.5 if self.rank is None else self.rank) for name, layer in layers.items()}
+            return {n: self._rounded(rank_by_energy(spectra[n], shapes[n], self.energy), shapes[n]) for n in layers}
+        assert self.budget is not None
         total = sum(parameter.numel() for parameter in model.parameters())
-        ranks, saved = ranks_by_budget(spectra, shapes, total - int(self.budget * total))
-        if saved < total - int(self.budget * total):
+        ranks, _ = ranks_by_budget(spectra, shapes, total - int(self.budget * total))
+        ranks = {name: self._rounded(rank, shapes[name]) for name, rank in ranks.items()}
+        left = total - sum(
+            rank and o * i - rank * (o + i) for rank, (o, i) in zip(ranks.values(), shapes.values(), strict=True)
+        )
+        if left > self.budget * total:
             raise TersorError(
-                f"budget={self.budget:g} cannot be met: rank 1 in all {len(layers)} layers leaves "
-                f"{1 - saved / total:.3f} of the parameters"
+                f"budget={self.budget:g} cannot be met: the lowest ranks in all {len(layers)} layers leave "
+                f"{left / total:.3f} of the parameters"
             )
         return ranks
+
+    def _rounded(self, rank: int, shape: tuple[int, int]) -> int:
+        found = max(rank // self.multiple, 1) * self.multiple if rank else 0
+        return found if found * sum(shape) < shape[0] * shape[1] else 0
+
+
+def spectrum(W: Tensor) -> Tensor:
+    """The share of each direction in ‖W‖², the largest first."""
+    energies: Tensor = torch.linalg.svdvals(W.double()).square()
+    return energies / energies.sum().clamp(min=1e-300)
 
 
 def break_even(rows: int, columns: int) -> int:
@@ -242,40 +255,38 @@ def ranks_by_budget(
 
     A layer [out, in] at rank r saves out · in - r (out + in) and loses the sum of its spectrum past r. From one rank to the next
     lower one that is ever more energy for equally many parameters; the first step, from dense to low rank, is as large as makes
-    it the cheapest. All layers' steps are taken in order of energy per parameter until enough is saved. What this saves cannot
-    be saved at less energy; it may be more than asked for, by less than the last step.
+    it the cheapest. All layers' steps are taken in order of energy per parameter until enough is saved, so that what they save
+    cannot be saved at less energy; what the last step saves beyond `to_save` its layer gets back.
     """
     steps: list[tuple[float, str, int, int]] = []  # (energy per parameter, layer, rank after it, parameters it saves)
     for name, (rows, columns) in shapes.items():
-        ranks = torch.arange(1, break_even(rows, columns) + 1)
-        saved = (rows * columns - ranks * (rows + columns)).double()
-        lost = spectra[name].sum() - spectra[name].cumsum(0)[: len(ranks)].cpu()
-        price = torch.where(saved > 0, lost / saved, torch.inf)
-        if not bool((saved > 0).any()):
+        energies, a_rank = spectra[name].cpu(), rows + columns
+        saved = rows * columns - a_rank * torch.arange(1, break_even(rows, columns) + 1)
+        saved = saved[saved > 0]
+        if len(saved) == 0:
             continue
-        first = int(price.argmin())
-        steps.append((float(price[first]), name, first + 1, int(saved[first])))
-        for rank in range(first, 0, -1):  # from rank + 1 to rank
-            steps.append((float(spectra[name][rank]) / (rows + columns), name, rank, rows + columns))
+        prices = (energies.sum() - energies.cumsum(0)[: len(saved)]) / saved
+        first = int(prices.argmin()) + 1
+        price = float(prices[first - 1])
+        steps.append((price, name, first, int(saved[first - 1])))
+        for rank in range(first - 1, 0, -1):
+            price = max(price, float(energies[rank]) / a_rank)  # never below the step before, whatever the rounding
+            steps.append((price, name, rank, a_rank))
     chosen, total = dict.fromkeys(shapes, 0), 0
     for _, name, rank, saves in sorted(steps, key=lambda step: (step[0], step[1], -step[2])):
         if total >= to_save:
             break
         chosen[name], total = rank, total + saves
+        last = name
+    if total > to_save:
+        back = (total - to_save) // sum(shapes[last])
+        chosen[last], total = chosen[last] + back, total - back * sum(shapes[last])
     return chosen, total
 
 
-def _shares(factors: Factors) -> Tensor:
-    """Each direction's share of the energy."""
-    assert factors.energies is not None
-    return factors.energies / factors.energies.sum().clamp(min=1e-300)
-
-
-def _lost(layer: nn.Module, factors: Factors, rank: int) -> float:
-    if factors.energies is not None:
-        return float(_shares(factors)[rank:].sum())
-    W = weight_matrix(layer).double()
-    return float((W - factors.decoder @ factors.encoder).square().sum() / W.square().sum())
+def _energy(matrix: Tensor, H: Tensor | None) -> float:
+    """‖matrix‖², or ‖matrix X‖² for the inputs X that H = X Xᵀ is of."""
+    return float((matrix if H is None else matrix @ H).mul(matrix).sum())
 
 
 def _outside_units(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

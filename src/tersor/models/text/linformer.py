@@ -27,7 +27,7 @@ reversible checkpoint gives the published outputs (no case has one).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,9 +131,10 @@ class Sequential(nn.Module):
         self.layers = nn.ModuleList(nn.ModuleList(pair) for pair in pairs)
 
     def forward(self, x: Tensor) -> Tensor:
-        for attention, feed_forward in self.layers:  # type: ignore[misc]
-            x = x + attention(x)
-            x = x + feed_forward(x)
+        for pair in self.layers:
+            assert isinstance(pair, nn.ModuleList)
+            for layer in pair:
+                x = x + layer(x)
         return x
 
 
@@ -169,7 +170,7 @@ class _Recomputed(torch.autograd.Function):
     """The blocks, of whose activations only the last are kept: backward computes x2 = y2 - g(y1), x1 = y1 - f(x2)."""
 
     @staticmethod
-    def forward(ctx: Any, x1: Tensor, x2: Tensor, blocks: nn.ModuleList, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x1: Tensor, x2: Tensor, blocks: Iterable[Any], *parameters: Tensor) -> tuple[Tensor, Tensor]:
         ctx.blocks, ctx.parameters, ctx.random = blocks, parameters, []
         for block in blocks:
             ctx.random.append(_random_state(x1))
