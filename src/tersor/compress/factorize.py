@@ -80,13 +80,16 @@ def rank_of(layer: nn.Module, rank: float) -> int:
     limit = ⌊in · out / (in + out)⌋, of a convolution in channels, whatever its kernel (with out / groups for out). rank < 1 is
     ⌊limit · rank⌋, else ⌊rank⌋, rounded up to a multiple of the groups; at 0, and from the limit on, the layer is kept.
     """
-    groups = 1
     if isinstance(layer, CONVOLUTIONS):
-        groups, inputs, outputs = layer.groups, layer.in_channels, layer.out_channels // layer.groups
-    else:
-        outputs, inputs = weight_matrix(layer).shape
+        return rank_within(layer.out_channels // layer.groups, layer.in_channels, rank, layer.groups)
+    outputs, inputs = weight_matrix(layer).shape
+    return rank_within(outputs, inputs, rank)
+
+
+def rank_within(outputs: int, inputs: int, rank: float, multiple: int = 1) -> int:
+    """`rank_of` for a matrix [outputs, inputs]."""
     limit = inputs * outputs // (inputs + outputs)
-    found = math.ceil(int(limit * rank if rank < 1 else rank) / groups) * groups
+    found = math.ceil(int(limit * rank if rank < 1 else rank) / multiple) * multiple
     return found if found < limit else 0
 
 

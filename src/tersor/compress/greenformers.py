@@ -17,7 +17,9 @@ A weight seen as the matrix W [out, in] becomes D E, of r (in + out) instead of 
 
 How the ranks are chosen, one of:
 
-    rank     from 1 on a rank; below 1 a share of the rank at which nothing is saved, in · out / (in + out): as published
+    rank     from 1 on a rank; below 1 a share of the rank at which nothing is saved, in · out / (in + out), as published; but
+             `in` of a convolution is here in · kernel, while `factorize` counts, as published, the channels alone, which
+             leaves rank 2 at most to a patch embedding of 3 channels
     energy   the smallest rank that keeps this share of the squared singular values of W, layer by layer
     budget   the ranks at which the model keeps this share of its parameters and loses the least energy, each layer's being
              1 in all; chosen greedily by energy per parameter, which is optimal but for the last step
@@ -63,7 +65,7 @@ from tersor.compress.factorize import (
     SOLVERS,
     is_factorizable,
     low_rank_layer,
-    rank_of,
+    rank_within,
     shared_layers,
     solve,
 )
@@ -208,7 +210,7 @@ class Greenformers(Method):
         shapes = {name: matrix_shape(layer) for name, layer in layers.items()}
         if self.energy is None and self.budget is None:
             rank = 0.5 if self.rank is None else self.rank
-            return {name: self._rounded(rank_of(layer, rank), shapes[name]) for name, layer in layers.items()}
+            return {name: self._rounded(rank_within(*shape, rank), shape) for name, shape in shapes.items()}
         spectra = {name: spectrum(weight_matrix(layer)) for name, layer in layers.items()}
         if self.energy is not None:
             return {n: self._rounded(rank_by_energy(spectra[n], shapes[n], self.energy), shapes[n]) for n in layers}
