@@ -7,6 +7,8 @@ one directory and one namespace. A block that cannot run has `<!-- not run: REAS
 from __future__ import annotations
 
 import ast
+import dataclasses
+import importlib.util
 import os
 import re
 import shlex
@@ -19,6 +21,7 @@ from pathlib import Path
 import pytest
 import typer
 
+from tersor import models
 from tersor.cli.main import app, main
 from tersor.compress.method import methods
 
@@ -138,6 +141,33 @@ def test_every_page_is_in_the_navigation() -> None:
     listed = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     for page in (ROOT / "docs").rglob("*.md"):
         assert page.relative_to(ROOT / "docs").as_posix() in listed, f"{page.name} is missing from nav in mkdocs.yml"
+
+
+def generated_pages() -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location("generated_pages", ROOT / "docs" / "pages.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_method_and_model_gets_a_page_with_all_it_says() -> None:
+    pages = generated_pages().pages()
+    for kind in methods().values():
+        page = pages[f"methods/{kind.__module__.rpartition('.')[2]}.md"]
+        assert f"--method {kind.name}" in page
+        assert all(f"| `{field.name}` |" in page for field in dataclasses.fields(kind))
+    for info in models.list():
+        page = pages[f"models/{info.family}/{info.module.rpartition('.')[2]}.md"]
+        assert f"| `{info.name}` | {info.parameters:,} |" in page
+        assert "Proven" in page
+
+
+def test_docstrings_show_on_pages_as_they_read() -> None:
+    said = "A <layer> of a*b, [n] and `x_*` of\n* points x_|y\n\n    W * x <- y"
+    shown = "A \\<layer\\> of a\\*b, \\[n\\] and `x_*` of\n* points x\\_\\|y\n\n    W * x <- y"
+    assert generated_pages().as_markdown(said) == shown
 
 
 if __name__ == "__main__":

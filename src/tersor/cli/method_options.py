@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def chosen_recipe(path: Path | None, method: str | None, options: dict[str, Any]
 def _options(methods: Mapping[str, type[Method]]) -> list[inspect.Parameter]:
     """One option per field that a method has; unset ones keep the method's own default."""
     parameters: dict[str, inspect.Parameter] = {}
-    for each in (field for kind in methods.values() for field in dataclasses.fields(kind)):
+    for owner, each in ((kind, field) for kind in methods.values() for field in dataclasses.fields(kind)):
         if each.name in parameters:
             continue
         default, dashed = each.default, each.name.replace("_", "-")
@@ -63,8 +64,10 @@ def _options(methods: Mapping[str, type[Method]]) -> list[inspect.Parameter]:
         elif each.metadata.get("word"):  # a number or a word
             annotation = str | None
         else:
-            annotation = type(default) | None
-        defaults = ", ".join(f"{name} default: {value}" for name, value in owners.items())
+            annotation = typing.get_type_hints(owner)[each.name] | None
+        defaults = ", ".join(
+            f"{name} default: {'not set' if value is None else value}" for name, value in owners.items()
+        )
         help = f"{each.metadata.get('help', '')} [{defaults}]"
         option = typer.Option(None, *flags, help=help, rich_help_panel="Method")
         parameters[each.name] = inspect.Parameter(

@@ -63,8 +63,11 @@ class Method:
 
     name: ClassVar[str]
     layouts: ClassVar[tuple[str, ...]] = ()
-    needs_samples: ClassVar[bool] = True
     whole_model: ClassVar[bool] = False
+
+    @property
+    def needs_samples(self) -> bool:
+        return True
 
     def compress_block(self, block: Block) -> None:
         """Compress the linear maps of one block: call `block.replace(name, ...)` for each of `block.linears`."""

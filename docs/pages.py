@@ -1,0 +1,97 @@
+"""The pages that are made from the source when the documentation is built: one for every method and every model.
+
+A hook of MkDocs, named in mkdocs.yml. A page is the docstring of the file that holds the class or classes, and a table: of a
+method's options, or of a model's variants.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib.util
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from tersor import models
+from tersor.compress.method import Method, methods
+
+
+def pages() -> dict[str, str]:
+    """Markdown by the page's path, such as methods/gptq.md."""
+    by_module: dict[str, list[type[Method]]] = defaultdict(list)
+    for kind in methods().values():
+        by_module[kind.__module__].append(kind)
+    made = {f"methods/{_stem(module)}.md": _page(module, *map(_options, kinds)) for module, kinds in by_module.items()}
+    variants: dict[str, list[models.ModelInfo]] = defaultdict(list)
+    for info in models.list():
+        variants[info.module].append(info)
+    for module, infos in variants.items():
+        made[f"models/{infos[0].family}/{_stem(module)}.md"] = _page(module, _variants(infos))
+    return made
+
+
+def on_config(config: Any) -> Any:
+    """Put the pages into the navigation, in front of its last part."""
+    found = sorted(pages())
+    families: dict[str, list[str]] = defaultdict(list)
+    for path in found:
+        if path.startswith("models/"):
+            families[path.split("/")[1].capitalize()].append(path)
+    listed = [{family: _entries(paths)} for family, paths in families.items()]
+    config.nav[-1:-1] = [{"Methods": _entries(p for p in found if p.startswith("methods/"))}, {"Models": listed}]
+    return config
+
+
+def on_files(files: Any, config: Any) -> Any:
+    from mkdocs.structure.files import File
+
+    for path, content in pages().items():
+        files.append(File.generated(config, path, content=content))
+    return files
+
+
+def _page(module: str, *tables: str) -> str:
+    spec = importlib.util.find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    docstring = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
+    return "\n\n".join([f"# {_stem(module)}", as_markdown(docstring), *tables]) + "\n"
+
+
+def as_markdown(docstring: str) -> str:
+    """Indented lines are code in Markdown too; elsewhere what it would take for markup is plain text."""
+    return "\n".join(line if line.startswith("    ") else _escaped(line) for line in docstring.splitlines())
+
+
+def _escaped(line: str) -> str:
+    bullet = re.match(r"[*-] ", line)
+    start = bullet.end() if bullet else 0
+    parts = line[start:].split("`")  # every second one is a code span
+    parts[::2] = [re.sub(r"([*<>\[\]|_])", r"\\\1", part) for part in parts[::2]]
+    return line[:start] + "`".join(parts)
+
+
+def _options(kind: type[Method]) -> str:
+    verb = "compress" if kind.whole_model else "quantize"
+    rows = ["| option | | default | allowed |", "| --- | --- | --- | --- |"]
+    for each in dataclasses.fields(kind):
+        about = {key: _escaped(str(each.metadata.get(key) or "")) for key in ("help", "allowed")}
+        default = "not set" if each.default is None else f"`{each.default}`"
+        rows.append(f"| `{each.name}` | {about['help']} | {default} | {about['allowed']} |")
+    return f"## Options\n\nOf `tersor {verb} --method {kind.name}` and of `{kind.__name__}(...)`.\n\n" + "\n".join(rows)
+
+
+def _variants(infos: list[models.ModelInfo]) -> str:
+    rows = ["| name | parameters | input |", "| --- | ---: | --- |"]
+    rows += [f"| `{info.name}` | {info.parameters:,} | {info.input} |" for info in infos]
+    return "## Variants\n\nFor `tersor.models.create` and `load`.\n\n" + "\n".join(rows)
+
+
+def _entries(paths: Any) -> list[dict[str, str]]:
+    return [{Path(path).stem: path} for path in paths]
+
+
+def _stem(module: str) -> str:
+    return module.rpartition(".")[2]
