@@ -58,6 +58,7 @@ from torch import Tensor, nn
 from tersor.calibrate.activations import Activations
 from tersor.calibrate.batches import call, without_target
 from tersor.calibrate.lockstep import Call
+from tersor.calibrate.routing import Rows
 from tersor.calibrate.statistics import gather_hessians
 from tersor.compress.block import STATISTICS_MEMORY
 from tersor.compress.factorize import (
@@ -325,5 +326,5 @@ def _hessians(model: nn.Module, layers: Mapping[str, nn.Module], work: Work) -> 
 
     maps = {name: layer for name, layer in layers.items() if is_linear_map(layer)}
     calls = [run(n, without_target(sample)) for n, sample in enumerate(work.samples)]
-    gathered = gather_hessians(maps, calls, once=False) if maps else {}
+    gathered = gather_hessians(maps, calls, Rows(), once=False) if maps else {}
     return {name: each.total for name, each in gathered.items() if each.tokens}
