@@ -11,15 +11,22 @@ from rich.table import Table
 from tersor.calibrate.statistics import is_expert
 from tersor.compress.result import Summary
 
+WIDTH_OF_FILES = 200  # columns, where the output is no terminal
+
 
 def print_summary(summary: Summary, out: Path) -> None:
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH_OF_FILES)
     rows = [report.row() for report in summary.layers]
     if rows:
         table = Table(title=None, box=None, pad_edge=False)
         for key, value in rows[0].items():
             heading = {"name": "layer", "note": "", "group_size": "group"}.get(key, key.replace("_", " "))
-            table.add_column(heading, justify="left" if isinstance(value, str) else "right")
+            if key == "name":  # kept whole, however narrow the terminal
+                table.add_column(heading, min_width=max(len(str(row[key])) for row in rows))
+            else:
+                table.add_column(heading, justify="left" if isinstance(value, str) else "right")
         for row in rows:
             table.add_row(*map(_shown, row.values()))
         console.print(table)
