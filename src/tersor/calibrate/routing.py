@@ -49,12 +49,10 @@ def parse_routing(text: str) -> Routing:
 
 
 def check_routing(name: str, block: nn.Module, routing: Routing) -> None:
-    """Raise TersorError where a block's experts cannot be visited like that; a block without experts is fine."""
+    """Raise TersorError where the experts of a block that has some cannot be visited like that."""
     if routing.experts is None:
         return
     mixtures, routers = _mixtures(block), _routers(block)
-    if not mixtures and not routers:
-        return
     if not routers:
         raise TersorError(f"no module of {name} keeps the number of experts a token as `top_k`; use --experts as-is")
     if routing.experts == 0 and not mixtures:
