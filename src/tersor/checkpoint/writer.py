@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tersor.checkpoint.source import INDEX, JOB_FOLDER, Checkpoint
+from tersor.checkpoint.splice import Piece, pieces_of, splice
 from tersor.errors import TersorError
 
 SINGLE_FILE_LIMIT = 5 * 10**9  # larger results keep one shard a block
@@ -159,13 +160,10 @@ class Job:
             blocks = [self._block_file(name) for name in self.done]
             rest = self.folder / "rest.safetensors"
             if not rest.exists():
-                with source.mapped([name for name in source.shard_of if name not in replaced]) as kept:
-                    self._save(kept, rest)
+                self._save_rest(source, [name for name in source.shard_of if name not in replaced], rest)
             if sum(path.stat().st_size for path in [*blocks, rest]) <= SINGLE_FILE_LIMIT:
-                together: dict[str, Tensor] = {}
-                for path in [*blocks, rest]:
-                    together.update(load_file(path))  # mapped, not read: the merge streams from disk to disk
-                self._save(together, self.out / "model.safetensors")
+                together = {name: piece for path in [*blocks, rest] for name, piece in pieces_of(path).items()}
+                self._splice(together, self.out / "model.safetensors")
             else:
                 self._place_shards([*blocks, rest])
             for path in source.other_files():
@@ -188,9 +186,9 @@ class Job:
         for n, path in enumerate(files, 1):
             shard = self.out / f"model-{n:05d}-of-{len(files):05d}.safetensors"
             _link(path, shard)
-            for name, tensor in load_file(shard).items():
+            for name, piece in pieces_of(shard).items():
                 weight_map[name] = shard.name
-                total += tensor.numel() * tensor.element_size()
+                total += piece.size
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         self._write_json(index, self.out / INDEX)
 
@@ -205,6 +203,20 @@ class Job:
         self._partial.unlink(missing_ok=True)
         save_file(own, self._partial, metadata={"format": "pt"})
         self._partial.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
+        _settle(self._partial, path)
+
+    def _save_rest(self, source: Checkpoint, names: Sequence[str], path: Path) -> None:
+        """Tensors of the source as they are: from disk to disk, but for pickled ones."""
+        if all(source.shard_of[name].suffix == ".safetensors" for name in names):
+            shards = {shard: pieces_of(shard) for shard in sorted({source.shard_of[name] for name in names})}
+            self._splice({name: shards[source.shard_of[name]][name] for name in names}, path)
+        else:
+            with source.mapped(names) as kept:
+                self._save(kept, path)
+
+    def _splice(self, pieces: Mapping[str, Piece], path: Path) -> None:
+        with self._partial.open("wb") as file:
+            splice(pieces, file)
         _settle(self._partial, path)
 
     def _write_json(self, content: Mapping[str, Any], path: Path) -> None:
