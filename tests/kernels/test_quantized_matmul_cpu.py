@@ -63,13 +63,24 @@ def random_weight(
     return QuantizedWeight.from_codes(codes, scales, zeros, bits=bits, group_size=group_size, g_idx=g_idx)
 
 
-def assert_close_to_float64(y: Tensor, x: Tensor, weight: QuantizedWeight) -> None:
+def assert_close_to_float64(y: Tensor, x: Tensor, weight: QuantizedWeight, *, fixed_point: bool = False) -> None:
     w = weight.dequantize(torch.float64)
     exact = x.double() @ w.t()
     bound = ROUND_OFF[x.dtype] * exact.abs() * 1.01 + SUMS * (x.double().abs() @ _with_zeros(weight).t())
+    if x.dtype == torch.bfloat16 or fixed_point:
+        bound += _fixed_point(x, weight) @ _with_zeros(weight).t()
     assert y.dtype == x.dtype
     assert y.shape == exact.shape
     assert ((y.double() - exact).abs() <= bound).all()
+
+
+def _fixed_point(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    """How far x in 16-bit fixed point may be off: a step is at most 2^-14 of the group's largest |x|, and rounding takes half of
+    one, or a whole one where it would reach 2^15."""
+    groups = weight.groups().long().expand(len(x), -1)
+    largest = torch.zeros(len(x), len(weight.scales), dtype=torch.float64)
+    largest.scatter_reduce_(1, groups, x.double().abs(), "amax")
+    return 2.0**-14 * largest.gather(1, groups)
 
 
 def _with_zeros(weight: QuantizedWeight) -> Tensor:
