@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import typer
 
 import tersor
+from tersor.cli.bench import bench
 from tersor.cli.demo import demo
 from tersor.cli.evaluate import evaluate
 from tersor.cli.generate import generate
@@ -30,6 +31,7 @@ app.command("quantize")(quantize)
 app.command("sweep")(sweep)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
+app.command("bench")(bench)
 app.command("inspect")(inspect)
 app.command("models")(models)
 app.command("demo")(demo)

@@ -121,6 +121,7 @@ class LlamaCPU:
         self._bf16 = implementation in _BF16 and not exact
         self._exact, self._take_over = exact, take_over
         self.capacity, self.batch, self.length = capacity, batch, 0
+        self.device = torch.device("cpu")
         attention = inner.layers[0].self_attn
         self._heads, self._kv_heads, self._head_dim = (
             config.num_attention_heads,
@@ -167,7 +168,9 @@ class LlamaCPU:
         if self._bf16:
             largest = max(*sizes.values(), self._vocabulary)
             self._buffers["half_x"] = torch.empty(rows, max(sizes.values()), dtype=torch.bfloat16)
-            self._buffers["half_y"] = torch.empty(rows * max(sizes.values()) + self.batch * largest, dtype=torch.bfloat16)
+            self._buffers["half_y"] = torch.empty(
+                rows * max(sizes.values()) + self.batch * largest, dtype=torch.bfloat16
+            )
         for name, buffer in self._buffers.items():
             setattr(self._model, name, buffer.data_ptr())
 
