@@ -235,8 +235,8 @@ Hidden size {shape["hidden_size"]}, {shape["num_hidden_layers"]} layers, {shape[
 {shape["num_key_value_heads"]} key-value heads, feed-forward {shape["intermediate_size"]}, vocabulary {shape["vocab_size"]}; \
 batch 1, {arguments.prompt_tokens} prompt and {arguments.new_tokens} new tokens.
 Packed weights: symmetric, groups of {GROUP_SIZE}, the head in {HEAD_BITS} bits (llama.cpp's Q4_0 files have it in 6.6).
-transformers' bf16 reads the first {min(arguments.slow_prompt, arguments.prompt_tokens)} tokens of the prompt only, and its time is \
-taken times {arguments.prompt_tokens / min(arguments.slow_prompt, arguments.prompt_tokens):g}.
+transformers' bf16 reads the first {min(arguments.slow_prompt, arguments.prompt_tokens)} tokens of the prompt only; \
+its time is taken times {arguments.prompt_tokens / min(arguments.slow_prompt, arguments.prompt_tokens):g}.
 transformers' modules run without `generate` and with buffers for the cache, which can only help them.
 
 {report(turns, sizes, arguments)}"""

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersor.checkpoint.lazy_model import torch_dtype
 from tersor.checkpoint.load import load, load_tokenizer, pick_device
-from tersor.checkpoint.source import open_checkpoint
+from tersor.checkpoint.source import open_checkpoint, torch_dtype
 from tersor.errors import TersorError
 from tersor.layers.quantized_linear import prepare_layers
 from tersor.runtime import cached_module, llama_cpu
@@ -43,8 +42,8 @@ def make_engine(module: nn.Module, *, capacity: int, batch: int = 1, take_over: 
 def load_module(model: str | Path, *, dtype: str = "auto", device: str = "auto") -> nn.Module:
     """As `tersor.load`, but a bfloat16 model that LlamaCPU takes stays bfloat16 on a CPU: its values are read as they are."""
     if dtype == "auto" and pick_device(device).type == "cpu":
-        checkpoint = open_checkpoint(model)
-        if torch_dtype(checkpoint.config) == torch.bfloat16:
+        config = open_checkpoint(model).config
+        if (config.get("architectures") or [""])[0] in llama_cpu.FAMILY and torch_dtype(config) == torch.bfloat16:
             module = load(model, dtype="bfloat16", device=device)
             if llama_cpu.why_not(module) is not None:
                 prepare_layers(module.float())
