@@ -124,9 +124,10 @@ def competitors(
     head = dense.lm_head.weight.numel()
     engines: dict[str, tuple[Any, int]] = {
         SLOW: (CachedModule(dense, capacity=capacity), 2 * read),
-        "transformers fp32": (CachedModule(dense_model(shape).float(), capacity=capacity), 4 * read),
         "tersor bf16": (LlamaCPU(dense, capacity=capacity), 2 * read),
     }
+    if arguments.fp32:
+        engines["transformers fp32"] = CachedModule(dense_model(shape).float(), capacity=capacity), 4 * read
     for bits in (8, 4, 3, 2):
         size = (read - head) * (bits + 16 / GROUP_SIZE) + head * (HEAD_BITS + 16 / GROUP_SIZE)
         engine = LlamaCPU(packed_model(dense, bits), capacity=capacity)
@@ -199,6 +200,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--slow-prompt", type=int, default=64, help="prompt of transformers' bf16, scaled to the whole")
+    parser.add_argument("--fp32", action="store_true", help="transformers in float32 too, which takes 4.4 GB more")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"], help="fewer, for a quick trial")
@@ -226,6 +228,7 @@ def main() -> None:
         f"--{name.replace('_', '-')} {getattr(arguments, name)}"
         for name in ("prompt_tokens", "new_tokens", "slow_prompt", "turns", "threads", "layers")
     )
+    options += " --fp32" if arguments.fp32 else ""
     text = f"""# A LLaMA of 1.1 billion parameters on a CPU
 
 Command: `python benchmarks/cpu_decode.py --llama-python PYTHON {options} --write`.

@@ -162,7 +162,7 @@ def test_cached_module_goes_on_as_generate_does(name: str) -> None:
     module = tiny_models.build(name)
     module.generation_config.eos_token_id = None
     ids = random_ids(1, 10)
-    engine = CachedModule(module, capacity=22)
+    engine = CachedModule(module, capacity=21)
     token, found = ids, []
     for _ in range(12):
         token = engine.forward(token).argmax(dim=-1, keepdim=True)

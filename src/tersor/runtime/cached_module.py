@@ -64,7 +64,6 @@ class CachedModule:
         self._name = next((name for name in _CACHE_NAMES if name in accepted), None)
         self._more: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self._more |= {"use_cache": True} if "use_cache" in accepted else {}
-        self._masked = "attention_mask" in accepted
         self._cache: Any = None
         self._seen: Tensor | None = None
 
@@ -85,9 +84,7 @@ class CachedModule:
         again = self._cache is None and self._seen is not None  # it keeps no cache
         if again:
             ids = torch.cat([self._seen, ids], dim=1)  # type: ignore[list-item]
-        given: dict[str, Any] = dict(self._more)
-        if self._masked:
-            given["attention_mask"] = ids.new_ones(batch, self.length + tokens)
+        given: dict[str, Any] = dict(self._more)  # and no mask: nothing is padded, and recurrent models want none
         if self._cache is not None and self._name is not None:
             given[self._name] = self._cache
         output = self.module(input_ids=ids, **given)
