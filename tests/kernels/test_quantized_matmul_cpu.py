@@ -233,9 +233,8 @@ def test_float32_in_fixed_point(implementation: str, rows: int, bits: int, symme
     weight = random_weight(
         out_features=40, in_features=300, bits=bits, group_size=-1, symmetric=symmetric, act_order=False, seed=0
     )
-    extreme = QuantizedWeight.from_codes(
-        torch.zeros(40, 300, dtype=torch.int64), weight.scales, weight.zeros, bits=bits, group_size=-1
-    )
+    lowest, middle = torch.zeros(40, 300, dtype=torch.int64), torch.full_like(weight.zeros, 2 ** (bits - 1))
+    extreme = QuantizedWeight.from_codes(lowest, weight.scales, middle, bits=bits, group_size=-1)
     for scale in (1.0, 1e30, 1e-30, 0.0):
         for x in (torch.randn(rows, 300) * scale, torch.full((rows, 300), -0.99999 * scale)):
             for each in (weight, extreme):

@@ -53,6 +53,7 @@ constexpr int PANEL = 32, VECTORS = 2, SUBPANEL = LANES * VECTORS;
 constexpr int TILE_ROWS = 6;          // rows that share a tile: 6 x 2 sums of a group and 6 x 2 of all groups
 constexpr int CHUNK_UNITS = 128;      // decoded at a time: 128 * 32 * 4 bytes = 16 KiB, half an L1 cache
 constexpr int MAX_STRETCHES = 16;     // of a chunk
+constexpr int AHEAD = 4096;           // bytes to fetch before they are needed: a chunk of 4-bit weights
 constexpr int64_t MAX_CHUNK = 512;    // rows of x at a time: bounds the sums (64 KiB a thread) and the copy of x
 
 typedef float vf __attribute__((vector_size(4 * LANES)));
@@ -232,6 +233,11 @@ __attribute__((noinline)) void multiply_packed(const uint32_t* words, const uint
                         for (int m = 0; m < ROWS; m++)
                             sum[u % CHAINS][m][v] = multiply_add<PAIRS>(sum[u % CHAINS][m][v], weight, xs[u * ROWS + m]);
                     }
+                if (ROWS == 1 && BITS < 16)  // one row waits for memory, which does not foresee the leaps between half panels
+#pragma GCC unroll 4
+                    for (int k = 0; k < WORDS; k++)
+                        for (int line = 0; line < SUBPANEL; line += 16)
+                            __builtin_prefetch((const char*)(w + k * PANEL + line) + AHEAD);
                 w += WORDS * PANEL, xs += UNITS * ROWS, kept += UNITS * PANEL;
             }
 #pragma GCC unroll 4
