@@ -114,6 +114,7 @@ class LlamaCPU:
     ) -> None:
         inner: Any = module.model
         config: Any = module.config
+        head: Any = module.lm_head
         implementation = cpu.choose()[0]
         assert implementation is not None
         self._compiled = _library(implementation)
@@ -129,7 +130,7 @@ class LlamaCPU:
             attention.head_dim,
         )
         self._embedding = inner.embed_tokens.weight.detach()
-        self._vocabulary = module.lm_head.out_features
+        self._vocabulary = int(head.out_features)
         shape = batch, self._kv_heads, capacity, self._head_dim
         self._keys = [torch.zeros(shape) for _ in inner.layers]
         self._values = [torch.zeros(shape) for _ in inner.layers]
@@ -147,7 +148,7 @@ class LlamaCPU:
             capacity=capacity,
             layers=len(layers),
             layer=ctypes.addressof(layers),
-            head=self._linear(module.lm_head),
+            head=self._linear(head),
             final_norm=self._float(inner.norm.weight),
             cos=self._float(cos[0]),
             sin=self._float(sin[0]),
@@ -197,8 +198,8 @@ class LlamaCPU:
 
     def _layer(self, index: int, layer: Any) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
-        linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-        linears = (*linears, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        linears = (*projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
         norms = {name: getattr(attention, name, None) for name in ("q_norm", "k_norm")}
         return _Layer(
             **{name: self._linear(each) for name, each in zip(_LINEARS, linears, strict=True)},
@@ -228,7 +229,7 @@ class LlamaCPU:
             )
         self._model.threads = min(torch.get_num_threads(), self._model.threads)
         logits = torch.empty(batch, self._vocabulary)
-        for piece in ids.split(CHUNK, dim=1) if tokens > CHUNK else (ids,):
+        for piece in torch.split(ids, CHUNK, dim=1):
             hidden = nn.functional.embedding(piece, self._embedding)
             self._buffers["hidden"][: piece.numel()] = hidden.flatten(0, 1)
             if piece.shape[1] == 1:
