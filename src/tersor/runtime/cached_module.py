@@ -19,14 +19,16 @@ from tersor.errors import TersorError
 _CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # the argument's name, which depends on version and model
 
 
-class StaticGrowingLayer(DynamicLayer):
+class StaticGrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """Keys and values [batch, heads, tokens, width] that are views of buffers with room for `capacity` tokens."""
 
     def __init__(self, layer: DynamicLayer, capacity: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
+        keys, values = layer.keys, layer.values
+        assert keys is not None and values is not None
         self.capacity = capacity
-        self.buffers = [_with_room(tensor, capacity) for tensor in (layer.keys, layer.values)]
-        self.device, self.dtype = layer.keys.device, layer.keys.dtype
+        self.buffers = [_with_room(tensor, capacity) for tensor in (keys, values)]
+        self.device, self.dtype = keys.device, keys.dtype
         self.keys, self.values = (b[:, :, : layer.get_seq_length()] for b in self.buffers)
         self.is_initialized = True
 
