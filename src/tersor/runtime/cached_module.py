@@ -25,7 +25,8 @@ class StaticGrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def __init__(self, layer: DynamicLayer, capacity: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         keys, values = layer.keys, layer.values
-        assert keys is not None and values is not None
+        assert keys is not None
+        assert values is not None
         self.capacity = capacity
         self.buffers = [_with_room(tensor, capacity) for tensor in (keys, values)]
         self.device, self.dtype = keys.device, keys.dtype
