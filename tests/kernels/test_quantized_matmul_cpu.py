@@ -63,13 +63,24 @@ def random_weight(
     return QuantizedWeight.from_codes(codes, scales, zeros, bits=bits, group_size=group_size, g_idx=g_idx)
 
 
-def assert_close_to_float64(y: Tensor, x: Tensor, weight: QuantizedWeight) -> None:
+def assert_close_to_float64(y: Tensor, x: Tensor, weight: QuantizedWeight, *, fixed_point: bool = False) -> None:
     w = weight.dequantize(torch.float64)
     exact = x.double() @ w.t()
     bound = ROUND_OFF[x.dtype] * exact.abs() * 1.01 + SUMS * (x.double().abs() @ _with_zeros(weight).t())
+    if x.dtype == torch.bfloat16 or fixed_point:
+        bound += _fixed_point(x, weight) @ _with_zeros(weight).t()
     assert y.dtype == x.dtype
     assert y.shape == exact.shape
     assert ((y.double() - exact).abs() <= bound).all()
+
+
+def _fixed_point(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    """How far x in 16-bit fixed point may be off: the group's largest |x| has 2^14 steps at least, and rounding takes half a
+    step; or 2^15, and saturating takes a whole one."""
+    groups = weight.groups().long().expand(len(x), -1)
+    largest = torch.zeros(len(x), len(weight.scales), dtype=torch.float64)
+    largest.scatter_reduce_(1, groups, x.double().abs(), "amax")
+    return 1.01 * 2.0**-15 * largest.gather(1, groups)
 
 
 def _with_zeros(weight: QuantizedWeight) -> Tensor:
@@ -212,6 +223,45 @@ def test_scales_keep_their_type(implementation: str, dtype: torch.dtype) -> None
     assert prepared.scales.dtype == dtype
     x = torch.randn(3, 64)
     assert_close_to_float64(cpu.matmul(x, prepared), x, weight)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 6, 13])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_float32_in_fixed_point(implementation: str, rows: int, bits: int, symmetric: bool) -> None:
+    """`round_x` allows it; magnitudes from the largest to the smallest, and codes and x that make the sums as large as can be."""
+    weight = random_weight(
+        out_features=40, in_features=300, bits=bits, group_size=-1, symmetric=symmetric, act_order=False, seed=0
+    )
+    lowest, middle = torch.zeros(40, 300, dtype=torch.int64), torch.full_like(weight.zeros, 2 ** (bits - 1))
+    extreme = QuantizedWeight.from_codes(lowest, weight.scales, middle, bits=bits, group_size=-1)
+    for scale in (1.0, 1e30, 1e-30, 0.0):
+        for x in (torch.randn(rows, 300) * scale, torch.full((rows, 300), -0.99999 * scale)):
+            for each in (weight, extreme):
+                prepared = cpu.prepare(each, implementation=implementation)
+                y = torch.empty(rows, 40)
+                call = cpu.call_of(prepared, torch.float32, round_x=True)
+                call.x, call.x_stride, call.rows, call.y, call.threads = x.data_ptr(), 300, rows, y.data_ptr(), 1
+                assert cpu.library(implementation).tersor_matmul(call) == 0
+                assert_close_to_float64(y, x, each, fixed_point=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("in_features", "out_features"), [(64, 32), (77, 45), (3, 1)])
+def test_dense_weights(dtype: torch.dtype, in_features: int, out_features: int) -> None:
+    weight = torch.randn(out_features, in_features).to(dtype)
+    prepared = cpu.prepare_dense(weight)
+    assert prepared.bits == (16 if dtype == torch.bfloat16 else 32)
+    for rows in (1, 2, 5, 6, 7, 13, 40):
+        for x in (torch.randn(rows, in_features), torch.randn(rows, in_features).bfloat16()):
+            exact = x.double() @ weight.double().t()
+            bound = ROUND_OFF[x.dtype] * exact.abs() * 1.01 + SUMS * (x.double().abs() @ weight.double().abs().t())
+            assert ((cpu.matmul(x, prepared).double() - exact).abs() <= bound).all()
+
+
+def test_float32_weights_that_bfloat16_holds_are_stored_as_such() -> None:
+    weight = torch.randn(32, 64).bfloat16()
+    assert torch.equal(cpu.prepare_dense(weight.float()).packed, cpu.prepare_dense(weight).packed)
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,23 +13,56 @@ from tersor.errors import TersorError
 
 def generate(
     model: Annotated[str, typer.Argument(help="A directory, a .gguf file, a hub name such as org/name, or `demo`.")],
-    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    prompt: Annotated[str | None, typer.Option(help="The text to continue; `-` reads standard input.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A file with the text to continue.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw from so many likeliest tokens only; 0: from all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(help="Draw from the fewest tokens that have this probability together.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
 ) -> None:
-    """Continue a prompt, token by token as they come."""
+    """Continue a prompt, token by token as they come. Ctrl-C ends the text where it is."""
     from tersor.runtime.generate import stream
 
     if max_new_tokens < 1:
         raise TersorError(f"--max-new-tokens {max_new_tokens} must be positive")
+    text = _prompt(prompt, prompt_file)
     pieces = stream(
-        model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, dtype=dtype, device=device
+        model,
+        text,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        dtype=dtype,
+        device=device,
     )
     first = next(pieces, "")  # what is wrong with the model or the prompt shows before anything is printed
-    typer.echo(prompt + first, nl=False)
-    for piece in pieces:
-        typer.echo(piece, nl=False)
+    _print(text + first)
+    try:
+        for piece in pieces:
+            _print(piece)
+    except KeyboardInterrupt:
+        pass
     typer.echo()
+
+
+def _prompt(prompt: str | None, file: Path | None) -> str:
+    if (prompt is None) == (file is None):
+        raise TersorError("give the text to continue by either --prompt or --prompt-file")
+    if file is None:
+        return sys.stdin.read() if prompt == "-" else str(prompt)
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TersorError(f"--prompt-file {file} cannot be read: {error}") from None
+
+
+def _print(text: str) -> None:
+    typer.echo(text, nl=False)
+    sys.stdout.flush()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import typer
 
 import tersor
+from tersor.cli.bench import bench
 from tersor.cli.compress import compress
 from tersor.cli.demo import demo
 from tersor.cli.doctor import doctor
@@ -34,6 +35,7 @@ app.command("compress")(compress)
 app.command("sweep")(sweep)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
+app.command("bench")(bench)
 app.command("inspect")(inspect)
 app.command("export")(export)
 app.command("models")(models)

@@ -1,4 +1,4 @@
-// y = x · dequant(W)^T for 2-, 3-, 4- and 8-bit weights on a CPU. Compiled at first use by quantized_matmul_cpu.py, which
+// y = x · dequant(W)^T for 2-, 3-, 4- and 8-bit weights, and for bf16 and float32 ones, on a CPU. Compiled at first use by quantized_matmul_cpu.py, which
 // picks the instruction set by compiler flags: the same source serves plain C++ (GCC/Clang vector types: SSE2, NEON),
 // AVX2, AVX-512, AVX-512 BF16 and AMX.
 //
@@ -10,15 +10,19 @@
 // so that a vector load gives the same inputs of 16 (8, 4) neighbouring outputs. The low half of a word holds the block's
 // even inputs and the high half its odd ones, first input lowest: (word >> bits*p) then has inputs 2p and 2p+1 where a bf16
 // dot product wants them. Codes are stored as two's complement, code - 2^(bits-1). With 3 bits a half word holds five values
-// and one bit of the sixteenth (bit 15 of the three words).
+// and one bit of the sixteenth (bit 15 of the three words). Weights that are bf16 or float32 already ("16 and 32 bits") lie
+// there as they are, in one group of scale 1: four words a block, 8 or 4 inputs.
 //
 // Arithmetic. Integers up to 8 bits are exact in bf16 and float32, so each group's dot product is taken over integers and
 // float32 sums, and only the group's sum is multiplied by its scale: no weight is ever rounded.
 //
 //     y[m, o] = sum_g scale[g, o] * (sum_{i in g} q[o, i] x[m, i]  -  z[g, o] * sum_{i in g} x[m, i])
 //
-// with q and z counted from 2^(bits-1); the second term is left out for symmetric weights. With bf16 activations and
-// AVX-512 BF16 one "unit" of the inner loop is a pair of inputs (vdpbf16ps); otherwise it is one input in float32.
+// with q and z counted from 2^(bits-1); the second term is left out for symmetric weights. A "unit" of the inner loop is one
+// input in float32, or a pair of inputs: of bf16 with AVX-512 BF16 (vdpbf16ps), of 16-bit integers with AVX2 (vpmaddwd, twice
+// the products of a float32 FMA). The latter takes x in fixed point, with a step of its own for every row and stretch of a
+// group: the power of two that leaves the largest |x| 14 bits and a half at least. bf16 activations within 2^-7 of the largest
+// are exact in it, and the others off by 2^-15 of it at most. Float32 activations only go that way where `round_x` allows it.
 //
 // Up to MAX_ROWS rows of x the weights are decoded in registers and read from memory once. Above that the first rows leave
 // what they decode in a tile that stays in the L1 cache, and the other rows (AMX: all rows) are multiplied with the tile.
@@ -41,6 +45,7 @@ namespace {
 constexpr int LANES = 16, MAX_ROWS = 12;  // 12 rows x 2 vectors of sums, of 32 registers
 #elif defined(__AVX2__)
 constexpr int LANES = 8, MAX_ROWS = 6;  // 6 x 2, of 16 registers
+#define INTEGER_PAIRS
 #else
 constexpr int LANES = 4, MAX_ROWS = 6;
 #endif
@@ -48,12 +53,14 @@ constexpr int PANEL = 32, VECTORS = 2, SUBPANEL = LANES * VECTORS;
 constexpr int TILE_ROWS = 6;          // rows that share a tile: 6 x 2 sums of a group and 6 x 2 of all groups
 constexpr int CHUNK_UNITS = 128;      // decoded at a time: 128 * 32 * 4 bytes = 16 KiB, half an L1 cache
 constexpr int MAX_STRETCHES = 16;     // of a chunk
+constexpr int AHEAD = 4096;           // bytes to fetch before they are needed: a chunk of 4-bit weights
 constexpr int64_t MAX_CHUNK = 512;    // rows of x at a time: bounds the sums (64 KiB a thread) and the copy of x
 
 typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));
 typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
 typedef uint16_t vh __attribute__((vector_size(4 * LANES)));        // the halves of the 32-bit lanes
+typedef int16_t vhi __attribute__((vector_size(4 * LANES)));
 typedef uint16_t vh_short __attribute__((vector_size(2 * LANES)));  // one half word a lane
 typedef uint8_t vb_short __attribute__((vector_size(LANES)));
 
@@ -67,8 +74,8 @@ enum Type { F32 = 0, BF16 = 1, F16 = 2 };
 // ---- Decoding: what one block's words say about one unit of the inner loop
 
 template <int BITS> struct Block {
-    static constexpr int WORDS = BITS == 3 ? 3 : 1;
-    static constexpr int INPUTS = BITS == 3 ? 32 : 32 / BITS;
+    static constexpr int WORDS = BITS == 3 ? 3 : BITS >= 16 ? 4 : 1;
+    static constexpr int INPUTS = BITS == 3 ? 32 : BITS >= 16 ? 128 / BITS : 32 / BITS;
 };
 
 // Input 2*pair + odd of the block, sign extended.
@@ -83,6 +90,8 @@ template <int BITS> inline vi decode_integer(const vu* words, int pair, int odd)
 }
 
 template <int BITS> inline vf decode_f32(const vu* words, int unit) {
+    if constexpr (BITS == 32) return (vf)words[unit];
+    if constexpr (BITS == 16) return (vf)(unit % 2 ? words[unit / 2] & 0xffff0000u : words[unit / 2] << 16);
 #ifdef __AVX512F__
     if constexpr (BITS != 8) {  // a table look-up by the low four bits of a lane saves the sign extension
         if (!(BITS == 3 && unit >= 30)) {
@@ -96,7 +105,7 @@ template <int BITS> inline vf decode_f32(const vu* words, int unit) {
         }
     }
 #endif
-    return __builtin_convertvector(decode_integer<BITS>(words, unit / 2, unit % 2), vf);
+    if constexpr (BITS < 16) return __builtin_convertvector(decode_integer<BITS>(words, unit / 2, unit % 2), vf);
 }
 
 #ifdef __AVX512BF16__
@@ -114,7 +123,9 @@ template <int BITS> struct Bf16Table {
 
 // Inputs 2*pair (low half) and 2*pair + 1 (high half) of every output as bf16.
 template <int BITS> inline vu decode_bf16(const vu* words, int pair) {
-    if constexpr (BITS == 8) {
+    if constexpr (BITS == 16) {
+        return words[pair];
+    } else if constexpr (BITS == 8) {
         vu even = (vu)__builtin_convertvector(decode_integer<8>(words, pair, 0), vf);
         vu odd = (vu)__builtin_convertvector(decode_integer<8>(words, pair, 1), vf);
         return (even >> 16) | (odd & 0xffff0000u);  // exact: 8 bits fit bf16's mantissa
@@ -134,20 +145,49 @@ template <int BITS> inline vu decode_bf16(const vu* words, int pair) {
 }
 #endif
 
+#ifdef INTEGER_PAIRS
+// Inputs 2*pair (low half) and 2*pair + 1 (high half) of every output as 16-bit integers.
+template <int BITS> inline vu decode_int16(const vu* words, int pair) {
+    if (BITS == 3 && pair == 15) {
+        vh code = ((vh)words[2] & 0x8000) | (((vh)words[1] >> 15) << 14) | (((vh)words[0] >> 15) << 13);
+        return (vu)((vhi)code >> 13);
+    }
+    const int word = BITS == 3 ? pair / 5 : 0, slot = BITS == 3 ? pair % 5 : pair;
+    return (vu)((vhi)((vh)words[word] << (16 - BITS - BITS * slot)) >> (16 - BITS));
+}
+#endif
+
 template <int BITS, bool PAIRS> inline vu decode(const vu* words, int unit) {
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__)
     if constexpr (PAIRS) return decode_bf16<BITS>(words, unit);
+#elif defined(INTEGER_PAIRS)
+    if constexpr (PAIRS) return decode_int16<BITS>(words, unit);
 #endif
     return (vu)decode_f32<BITS>(words, unit);
 }
 
-// sum + w * x for one unit: `x` is one float32 or a pair of bf16, the same for all outputs
-template <bool PAIRS> inline vf multiply_add(vf sum, vu w, uint32_t x) {
-#ifdef __AVX512BF16__
+#ifdef INTEGER_PAIRS
+template <bool PAIRS> using Sum = std::conditional_t<PAIRS, vi, vf>;
+#else
+template <bool PAIRS> using Sum = vf;
+#endif
+
+// sum + w * x for one unit: `x` is one float32 or a pair of bf16 or of 16-bit integers, the same for all outputs. A sum of
+// integers is at most 2^15 * 2^7 * 2 * CHUNK_UNITS = 2^30.
+template <bool PAIRS> inline Sum<PAIRS> multiply_add(Sum<PAIRS> sum, vu w, uint32_t x) {
+#if defined(__AVX512BF16__)
     if constexpr (PAIRS)
         return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32((int)x));
+#elif defined(INTEGER_PAIRS)
+    if constexpr (PAIRS) return sum + (vi)_mm256_madd_epi16((__m256i)w, _mm256_set1_epi32((int)x));
 #endif
-    return sum + (vf)w * splat(bits_to_f32(x));
+    if constexpr (std::is_same_v<Sum<PAIRS>, vf>) return sum + (vf)w * splat(bits_to_f32(x));
+}
+
+// The sum in units of x; x_step is that of its row where x is in fixed point.
+template <bool PAIRS> inline vf in_float(Sum<PAIRS> sum, const float* x_step) {
+    if constexpr (std::is_same_v<Sum<PAIRS>, vi>) return __builtin_convertvector(sum, vf) * splat(*x_step);
+    else return sum;
 }
 
 // ---- Inner loops: `rows` rows of x times one stretch of one panel, added to the rows' sums
@@ -165,15 +205,18 @@ struct Scale {  // of one group and panel, in float32
 template <int BITS, bool PAIRS, int ROWS, bool KEEP>
 __attribute__((noinline)) void multiply_packed(const uint32_t* words, const uint32_t* x, const Stretch* stretches,
                                                int64_t count, const Scale* scales, const float* x_sums,
-                                               int64_t x_sums_stride, float* total, uint32_t* tile) {
+                                               const float* x_steps, int64_t x_stride, float* total, uint32_t* tile) {
     constexpr int WORDS = Block<BITS>::WORDS, UNITS = Block<BITS>::INPUTS / (PAIRS ? 2 : 1);
-    constexpr int CHAINS = ROWS == 1 ? (UNITS < 4 ? UNITS : 4) : ROWS == 2 ? 2 : 1;  // independent sums hide the latency
+    constexpr int CHAINS = std::is_same_v<Sum<PAIRS>, vi> ? 1  // independent sums hide the latency of float additions
+                           : ROWS == 1                    ? (UNITS < 4 ? UNITS : 4)
+                           : ROWS == 2                    ? 2
+                                                          : 1;
     for (int column = 0; column < PANEL; column += SUBPANEL) {
         const uint32_t* w = words + stretches->block * WORDS * PANEL + column;
         const uint32_t* xs = x;
         uint32_t* kept = tile + column;
         for (int64_t i = 0; i < count; i++) {
-            vf sum[CHAINS][ROWS][VECTORS] = {};
+            Sum<PAIRS> sum[CHAINS][ROWS][VECTORS] = {};
             for (int64_t b = 0; b < stretches[i].blocks; b++) {
                 vu word[VECTORS][WORDS];
 #pragma GCC unroll 2
@@ -190,6 +233,11 @@ __attribute__((noinline)) void multiply_packed(const uint32_t* words, const uint
                         for (int m = 0; m < ROWS; m++)
                             sum[u % CHAINS][m][v] = multiply_add<PAIRS>(sum[u % CHAINS][m][v], weight, xs[u * ROWS + m]);
                     }
+                if (ROWS == 1 && BITS < 16)  // one row waits for memory, which does not foresee the leaps between half panels
+#pragma GCC unroll 4
+                    for (int k = 0; k < WORDS; k++)
+                        for (int line = 0; line < SUBPANEL; line += 16)
+                            __builtin_prefetch((const char*)(w + k * PANEL + line) + AHEAD);
                 w += WORDS * PANEL, xs += UNITS * ROWS, kept += UNITS * PANEL;
             }
 #pragma GCC unroll 4
@@ -205,8 +253,8 @@ __attribute__((noinline)) void multiply_packed(const uint32_t* words, const uint
 #pragma GCC unroll 12
                 for (int m = 0; m < ROWS; m++) {
                     float* out = total + m * PANEL + column + v * LANES;
-                    vf value = load<vf>(out) + step * sum[0][m][v];
-                    if (x_sums) value -= zero * splat(x_sums[i * x_sums_stride + m]);
+                    vf value = load<vf>(out) + step * in_float<PAIRS>(sum[0][m][v], x_steps + i * x_stride + m);
+                    if (x_sums) value -= zero * splat(x_sums[i * x_stride + m]);
                     store(out, value);
                 }
             }
@@ -217,7 +265,7 @@ __attribute__((noinline)) void multiply_packed(const uint32_t* words, const uint
 // A run of stretches whose decoded weights are in the cache: tile [units][PANEL], x [units][ROWS]
 template <bool PAIRS, int ROWS>
 void multiply_tile(const uint32_t* tile, const uint32_t* x, const Stretch* stretches, int64_t count,
-                   const Scale* scales, const float* x_sums, int64_t x_sums_stride, float* total) {
+                   const Scale* scales, const float* x_sums, const float* x_steps, int64_t x_stride, float* total) {
     for (int column = 0; column < PANEL; column += SUBPANEL) {
         vf out[ROWS][VECTORS];
         for (int m = 0; m < ROWS; m++)
@@ -225,7 +273,7 @@ void multiply_tile(const uint32_t* tile, const uint32_t* x, const Stretch* stret
         const uint32_t* w = tile + column;
         const uint32_t* xs = x;
         for (int64_t i = 0; i < count; i++) {
-            vf sum[ROWS][VECTORS] = {};
+            Sum<PAIRS> sum[ROWS][VECTORS] = {};
             for (int64_t u = 0; u < stretches[i].units; u++, w += PANEL, xs += ROWS) {
                 vu weight[VECTORS];
 #pragma GCC unroll 2
@@ -239,11 +287,12 @@ void multiply_tile(const uint32_t* tile, const uint32_t* x, const Stretch* stret
             for (int v = 0; v < VECTORS; v++) {
                 vf step = load<vf>(scales[i].step + column + v * LANES);
 #pragma GCC unroll 12
-                for (int m = 0; m < ROWS; m++) out[m][v] += step * sum[m][v];
+                for (int m = 0; m < ROWS; m++)
+                    out[m][v] += step * in_float<PAIRS>(sum[m][v], x_steps + i * x_stride + m);
                 if (!x_sums) continue;
                 vf zero = load<vf>(scales[i].step_times_zero + column + v * LANES);
 #pragma GCC unroll 12
-                for (int m = 0; m < ROWS; m++) out[m][v] -= zero * splat(x_sums[i * x_sums_stride + m]);
+                for (int m = 0; m < ROWS; m++) out[m][v] -= zero * splat(x_sums[i * x_stride + m]);
             }
         }
         for (int m = 0; m < ROWS; m++)
@@ -342,6 +391,7 @@ struct Call {
     const void* scales;       // [panels, groups, PANEL] of `scale_type`
     const uint8_t* zeros;     // [panels, groups, PANEL], null where all are 2^(bits-1)
     int type, scale_type, bits, threads;
+    int round_x;              // float32 x may be taken in fixed point where that is faster
 };
 
 struct RowTile { int64_t first, offset; int rows, padded; };  // offset: in filled-up rows
@@ -384,9 +434,66 @@ std::vector<RowTile> cut_rows(int64_t rows, int most) {
     return tiles;
 }
 
+#ifdef INTEGER_PAIRS
+// As pack_x below, in fixed point. An infinity or NaN makes the step NaN, and so the outputs.
+template <int BITS>
+void pack_fixed(const Call& c, const Stretch& s, const RowTile& tile, uint32_t* x, float* x_sums, float* x_steps) {
+    const int64_t first = s.block * Block<BITS>::INPUTS, inputs = s.blocks * Block<BITS>::INPUTS;
+    for (int m = 0; m < tile.padded; m++) {
+        alignas(32) float row[2 * CHUNK_UNITS];
+        x_sums[m] = x_steps[m] = 0;
+        if (m >= tile.rows) {
+            for (int64_t u = 0; u < s.units; u++) x[u * tile.padded + m] = 0;
+            continue;
+        }
+        const uint16_t* row16 = (const uint16_t*)c.x + (tile.first + m) * c.x_stride;
+        const float* row32 = (const float*)c.x + (tile.first + m) * c.x_stride;
+        if (c.columns)
+            for (int64_t i = 0; i < inputs; i++) {
+                const int64_t k = c.columns[first + i];
+                row[i] = k < 0 ? 0 : c.type == BF16 ? bits_to_f32((uint32_t)row16[k] << 16) : row32[k];
+            }
+        else if (c.type == BF16)
+            for (int64_t i = 0; i < inputs; i++) row[i] = bits_to_f32((uint32_t)row16[first + i] << 16);
+        else
+            std::memcpy(row, row32 + first, 4 * inputs);
+        uint32_t largest = 0;  // as integers, magnitudes are in the order of their values, with infinity and NaN on top
+        for (int64_t i = 0; i < inputs; i++) {
+            uint32_t magnitude;
+            std::memcpy(&magnitude, row + i, 4);
+            magnitude &= 0x7fffffff;
+            largest = magnitude > largest ? magnitude : largest;
+        }
+        if (largest >= 0x7f800000) {
+            for (int64_t u = 0; u < s.units; u++) x[u * tile.padded + m] = 0;
+            x_sums[m] = x_steps[m] = __builtin_nanf("");
+            continue;
+        }
+        const uint32_t exponent = largest >> 23 < 16 ? 16 : largest >> 23;
+        const float step = bits_to_f32((exponent - 14) << 23), inverse = bits_to_f32((268 - exponent) << 23);
+        alignas(32) int32_t rounded[2 * CHUNK_UNITS];
+        for (int64_t i = 0; i < inputs; i += LANES) {
+            __m256i lanes = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_load_ps(row + i), _mm256_set1_ps(inverse)));
+            _mm256_store_si256((__m256i*)(rounded + i), _mm256_min_epi32(lanes, _mm256_set1_epi32(32767)));
+        }
+        if (c.zeros) {
+            int32_t sum = 0;
+            for (int64_t i = 0; i < inputs; i++) sum += rounded[i];
+            x_sums[m] = step * sum;
+        }
+        x_steps[m] = step;
+        for (int64_t u = 0; u < s.units; u++)
+            x[u * tile.padded + m] = (uint32_t)(rounded[2 * u] & 0xffff) | (uint32_t)rounded[2 * u + 1] << 16;
+    }
+}
+#endif
+
 // Copies one row tile's share of a stretch to x [units][padded] (AMX: [units / 16][padded][16]) and sums it up.
 template <int BITS, bool PAIRS>
-void pack_x(const Call& c, const Stretch& s, const RowTile& tile, bool amx, uint32_t* x, float* x_sums) {
+void pack_x(const Call& c, const Stretch& s, const RowTile& tile, bool amx, uint32_t* x, float* x_sums, float* x_steps) {
+#ifdef INTEGER_PAIRS
+    if constexpr (PAIRS) return pack_fixed<BITS>(c, s, tile, x, x_sums, x_steps);
+#endif
     constexpr int PER_UNIT = PAIRS ? 2 : 1;
     const int64_t first = s.block * Block<BITS>::INPUTS, units = s.blocks * Block<BITS>::INPUTS / PER_UNIT;
     const bool widen = !PAIRS && c.type == BF16;
@@ -467,10 +574,10 @@ template <int BITS, bool PAIRS> bool run(const Call& c) {
     auto aligned = [](int64_t size) { return (size + 15) / 16 * 16; };
     const int64_t x_size = aligned(chunks.empty() ? 0 : (chunks.back().unit + chunks.back().units) * rows);
     const int64_t sums_size = aligned(count * rows), total_size = rows * PANEL;
-    float* memory = (float*)std::aligned_alloc(64, 4 * (x_size + sums_size + c.threads * total_size));
+    float* memory = (float*)std::aligned_alloc(64, 4 * (x_size + 2 * sums_size + c.threads * total_size));
     if (!memory) return false;
     uint32_t* x = (uint32_t*)memory;
-    float* x_sums = memory + x_size;
+    float *x_sums = memory + x_size, *x_steps = x_sums + sums_size;
 
     auto pack = [&](const Chunk& chunk) {
         for (const RowTile& tile : tiles)
@@ -478,7 +585,7 @@ template <int BITS, bool PAIRS> bool run(const Call& c) {
                 pack_x<BITS, PAIRS>(c, stretches[i], tile, amx,
                                     x + chunk.unit * rows + chunk.units * tile.offset +
                                         (stretches[i].unit - chunk.unit) * tile.padded,
-                                    x_sums + i * rows + tile.offset);
+                                    x_sums + i * rows + tile.offset, x_steps + i * rows + tile.offset);
     };
     const bool pack_before = x_size <= 8192;  // not worth a barrier, where threads may wait for each other
     if (pack_before)
@@ -487,9 +594,9 @@ template <int BITS, bool PAIRS> bool run(const Call& c) {
 #pragma omp parallel num_threads(c.threads) if (c.threads > 1)
     {
 #ifdef _OPENMP
-        float* total = x_sums + sums_size + omp_get_thread_num() * total_size;
+        float* total = x_steps + sums_size + omp_get_thread_num() * total_size;
 #else
-        float* total = x_sums + sums_size;
+        float* total = x_steps + sums_size;
 #endif
         alignas(64) uint32_t decoded[CHUNK_UNITS * PANEL];
         Scale scales[MAX_STRETCHES];
@@ -521,6 +628,7 @@ template <int BITS, bool PAIRS> bool run(const Call& c) {
                     next += share;
                     const uint32_t* xs = x + chunk.unit * rows + chunk.units * tile.offset;
                     const float* sums = c.zeros ? x_sums + chunk.first * rows + tile.offset : nullptr;
+                    const float* steps = x_steps + chunk.first * rows + tile.offset;
                     float* out = total + tile.offset * PANEL;
 #ifdef __AMX_BF16__
                     if (amx) {
@@ -529,17 +637,17 @@ template <int BITS, bool PAIRS> bool run(const Call& c) {
                     }
 #endif
                     if (!in_registers && tile.first == 0) {
-                        multiply_packed<BITS, PAIRS, TILE_ROWS, true>(panel_words, xs, s, chunk.count, scales, sums, rows,
-                                                                      out, decoded);
+                        multiply_packed<BITS, PAIRS, TILE_ROWS, true>(panel_words, xs, s, chunk.count, scales, sums,
+                                                                      steps, rows, out, decoded);
                         continue;
                     }
                     with_rows(tile.padded, [&](auto number) {
                         constexpr int ROWS = decltype(number)::value;
                         if (in_registers)
-                            multiply_packed<BITS, PAIRS, ROWS, false>(panel_words, xs, s, chunk.count, scales, sums, rows,
-                                                                      out, decoded);
+                            multiply_packed<BITS, PAIRS, ROWS, false>(panel_words, xs, s, chunk.count, scales, sums,
+                                                                      steps, rows, out, decoded);
                         else if constexpr (ROWS <= TILE_ROWS)
-                            multiply_tile<PAIRS, ROWS>(decoded, xs, s, chunk.count, scales, sums, rows, out);
+                            multiply_tile<PAIRS, ROWS>(decoded, xs, s, chunk.count, scales, sums, steps, rows, out);
                     });
                 }
             }
@@ -559,6 +667,12 @@ template <bool PAIRS> bool run_bits(const Call& c) {
         case 3: return run<3, PAIRS>(c);
         case 4: return run<4, PAIRS>(c);
         case 8: return run<8, PAIRS>(c);
+#ifdef INTEGER_PAIRS
+        case 16: return run<16, false>(c);
+#else
+        case 16: return run<16, PAIRS>(c);
+#endif
+        case 32: return run<32, false>(c);
     }
     return false;
 }
@@ -633,8 +747,10 @@ int tersor_matmul(const Call* call) {
         c.y = (char*)c.y + first * c.outputs * size;
         if (c.rows - first < MAX_CHUNK) c.rows -= first;
         else c.rows = MAX_CHUNK;
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__)
         bool done = c.type == BF16 ? run_bits<true>(c) : run_bits<false>(c);
+#elif defined(INTEGER_PAIRS)
+        bool done = c.type == BF16 || c.round_x ? run_bits<true>(c) : run_bits<false>(c);
 #else
         bool done = run_bits<false>(c);
 #endif

@@ -23,8 +23,9 @@ from tersor.kernels import cpp
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 PANEL = 32  # outputs side by side in memory
-BLOCK_INPUTS = {2: 16, 3: 32, 4: 8, 8: 4}  # inputs of a block, and
-BLOCK_WORDS = {2: 1, 3: 3, 4: 1, 8: 1}  # the 32-bit words they take
+BLOCK_INPUTS = {2: 16, 3: 32, 4: 8, 8: 4, 16: 8, 32: 4}  # inputs of a block, and
+BLOCK_WORDS = {2: 1, 3: 3, 4: 1, 8: 1, 16: 4, 32: 4}  # the 32-bit words they take
+QUANTIZED = (2, 3, 4, 8)
 _WORTH_THREADS = 2**18  # multiply-adds; below, waking threads costs more than they save
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -57,7 +58,7 @@ def library(implementation: str) -> ctypes.CDLL:
     if implementation == "amx" and not torch.cpu._init_amx():
         raise cpp.CompileError("the system does not grant this process the use of AMX")
     compiled = cpp.load(SOURCE, FLAGS[implementation])
-    compiled.tersor_matmul.argtypes = [ctypes.POINTER(_Call)]
+    compiled.tersor_matmul.argtypes = [ctypes.POINTER(Call)]
     compiled.tersor_repack.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 2 + [ctypes.c_int] * 3
     compiled.tersor_repack.restype = None
     return compiled
@@ -115,8 +116,8 @@ class PreparedWeight:
 
 def why_not(weight: QuantizedWeight) -> str | None:
     """Why `prepare` cannot take this weight, or None."""
-    if weight.bits not in BLOCK_INPUTS:
-        return f"{weight.bits} bits (has kernels for {sorted(BLOCK_INPUTS)})"
+    if weight.bits not in QUANTIZED:
+        return f"{weight.bits} bits (has kernels for {list(QUANTIZED)})"
     if weight.scales.dtype not in _TYPES:
         return f"scales of {weight.scales.dtype} (has kernels for {', '.join(map(str, _TYPES))})"
     name, why = choose()
@@ -180,6 +181,41 @@ def prepare(weight: QuantizedWeight, *, implementation: str | None = None) -> Pr
     )
 
 
+def prepare_dense(weight: Tensor) -> PreparedWeight:
+    """A float weight [out, in] as the kernel reads it: bfloat16 as it is ("16 bits"), other types as float32 ("32 bits") unless
+    bfloat16 holds them exactly. There is no way back to a QuantizedWeight. Raises ValueError where there is no kernel.
+    """
+    implementation, reason = choose()
+    if implementation is None:
+        raise ValueError(f"no CPU kernel: {reason}; use torch.nn.functional.linear")
+    rounded = weight.detach().bfloat16()
+    exact = weight.dtype == torch.bfloat16 or bool((rounded.to(weight.dtype) == weight).all())
+    stored = rounded.view(torch.int16) if exact else weight.detach().float().view(torch.int32)
+    bits = 16 if exact else 32
+    out_features, in_features = weight.shape
+    block = BLOCK_INPUTS[bits]
+    blocks, panels = -(-in_features // block), -(-out_features // PANEL)
+    full = torch.nn.functional.pad(stored, (0, blocks * block - in_features, 0, panels * PANEL - out_features))
+    words = full.view(panels, PANEL, blocks, BLOCK_WORDS[bits], -1).permute(0, 2, 3, 1, 4).contiguous()
+    columns = None
+    if blocks * block != in_features:
+        columns = torch.full((blocks * block,), -1, dtype=torch.int32)
+        columns[:in_features] = torch.arange(in_features)
+    return PreparedWeight(
+        packed=words.view(torch.int32).view(panels, blocks, BLOCK_WORDS[bits], PANEL),
+        scales=torch.ones(panels, 1, PANEL),
+        zeros=None,
+        columns=columns,
+        starts=torch.tensor([0, blocks], dtype=torch.int32),
+        g_idx=None,
+        bits=bits,
+        group_size=-1,
+        in_features=in_features,
+        out_features=out_features,
+        implementation=implementation,
+    )
+
+
 def restore(weight: PreparedWeight) -> QuantizedWeight:
     """The weight in its standard layout again: the same integers, scales and zero points."""
     bits, out_features = weight.bits, weight.out_features
@@ -199,7 +235,7 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-class _Call(ctypes.Structure):
+class Call(ctypes.Structure):
     """`Call` of the .cpp file."""
 
     _fields_ = (
@@ -218,6 +254,27 @@ class _Call(ctypes.Structure):
         ("scale_type", ctypes.c_int),
         ("bits", ctypes.c_int),
         ("threads", ctypes.c_int),
+        ("round_x", ctypes.c_int),
+    )
+
+
+def call_of(weight: PreparedWeight, dtype: torch.dtype, *, round_x: bool = False) -> Call:
+    """The argument of `tersor_matmul` for activations of this type, but for x, y, rows and threads. Keep the weight alive.
+
+    round_x: float32 activations may be taken in 16-bit fixed point (the .cpp file says how) where that is faster.
+    """
+    return Call(
+        outputs=weight.out_features,
+        packed=weight.packed.data_ptr(),
+        columns=_pointer(weight.columns),
+        starts=weight.starts.data_ptr(),
+        groups=weight.scales.shape[1],
+        scales=weight.scales.data_ptr(),
+        zeros=_pointer(weight.zeros),
+        type=_TYPES[dtype],
+        scale_type=_TYPES[weight.scales.dtype],
+        bits=weight.bits,
+        round_x=round_x,
     )
 
 
@@ -231,23 +288,9 @@ def _run(x: Tensor, weight: PreparedWeight) -> Tensor:
         rows = rows.contiguous()
     y = x.new_empty((*x.shape[:-1], weight.out_features))
     small = rows.numel() * weight.out_features < _WORTH_THREADS
-    call = _Call(
-        rows.data_ptr(),
-        rows.stride(0),
-        y.data_ptr(),
-        rows.shape[0],
-        weight.out_features,
-        weight.packed.data_ptr(),
-        _pointer(weight.columns),
-        weight.starts.data_ptr(),
-        weight.scales.shape[1],
-        weight.scales.data_ptr(),
-        _pointer(weight.zeros),
-        _TYPES[x.dtype],
-        _TYPES[weight.scales.dtype],
-        weight.bits,
-        1 if small else torch.get_num_threads(),
-    )
+    call = call_of(weight, x.dtype)
+    call.x, call.x_stride, call.rows, call.y = rows.data_ptr(), rows.stride(0), rows.shape[0], y.data_ptr()
+    call.threads = 1 if small else torch.get_num_threads()
     if library(weight.implementation).tersor_matmul(call) != 0:
         raise MemoryError(f"no memory for a product of {rows.shape[0]} rows")
     return y

@@ -1,0 +1,103 @@
+"""`tersor bench`: how fast a model runs here, alone or turn by turn with another."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tersor.cli.progress import progress_bar
+from tersor.errors import TersorError
+from tersor.runtime import bench as runtime
+from tersor.runtime.bench import Spread, Turn
+from tersor.runtime.generate import check_length, load_module, make_engine
+
+
+def bench(
+    model: Annotated[str, typer.Argument(help="A directory, a hub name such as org/name, or `demo`.")],
+    against: Annotated[str | None, typer.Option(help="Another model, which runs in turns with the first.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 512,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to make after it.")] = 64,
+    batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
+    repeats: Annotated[int, typer.Option(help="Turns that count; one more comes first, to warm up.")] = 5,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; as torch chooses if unset.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure prompt and new tokens per second, time to the first token and peak memory, on a random prompt.
+
+    Figures are medians of the turns, with the middle half of them in brackets. With --against, both models run one after the
+    other in every turn, and the ratios are those of the same turns.
+    """
+    runtime.check_sizes(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch, repeats=repeats)
+    if threads is not None:
+        if threads < 1:
+            raise TersorError(f"--threads {threads} must be positive")
+        torch.set_num_threads(threads)
+    runners: dict[str, Callable[[], Turn]] = {}
+    engines = {}
+    for name in filter(None, dict.fromkeys((model, against))):
+        engine, run = _runner(name, prompt_tokens, new_tokens, batch, dtype, device)
+        runners[name], engines[name] = run, engine
+    with progress_bar(quiet=as_json) as progress:
+        turns = runtime.measure(runners, repeats=repeats, progress=progress)
+    memory = {"peak_memory": runtime.peak_memory()}
+    sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": batch}
+    found = {name: runtime.speeds(each, **sizes) for name, each in turns.items()}
+    ratios = None if against is None or against == model else runtime.ratios(turns[model], turns[against])
+    if as_json:
+        result: dict[str, Any] = {
+            **sizes,
+            "repeats": repeats,
+            "threads": torch.get_num_threads(),
+            **memory,
+            "models": {name: {"engine": engines[name], **_plain(each)} for name, each in found.items()},
+        }
+        typer.echo(json.dumps(result if ratios is None else {**result, "ratios": _plain(ratios)}))
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in ("", "runs as", "prompt tokens/s", "new tokens/s", "first token, ms"):
+        table.add_column(column, justify="left" if column in ("", "runs as") else "right")
+    for name, each in found.items():
+        table.add_row(
+            name,
+            engines[name],
+            _show(each["prefill"]),
+            _show(each["decode"]),
+            _show(each["first_token"], scale=1e3),
+        )
+    if ratios is not None:
+        table.add_row("times as fast", "", _show(ratios["prefill"]), _show(ratios["decode"]), "")
+    Console().print(table)
+    typer.echo(
+        f"\n{batch} x {prompt_tokens} prompt and {new_tokens} new tokens, {repeats} turns, {torch.get_num_threads()} threads; "
+        f"peak memory {memory['peak_memory'] / 1e9:.2f} GB{' with both models' if ratios is not None else ''}"
+    )
+
+
+def _runner(
+    name: str, prompt_tokens: int, new_tokens: int, batch: int, dtype: str, device: str
+) -> tuple[str, Callable[[], Turn]]:
+    module = load_module(name, dtype=dtype, device=device)
+    check_length(module, prompt_tokens, new_tokens)
+    engine = make_engine(module, capacity=prompt_tokens + new_tokens, batch=batch, take_over=True)
+    config: Any = module.config
+    ids = runtime.random_prompt(config.get_text_config().vocab_size, batch=batch, tokens=prompt_tokens)
+    return type(engine).__name__, lambda: runtime.take_turn(engine, ids, new_tokens)
+
+
+def _plain(found: dict[str, Spread]) -> dict[str, dict[str, float]]:
+    return {name: dataclasses.asdict(each) for name, each in found.items()}
+
+
+def _show(found: Spread, scale: float = 1.0) -> str:
+    digits = 2 if found.median * scale < 10 else 1
+    low, median, high = (f"{value * scale:.{digits}f}" for value in (found.low, found.median, found.high))
+    return f"{median} ({low} - {high})"

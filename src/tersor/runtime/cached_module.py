@@ -1,0 +1,110 @@
+"""Any causal language model of transformers, token by token with the cache that its own class makes.
+
+After the prompt, the cache's plain attention layers get buffers for all positions to come: a token is written into its place,
+where transformers copies the whole cache to make it one longer. Sliding windows, recurrent states and other layers stay as
+the model made them. A model that keeps no cache sees the whole sequence again for every token.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
+
+from tersor.errors import TersorError
+
+_CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # the argument's name, which depends on version and model
+
+
+class StaticGrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """Keys and values [batch, heads, tokens, width] that are views of buffers with room for `capacity` tokens."""
+
+    def __init__(self, layer: DynamicLayer, capacity: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        keys, values = layer.keys, layer.values
+        assert keys is not None
+        assert values is not None
+        self.capacity = capacity
+        self.buffers = [_with_room(tensor, capacity) for tensor in (keys, values)]
+        self.device, self.dtype = keys.device, keys.dtype
+        self.keys, self.values = (b[:, :, : layer.get_seq_length()] for b in self.buffers)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        start = self.get_seq_length()
+        end = start + key_states.shape[2]
+        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start:end] = new
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+        return self.keys, self.values
+
+
+def _with_room(tensor: Tensor, capacity: int) -> Tensor:
+    buffer = tensor.new_zeros((*tensor.shape[:2], capacity, tensor.shape[3]))
+    buffer[:, :, : tensor.shape[2]] = tensor
+    return buffer
+
+
+def why_not(module: nn.Module) -> str | None:
+    """Why this is no model that continues a text, or None."""
+    if not getattr(module, "can_generate", lambda: False)():
+        return f"{type(module).__name__} is no model that generates text"
+    if getattr(module.config, "is_encoder_decoder", False):
+        return f"{type(module).__name__} translates one sequence into another and does not continue a text"
+    return None
+
+
+class CachedModule:
+    """As LlamaCPU, for a module for which `why_not` is None."""
+
+    def __init__(self, module: nn.Module, *, capacity: int, batch: int = 1) -> None:
+        self.module, self.capacity, self.batch, self.length = module, capacity, batch, 0
+        self.device = next(module.parameters()).device
+        accepted = inspect.signature(module.forward).parameters
+        self._name = next((name for name in _CACHE_NAMES if name in accepted), None)
+        self._more: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self._more |= {"use_cache": True} if "use_cache" in accepted else {}
+        self._cache: Any = None
+        self._seen: Tensor | None = None
+
+    def reset(self) -> None:
+        """Start new sequences."""
+        self.length, self._cache, self._seen = 0, None, None
+
+    @torch.inference_mode()
+    def forward(self, ids: Tensor) -> Tensor:
+        """Logits [batch, vocabulary], float32, of what follows ids [batch, tokens], which are added to the cache."""
+        batch, tokens = ids.shape
+        if batch != self.batch or self.length + tokens > self.capacity:
+            raise TersorError(
+                f"{batch} sequences of {self.length + tokens} tokens do not fit in a cache for "
+                f"{self.batch} of {self.capacity}"
+            )
+        ids = ids.to(self.device)
+        again = self._cache is None and self._seen is not None  # it keeps no cache
+        if again:
+            ids = torch.cat([self._seen, ids], dim=1)  # type: ignore[list-item]
+        given: dict[str, Any] = dict(self._more)  # and no mask: nothing is padded, and recurrent models want none
+        if self._cache is not None and self._name is not None:
+            given[self._name] = self._cache
+        output = self.module(input_ids=ids, **given)
+        first, self.length = self._cache is None, self.length + tokens
+        self._cache = None if self._name is None else getattr(output, self._name, None)
+        if self._cache is None:
+            self._seen = ids
+        elif first:
+            _make_room(self._cache, self.capacity)
+        logits: Tensor = output.logits[:, -1]
+        return logits.float()
+
+
+def _make_room(cache: Any, capacity: int) -> None:
+    layers = getattr(cache, "layers", None)
+    if not isinstance(layers, list):
+        return
+    for index, layer in enumerate(layers):
+        if type(layer) is DynamicLayer and layer.is_initialized and layer.get_seq_length():
+            layers[index] = StaticGrowingLayer(layer, capacity)

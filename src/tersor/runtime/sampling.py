@@ -1,0 +1,50 @@
+"""The choice of the next token from its logits: the likeliest, or a draw with temperature, top-k and top-p (nucleus)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tersor.errors import TersorError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature: 0 takes the likeliest token. top_k: draw from the k likeliest only, 0 from all. top_p: draw from the fewest
+    tokens whose probabilities sum to p at least (Holtzman et al., arXiv 1904.09751)."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise TersorError(f"temperature {self.temperature} must be 0 or above")
+        if self.top_k < 0:
+            raise TersorError(f"top_k {self.top_k} must be 0 (all tokens) or above")
+        if not 0 < self.top_p <= 1:
+            raise TersorError(f"top_p {self.top_p} must be above 0 and at most 1")
+
+
+def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """What tokens are drawn with, [batch, vocabulary], for a temperature above 0. top-k comes before top-p."""
+    scaled = logits.float() / sampling.temperature
+    if 0 < sampling.top_k < scaled.shape[-1]:
+        least = scaled.topk(sampling.top_k, dim=-1).values[..., -1:]
+        scaled = scaled.masked_fill(scaled < least, float("-inf"))
+    p = scaled.softmax(dim=-1)
+    if sampling.top_p < 1:
+        ordered, order = p.sort(dim=-1, descending=True, stable=True)
+        before = ordered.cumsum(dim=-1) - ordered  # a token stays where those before it do not reach top_p yet
+        p = torch.zeros_like(p).scatter(-1, order, ordered.masked_fill(before >= sampling.top_p, 0.0))
+    return p / p.sum(dim=-1, keepdim=True)
+
+
+def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """The next token of each sequence, int64 [batch, 1], from logits [batch, vocabulary]."""
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    return torch.multinomial(probabilities(logits, sampling), 1, generator=generator)
