@@ -88,7 +88,9 @@ def perplexity(
 
 def _tokens(text: str | Path | None, tokenizer: Any) -> Tensor:
     if tokenizer is None:
-        raise TersorError("the model has no tokenizer: give token ids as a tensor, or images to a classifier (--images)")
+        raise TersorError(
+            "the model has no tokenizer: give token ids as a tensor, or images to a classifier (--images)"
+        )
     content = builtin_text("evaluation") if text is None or text == "builtin" else read_text(text)
     ids: Tensor = tokenizer(content, return_tensors="pt", verbose=False)["input_ids"][0]
     return ids
