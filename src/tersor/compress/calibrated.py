@@ -31,7 +31,10 @@ class InputGrid:
 
     def round(self, x: Tensor) -> Tensor:
         if self.found is None:
-            self.found = self.fit(x)
+            with (
+                torch._C.DisableTorchFunction()
+            ):  # a `Products` around this layer shall not see what fitting multiplies
+                self.found = self.fit(x)
         return self.found.round(at_least_float32(x)).to(x.dtype)
 
 
@@ -55,7 +58,8 @@ class CalibratedMap(nn.Module):
             return self.original(x)  # type: ignore[no-any-return]
         rounded = self.input.round(x)
         if self.codes is None:
-            self._fit_weight(rounded)
+            with torch._C.DisableTorchFunction():
+                self._fit_weight(rounded)
         assert self.codes is not None
         assert self.grid is not None
         matrix = self.grid.dequantize(self.codes.to(self.grid.scale.dtype)).to(x.dtype)
@@ -89,9 +93,9 @@ class CalibratedMap(nn.Module):
 class CalibratedProducts(nn.Module):
     """A module whose products of activations have rounded operands. grids: of both operands of each product, once called."""
 
-    def __init__(self, inner: nn.Module, bits: int) -> None:
+    def __init__(self, inner: nn.Module, bits: int, fit: Callable[[Tensor], Grid | LogGrid]) -> None:
         super().__init__()
-        self.inner, self.bits = inner, bits
+        self.inner, self.bits, self.fit = inner, bits, fit
         self.enabled, self.measure = True, False
         self.grids: list[tuple[Grid | LogGrid, Grid | LogGrid]] = []
         self.error = 0.0  # of the operand that changed most, ‖x̂ - x‖² / ‖x‖²
@@ -104,7 +108,7 @@ class CalibratedProducts(nn.Module):
         def rounded(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
             nonlocal count
             if count == len(self.grids):
-                self.grids.append((self._fit(a), self._fit(b)))
+                self.grids.append((self.fit(a), self.fit(b)))
             grids = self.grids[count]
             count += 1
             first, second = (g.round(at_least_float32(x)).to(x.dtype) for g, x in zip(grids, (a, b), strict=True))
@@ -115,9 +119,6 @@ class CalibratedProducts(nn.Module):
 
         with Products(rounded):
             return self.inner(*args, **kwargs)
-
-    def _fit(self, x: Tensor) -> Grid | LogGrid:
-        return fit_logarithmic(x, self.bits) if _is_softmax(x) else fit_uniform(x, self.bits)
 
     def freeze(self) -> QuantizedProducts:
         """The module as it is stored."""
@@ -149,6 +150,11 @@ def reconstructed_codes(W: Tensor, H: Tensor, grid: Grid) -> Tensor:
         return ((d @ H) * d).sum(1, keepdim=True)
 
     return torch.where(error(solved) < error(nearest), solved, nearest).to(torch.uint8)
+
+
+def fit_operand(x: Tensor, *, bits: int) -> Grid | LogGrid:
+    """A logarithmic grid for what a softmax gave, a uniform one for all else."""
+    return fit_logarithmic(x, bits) if _is_softmax(x) else fit_uniform(x, bits)
 
 
 def _is_softmax(x: Tensor) -> bool:

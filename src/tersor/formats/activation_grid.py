@@ -1,7 +1,7 @@
 """Grids for activations: uniform ones whose range is chosen among quantiles, and a logarithmic one for softmax outputs.
 
-RepQ-ViT (Li, Xiao, Yang, Gu, ICCV 2023, arXiv 2212.08254) chooses the range [low, high] of a uniform grid with 2^b levels, scale =
-(high - low) / (2^b - 1) and zero = round(-low / scale), among three: the 0.999, 0.9999 and 0.99999 quantiles and their mirror
+RepQ-ViT (Li, Xiao, Yang, Gu, ICCV 2023, arXiv 2212.08254) chooses the range [low, high] of a uniform grid with 2^b levels,
+scale = (high - low) / (2^b - 1) and zero = round(-low / scale), among three: the 0.999, 0.9999 and 0.99999 quantiles and their mirror
 images. The one with the least squared error is taken, the first of equals. Zero points are whole numbers in floating point,
 not bounded by the codes: data that are all positive or all negative lie beside zero.
 
@@ -93,7 +93,7 @@ def grid_of_range(low: Tensor, high: Tensor, bits: int) -> Grid:
 
 
 def tail_quantiles(rows: Tensor) -> Tensor:
-    """For each p of QUANTILES the (1 - p)- and the p-quantile of each row, [rows, 3, 2], interpolated linearly between neighbours.
+    """For each p of QUANTILES the (1 - p)- and the p-quantile of each row, [rows, 3, 2], interpolated linearly.
 
     Only the tails are sorted. The place between two neighbours is computed in the precision of the rows up to 2^24 elements, as
     torch.quantile does, and in double precision above, as numpy.percentile does: published numbers depend on it.

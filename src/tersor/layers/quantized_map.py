@@ -63,9 +63,14 @@ class QuantizedMap(nn.Module):
 
     def fill(self, codes: Tensor, weight: Grid, input: Grid, bias: Tensor | None) -> None:
         """codes [out, in] on the grids `weight`, scale and zero [out, 1]; the grid of x, scale and zero []."""
-        self.qweight = pack(codes.t(), self.w_bits, dim=0)
-        self.scales, self.zeros = weight.scale[:, 0].to(self.scales), weight.zero[:, 0].to(self.zeros)
-        self.input_scale, self.input_zero = input.scale.to(self.input_scale), input.zero.to(self.input_zero)
+        self.qweight.copy_(pack(codes.t(), self.w_bits, dim=0))
+        for mine, given in (
+            (self.scales, weight.scale[:, 0]),
+            (self.zeros, weight.zero[:, 0]),
+            (self.input_scale, input.scale),
+            (self.input_zero, input.zero),  # copies, for layers that read the same LayerNorm are given the same grid
+        ):
+            mine.copy_(given)
         if self.bias is not None and bias is not None:
             self.bias.data.copy_(bias)
 
