@@ -5,8 +5,8 @@
 demo-vit on 1,000 test images of CIFAR-10; grids are fitted on 32 training images (128 for GPTQ), drawn with seed 0, and with
 seeds 1 and 2 where three numbers are given. WnAm: n bits a weight, m bits an activation (the image: 8 bits).
 
-"round to nearest": weights by rows and activations by tensors, from minimum to maximum, with no reparameterization. "RepQ-ViT": as
-published. "dual clipping" and "reconstruction": what RepQuant adds, as tersor.compress.repquant describes it. GPTQ leaves the
+"round to nearest": weights by rows and activations by tensors, from minimum to maximum, with no reparameterization. "RepQ-ViT":
+as published. "dual clipping" and "reconstruction": what RepQuant adds, as tersor.compress.repquant describes it. GPTQ leaves the
 activations in float32. Half the width of the 95 % confidence interval of one accuracy is about 2 points; the rows share their
 images, so differences between them are surer than that. Size: of the saved model.safetensors.
 """
@@ -111,8 +111,8 @@ def main() -> None:
         minutes = (time.perf_counter() - started) / 60
         lines += [
             "",
-            f"{(time.process_time() - processor) / 60:.1f} minutes of one processor core ({minutes:.0f} on the clock, on a shared "
-            f"machine), {_processor()}; {platform.system()}; Python {platform.python_version()}, torch {torch.__version__}, "
+            f"{(time.process_time() - processor) / 60:.1f} minutes of one processor core ({minutes:.0f} on the clock, "
+            f"shared), {_processor()}; {platform.system()}; Python {platform.python_version()}, torch {torch.__version__}, "
             f"tersor {tersor.__version__}.",
             "`python benchmarks/vision.py`",
         ]

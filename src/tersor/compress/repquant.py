@@ -108,7 +108,7 @@ class RepQuant(Method):
             call(model, batch)
             reparameterize(model, places)
             fit_weights_again(places, reconstruct=self.reconstruct)
-            for each in (*places.maps.values(), *places.products.values()):
+            for each in places.everything():
                 each.measure = True
             work.progress("fitting grids of changed weights", 1, 2)
             call(model, batch)
@@ -126,6 +126,9 @@ class Places:
     products: dict[str, CalibratedProducts] = field(default_factory=dict)
     pairs: list[NormPair] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
+
+    def everything(self) -> list[CalibratedMap | CalibratedProducts]:
+        return [*self.maps.values(), *self.products.values()]
 
 
 def one_batch(samples: Sequence[Mapping[str, Any]]) -> Batch:
@@ -213,7 +216,7 @@ def _products(
 
     handles = []
     for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda _m, _args, name=name: running.append(name)))  # type: ignore[misc]
+        handles.append(module.register_forward_pre_hook(lambda _m, _args, name=name: running.append(name)))
         handles.append(module.register_forward_hook(lambda *_: running.pop() and None))
     with Products(note):
         call(model, probe)
@@ -250,12 +253,13 @@ def reparameterize(model: nn.Module, places: Places) -> None:
         for values in (norm.weight, norm.bias):
             assert isinstance(values, Tensor)
             values.div_(r.to(values.dtype))
-        norm.bias.sub_(b)  # type: ignore[operator, union-attr]
+        norm.bias.sub_(b)  # type: ignore[operator]
         for reader in readers:
             W = weight_matrix(reader.original)
             W.mul_(r.to(W.dtype))
             moved = W @ b.to(W.dtype)
             bias = reader.original.bias
+            assert bias is None or isinstance(bias, Tensor)
             reader.original.bias = nn.Parameter(moved if bias is None else bias + moved, requires_grad=False)
         readers[0].input.found = Grid(scale, zero, grid.bits)
 

@@ -1,9 +1,9 @@
 """Grids for activations: uniform ones whose range is chosen among quantiles, and a logarithmic one for softmax outputs.
 
 RepQ-ViT (Li, Xiao, Yang, Gu, ICCV 2023, arXiv 2212.08254) chooses the range [low, high] of a uniform grid with 2^b levels,
-scale = (high - low) / (2^b - 1) and zero = round(-low / scale), among three: the 0.999, 0.9999 and 0.99999 quantiles and their mirror
-images. The one with the least squared error is taken, the first of equals. Zero points are whole numbers in floating point,
-not bounded by the codes: data that are all positive or all negative lie beside zero.
+scale = (high - low) / (2^b - 1) and zero = round(-low / scale), among three: the 0.999, 0.9999 and 0.99999 quantiles and their
+mirror images. The one with the least squared error is taken, the first of equals. Zero points are whole numbers in floating
+point, not bounded by the codes: data that are all positive or all negative lie beside zero.
 
 The logarithmic grid of base √2 has the levels scale · √2^(-k), k = 0 .. 2^b - 1, and 0. Its scale is chosen in the same way.
 """

@@ -79,7 +79,7 @@ def input_matrix(module: LinearMap, x: Tensor) -> tuple[Tensor, int]:
 
 def call_with_matrix(module: LinearMap, x: Tensor, matrix: Tensor) -> Tensor:
     """What the module would compute of x, were its weight matrix this one [out, in]."""
-    bias = module.bias
+    bias = getattr(module, "bias", None)
     assert bias is None or isinstance(bias, Tensor)
     if isinstance(module, nn.Conv2d):
         kernel = matrix.view_as(module.weight)

@@ -66,11 +66,10 @@ def pipeline(case: Case) -> dict[str, Tensor]:
         grid = input_grid(places, linear)
         results |= {f"{place}/target": torch.stack([grid.scale, grid.zero]), f"{place}/weight": norm.weight}
         results |= {f"{place}/bias": norm.bias, f"{place}/next_bias": places.maps[linear].original.bias}
-    everything = [*places.maps.values(), *places.products.values()]
-    for each in everything:
+    for each in places.everything():
         each.enabled = False
     results["fp_logits_after_reparam"] = call(model, test)
-    for each in everything:
+    for each in places.everything():
         each.enabled = True
     results["calib_logits"] = call(model, batch)
     results["logits"] = call(model, test)
