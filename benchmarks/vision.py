@@ -8,7 +8,8 @@ seeds 1 and 2 where three numbers are given. WnAm: n bits a weight, m bits an ac
 "round to nearest": weights by rows and activations by tensors, from minimum to maximum, with no reparameterization. "RepQ-ViT":
 as published. "dual clipping" and "reconstruction": what RepQuant adds, as tersor.compress.repquant describes it. GPTQ leaves the
 activations in float32. Half the width of the 95 % confidence interval of one accuracy is about 2 points; the rows share their
-images, so differences between them are surer than that. Size: of the saved model.safetensors.
+images, so differences between them are surer than that. Size: of the saved
+model.safetensors; of the original in float32 (its file, in float16, has half of that).
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def main() -> None:
         write()
 
     def write() -> None:
-        lines = ["# Vision transformers in few bits", "", *(__doc__ or "").splitlines()[4:-1], ""]
+        lines = ["# Vision transformers in few bits", "", *(__doc__ or "").splitlines()[4:], ""]
         lines += ["", "| bits | method | top-1, % | MB |", "| --- | --- | --- | --- |"]
         lines.append(
             f"| float32 | original | {original:.2f} | {sum(p.numel() for p in model.parameters()) * 4e-6:.2f} |"
