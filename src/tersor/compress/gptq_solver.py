@@ -65,8 +65,11 @@ def solve_gptq(
     damp: float = 0.01,
     block_size: int = 128,
     stored: Stored | None = None,
+    grid: Grid | None = None,
 ) -> Solution:
     """Solve one layer in the Hessian's dtype and on its device. Neither argument is changed.
+
+    grid: the rows' grids, where they are not to be fitted here (with group_size=-1).
 
     Raises TersorError where H cannot be made positive definite.
     """
@@ -77,7 +80,7 @@ def solve_gptq(
     def fit(x: Tensor) -> Grid:
         return fit_grid(x, bits, sym=sym, clip_search=clip_search, stored=stored)
 
-    whole = fit(W) if group_size == -1 else None  # before dead columns are zeroed, as in the reference
+    whole = (grid or fit(W)) if group_size == -1 else None  # before dead columns are zeroed, as in the reference
     diagonal = H.diagonal()
     dead = diagonal == 0
     diagonal[dead] = 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import time
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -59,7 +60,7 @@ def _compress(module: nn.Module, job: Settings, stored: torch.dtype) -> Compress
     _check_patterns(job, list(linear_maps(module)))
     samples = _samples(job, module) if method.needs_samples or job.calibration is not None else []
     work = Work(samples if method.needs_samples else [], lambda name: _is_wanted(job, name), job.progress)
-    size = sum(parameter.numel() for parameter in module.parameters())
+    size = _parameters_of(module)
     probe = without_target(samples[0]) if samples else None
     module.eval()
     with without_cache(module):
@@ -82,7 +83,7 @@ def _compress(module: nn.Module, job: Settings, stored: torch.dtype) -> Compress
         bits_per_weight=8.0 * stored.itemsize,
         quantization={},
         parameters_before=size,
-        parameters_after=sum(parameter.numel() for parameter in compressed.parameters()),
+        parameters_after=_parameters_of(compressed),
         **loss_of(before, after),
     )
     return Compressed(summary, None, compressed)
@@ -98,7 +99,19 @@ def _samples(job: Settings, module: nn.Module) -> list[Batch]:
         max_positions=getattr(getattr(module, "config", None), "max_position_embeddings", None),
     )
     first = next(module.parameters())
-    return [to_device(batch, first.device, first.dtype) for batch in batches]
+    return [to_device(_named_for(module, batch), first.device, first.dtype) for batch in batches]
+
+
+def _named_for(module: nn.Module, batch: Batch) -> Batch:
+    """Images under the name that the model's own forward has for its first argument: transformers' models take pixel_values."""
+    first = next(iter(inspect.signature(module.forward).parameters), "image")
+    return {first if name == "image" else name: value for name, value in batch.items()}
+
+
+def _parameters_of(module: nn.Module) -> int:
+    """How many numbers were learned: parameters, and those that exchanged modules hold packed."""
+    packed = sum(int(getattr(each, "packed_parameters", 0)) for each in module.modules())
+    return packed + sum(parameter.numel() for parameter in module.parameters())
 
 
 def _is_wanted(job: Settings, name: str) -> bool:

@@ -21,7 +21,10 @@ EXCHANGED = "tersor_exchanged"  # the key in config.json
 
 
 class Exchangeable(Protocol):
-    """What an exchangeable class has. `describe()` gives the keyword arguments of `in_place_of` after the first."""
+    """What an exchangeable class has. `describe()` gives the keyword arguments of `in_place_of` after the first.
+
+    A module that holds weights packed says by an attribute `packed_parameters` how many those are.
+    """
 
     def describe(self) -> dict[str, Any]: ...
 

@@ -77,6 +77,16 @@ def input_matrix(module: LinearMap, x: Tensor) -> tuple[Tensor, int]:
     return x.reshape(-1, x.shape[-1]), samples
 
 
+def call_with_matrix(module: LinearMap, x: Tensor, matrix: Tensor) -> Tensor:
+    """What the module would compute of x, were its weight matrix this one [out, in]."""
+    bias = getattr(module, "bias", None)
+    assert bias is None or isinstance(bias, Tensor)
+    if isinstance(module, nn.Conv2d):
+        kernel = matrix.view_as(module.weight)
+        return nn.functional.conv2d(x, kernel, bias, module.stride, module.padding, module.dilation)
+    return nn.functional.linear(x, matrix, bias)
+
+
 def is_conv1d(module: LinearMap) -> bool:
     """transformers' Conv1D: a linear layer with weight [in, out]. Told by its name so that transformers need not be imported."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")

@@ -1,0 +1,163 @@
+"""Layers while their grids are being found: each grid is fitted when the first batch reaches it, on what earlier layers made.
+
+A `CalibratedMap` or `CalibratedProducts` wraps a module of the model. With `enabled` off it computes what the module did before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tersor.compress.gptq_solver import solve_gptq
+from tersor.formats.activation_grid import LogGrid, at_least_float32, fit_logarithmic, fit_uniform
+from tersor.formats.grid import Grid
+from tersor.layers.linear_map import call_with_matrix, input_matrix, weight_matrix
+from tersor.layers.products import Products
+from tersor.layers.quantized_map import QuantizedMap
+from tersor.layers.quantized_products import QuantizedProducts
+
+Fit = Callable[[Tensor], Grid]  # an input to its grid
+
+
+class InputGrid:
+    """The grid of one input; the layers that read the same LayerNorm share it."""
+
+    def __init__(self, bits: int, fit: Fit) -> None:
+        self.bits, self.fit = bits, fit
+        self.found: Grid | None = None
+
+    def round(self, x: Tensor) -> Tensor:
+        if self.found is None:
+            with (
+                torch._C.DisableTorchFunction()
+            ):  # a `Products` around this layer shall not see what fitting multiplies
+                self.found = self.fit(x)
+        return self.found.round(at_least_float32(x)).to(x.dtype)
+
+
+class CalibratedMap(nn.Module):
+    """A linear map on rounded inputs and weights. codes [out, in] and `grid`, scale and zero [out, 1], once it was called."""
+
+    def __init__(self, original: nn.Module, w_bits: int, input: InputGrid) -> None:
+        super().__init__()
+        self.original, self.w_bits, self.input = original, w_bits, input
+        self.enabled, self.reconstruct, self.measure = True, False, False
+        self.codes: Tensor | None = None
+        self.grid: Grid | None = None
+        self.error = 0.0  # ‖Q x̂ - W x‖² / ‖W x‖², with x as the layer gets it from the quantized ones before it
+
+    @property
+    def weight(self) -> Tensor:
+        return self.original.weight  # type: ignore[return-value]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            return self.original(x)  # type: ignore[no-any-return]
+        rounded = self.input.round(x)
+        if self.codes is None:
+            with torch._C.DisableTorchFunction():
+                self._fit_weight(rounded)
+        assert self.codes is not None
+        assert self.grid is not None
+        matrix = self.grid.dequantize(self.codes.to(self.grid.scale.dtype)).to(x.dtype)
+        y = call_with_matrix(self.original, rounded, matrix)
+        if self.measure:
+            wanted = call_with_matrix(self.original, x, weight_matrix(self.original))
+            self.error = float((y - wanted).square().sum() / wanted.square().sum())
+        return y
+
+    def _fit_weight(self, rounded: Tensor) -> None:
+        W = at_least_float32(weight_matrix(self.original).detach())
+        self.grid = fit_uniform(W, self.w_bits, channel=0)
+        if self.reconstruct:
+            X, _ = input_matrix(self.original, at_least_float32(rounded))
+            self.codes = reconstructed_codes(W, X.t() @ X, self.grid)
+        else:
+            self.codes = self.grid.quantize(W).to(torch.uint8)
+
+    def freeze(self) -> QuantizedMap:
+        """The layer as it is stored."""
+        assert self.codes is not None
+        assert self.grid is not None
+        assert self.input.found is not None
+        bias = self.original.bias
+        assert bias is None or isinstance(bias, Tensor)
+        frozen = QuantizedMap(self.original, w_bits=self.w_bits, a_bits=self.input.bits, bias=bias is not None)
+        frozen.fill(self.codes, self.grid, self.input.found, bias)
+        return frozen
+
+
+class CalibratedProducts(nn.Module):
+    """A module whose products of activations have rounded operands. grids: of both operands of each product, once called."""
+
+    def __init__(self, inner: nn.Module, bits: int, fit: Callable[[Tensor], Grid | LogGrid]) -> None:
+        super().__init__()
+        self.inner, self.bits, self.fit = inner, bits, fit
+        self.enabled, self.measure = True, False
+        self.grids: list[tuple[Grid | LogGrid, Grid | LogGrid]] = []
+        self.error = 0.0  # of the operand that changed most, ‖x̂ - x‖² / ‖x‖²
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.enabled:
+            return self.inner(*args, **kwargs)
+        count = 0
+
+        def rounded(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+            nonlocal count
+            if count == len(self.grids):
+                self.grids.append((self.fit(a), self.fit(b)))
+            grids = self.grids[count]
+            count += 1
+            first, second = (g.round(at_least_float32(x)).to(x.dtype) for g, x in zip(grids, (a, b), strict=True))
+            if self.measure:
+                changed = ((first - a, a), (second - b, b))
+                self.error = max(self.error, *(float(d.square().sum() / x.square().sum()) for d, x in changed))
+            return first, second
+
+        with Products(rounded):
+            return self.inner(*args, **kwargs)
+
+    def freeze(self) -> QuantizedProducts:
+        """The module as it is stored."""
+        flags = [[isinstance(grid, LogGrid) for grid in pair] for pair in self.grids]
+        scale = self.grids[0][0].scale
+        frozen = QuantizedProducts(
+            self.inner, bits=self.bits, logarithmic=flags, dtype=scale.dtype, device=scale.device
+        )
+        for n, pair in enumerate(self.grids):
+            for m, grid in enumerate(pair):
+                frozen.scales[n, m] = grid.scale
+                if isinstance(grid, Grid):
+                    frozen.zeros[n, m] = grid.zero
+        return frozen
+
+
+def reconstructed_codes(W: Tensor, H: Tensor, grid: Grid) -> Tensor:
+    """Codes on `grid` for W [out, in] whose output error dᵀ H d is at most that of rounding, for every row d of W - Q.
+
+    GPTQ's solution (columns in the order of falling diagonal), and rounding for the rows where that is better. H: Σ x xᵀ
+    [in, in].
+    """
+    assert isinstance(grid.bits, int)
+    nearest = grid.quantize(W)
+    solved = solve_gptq(W, H, bits=grid.bits, grid=grid, desc_act=True).codes.to(W.dtype)
+
+    def error(codes: Tensor) -> Tensor:
+        d = W - grid.dequantize(codes)
+        return ((d @ H) * d).sum(1, keepdim=True)
+
+    return torch.where(error(solved) < error(nearest), solved, nearest).to(torch.uint8)
+
+
+def fit_operand(x: Tensor, *, bits: int) -> Grid | LogGrid:
+    """A logarithmic grid for what a softmax gave, a uniform one for all else."""
+    return fit_logarithmic(x, bits) if _is_softmax(x) else fit_uniform(x, bits)
+
+
+def _is_softmax(x: Tensor) -> bool:
+    """Whether x looks like a softmax over its last axis: nothing negative, and sums of one."""
+    x = at_least_float32(x)
+    return bool((x >= 0).all()) and torch.allclose(x.sum(-1), torch.ones_like(x[..., 0]), atol=1e-2)

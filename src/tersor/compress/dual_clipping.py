@@ -1,0 +1,69 @@
+"""Per-channel dual clipping (RepQuant, arXiv 2402.05628): ranges of activations that are learned, each end by itself.
+
+Channel c of x has the range [sigmoid(beta_c) · min_c, sigmoid(alpha_c) · max_c], of which follows its uniform grid. The factors
+are learned by gradient descent, with rounding taken for the identity, to minimise the output error of the layers that read x,
+‖W (x̂ - x)‖² over calibration tokens. This is our reading of the paper, whose code is not public.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tersor.formats.activation_grid import grid_of_range
+from tersor.formats.grid import Grid
+
+STEPS, RATE = 100, 0.05  # of Adam
+TOKENS = 1024  # that a step looks at; all of them decide whether the result is taken
+NEAREST, FARTHEST = 0.999, 0.05  # factors that learning may start from
+
+
+def clipped_grid(low: Tensor, high: Tensor, lower: Tensor, upper: Tensor, bits: int) -> Grid:
+    """The grids of the ranges [lower · low, upper · high], all [channels]; lower = upper = 1 gives minimum and maximum."""
+    return grid_of_range(lower * low, upper * high, bits)
+
+
+def learn_clipping(x: Tensor, weight: Tensor, start: Grid) -> Grid:
+    """The grids with the least error that were found; those of `start` where learning found none with less.
+
+    x [tokens, channels]; weight [outputs, channels] of all layers that read x; start: scale and zero [channels].
+    """
+    x, gram, bits = x.detach(), (weight.t() @ weight).detach(), start.bits
+    assert isinstance(bits, int)
+    some = x[:: -(-len(x) // TOKENS)]
+    low, high = x.aminmax(dim=0)
+    first_low, first_high = -start.zero * start.scale, (2**bits - 1 - start.zero) * start.scale
+    best, least = start, float(output_error(start.round(some) - some, gram))
+    with torch.enable_grad():
+        lower, upper = (
+            torch.nan_to_num(end / whole, nan=NEAREST).clamp(FARTHEST, NEAREST).logit().requires_grad_()
+            for end, whole in ((first_low, low), (first_high, high))
+        )
+        optimizer = torch.optim.Adam([lower, upper], lr=RATE)
+        for _ in range(STEPS):
+            grid = clipped_grid(low, high, lower.sigmoid(), upper.sigmoid(), bits)
+            loss = output_error(_rounded(some, low * lower.sigmoid(), grid) - some, gram)
+            if float(loss.detach()) < least:  # of a grid that is not a number this is never so
+                best, least = Grid(grid.scale.detach(), grid.zero.detach(), bits), float(loss.detach())
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    better = output_error(best.round(x) - x, gram) < output_error(start.round(x) - x, gram)
+    return best if bool(better) else start
+
+
+def output_error(E: Tensor, gram: Tensor) -> Tensor:
+    """‖E Wᵀ‖² of input errors E [tokens, channels], as tr(E gram Eᵀ) with gram = Wᵀ W [channels, channels]."""
+    return ((E @ gram) * E).sum()
+
+
+def _rounded(x: Tensor, low: Tensor, grid: Grid) -> Tensor:
+    """grid.round(x), through which gradients reach x's scale and `low` as if nothing were rounded but only clipped."""
+    assert isinstance(grid.bits, int)
+    zero = _straight_through(-low / grid.scale)
+    codes = torch.clamp(_straight_through(x / grid.scale) + zero, 0, 2**grid.bits - 1)
+    return (codes - zero) * grid.scale
+
+
+def _straight_through(x: Tensor) -> Tensor:
+    return x + (torch.round(x) - x).detach()
