@@ -141,7 +141,9 @@ def prune_step(
     n = min(max(steps_done * per_step // GROUP_OPTION - 1, 0), most // GROUP_OPTION - 1, len(everything) - 1)
     threshold = everything[max(n, 0)]
     after = [gate.clone() for gate in gates]
-    for gate, (values, members) in zip(after, grouped, strict=True):
+    for index, (gate, (values, members)) in enumerate(zip(after, grouped, strict=True)):
+        if kind_of(index) in fixed:  # their groups only count in the order
+            continue
         for value, chosen in list(zip(values, members, strict=True))[:-1]:
             if value <= threshold:
                 gate[chosen] = False
