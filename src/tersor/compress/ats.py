@@ -6,7 +6,7 @@
 
 Nothing is trained and no weight changes: the result is the model `ats` (models/vision/ats.py, where the formulas are) with the
 ViT's weights. How many tokens stay is decided for every image anew; with `--calibration` the report says how many they
-were on those images. `num_tokens` bounds them. What it costs and saves: benchmarks/results/token_sampling.md.
+were on those images. `num_tokens` bounds them.
 
 It takes ViT and DeiT without a distillation token. The result can be quantized: `tersor quantize cheaper --calibration ...`.
 Leave `qkv` out of `--include`, or name it in `--exclude`, and a block stays an ordinary one.
