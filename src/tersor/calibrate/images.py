@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from tersor.data.images import ImageConfig, load_images
+from tersor.data.images import ImageConfig, flip_and_shift, load_images
 
 
 def image_batches(path: str | Path, settings: dict[str, Any], *, samples: int, seed: int) -> list[dict[str, Any]]:
@@ -17,3 +18,8 @@ def image_batches(path: str | Path, settings: dict[str, Any], *, samples: int, s
     chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:samples]
     items = [data[n] for n in chosen.tolist()]
     return [{name: value[None] for name, value in item.items()} for item in items]
+
+
+def augmented(images: Tensor, chance: torch.Generator) -> Tensor:
+    """images [B, C, H, W], each mirrored or not and moved by up to an eighth, as the images of a training are."""
+    return torch.stack([flip_and_shift(image, chance) for image in images])

@@ -37,7 +37,8 @@ class Report(Protocol):
 @dataclass
 class Work:
     """What a job gives to `compress_model`. samples: calibration batches, on the model's device; `target` holds labels where
-    the user's data have any, and is no argument of the model. wanted(name): whether the user asked for this layer."""
+    the user's data have any, and is no argument of the model; a method that needs no samples has those that the user gave, if
+    any. wanted(name): whether the user asked for this layer."""
 
     samples: Sequence[dict[str, Any]]
     wanted: Callable[[str], bool]

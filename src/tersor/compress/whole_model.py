@@ -59,7 +59,7 @@ def _compress(module: nn.Module, job: Settings, stored: torch.dtype) -> Compress
     method = job.recipe.method
     _check_patterns(job, list(linear_maps(module)))
     samples = _samples(job, module) if method.needs_samples or job.calibration is not None else []
-    work = Work(samples if method.needs_samples else [], lambda name: _is_wanted(job, name), job.progress)
+    work = Work(samples, lambda name: _is_wanted(job, name), job.progress)
     size = _parameters_of(module)
     probe = without_target(samples[0]) if samples else None
     module.eval()

@@ -1,0 +1,254 @@
+"""Global structural pruning of a ViT until it is as fast as wanted: NViT (Yang et al., CVPR 2023, arXiv 2110.04869).
+
+    tersor compress demo-vit --method nvit --latency-target 0.7 --calibration cifar10_train_512.npz --samples 512 \\
+        --finetune-steps 100 --out pruned
+    tersor eval pruned --images cifar10_test_1000.npz
+
+Five kinds of units compete in one list: channels of the embedding, heads, query/key channels, value channels (one index in all
+heads of a block), hidden units of the MLPs. Their worth (compress/nvit_saliency.py) is the squared first-order change of the
+loss, less what a unit of the kind costs in time. Every `interval` batches the groups of units that are worth least, all
+over the model, are set to zero; between, AdamW mends the rest. It stops when the latency, estimated from a table, has
+fallen to `latency_target` of the unpruned model's, and takes the zeros out: the result is the model `nvit`
+(models/vision/nvit.py), which computes what the zeroed one did.
+
+The table is measured on the device at the start (blocks of a grid of widths, interpolated), or read from a file
+(`nvit_latency.LatencyTable.save`). It is scaled so that a full block takes 0.0808 s, the value in the published table, with
+which `latency_weight` was chosen.
+
+Loss: cross entropy with the labels of the calibration images (`target`), or with the unpruned model's decision where they
+have none, plus `kd_weight` times the KL divergence from the unpruned model's prediction. Images are mirrored and shifted at
+random. `finetune_steps` more steps of the same loss follow after the pruning, the rate falling to 0.
+
+What differs from the published recipe, which trains for weeks of GPU time: the weight of the distillation (1e5 there, by a
+loss that is not normalised), no CNN teacher, both heads of DeiT trained by their mean, and far fewer steps by default (100
+batches of 512 images for each 32 units there). The published average of the embedding's sums is over 12 blocks; here over
+as many as there are. A few hundred images are no training set; how accurate pruned models are has not been measured yet.
+
+It takes ViT and DeiT, with or without a distillation token; training is in float32.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tersor import models
+from tersor.calibrate.images import augmented
+from tersor.compress import nvit_saliency as units
+from tersor.compress.method import Method, Work, check_options, option, register
+from tersor.compress.nvit_latency import LatencyTable, measure_table, read_table
+from tersor.errors import TersorError
+from tersor.layers.linear_map import linear_maps
+from tersor.models.loading import load_state
+
+
+@dataclass(frozen=True)
+class PrunedBlock:
+    """Widths that are left; the embedding's is the same in all blocks."""
+
+    name: str
+    widths: list[int]
+
+    def row(self) -> dict[str, Any]:
+        return {"name": self.name, **dict(zip(("embedding", "heads", "qk", "v", "mlp"), self.widths, strict=True))}
+
+
+@register
+@dataclass(frozen=True)
+class NViTPruning(Method):
+    """Prune channels, heads and hidden units of a ViT together, by what they matter and what they cost."""
+
+    name: ClassVar[str] = "nvit"
+    whole_model: ClassVar[bool] = True
+
+    latency_target: float = option(
+        0.7, "share of the unpruned latency to reach", check=lambda v: 0 < v < 1, allowed="above 0 and below 1"
+    )
+    latency_table: str = option("", "file with a latency table (JSON); without one it is measured on this device")
+    latency_weight: float = option(
+        5e-4, "weight of a unit's latency against its worth", check=lambda v: v >= 0, allowed="0 or more"
+    )
+    prune_per_step: int = option(
+        128,
+        "units that a pruning step aims at",
+        check=lambda v: v >= 16,
+        allowed="16 (the index counts in groups of 16) or more",
+    )
+    interval: int = option(2, "batches between pruning steps", check=lambda v: v >= 1, allowed="at least 1")
+    fixed: str = option(
+        "",
+        "kinds that are not pruned, of emb,head,qk,v,mlp",
+        check=lambda v: all(kind in units.KINDS for kind in _words(v)) and len(set(_words(v))) < len(units.KINDS),
+        allowed="some, not all, of emb,head,qk,v,mlp with commas between",
+    )
+    finetune_steps: int = option(0, "training steps after the pruning", check=lambda v: v >= 0, allowed="0 or more")
+    batch_size: int = option(32, "images a step", check=lambda v: v >= 1, allowed="at least 1")
+    lr: float = option(1e-4, "learning rate of AdamW", check=lambda v: v >= 0, allowed="0 or more")
+    kd_weight: float = option(
+        1.0, "weight of the distillation from the unpruned model", check=lambda v: v >= 0, allowed="0 or more"
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def compress_model(self, model: nn.Module, work: Work) -> nn.Module:
+        if getattr(type(model), "system", None) != "vit":
+            raise TersorError(f"{type(model).__name__} is no ViT: pruning takes ViT and DeiT (demo-vit, vit_*, deit_*)")
+        if not all(work.wanted(name) for name in linear_maps(model)):
+            raise TersorError("units run through all layers, so none can be left out; --fixed names kinds that stay")
+        teacher = copy.deepcopy(model).float().eval().requires_grad_(False)
+        student = full_width(teacher)
+        data = Data(work, teacher, self)
+        table = self._table(student, work)
+        gates = self._prune(student, data, table, work)
+        pruned = dense(student, gates)
+        if self.finetune_steps:
+            train(pruned, data, self, work)
+        for n, widths in enumerate(units.widths_of(gates)):
+            work.report(PrunedBlock(f"blocks.{n}", widths))
+        return pruned.to(next(model.parameters()).dtype)
+
+    def _table(self, student: Any, work: Work) -> LatencyTable:
+        if self.latency_table:
+            return read_table(self.latency_table)
+        full = units.widths_of(units.open_gates(student))[0]
+        return measure_table(full, student.config.tokens, student.pos_embed.device, work.progress)
+
+    def _prune(self, student: Any, data: Data, table: LatencyTable, work: Work) -> units.Gates:
+        gates, fixed = units.open_gates(student), _words(self.fixed)
+        full = units.latency(gates, table)
+        self._check_target(gates, table, full)
+        optimizer = torch.optim.AdamW(student.parameters(), lr=self.lr)
+        criteria: list[Tensor] | None = None
+        groups = [math.ceil(gate.numel() / units.GROUP[kind]) for kind, gate in _with_kinds(gates) if kind not in fixed]
+        most, steps, share = sum(groups) * units.GROUP_OPTION, 0, 1.0  # in the end the threshold reaches every group
+        while share > self.latency_target:
+            if (steps - 1) * self.prune_per_step > most:
+                raise TersorError(f"latency_target={self.latency_target}: nothing is left to prune at {share:.2f}")
+            total: list[Tensor] | None = None
+            for _ in range(self.interval):
+                optimizer.zero_grad()
+                torch.autograd.backward(data.loss(student))
+                new = units.criteria_of(student, fixed)
+                total = new if total is None else [a + b for a, b in zip(total, new, strict=True)]
+                optimizer.step()
+                units.zero_pruned(student, gates)
+            assert total is not None
+            criteria = units.with_momentum(criteria, [each / self.interval for each in total])
+            gates, _ = units.prune_step(
+                criteria,
+                gates,
+                table,
+                steps_done=steps,
+                per_step=self.prune_per_step,
+                most=most,
+                weight=self.latency_weight,
+                fixed=fixed,
+            )
+            units.zero_pruned(student, gates)
+            steps, share = steps + 1, units.latency(gates, table) / full
+            work.progress(f"pruning, latency {share:.2f}", min(most, steps * self.prune_per_step), most)
+        return gates
+
+    def _check_target(self, gates: units.Gates, table: LatencyTable, full: float) -> None:
+        """Raise TersorError where the target lies below what one group of every kind takes."""
+        least = []
+        for kind, gate in _with_kinds(gates):
+            kept = gate.numel() if kind in _words(self.fixed) else (gate.numel() - 1) % units.GROUP[kind] + 1
+            least.append(torch.arange(gate.numel(), device=gate.device) < kept)
+        share = units.latency(least, table) / full
+        if share > self.latency_target:
+            raise TersorError(
+                f"latency_target={self.latency_target} is out of reach: one group of each kind that is pruned takes {share:.2f}"
+            )
+
+
+class Data:
+    """Batches at random from the samples, and the loss on one."""
+
+    def __init__(self, work: Work, teacher: nn.Module, method: NViTPruning) -> None:
+        found = [batch.get("image", next(iter(batch.get("args", ())), None)) for batch in work.samples]
+        pixels = [each for each in found if isinstance(each, Tensor) and each.dim() == 4]
+        if not pixels or len(pixels) < len(found):
+            raise TersorError("pruning needs images: give --calibration a folder of classes or a packed .npz")
+        self.images = torch.cat(pixels).float()
+        targets = [batch.get("target") for batch in work.samples]
+        with torch.no_grad():
+            if all(isinstance(each, Tensor) for each in targets):
+                self.labels = torch.cat([each for each in targets if each is not None])
+            else:
+                self.labels = torch.cat([_logits(teacher, part).argmax(-1) for part in torch.split(self.images, 64)])
+        self.teacher, self.size, self.kd_weight = teacher, method.batch_size, method.kd_weight
+        self.chance = torch.Generator().manual_seed(0)
+
+    def loss(self, student: nn.Module) -> Tensor:
+        chosen = torch.randint(len(self.images), (self.size,), generator=self.chance)
+        images = augmented(self.images[chosen], self.chance)
+        logits = _logits(student, images)
+        loss = F.cross_entropy(logits, self.labels[chosen])
+        if self.kd_weight:
+            with torch.no_grad():
+                wanted = _logits(self.teacher, images).log_softmax(-1)
+            loss = loss + self.kd_weight * F.kl_div(
+                logits.log_softmax(-1), wanted, reduction="batchmean", log_target=True
+            )
+        return loss
+
+
+def full_width(model: nn.Module) -> Any:
+    """A ViT as the model `nvit` at full width, in eval mode (both heads of DeiT count by their mean)."""
+    config = models.config_of(model)
+    depth, width = config["depth"], config["embed_dim"] // config["num_heads"]
+    same = ("img_size", "patch_size", "in_chans", "num_classes", "embed_dim", "qkv_bias", "norm_eps", "distilled")
+    found: Any = models.create(
+        "nvit",
+        heads=(config["num_heads"],) * depth,
+        qk=(width,) * depth,
+        v=(width,) * depth,
+        mlp=(int(config["embed_dim"] * config["mlp_ratio"]),) * depth,
+        head_dim=width,
+        token_mask=False,
+        **{name: config[name] for name in same},
+    )
+    load_state(found, model.state_dict(), what="the model to prune cannot take this ViT's tensors")
+    return found.to(next(model.parameters()).device).eval()
+
+
+def dense(student: Any, gates: units.Gates) -> nn.Module:
+    """The model without the units whose gates are closed; it computes what `student` does while they are zero."""
+    changed, tensors = units.dense_parts(student, gates)
+    config = models.config_of(student) | changed
+    pruned: nn.Module = models.create(config.pop("tersor_model"), **config)
+    load_state(pruned, tensors, what="the pruned model cannot take its own tensors")
+    return pruned.to(student.pos_embed.device).eval()
+
+
+def train(model: nn.Module, data: Data, method: NViTPruning, work: Work) -> None:
+    """`finetune_steps` steps of AdamW with a rate that falls to 0 by a cosine."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=method.lr)
+    for step in range(method.finetune_steps):
+        rate = method.lr * (1 + math.cos(math.pi * step / method.finetune_steps)) / 2
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.zero_grad()
+        torch.autograd.backward(data.loss(model))
+        optimizer.step()
+        work.progress("fine-tuning", step + 1, method.finetune_steps)
+
+
+def _logits(model: nn.Module, images: Tensor) -> Tensor:
+    logits: Tensor = model(images)
+    return logits
+
+
+def _with_kinds(gates: units.Gates) -> list[tuple[str, Tensor]]:
+    return [(units.kind_of(index), gate) for index, gate in enumerate(gates)]
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]

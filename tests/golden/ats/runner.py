@@ -1,0 +1,74 @@
+import torch
+from golden.harness import Case
+from torch import Tensor
+
+import tersor.models
+from tersor.models.vision.ats import sample_tokens, token_scores
+
+FIELDS = {
+    "IMG_SIZE": "img_size",
+    "PATCH_SIZE": "patch_size",
+    "IN_CHANNELS": "in_chans",
+    "NUM_CLASSES": "num_classes",
+    "EMBED_DIM": "embed_dim",
+    "DEPTH": "depth",
+    "NUM_HEADS": "num_heads",
+    "MLP_RATIO": "mlp_ratio",
+    "QKV_BIAS": "qkv_bias",
+    "ATS_BLOCKS": "ats_blocks",
+    "NUM_TOKENS": "num_tokens",
+    "DROP_TOKENS": "drop_tokens",
+}
+UNUSED = {  # what our model does not have, at the value that stands for "none"
+    "QK_SCALE": None,
+    "HYBRID_BACKBONE": None,
+    "NORM_LAYER": None,
+    "DROP_RATE": 0.0,
+    "ATTN_DROP_RATE": 0.0,
+    "DROP_PATH_RATE": 0.0,
+}
+
+
+@torch.no_grad()
+def run(case: Case) -> dict[str, Tensor]:
+    for name, value in UNUSED.items():
+        assert case.config.get(name, value) == value, f"{name}={case.config[name]} is not supported"
+    config = {ours: case.config[theirs] for theirs, ours in FIELDS.items()}
+    config["representation_size"] = case.config.get("REPRESENTATION_SIZE") or 0
+    state = case.state_dict()
+    model = tersor.models.load("ats", state, **config)
+    zeros = sum(tensor.numel() for name, tensor in state.items() if name.endswith("out_zero_mask"))
+    assert sum(p.numel() for p in model.parameters()) + zeros == case.parameters
+
+    image = case.inputs()["image"]
+    chosen = sorted(config["ats_blocks"])
+    seen: dict[str, Tensor] = {}
+
+    def watch(attention, args, result):  # the first ATS block again, step by step
+        x, policy = args
+        captured = {}
+        hooks = [
+            attention.qkv.register_forward_hook(lambda m, a, out: captured.update(qkv=out)),
+            attention.av.register_forward_pre_hook(lambda m, a: captured.update(kept=a[0], v=a[1])),
+        ]
+        handle.remove()
+        points, attention.points = attention.points, 0
+        attention(x, policy)  # with all rows of the attention matrix
+        attention.points = points
+        for hook in hooks:
+            hook.remove()
+        scores = token_scores(captured["kept"], captured["v"])
+        seen["sorted_scores"], seen["sorted_indices"] = scores.sort(-1)
+        kept = sample_tokens(scores, points) < scores.shape[1]
+        full = torch.cat([torch.ones_like(kept[:, :1]), kept], 1)
+        full = torch.nn.functional.pad(full, (0, x.shape[1] - full.shape[1]))
+        seen["policy"] = full[..., None].float()
+        seen["sampler"] = seen["policy"].nonzero()
+        m = result[2].shape[1]
+        assert torch.equal(result[2], full[:, :m].float())  # what the model itself took
+
+    handle = model.blocks[chosen[0]].attn.register_forward_hook(watch)
+    logits = model(image)
+    tokens = model.tokens(image)[:, chosen].float()
+    found = {"logits": logits, "tokens_kept": tokens, **{f"first_ats/{name}": value for name, value in seen.items()}}
+    return {name: found[name] for name in case.outputs}
