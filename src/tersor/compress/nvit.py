@@ -12,8 +12,9 @@ fallen to `latency_target` of the unpruned model's, and takes the zeros out: the
 (models/vision/nvit.py), which computes what the zeroed one did.
 
 The table is measured on the device at the start (blocks of a grid of widths, interpolated), or read from a file
-(`nvit_latency.LatencyTable.save`). It is scaled so that a full block takes 0.0808 s, the value in the published table, with
-which `latency_weight` was chosen.
+(`nvit_latency.LatencyTable.save`). It is scaled so that a full block takes 0.0808 s, as in the published table. The published
+`latency_weight` is 5e-4, beside a loss that is multiplied by 1e5; beside ours it would decide alone which units go, so the
+default is 2e-5 (benchmarks/results/pruning.md has both).
 
 Loss: cross entropy with the labels of the calibration images (`target`), or with the unpruned model's decision where they
 have none, plus `kd_weight` times the KL divergence from the unpruned model's prediction. Images are mirrored and shifted at
@@ -72,7 +73,7 @@ class NViTPruning(Method):
     )
     latency_table: str = option("", "file with a latency table (JSON); without one it is measured on this device")
     latency_weight: float = option(
-        5e-4, "weight of a unit's latency against its worth", check=lambda v: v >= 0, allowed="0 or more"
+        2e-5, "weight of a unit's latency against its worth", check=lambda v: v >= 0, allowed="0 or more"
     )
     prune_per_step: int = option(
         128,
