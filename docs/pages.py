@@ -84,8 +84,13 @@ def _options(kind: type[Method]) -> str:
 
 
 def _variants(infos: list[models.ModelInfo]) -> str:
-    rows = ["| name | parameters | input |", "| --- | ---: | --- |"]
-    rows += [f"| `{info.name}` | {info.parameters:,} | {info.input} |" for info in infos]
+    rows = [
+        "| name | parameters | input | `torch.export`, `torch.compile` in one graph |",
+        "| --- | ---: | --- | --- |",
+    ]
+    for info in infos:
+        traced = f"no: {_escaped(info.untraceable)}" if info.untraceable else "yes"
+        rows.append(f"| `{info.name}` | {info.parameters:,} | {info.input} | {traced} |")
     return "## Variants\n\nFor `tersor.models.create` and `load`.\n\n" + "\n".join(rows)
 
 

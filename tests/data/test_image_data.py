@@ -86,8 +86,8 @@ def test_says_what_is_no_image(tmp_path: Path) -> None:
         broken[0]
 
 
-def test_opens_the_packed_cifar_images(shared_data: Path) -> None:
-    data = load_images(shared_data / "images" / "cifar10_train_512.npz", ImageConfig(size=32))
-    assert len(data) == 512
-    assert data[511]["image"].shape == (3, 32, 32)
-    assert {int(label) for label in data.labels} == set(range(10))
+def test_opens_the_packed_cifar_images(data: Path) -> None:
+    images = load_images(data / "images" / "cifar10_train_512.npz", ImageConfig(size=32))
+    assert len(images) == 512
+    assert images[511]["image"].shape == (3, 32, 32)
+    assert {int(label) for label in images.labels} == set(range(10))

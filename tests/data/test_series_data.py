@@ -114,8 +114,8 @@ def test_ett_split_refuses_a_short_file(tmp_path: Path) -> None:
         load_series(write(tmp_path / "x.csv", 500), SeriesConfig(split="ett"))
 
 
-def test_etth1_is_cut_and_scaled_as_published(shared_data: Path) -> None:
-    parts = load_series(shared_data / "ett" / "ETTh1.csv.gz")
+def test_etth1_is_cut_and_scaled_as_published(data: Path) -> None:
+    parts = load_series(data / "ett" / "ETTh1.csv.gz")
     assert [len(part) for part in (parts.train, parts.validation, parts.test)] == [8449, 2785, 2785]
     mean = [7.93774, 2.02104, 5.07977, 0.74619, 2.78176, 0.78845, 17.12826]
     std = [5.81275, 2.09010, 5.51879, 1.92638, 1.02352, 0.63024, 9.17649]
@@ -123,7 +123,7 @@ def test_etth1_is_cut_and_scaled_as_published(shared_data: Path) -> None:
     assert parts.std.tolist() == pytest.approx(std, abs=1e-5)
 
 
-def test_exchange_is_cut_as_published(shared_data: Path) -> None:
-    parts = load_series(shared_data / "exchange" / "exchange_rate.txt.gz")
+def test_exchange_is_cut_as_published(data: Path) -> None:
+    parts = load_series(data / "exchange" / "exchange_rate.txt.gz")
     rows = [len(part.values) for part in (parts.train, parts.validation, parts.test)]
     assert rows == [5311, 760 + 96, 1517 + 96]
