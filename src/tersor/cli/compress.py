@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from tersor.cli.method_options import chosen_recipe, given_options, with_method_options
+from tersor.cli.method_options import given_options, refuse_others, with_method_options
 from tersor.cli.progress import progress_bar
 from tersor.cli.summary import print_summary
 from tersor.compress import compress as compress_model
-from tersor.compress.method import methods
+from tersor.compress.method import from_options, methods
 
 METHODS = {name: kind for name, kind in methods().items() if kind.whole_model}
 
@@ -44,11 +44,12 @@ def _compress(
     The result is a model directory that `tersor eval`, `tersor.load` and further methods take. `tersor quantize` is for
     weights alone, on models of any size.
     """
-    chosen = chosen_recipe(None, method, given_options(options), default=method)
+    refuse_others(method, whole_model=True)
+    chosen = from_options(method, given_options(options))
     with progress_bar(quiet=as_json) as progress:
         result = compress_model(
             model,
-            chosen.method,
+            chosen,
             calibration=calibration,
             samples=samples,
             seq_len=seq_len,

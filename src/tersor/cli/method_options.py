@@ -11,12 +11,12 @@ from typing import Any
 
 import typer
 
-from tersor.compress.method import Method, from_options
+from tersor.compress.method import Method, from_options, methods
 from tersor.compress.recipe import Recipe, read_recipe
 from tersor.errors import TersorError
 
 
-def with_method_options(command: Callable[..., None], methods: Mapping[str, type[Method]]) -> Callable[..., None]:
+def with_method_options(command: Callable[..., None], kinds: Mapping[str, type[Method]]) -> Callable[..., None]:
     """A command for typer: `command`, whose `**options` are replaced by the fields of these methods."""
 
     def run(**arguments: Any) -> None:
@@ -24,7 +24,7 @@ def with_method_options(command: Callable[..., None], methods: Mapping[str, type
 
     fixed = inspect.signature(command, eval_str=True)
     own = [p for p in fixed.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + _options(methods)
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + _options(kinds)
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
     run.__doc__ = command.__doc__
@@ -47,15 +47,24 @@ def chosen_recipe(path: Path | None, method: str | None, options: dict[str, Any]
     return read_recipe(path)
 
 
-def _options(methods: Mapping[str, type[Method]]) -> list[inspect.Parameter]:
+def refuse_others(method: str, *, whole_model: bool) -> None:
+    """Raise TersorError where a method belongs to the other verb, `compress` or `quantize`."""
+    kind = methods().get(method)
+    if kind is None or kind.whole_model == whole_model:
+        return
+    way, verb = ("on the whole model", "compress") if kind.whole_model else ("block by block", "quantize")
+    raise TersorError(f"{method} works {way}: tersor {verb} --method {method}")
+
+
+def _options(kinds: Mapping[str, type[Method]]) -> list[inspect.Parameter]:
     """One option per field that a method has; unset ones keep the method's own default."""
     parameters: dict[str, inspect.Parameter] = {}
-    for owner, each in ((kind, field) for kind in methods.values() for field in dataclasses.fields(kind)):
+    for owner, each in ((kind, field) for kind in kinds.values() for field in dataclasses.fields(kind)):
         if each.name in parameters:
             continue
         default, dashed = each.default, each.name.replace("_", "-")
         owners = {
-            name: f.default for name, kind in methods.items() for f in dataclasses.fields(kind) if f.name == each.name
+            name: f.default for name, kind in kinds.items() for f in dataclasses.fields(kind) if f.name == each.name
         }
         annotation: Any
         flags = [each.metadata["flag"]] if each.metadata.get("flag") else []

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from tersor.calibrate.parallel import is_first
-from tersor.cli.method_options import chosen_recipe, given_options, with_method_options
+from tersor.cli.method_options import chosen_recipe, given_options, refuse_others, with_method_options
 from tersor.cli.progress import progress_bar
 from tersor.cli.summary import print_summary
 from tersor.cli.torchrun import together
@@ -61,7 +61,9 @@ def _quantize(
     The model is read and written block by block. A job that is interrupted goes on when the same command is given again.
     Started by torchrun, several processes share the work.
     """
+    refuse_others(method or "gptq", whole_model=False)
     chosen = chosen_recipe(recipe, method, given_options(options), default="gptq")
+    refuse_others(chosen.method.name, whole_model=False)
     with together(device) as device, progress_bar(quiet=as_json or not is_first()) as progress:
         result = compress(
             model,
