@@ -111,9 +111,14 @@ def _windows(tokens: Tensor, origin: str, *, samples: int, length: int, seed: in
             f"{origin} has {len(tokens)} tokens, less than one sample of {length}; use a longer text or --seq-len {len(tokens)}"
         )
     generator = torch.Generator().manual_seed(seed)
-    # One window at a random place in each of `samples` equal parts: texts are collections, and this visits all of one.
-    places = (torch.arange(samples) + torch.rand(samples, generator=generator)) / samples
-    starts = (places * (len(tokens) - length + 1)).long()
+    # One window at a random place in each of `samples` equal parts: texts are collections, and this visits all of one. No two
+    # overlap, where the text is long enough.
+    chance = torch.rand(samples, generator=generator, dtype=torch.float64)
+    part = len(tokens) / samples
+    if part >= length:
+        starts = (torch.arange(samples) * part + chance * (part - length)).long()
+    else:
+        starts = ((torch.arange(samples) + chance) / samples * (len(tokens) - length + 1)).long()
     return [{"input_ids": tokens[start : start + length][None]} for start in starts.tolist()]
 
 
