@@ -47,7 +47,7 @@ def test_ctrl_c_keeps_finished_blocks_and_the_same_command_goes_on(
     process = start(out)
     wait_for_block(process, out, 2)
     process.send_signal(signal.SIGINT)
-    printed, errors = process.communicate(timeout=120)
+    printed, errors = process.communicate(timeout=600)
     assert process.returncode == 130, errors
     assert printed == ""
     assert errors.strip().splitlines()[1:] == [  # after the forecast
@@ -58,7 +58,7 @@ def test_ctrl_c_keeps_finished_blocks_and_the_same_command_goes_on(
         tersor.load(out)
 
     resumed = start(out)
-    printed, errors = resumed.communicate(timeout=300)
+    printed, errors = resumed.communicate(timeout=900)
     assert resumed.returncode == 0, errors
     assert "blocks from an earlier run" in printed
     assert files_of(out) == uninterrupted
