@@ -43,7 +43,7 @@ def heed_interrupts() -> None:
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, list[str]]:
     """Exit status, standard output, and the lines that tersor itself wrote to standard error."""
-    output, errors = process.communicate(timeout=300)
+    output, errors = process.communicate(timeout=900)
     return process.returncode, output, [line for line in errors.splitlines() if line.startswith(("tersor:", "interr"))]
 
 

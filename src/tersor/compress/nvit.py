@@ -23,7 +23,8 @@ random. `finetune_steps` more steps of the same loss follow after the pruning, t
 What differs from the published recipe, which trains for weeks of GPU time: the weight of the distillation (1e5 there, by a
 loss that is not normalised), no CNN teacher, both heads of DeiT trained by their mean, and far fewer steps by default (100
 batches of 512 images for each 32 units there). The published average of the embedding's sums is over 12 blocks; here over
-as many as there are. A few hundred images are no training set; how accurate pruned models are has not been measured yet.
+as many as there are. A few hundred images are no training set; what they give on demo-vit is in
+benchmarks/results/pruning.md.
 
 It takes ViT and DeiT, with or without a distillation token; training is in float32.
 """

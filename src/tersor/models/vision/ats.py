@@ -38,8 +38,8 @@ compared with its right neighbour to find repetitions, the last with the number 
 it is the last that was named. Its checkpoints hold a parameter of zeros per ATS block (`attn.out_zero_mask`), which is
 left out here. Where an image has fewer than two patch tokens left, published code divides 0 by 0; here they stay.
 
-Proven: the golden cases (mask and drop mode, DeiT-S at full size); accuracy against operations and speed on demo-vit, beside simpler
-ways to drop tokens (benchmarks/results/token_sampling.md). Not proven: ImageNet accuracies, fine-tuning. Not here:
+Proven: the golden cases (mask and drop mode, DeiT-S at full size); accuracy against operations and speed on demo-vit, beside
+simpler ways to drop tokens (benchmarks/results/token_sampling.md). Not proven: ImageNet accuracies, fine-tuning. Not here:
 the CvT, PS-ViT and video models, of which no code was published; dropout and drop path.
 """
 
