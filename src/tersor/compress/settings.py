@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -65,6 +66,14 @@ def samples_of(
     needed = any(method.needs_samples for method in plan.methods.values())
     if calibration is None and tokenizer is None and not needed:
         return [], None
+    moved = [without_target(batch) for batch in read_samples(job, calibration, module, tokenizer, device, dtype)]
+    return (moved if needed else []), probe_of(moved[0])
+
+
+def read_samples(
+    job: Settings, calibration: Calibration, module: nn.Module, tokenizer: Any, device: torch.device, dtype: torch.dtype
+) -> list[Batch]:
+    """The calibration samples on the device, labels included."""
     batches = make_batches(
         calibration,
         tokenizer,
@@ -73,8 +82,16 @@ def samples_of(
         seed=job.seed,
         max_positions=getattr(getattr(module, "config", None), "max_position_embeddings", None),
     )
-    moved = [to_device(without_target(batch), device, dtype) for batch in batches]
-    return (moved if needed else []), probe_of(moved[0])
+    return [to_device(_named_for(module, batch), device, dtype) for batch in batches]
+
+
+def _named_for(module: nn.Module, batch: Batch) -> Batch:
+    """Images under the name that the model's own forward has for its first argument: transformers' models take pixel_values."""
+    arguments = inspect.signature(module.forward).parameters
+    if "image" in arguments:
+        return batch
+    first = next(iter(arguments), "image")
+    return {first if name == "image" else name: value for name, value in batch.items()}
 
 
 def samples_by_path(checkpoint: Checkpoint, job: Settings) -> Calibration:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import time
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tersor.calibrate.batches import Batch, call, make_batches, to_device, without_cache, without_target
+from tersor.calibrate.batches import call, without_cache, without_target
 from tersor.checkpoint.lazy_model import compute_dtype
 from tersor.checkpoint.load import load, load_tokenizer
 from tersor.checkpoint.preprocessing import PREPROCESSOR, image_settings, preprocessor_config
@@ -20,7 +19,7 @@ from tersor.checkpoint.source import open_checkpoint, torch_dtype
 from tersor.compress.method import Work
 from tersor.compress.result import Compressed, Summary, loss_of, peak_memory
 from tersor.compress.save import PLAIN, check_free, save_plain
-from tersor.compress.settings import Settings, samples_by_path
+from tersor.compress.settings import Settings, read_samples, samples_by_path
 from tersor.compress.walk import first_tensor
 from tersor.errors import TersorError
 from tersor.layers.linear_map import linear_maps
@@ -58,7 +57,9 @@ def _compress(module: nn.Module, job: Settings, stored: torch.dtype) -> Compress
     """module: to be changed. stored: the dtype of the parameters on disk, to which the result's are rounded."""
     method = job.recipe.method
     _check_patterns(job, list(linear_maps(module)))
-    samples = _samples(job, module) if method.needs_samples or job.calibration is not None else []
+    first, samples = next(module.parameters()), []
+    if method.needs_samples or job.calibration is not None:
+        samples = read_samples(job, job.calibration, module, job.tokenizer, first.device, first.dtype)
     work = Work(samples, lambda name: _is_wanted(job, name), job.progress)
     size = _parameters_of(module)
     probe = without_target(samples[0]) if samples else None
@@ -87,25 +88,6 @@ def _compress(module: nn.Module, job: Settings, stored: torch.dtype) -> Compress
         **loss_of(before, after),
     )
     return Compressed(summary, None, compressed)
-
-
-def _samples(job: Settings, module: nn.Module) -> list[Batch]:
-    batches = make_batches(
-        job.calibration,
-        job.tokenizer,
-        samples=job.samples,
-        seq_len=job.seq_len,
-        seed=job.seed,
-        max_positions=getattr(getattr(module, "config", None), "max_position_embeddings", None),
-    )
-    first = next(module.parameters())
-    return [to_device(_named_for(module, batch), first.device, first.dtype) for batch in batches]
-
-
-def _named_for(module: nn.Module, batch: Batch) -> Batch:
-    """Images under the name that the model's own forward has for its first argument: transformers' models take pixel_values."""
-    first = next(iter(inspect.signature(module.forward).parameters), "image")
-    return {first if name == "image" else name: value for name, value in batch.items()}
 
 
 def _parameters_of(module: nn.Module) -> int:
