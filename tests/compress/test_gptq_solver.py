@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tersor.compress.gptq_solver import Solution, inverse_cholesky, solve_gptq, solve_rtn
+from tersor.compress.gptq_solver import Solution, factorize, solve_gptq, solve_rtn
 from tersor.errors import TersorError
-from tersor.formats.grid import Stored
+from tersor.formats.grid import Stored, dequantize, quantize
 
 COLUMNS = 48
 
@@ -165,13 +165,41 @@ def test_the_packed_weight_is_the_weight_that_was_solved_for(
     assert torch.equal(packed.dequantize(torch.float64), solution.dequantize())
 
 
-@given(problems())
-def test_the_factor_is_the_upper_cholesky_factor_of_the_inverse(problem: tuple[Tensor, Tensor]) -> None:
+@given(problems(), st.booleans())
+def test_the_factor_is_the_damped_hessian_s_in_the_order_of_solving(
+    problem: tuple[Tensor, Tensor], desc_act: bool
+) -> None:
     _, H = problem
-    U, damp, _ = inverse_cholesky(H, 0.01)
-    damped = H + damp * H.diagonal().mean() * torch.eye(COLUMNS, dtype=H.dtype)
-    torch.testing.assert_close(U, U.triu())
-    torch.testing.assert_close(U.t() @ U @ damped, torch.eye(COLUMNS, dtype=H.dtype), atol=1e-8, rtol=0)
+    factor = factorize(H, damp=0.01, desc_act=desc_act)
+    damped = H + factor.damp * H.diagonal().mean() * torch.eye(COLUMNS, dtype=H.dtype)
+    torch.testing.assert_close(factor.R, factor.R.triu())
+    torch.testing.assert_close(factor.R @ factor.R.t(), damped[factor.order][:, factor.order])
+    assert torch.equal(factor.order, H.diagonal().argsort(descending=True) if desc_act else torch.arange(COLUMNS))
+
+
+@given(problems(), options)
+def test_is_the_algorithm_of_the_paper_which_changes_all_columns_that_remain(
+    problem: tuple[Tensor, Tensor], options: dict[str, Any]
+) -> None:
+    """Column by column, with the inverse: what the solver brings up to date block by block, without one."""
+    W, H = problem
+    solution = solve_gptq(W, H, **{**options, "static_groups": True})
+    bits = options["bits"]
+    order = H.diagonal().argsort(descending=True) if options["desc_act"] else torch.arange(COLUMNS)
+    damped = H + 0.01 * H.diagonal().mean() * torch.eye(COLUMNS, dtype=H.dtype)
+    U = torch.linalg.cholesky(torch.linalg.inv(damped[order][:, order]), upper=True)
+    scale, zero = solution.scales[:, solution.g_idx][:, order], solution.zeros[:, solution.g_idx][:, order]
+    now, found, errors = W[:, order].clone(), solution.codes[:, order].to(W.dtype), 0.0
+    for i in range(COLUMNS):
+        near = quantize(now[:, i], scale[:, i], zero[:, i], bits)
+        level = dequantize(found[:, i], scale[:, i], zero[:, i], bits)
+        other = dequantize(near, scale[:, i], zero[:, i], bits)
+        tie = (now[:, i] - level).abs() - (now[:, i] - other).abs() < 1e-9 * scale[:, i].abs()
+        assert bool(((near == found[:, i]) | tie).all())
+        error = (now[:, i] - level) / U[i, i]
+        errors += float(error.square().sum() / 2)
+        now[:, i:] -= torch.outer(error, U[i, i:])
+    assert errors == pytest.approx(solution.error, rel=1e-8)
 
 
 def test_damping_is_raised_where_the_hessian_is_not_positive_definite() -> None:
@@ -180,20 +208,18 @@ def test_damping_is_raised_where_the_hessian_is_not_positive_definite() -> None:
     assert solve_gptq(torch.randn(3, 8), H, bits=4).damp == pytest.approx(0.1)
 
 
-def test_a_hessian_that_float32_cannot_factorize_is_inverted_in_float64_at_the_same_damping() -> None:
+def test_a_hessian_that_float32_cannot_factorize_is_factorized_in_float64_at_the_same_damping() -> None:
     H = torch.ones(64, 64)  # 1 + 1e-9 is 1 in float32
-    U, damp, in_float64 = inverse_cholesky(H, 1e-9)
-    assert (damp, in_float64) == (1e-9, True)
-    exact, _, again = inverse_cholesky(H.double(), 1e-9)
-    assert not again
-    torch.testing.assert_close(U.double(), exact, rtol=1e-6, atol=1e-2)  # its diagonal is 3e4
-    assert inverse_cholesky(H, 0.01)[1:] == (0.01, False)
+    single, double = factorize(H, damp=1e-9), factorize(H.double(), damp=1e-9)
+    assert (single.damp, single.in_float64, double.in_float64) == (1e-9, True, False)
+    assert torch.equal(single.R, double.R.float())
+    assert not factorize(H, damp=0.01).in_float64
 
 
 def test_a_hessian_that_no_damping_helps_is_an_error_not_a_rounding() -> None:
     H = torch.eye(8)
     H[0, 1] = H[1, 0] = 100.0
-    with pytest.raises(TersorError, match="cannot be inverted even with damping 10; use more calibration samples"):
+    with pytest.raises(TersorError, match="cannot be factorized even with damping 10; use more calibration samples"):
         solve_gptq(torch.randn(3, 8), H, bits=4)
 
 

@@ -35,7 +35,7 @@ def test_damping_that_had_to_be_raised_is_reported_with_the_layer() -> None:
 
 def test_a_layer_that_took_float64_is_reported() -> None:
     layer = solved(torch.ones(1, 32), damp=1e-9)
-    assert (layer.note, layer.damp) == ("inverted in float64", 1e-9)
+    assert (layer.note, layer.damp) == ("factorized in float64", 1e-9)
 
 
 def test_nothing_is_reported_of_a_layer_that_is_solved_as_asked() -> None:

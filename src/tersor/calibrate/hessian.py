@@ -2,7 +2,8 @@
 
 Each sample's x xᵀ is computed in float32 and added up in float64. Numbers of 24 bits have room there to be added without
 rounding, as long as none is 2²² times another, so that the sum does not depend on the order of the samples, nor on how many
-processes they were shared out to.
+processes they were shared out to. On a GPU, inputs of 16 bits are multiplied as they are, on tensor cores: their products are
+exact in float32 all the same, in which they are added up.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from tersor.kernels import gram
+
 
 class Hessian:
     """The mean over samples. `total` is Σ x xᵀ so far, `matrix` is H; both are [columns, columns]."""
 
     def __init__(self, columns: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        self.total = torch.zeros(columns, columns, device=device, dtype=torch.float64)
+        self._total = torch.zeros(columns, columns, device=device, dtype=torch.float64)
+        self._half = False  # whether what lies above the diagonal is out of date
         self.dtype = dtype  # of the products, and of H
         self.samples = 0
         self.tokens = 0
@@ -26,11 +30,16 @@ class Hessian:
     def add(self, x: Tensor, samples: int, weights: Tensor | None = None) -> None:
         """Take in inputs x [tokens, columns] that belong to `samples` samples; weights [tokens]: how much each counts."""
         self.samples += samples
-        x = x.to(self.dtype)
         if weights is None:
             self.tokens += x.shape[0]
             self.weight += x.shape[0]
+            if self.dtype == torch.float32 and gram.has_kernel(x):
+                gram.add_gram(self._total, x)
+                self._half = True
+                return
+            x = x.to(self.dtype)
         else:
+            x = x.to(self.dtype)
             weights = weights.to(self.dtype)
             self.tokens += int(weights.count_nonzero())
             self.weight += float(weights.double().sum())
@@ -38,8 +47,21 @@ class Hessian:
         self.total += x.t() @ x
 
     @property
+    def total(self) -> Tensor:
+        if self._half:
+            gram.mirror(self._total)
+            self._half = False
+        return self._total
+
+    @total.setter
+    def total(self, value: Tensor) -> None:
+        self._total, self._half = value, False
+
+    @property
     def matrix(self) -> Tensor:
-        return (self.total * (2 / max(self.samples, 1))).to(self.dtype)
+        total = self.total
+        found = torch.empty(total.shape, dtype=self.dtype, device=total.device)
+        return torch.mul(total, 2 / max(self.samples, 1), out=found)
 
 
 def shrink_towards_mean(hessians: Mapping[str, Hessian], mean: Tensor | None = None) -> dict[str, Tensor]:

@@ -12,9 +12,10 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from tersor.compress.block import Block, Statistics
-from tersor.compress.gptq_solver import Solution, solve_gptq
+from tersor.compress.gptq_solver import Factor, Solution, factorize, solve_factorized
 from tersor.compress.method import Method, check_options, option, register
 from tersor.compress.uniform import BITS_HELP, GROUP_HELP, SYM_HELP, check_grid, is_bits, is_group_size, width_of
 from tersor.errors import TersorError
@@ -64,31 +65,31 @@ class GPTQ(Method):
         for names in groups if self.true_sequential else [[name for group in groups for name in group]]:
             for statistics in block.hessians(names):
                 tokens = {name: each.tokens for name, each in statistics.items()}
-                block.solve(statistics, partial(self._solve, block, statistics), self.group_size, tokens)
+                factors = _Factors(self, block.device)
+                block.solve(statistics, partial(self._solve, block, statistics, factors), self.group_size, tokens)
 
-    def _solve(self, block: Block, statistics: Mapping[str, Statistics], name: str) -> tuple[Solution, str]:
-        weight = weight_matrix(block.linears[name])
-        H, tokens = statistics[name].hessian, statistics[name].tokens
-        solution = solve_gptq(
-            weight,
-            H.to(weight.device) if bool(H.any()) else torch.eye(len(H), dtype=H.dtype, device=weight.device),
+    def _solve(
+        self, block: Block, statistics: Mapping[str, Statistics], factors: _Factors, name: str
+    ) -> tuple[Solution, str]:
+        factor, informed = factors.of(statistics[name].hessian)
+        solution = solve_factorized(
+            weight_matrix(block.linears[name]),
+            factor,
             bits=self.bits,
             group_size=self.group_size,
             sym=self.sym,
-            desc_act=self.desc_act,
             static_groups=self.static_groups,
             clip_search=ClipSearch() if self.mse else None,
-            damp=self.damp,
             stored=block.stored,
         )
         notes = []
-        if tokens == 0:
-            instead = "solved with the mean of its layer's experts" if bool(H.any()) else "rounded to nearest"
+        if statistics[name].tokens == 0:
+            instead = "solved with the mean of its layer's experts" if informed else "rounded to nearest"
             notes.append(f"no calibration token reached it: {instead}")
         if solution.damp != self.damp:
             notes.append(f"damping raised to {solution.damp:g}")
         if solution.in_float64:
-            notes.append("inverted in float64")
+            notes.append("factorized in float64")
         return solution, "; ".join(notes)
 
     def quantization(self) -> Mapping[str, Any]:
@@ -101,3 +102,24 @@ class GPTQ(Method):
             "true_sequential": self.true_sequential,
             "damp": self.damp,
         }
+
+
+class _Factors:
+    """The factor of the Hessian that was asked for last, which the maps that share it ask for one after another."""
+
+    def __init__(self, method: GPTQ, device: torch.device) -> None:
+        self.method, self.device = method, device
+        self.last: tuple[Tensor, Factor, bool] | None = None
+
+    def of(self, hessian: Tensor) -> tuple[Factor, bool]:
+        """And whether the Hessian says anything: one of zeros stands for a map that no token reached, which is rounded."""
+        if self.last is None or self.last[0] is not hessian:
+            self.last = None  # a large one is let go before the next is made
+            informed = bool(hessian.any())
+            H = (
+                hessian.to(self.device)
+                if informed
+                else torch.eye(len(hessian), dtype=hessian.dtype, device=self.device)
+            )
+            self.last = hessian, factorize(H, damp=self.method.damp, desc_act=self.method.desc_act), informed
+        return self.last[1:]

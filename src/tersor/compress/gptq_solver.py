@@ -1,8 +1,17 @@
 """GPTQ for one weight matrix: quantize column after column, letting the columns that remain make up for the error.
 
 minimise ‖W X - Q X‖² over Q on a per-row grid, given H = 2/N · X Xᵀ (Frantar, Ashkboos, Hoefler, Alistarh: "GPTQ", ICLR 2023,
-algorithm 1). Rows are independent, so everything below is vectorized over them. W, Q [rows, columns]; H [columns, columns];
-U is the upper Cholesky factor of the inverse, H⁻¹ = Uᵀ U.
+algorithm 1). Rows are independent, so everything below is vectorized over them. W, Q [rows, columns]; H [columns, columns].
+
+The paper works with U, the upper Cholesky factor of the inverse, H⁻¹ = Uᵀ U, and lets every solved block change all columns
+that remain. Here H is not inverted: with R upper triangular and H = R Rᵀ (a Cholesky factorization from the last row up),
+U = R⁻¹, and a block B of columns can be brought up to date when its turn comes, from the errors D = W - Q of all columns S
+before it:
+
+    W_B ← W_B + D_S R_SB R_BB⁻¹
+
+which is where min ‖D R‖ over the columns that remain puts it. Within the block the paper's own steps follow, with
+U_BB = R_BB⁻¹. So one factorization is all that a layer costs beside its matmuls, and fewer digits are lost.
 """
 
 from __future__ import annotations
@@ -13,9 +22,11 @@ import torch
 from torch import Tensor
 
 from tersor.errors import TersorError
-from tersor.formats.grid import Bits, ClipSearch, Grid, Stored, dequantize, fit_grid, quantize
+from tersor.formats.grid import Bits, ClipSearch, Grid, Stored, dequantize, fit_grid, levels_of, quantize
 from tersor.formats.quantized_weight import QuantizedWeight, natural_groups
+from tersor.kernels import gptq_block
 
+BLOCK_SIZE = 128  # columns that are brought up to date together
 DAMPING_STEPS = (1, 10, 100, 1000)  # multiples of `damp` that are tried in turn where H is not positive definite
 
 
@@ -23,7 +34,7 @@ DAMPING_STEPS = (1, 10, 100, 1000)  # multiples of `damp` that are tried in turn
 class Solution:
     """codes [rows, columns]; scales, zeros [rows, groups]; g_idx [columns], the group of every original column.
 
-    error: Σ (w - q)² / (2 U_ii²), which equals ½ Σ_rows dᵀ (H + damp·I) d with d = W - Q.
+    error: Σ (w - q)² / (2 U_ii²) with w as it was when its turn came, which equals ½ Σ_rows dᵀ (H + damp·I) d with d = W - Q.
     damp: the fraction of the mean diagonal that was added to it in the end. in_float64: whether H could be inverted in this
     precision only.
     """
@@ -52,6 +63,44 @@ class Solution:
         )
 
 
+@dataclass(frozen=True)
+class Factor:
+    """What the solutions of all maps with one Hessian have in common.
+
+    dead [columns]: inputs that were always zero. order [columns]: the columns in the order of solving. R [columns, columns]:
+    upper triangular, H + damp · mean(diag H) · I = R Rᵀ, rows and columns in that order. in_float64: it took float64 to find.
+    """
+
+    dead: Tensor
+    order: Tensor
+    R: Tensor
+    damp: float
+    in_float64: bool
+
+
+def factorize(hessian: Tensor, *, damp: float = 0.01, desc_act: bool = False) -> Factor:
+    """Damp and factorize H, which is not changed. Raises TersorError where H cannot be made positive definite."""
+    diagonal = hessian.diagonal()
+    dead = diagonal == 0
+    diagonal = torch.where(dead, torch.ones_like(diagonal), diagonal)
+    order = torch.argsort(diagonal, descending=True) if desc_act else torch.arange(len(diagonal), device=hessian.device)
+    last_first = order.flip(0)
+    mean = diagonal.mean()
+    for factor in DAMPING_STEPS:
+        for dtype in (hessian.dtype, torch.float64):
+            damped = hessian[last_first][:, last_first].to(dtype)
+            damped.diagonal().copy_(diagonal[last_first]).add_(mean.to(dtype), alpha=factor * damp)
+            lower, info = torch.linalg.cholesky_ex(damped)
+            del damped
+            if int(info) == 0 and bool(torch.isfinite(lower).all()):
+                in_float64 = dtype != hessian.dtype
+                return Factor(dead, order, lower.flip(0, 1).to(hessian.dtype), factor * damp, in_float64)
+    raise TersorError(
+        f"the Hessian cannot be factorized even with damping {DAMPING_STEPS[-1] * damp:g}; "
+        f"use more calibration samples or a damping above {damp:g}"
+    )
+
+
 def solve_gptq(
     weight: Tensor,
     hessian: Tensor,
@@ -63,7 +112,7 @@ def solve_gptq(
     static_groups: bool = False,
     clip_search: ClipSearch | None = None,
     damp: float = 0.01,
-    block_size: int = 128,
+    block_size: int = BLOCK_SIZE,
     stored: Stored | None = None,
     grid: Grid | None = None,
 ) -> Solution:
@@ -73,7 +122,36 @@ def solve_gptq(
 
     Raises TersorError where H cannot be made positive definite.
     """
-    W, H = weight.detach().to(hessian.device, hessian.dtype, copy=True), hessian.clone()
+    return solve_factorized(
+        weight,
+        factorize(hessian, damp=damp, desc_act=desc_act),
+        bits=bits,
+        group_size=group_size,
+        sym=sym,
+        static_groups=static_groups,
+        clip_search=clip_search,
+        block_size=block_size,
+        stored=stored,
+        grid=grid,
+    )
+
+
+def solve_factorized(
+    weight: Tensor,
+    factor: Factor,
+    *,
+    bits: Bits,
+    group_size: int = -1,
+    sym: bool = False,
+    static_groups: bool = False,
+    clip_search: ClipSearch | None = None,
+    block_size: int = BLOCK_SIZE,
+    stored: Stored | None = None,
+    grid: Grid | None = None,
+) -> Solution:
+    """As `solve_gptq`, for one of several layers that share their Hessian."""
+    R, order = factor.R, factor.order
+    W = weight.detach().to(R.device, R.dtype, copy=True)
     rows, columns = W.shape
     size = columns if group_size == -1 else group_size
 
@@ -81,12 +159,8 @@ def solve_gptq(
         return fit_grid(x, bits, sym=sym, clip_search=clip_search, stored=stored)
 
     whole = (grid or fit(W)) if group_size == -1 else None  # before dead columns are zeroed, as in the reference
-    diagonal = H.diagonal()
-    dead = diagonal == 0
-    diagonal[dead] = 1
-    W[:, dead] = 0
-
-    groups = natural_groups(columns, group_size).to(W.device)  # of every column, in the order of solving once permuted
+    W[:, factor.dead] = 0
+    groups = natural_groups(columns, group_size).to(W.device)  # of every column, in the order of solving
     scales = W.new_empty(rows, -(-columns // size))
     zeros = torch.empty_like(scales)
     if whole is not None:
@@ -94,79 +168,76 @@ def solve_gptq(
     elif static_groups:
         for group in range(scales.shape[1]):
             _store(scales, zeros, group, fit(W[:, group * size : (group + 1) * size]))
+        groups = groups[order]
     fit_in_loop = whole is None and not static_groups
 
-    order = torch.argsort(diagonal, descending=True) if desc_act else torch.arange(columns, device=W.device)
-    inverse_order = torch.argsort(order)
-    if desc_act:
-        W, H = W[:, order], H[order][:, order]
-        if static_groups:
-            groups = groups[order]
-    U, damp, in_float64 = inverse_cholesky(H, damp)
-
-    codes = torch.empty_like(W)
+    W = W[:, order]
+    D = torch.empty_like(W)
+    codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
     error = W.new_zeros(())
-    for start in range(0, columns, block_size):
+    inverses = _inverse_diagonal_blocks(R, block_size)
+    for n, start in enumerate(range(0, columns, block_size)):
         end = min(start + block_size, columns)
-        if fit_in_loop:
-            # A group is fitted on W, which has the corrections of earlier blocks but not those of this block's own columns.
-            # That is how the reference does it, and it makes every grid of the block known before its columns are solved.
-            for first in range(-(-start // size) * size, end, size):
-                _store(scales, zeros, first // size, fit(W[:, first : first + size]))
         block = slice(start, end)
+        starting = range(-(-start // size) * size, end, size) if fit_in_loop else ()  # groups that begin in this block
+        reach = max(end, min(starting[-1] + size, columns)) if starting else end
+        upto = slice(start, reach)
+        U = inverses[n] if reach == end else _inverse(R[upto, upto])
+        now = torch.addmm(W[:, upto], D[:, :start] @ R[:start, upto], U) if start else W[:, upto]
+        for first in starting:
+            # A group is fitted on W as the blocks before this one left it, not this block's own columns. That is how the
+            # reference does it, and it makes every grid of the block known before its columns are solved.
+            _store(scales, zeros, first // size, fit(now[:, first - start : first - start + size]))
+        width = end - start
         scale, zero = scales[:, groups[block]], zeros[:, groups[block]]
-        codes[:, block], scaled_errors = solve_block(W[:, block], U[block, block], scale, zero, bits)
+        codes[:, block], scaled_errors = solve_block(now[:, :width], U[:width, :width], scale, zero, bits)
+        D[:, block] = W[:, block] - dequantize(codes[:, block].to(W.dtype), scale, zero, bits)
         error += scaled_errors.square().sum() / 2
-        W[:, end:] -= scaled_errors @ U[block, end:]
 
+    inverse_order = torch.argsort(order)
     return Solution(
-        codes=codes[:, inverse_order].to(torch.uint8),
+        codes=codes[:, inverse_order],
         scales=scales,
         zeros=zeros,
         g_idx=groups[inverse_order],
         bits=bits,
         error=float(error),
-        damp=damp,
-        in_float64=in_float64,
+        damp=factor.damp,
+        in_float64=factor.in_float64,
     )
 
 
 def solve_block(W: Tensor, U: Tensor, scale: Tensor, zero: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
-    """The columns of one block, one after another; all grids are known. The loop that a fused kernel can replace.
+    """The columns of one block, one after another; all grids are known. On a GPU, in one kernel (see kernels/gptq_block.py).
 
-    W, scale, zero [rows, width], U [width, width]. Returns codes and errors (w - q) / U_ii, both [rows, width].
+    W, scale, zero [rows, width], U [width, width]. Returns codes, uint8, and errors (w - q) / U_ii, both [rows, width].
     """
+    if gptq_block.has_kernel(W):
+        return gptq_block.solve_block(W, U, scale, zero, ternary=bits == "ternary", levels=levels_of(bits))
     W = W.clone()
-    codes, scaled_errors = torch.empty_like(W), torch.empty_like(W)
+    codes, scaled_errors = torch.empty(W.shape, dtype=torch.uint8, device=W.device), torch.empty_like(W)
     for i in range(W.shape[1]):
         w = W[:, i]
-        codes[:, i] = quantize(w, scale[:, i], zero[:, i], bits)
-        scaled_errors[:, i] = (w - dequantize(codes[:, i], scale[:, i], zero[:, i], bits)) / U[i, i]
+        code = quantize(w, scale[:, i], zero[:, i], bits)
+        codes[:, i] = code
+        scaled_errors[:, i] = (w - dequantize(code, scale[:, i], zero[:, i], bits)) / U[i, i]
         W[:, i:] -= torch.outer(scaled_errors[:, i], U[i, i:])
     return codes, scaled_errors
 
 
-def inverse_cholesky(H: Tensor, damp: float) -> tuple[Tensor, float, bool]:
-    """U upper triangular with (H + damp · mean(diag H) · I)⁻¹ = Uᵀ U, the damping that it took, and whether it took float64.
+def _inverse(R: Tensor) -> Tensor:
+    """Of an upper triangular matrix, or of each of several [..., n, n]."""
+    identity = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device).expand(R.shape)
+    inverse: Tensor = torch.linalg.solve_triangular(R, identity, upper=True)
+    return inverse
 
-    With R upper triangular and H = R Rᵀ (a Cholesky factorization from the last row up), U = R⁻¹: one factorization and one
-    triangular inverse where the textbook inverts and factorizes again, and fewer digits lost.
-    """
-    mean = H.diagonal().mean()
-    for factor in DAMPING_STEPS:
-        for dtype in (H.dtype, torch.float64):
-            damped = H.to(dtype, copy=True)
-            damped.diagonal().add_(mean.to(dtype), alpha=factor * damp)
-            lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
-            if int(info) == 0:
-                identity = torch.eye(H.shape[0], dtype=dtype, device=H.device)
-                U = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True).to(H.dtype)
-                if bool(torch.isfinite(U).all()):
-                    return U, factor * damp, dtype != H.dtype
-    raise TersorError(
-        f"the Hessian cannot be inverted even with damping {DAMPING_STEPS[-1] * damp:g}; "
-        f"use more calibration samples or a damping above {damp:g}"
-    )
+
+def _inverse_diagonal_blocks(R: Tensor, size: int) -> list[Tensor]:
+    """The inverses of R's blocks of `size` along its diagonal; the last may be smaller."""
+    blocks = [R[start : start + size, start : start + size] for start in range(0, len(R), size)]
+    whole = [block for block in blocks if len(block) == size]
+    found = list(_inverse(torch.stack(whole))) if whole else []
+    return [*found, *(_inverse(block) for block in blocks[len(whole) :])]
 
 
 def solve_rtn(

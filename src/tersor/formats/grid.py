@@ -55,6 +55,11 @@ class Grid:
         return self.dequantize(self.quantize(x))
 
 
+def levels_of(bits: Bits) -> int:
+    """How many levels a grid has."""
+    return 3 if bits == "ternary" else 2**bits
+
+
 def quantize(x: Tensor, scale: Tensor, zero: Tensor, bits: Bits) -> Tensor:
     if bits == "ternary":
         return 1 + (x > scale / 2).to(x.dtype) - (x < zero / 2).to(x.dtype)

@@ -23,27 +23,26 @@ def packed_size(count: int, bits: int) -> int:
 
 def pack(codes: Tensor, bits: int, *, dim: int) -> Tensor:
     """Pack integers 0 .. 2^bits - 1 along `dim` into int32 words; the last word is filled up with zeros."""
-    values = codes.movedim(dim, -1).to(torch.int64)  # [..., count]
+    values = codes.movedim(dim, -1)  # [..., count]
     period = math.lcm(bits, WORD) // bits  # so many values fill whole words
     words_per_period = period * bits // WORD
     count = values.shape[-1]
     padded = -(-count // period) * period
     values = torch.nn.functional.pad(values, (0, padded - count))
     values = values.reshape(*values.shape[:-1], -1, period)
-    words = values.new_zeros((*values.shape[:-1], words_per_period))
+    words = values.new_zeros((*values.shape[:-1], words_per_period), dtype=torch.int32)
     for k in range(period):
         word, shift = divmod(k * bits, WORD)
-        words[..., word] |= (values[..., k] << shift) & 0xFFFFFFFF
+        value = values[..., k].to(torch.int32)
+        words[..., word] |= value << shift
         if shift + bits > WORD:  # the value straddles two words
-            words[..., word + 1] |= values[..., k] >> (WORD - shift)
-    words = words.flatten(-2)[..., : packed_size(count, bits)]
-    signed = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
-    return signed.movedim(-1, dim).contiguous()
+            words[..., word + 1] |= value >> (WORD - shift)
+    return words.flatten(-2)[..., : packed_size(count, bits)].movedim(-1, dim).contiguous()
 
 
 def unpack(words: Tensor, bits: int, count: int, *, dim: int) -> Tensor:
     """The first `count` integers of a packed stream along `dim`, as uint8. Inverse of `pack`."""
-    stream = words.movedim(dim, -1).to(torch.int64) & 0xFFFFFFFF  # [..., words]
+    stream = words.movedim(dim, -1)  # [..., words]
     period = math.lcm(bits, WORD) // bits
     words_per_period = period * bits // WORD
     padded = -(-stream.shape[-1] // words_per_period) * words_per_period
@@ -52,9 +51,9 @@ def unpack(words: Tensor, bits: int, count: int, *, dim: int) -> Tensor:
     values = torch.empty((*stream.shape[:-1], period), dtype=torch.uint8, device=words.device)
     for k in range(period):
         word, shift = divmod(k * bits, WORD)
-        value = stream[..., word] >> shift
+        value = stream[..., word] >> shift  # with copies of the sign in front
         if shift + bits > WORD:
-            value = value | (stream[..., word + 1] << (WORD - shift))
+            value = (value & (2 ** (WORD - shift) - 1)) | (stream[..., word + 1] << (WORD - shift))
         values[..., k] = (value & (2**bits - 1)).to(torch.uint8)
     return values.flatten(-2)[..., :count].movedim(-1, dim).contiguous()
 

@@ -118,6 +118,9 @@ def tensor_map(matrix: Tensor, *, box_rows: int) -> TensorMap:
     return result
 
 
+_Argument = ctypes.c_void_p | ctypes.c_int | ctypes.c_longlong | ctypes.Structure
+
+
 class Kernel:
     """One kernel, loaded on the current device."""
 
@@ -131,14 +134,16 @@ class Kernel:
         _check(status, f"{shared_bytes} bytes of shared memory for {name}")
         self._shared_bytes = shared_bytes
 
-    def launch(self, *, blocks: int, threads: int, arguments: Sequence[ctypes.c_void_p | ctypes.Structure]) -> None:
+    def launch(self, *, blocks: int, threads: int, arguments: Sequence[_Argument], early: bool = True) -> None:
         """On torch's current stream. Arguments as ctypes values, in the order of the kernel's parameters.
 
-        The kernel may begin before the one ahead of it in the stream has ended, and must itself wait for that
-        (`griddepcontrol.wait`) before it touches anything that a kernel writes.
+        early: the kernel may begin before the one ahead of it in the stream has ended, and must itself wait for that
+        (`griddepcontrol.wait`, from compute capability 9.0 on) before it touches anything that a kernel writes.
         """
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
         stream = torch.cuda.current_stream().cuda_stream
-        early = _LaunchAttribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 1)
-        config = _LaunchConfig(blocks, 1, 1, threads, 1, 1, self._shared_bytes, stream, ctypes.pointer(early), 1)
+        attribute = _LaunchAttribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 1)
+        config = _LaunchConfig(
+            blocks, 1, 1, threads, 1, 1, self._shared_bytes, stream, ctypes.pointer(attribute), int(early)
+        )
         _check(_driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None), "launching a kernel")
