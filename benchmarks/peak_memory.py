@@ -8,7 +8,7 @@ five blocks. Each tool quantizes it to 4 bits, symmetric, in groups of 128 by GP
 tokens, with its own defaults for everything else, in a process of its own. "Resident" is what the kernel counted for that
 process at its peak, with the libraries and the pages of mapped files, which it can drop when they are wanted elsewhere; "of its
 own" leaves mapped files out (RssAnon, looked at ten times a second). The row "only its imports" is a process that imports the
-tool and ends.
+tool and ends. gptqmodel 7.7 does not start on a machine of two cores, and is told here that there are four.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ oneshot(
 )
 """,
     "gptqmodel": """
-import json, sys
+import json, os, sys
+os.cpu_count = lambda cores=os.cpu_count(): max(4, cores)
 from gptqmodel import GPTQModel, QuantizeConfig
 model, out, samples = sys.argv[1:]
 found = GPTQModel.load(model, QuantizeConfig(bits=4, group_size=128, device="cpu"))

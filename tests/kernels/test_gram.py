@@ -19,6 +19,7 @@ def test_every_tile_on_and_below_the_diagonal_is_added_once() -> None:
     run_interpreted("""
         from tersor.kernels import gram, gram_triton
         gram_triton.TILE = 16  # so that a small matrix has several bands
+        gram_triton.TOGETHER = 64
         for tokens, columns in ((70, 16 * 19 + 5), (64, 16), (1, 7), (130, 16 * 8), (3, 16 * 9)):
             x = torch.randn(tokens, columns).half()
             start = torch.randn(columns, columns, dtype=torch.float64)
@@ -50,13 +51,13 @@ class TestOnTheGPU:
     pytestmark = on_gpu
 
     def test_as_close_to_float64_as_a_float32_product(self, columns: int, dtype: torch.dtype) -> None:
-        x = (torch.randn(2048, columns, device="cuda") * torch.rand(columns, device="cuda").exp()).to(dtype)
+        x = (torch.randn(8192, columns, device="cuda") * torch.rand(columns, device="cuda").exp()).to(dtype)
         hessian = Hessian(columns, device="cuda")
-        for part in x.split(512):
+        for part in x.split(4096):
             hessian.add(part, 1)
         exact = x.double().t() @ x.double()
-        single = sum(part.float().t() @ part.float() for part in x.split(512))
+        single = sum(part.float().t() @ part.float() for part in x.split(4096))
         error = (hessian.total - exact).norm() / exact.norm()
-        assert error < 2e-6
+        assert error < 1e-5
         assert error < 20 * (single - exact).norm() / exact.norm()
         assert torch.equal(hessian.total, hessian.total.t())

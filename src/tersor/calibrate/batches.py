@@ -15,6 +15,7 @@ from tersor.data.text import builtin_text, hub_text, read_text
 from tersor.errors import TersorError
 
 Batch = dict[str, Any]
+TOKENS_AT_ONCE = 8192  # that run through a block together, on a GPU
 Calibration = str | Path | Sequence[str] | Iterable[Any] | None
 
 
@@ -42,6 +43,38 @@ def make_batches(
             raise TersorError(f"calibration text {short} is empty")
         return [{"input_ids": each[None]} for each in tokens]
     return [_as_batch(each, n) for n, each in enumerate(given)]
+
+
+def bundles(batches: Sequence[Batch]) -> list[list[int]]:
+    """Which samples run through the model together, by their place: on a GPU neighbouring texts of one length.
+
+    A block then starts a quarter as many kernels, which is what its time is made of where a sample is short.
+    """
+    found: list[list[int]] = []
+    for n, batch in enumerate(batches):
+        ids = batch.get("input_ids")
+        alike = (
+            found
+            and len(batch) == 1
+            and isinstance(ids, Tensor)
+            and ids.is_cuda
+            and ids.dim() == 2
+            and batches[found[-1][0]].keys() == batch.keys()
+            and batches[found[-1][0]]["input_ids"].shape == ids.shape
+            and (len(found[-1]) + 1) * ids.numel() <= TOKENS_AT_ONCE
+        )
+        if alike:
+            found[-1].append(n)
+        else:
+            found.append([n])
+    return found
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """Samples of a bundle as one."""
+    if len(batches) == 1:
+        return batches[0]
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
 def fingerprint(batches: Sequence[Batch]) -> str:

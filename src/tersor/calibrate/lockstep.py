@@ -28,9 +28,13 @@ from tersor.layers.linear_map import is_linear_map
 
 @dataclass
 class Call:
-    """One sample's call to a unit. `run` calls the unit as it is now; `output` is what the pass goes on with."""
+    """One pass's call to a unit. `run` calls the unit as it is now; `output` is what the pass goes on with.
+
+    sample: the number of the pass. numbers: those of the calibration samples that run in it, among all that there are.
+    """
 
     sample: int
+    numbers: tuple[int, ...]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     forward: Callable[..., Any]
@@ -46,7 +50,7 @@ class Call:
 
     def again(self) -> Call:
         """The same call, for another run after this one has let its inputs go."""
-        return Call(self.sample, self.args, self.kwargs, self.forward, self.store)
+        return Call(self.sample, self.numbers, self.args, self.kwargs, self.forward, self.store)
 
 
 @dataclass
@@ -116,8 +120,8 @@ class Lockstep:
     """Iterate over the stops of `run(sample)` for every sample; use as a context manager.
 
     Whoever iterates must set the output of every call of a stop (`stop.run()`) before going on. `outputs[sample]` is what the
-    forward pass returned, for those that ran to their end. `keep` says whose passes may end: the others are given up
-    after their last stop in `until`, where that is given.
+    forward pass returned, for those that ran to their end. numbers: of the calibration samples in each of `samples`, where
+    these are not one each.
     """
 
     def __init__(
@@ -127,8 +131,10 @@ class Lockstep:
         samples: Sequence[Any],
         forward: Callable[[Any], Any],
         activations: str = "device",
+        numbers: Sequence[tuple[int, ...]] | None = None,
     ) -> None:
         self._store = Activations(activations)
+        self._numbers = numbers or [(n,) for n in range(len(samples))]
         self._units, self._forward = list(units), forward
         self._passes = [_Pass(n) for n in range(len(samples))]
         self._samples = samples
@@ -212,7 +218,8 @@ class Lockstep:
             if any(each.is_meta for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)):
                 raise WeightsElsewhereError(f"{unit.name} got an input that was made from weights not in memory (meta)")
             self._store.put((args, kwargs))
-            return current.stop_at(unit, Call(current.sample, args, kwargs, seen, self._store))
+            numbers = self._numbers[current.sample]
+            return current.stop_at(unit, Call(current.sample, numbers, args, kwargs, seen, self._store))
 
         return gate
 

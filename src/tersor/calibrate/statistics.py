@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from tersor.calibrate.hessian import Hessian
 from tersor.calibrate.lockstep import Call
-from tersor.calibrate.parallel import sample_number
 from tersor.calibrate.routing import Rows
 from tersor.errors import TersorError
 from tersor.layers.experts import ExpertCalls, ExpertMap
@@ -106,6 +105,7 @@ def gather_hessians(
     owner: dict[str, str] = {}  # the first of those that share
     previous: tuple[str, Any] = ("", None)
     reached: set[str] = set()
+    together = 1  # samples in the call that runs
 
     def note(name: str, x: Tensor) -> None:
         nonlocal previous
@@ -114,7 +114,8 @@ def gather_hessians(
             if owner[name] == name:
                 hessians[name] = Hessian(columns_of(linears[name]), device=x.device, dtype=dtype)
         if owner[name] == name:
-            hessians[name].add(*input_matrix(linears[name], x), _weights(linears[name], rows))
+            matrix, samples = input_matrix(linears[name], x)
+            hessians[name].add(matrix, samples if x.dim() > 2 else together, _weights(linears[name], rows))
         previous = (name, x)
         reached.add(name)
         if once and len(reached) == len(linears):
@@ -123,7 +124,7 @@ def gather_hessians(
     with watch_inputs(linears, note):
         for call in calls:
             reached.clear()
-            previous = ("", None)
+            previous, together = ("", None), len(call.numbers)
             with suppress(_Enough):
                 call.run()
     for name, hessian in hessians.items():
@@ -182,12 +183,13 @@ def _where_not_finite(name: str, module: LinearMap, calls: Sequence[Call]) -> st
     found: list[int] = []
     for call in calls:
 
-        def look(_: str, x: Tensor, sample: int = call.sample) -> None:
-            if not bool(torch.isfinite(x).all()):
-                found.append(sample)
+        def look(_: str, x: Tensor, numbers: tuple[int, ...] = call.numbers) -> None:
+            finite = torch.isfinite(x).flatten(1).all(1).tolist()
+            if not all(finite):
+                found.append(numbers[finite.index(False) if len(finite) == len(numbers) else 0])
 
         with watch_inputs({name: module}, look):
             call.run()
         if found:
-            return f"the input of {name} is not finite (NaN or Inf) in calibration sample {sample_number(found[0])}"
+            return f"the input of {name} is not finite (NaN or Inf) in calibration sample {found[0]}"
     return f"the Hessian of {name} overflowed although its inputs are finite; use --dtype float32"

@@ -1,4 +1,4 @@
-"""Write a compressed checkpoint block by block, so that a job that is stopped at any moment loses at most one block.
+"""Write a compressed checkpoint block by block, so that a job that is stopped at any moment loses little.
 
 While the job runs, OUT holds one folder, `.tersor-job`: `journal.json` (what is being made from what, and which blocks are done)
 and one safetensors file a block. Every file appears by a rename, so it is whole or absent. `place` puts the shards, config and

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from tersor.errors import TersorError
-from tersor.formats.grid import Bits, ClipSearch, Grid, Stored, dequantize, fit_grid, levels_of, quantize
+from tersor.formats.grid import Bits, ClipSearch, Grid, Stored, dequantize, fit_grid, quantize
 from tersor.formats.quantized_weight import QuantizedWeight, natural_groups
 from tersor.kernels import gptq_block
 
@@ -159,27 +159,32 @@ def solve_factorized(
         return fit_grid(x, bits, sym=sym, clip_search=clip_search, stored=stored)
 
     whole = (grid or fit(W)) if group_size == -1 else None  # before dead columns are zeroed, as in the reference
-    W[:, factor.dead] = 0
+    W.masked_fill_(factor.dead, 0)
     groups = natural_groups(columns, group_size).to(W.device)  # of every column, in the order of solving
     scales = W.new_empty(rows, -(-columns // size))
     zeros = torch.empty_like(scales)
     if whole is not None:
-        scales, zeros = whole.scale, whole.zero
+        scales, zeros = whole.scale.contiguous(), whole.zero.contiguous()
     elif static_groups:
         for group in range(scales.shape[1]):
             _store(scales, zeros, group, fit(W[:, group * size : (group + 1) * size]))
         groups = groups[order]
     fit_in_loop = whole is None and not static_groups
+    in_kernel = gptq_block.has_kernel(W, block_size)
+    fit_in_kernel = fit_in_loop and in_kernel and clip_search is None and gptq_block.can_fit(size, block_size, stored)
+    grids = gptq_block.Grids(bits, sym, stored, size if fit_in_kernel else 0)
+    groups32 = groups.int()
 
     W = W[:, order]
     D = torch.empty_like(W)
     codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
-    error = W.new_zeros(())
+    errors = W.new_zeros(rows)
     inverses = _inverse_diagonal_blocks(R, block_size)
     for n, start in enumerate(range(0, columns, block_size)):
         end = min(start + block_size, columns)
-        block = slice(start, end)
-        starting = range(-(-start // size) * size, end, size) if fit_in_loop else ()  # groups that begin in this block
+        block, width = slice(start, end), end - start
+        # groups that begin in this block
+        starting = range(-(-start // size) * size, end, size) if fit_in_loop and not fit_in_kernel else ()
         reach = max(end, min(starting[-1] + size, columns)) if starting else end
         upto = slice(start, reach)
         U = inverses[n] if reach == end else _inverse(R[upto, upto])
@@ -188,11 +193,15 @@ def solve_factorized(
             # A group is fitted on W as the blocks before this one left it, not this block's own columns. That is how the
             # reference does it, and it makes every grid of the block known before its columns are solved.
             _store(scales, zeros, first // size, fit(now[:, first - start : first - start + size]))
-        width = end - start
-        scale, zero = scales[:, groups[block]], zeros[:, groups[block]]
-        codes[:, block], scaled_errors = solve_block(now[:, :width], U[:width, :width], scale, zero, bits)
-        D[:, block] = W[:, block] - dequantize(codes[:, block].to(W.dtype), scale, zero, bits)
-        error += scaled_errors.square().sum() / 2
+        now, U = now[:, :width], U[:width, :width]
+        if in_kernel:
+            gptq_block.solve_block(
+                now, U, W[:, block], scales, zeros, groups32[block], codes[:, block], D[:, block], errors, grids
+            )
+        else:
+            scale, zero = scales[:, groups[block]], zeros[:, groups[block]]
+            codes[:, block], levels = solve_block(now, U, scale, zero, bits, errors)
+            D[:, block] = W[:, block] - levels
 
     inverse_order = torch.argsort(order)
     return Solution(
@@ -201,28 +210,26 @@ def solve_factorized(
         zeros=zeros,
         g_idx=groups[inverse_order],
         bits=bits,
-        error=float(error),
+        error=float(errors.sum()),
         damp=factor.damp,
         in_float64=factor.in_float64,
     )
 
 
-def solve_block(W: Tensor, U: Tensor, scale: Tensor, zero: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
-    """The columns of one block, one after another; all grids are known. On a GPU, in one kernel (see kernels/gptq_block.py).
+def solve_block(W: Tensor, U: Tensor, scale: Tensor, zero: Tensor, bits: Bits, errors: Tensor) -> tuple[Tensor, Tensor]:
+    """The columns of one block, one after another; all grids are known. kernels/gptq_block.py does the same on a GPU.
 
-    W, scale, zero [rows, width], U [width, width]. Returns codes, uint8, and errors (w - q) / U_ii, both [rows, width].
+    W, scale, zero [rows, width], U [width, width]. Returns codes and levels [rows, width]; adds to errors [rows].
     """
-    if gptq_block.has_kernel(W):
-        return gptq_block.solve_block(W, U, scale, zero, ternary=bits == "ternary", levels=levels_of(bits))
     W = W.clone()
-    codes, scaled_errors = torch.empty(W.shape, dtype=torch.uint8, device=W.device), torch.empty_like(W)
+    codes, levels = torch.empty_like(W), torch.empty_like(W)
     for i in range(W.shape[1]):
-        w = W[:, i]
-        code = quantize(w, scale[:, i], zero[:, i], bits)
-        codes[:, i] = code
-        scaled_errors[:, i] = (w - dequantize(code, scale[:, i], zero[:, i], bits)) / U[i, i]
-        W[:, i:] -= torch.outer(scaled_errors[:, i], U[i, i:])
-    return codes, scaled_errors
+        codes[:, i] = quantize(W[:, i], scale[:, i], zero[:, i], bits)
+        levels[:, i] = dequantize(codes[:, i], scale[:, i], zero[:, i], bits)
+        error = (W[:, i] - levels[:, i]) / U[i, i]
+        errors += error.square() / 2
+        W[:, i:] -= torch.outer(error, U[i, i:])
+    return codes.to(torch.uint8), levels
 
 
 def _inverse(R: Tensor) -> Tensor:

@@ -322,7 +322,7 @@ def _hessians(model: nn.Module, layers: Mapping[str, nn.Module], work: Work) -> 
             call(model, given)
             work.progress("running the samples", n + 1, len(work.samples))
 
-        return Call(n, (), {}, forward, Activations("device"))
+        return Call(n, (n,), (), {}, forward, Activations("device"))
 
     maps = {name: layer for name, layer in layers.items() if is_linear_map(layer)}
     calls = [run(n, without_target(sample)) for n, sample in enumerate(work.samples)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -94,7 +95,7 @@ def compress_checkpoint(name: str, job: Settings) -> Compressed:
     blocks = _Blocks(lazy, writer, layout, parse_config(config))
     hooks = Hooks(lazy.load, lazy.release, blocks.restore, blocks.finished, job.progress, job.activations)
     before = after = None
-    with torch.no_grad(), without_cache(lazy.module):
+    with torch.no_grad(), without_cache(lazy.module), blocks:
         lazy.load_rest([unit.module for unit in units_of(lazy.module)])
         if probe is not None:
             try:
@@ -120,9 +121,11 @@ def compress_checkpoint(name: str, job: Settings) -> Compressed:
             except NotFiniteError:
                 if not may_widen or processes() > 1:  # the others do not know, and go on
                     raise
+                blocks.wait()
                 return _in_float32(name, replace(job, overwrite=True))
             after = first_tensor(end)
 
+        blocks.wait()
         if not is_first():
             return follow(target)
         job.progress("writing", 0, 1)
@@ -181,13 +184,30 @@ def _asked(job: Settings, layout: Layout, dtype: torch.dtype) -> dict[str, str]:
 
 
 class _Blocks:
-    """Finished blocks to disk, and those of an interrupted run back from it."""
+    """Finished blocks to disk, and those of an interrupted run back from it.
+
+    One process writes a block while it solves the next; a failure to write comes out when that one is finished, or with
+    `wait`. Use as a context manager: nothing is written any more when it ends.
+    """
 
     def __init__(self, lazy: LazyModel, writer: Job, layout: Layout, config: QuantizationConfig) -> None:
         self.lazy, self.writer, self.layout, self.config = lazy, writer, layout, config
         self.timer, self.size = Timer(), Size()
         self.reports: list[LayerReport] = []
         self.resumed = 0
+        self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tersor-writer")
+        self._writing: Future[None] | None = None
+
+    def __enter__(self) -> _Blocks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._background.shutdown()
+
+    def wait(self) -> None:
+        """Until everything finished so far is on disk."""
+        if self._writing is not None:
+            self._writing.result()
 
     def finished(self, block: Block) -> None:
         self.timer.lap(block.name)
@@ -202,7 +222,12 @@ class _Blocks:
                 self.size.add(mine, part)
                 tensors |= {f"{stem}.{suffix}": tensor for suffix, tensor in mine.items()}
                 first += rows
-        self.writer.write_block(block.name, tensors, [report.row() for report in block.reports])
+        self.wait()
+        reports = [report.row() for report in block.reports]
+        if processes() == 1:
+            self._writing = self._background.submit(self.writer.write_block, block.name, tensors, reports)
+        else:  # which takes an exchange with the other processes, and these keep an order
+            self.writer.write_block(block.name, tensors, reports)
         self.reports.extend(block.reports)
 
     def restore(self, block: Block) -> bool:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersor.calibrate.batches import Batch, call
+from tersor.calibrate.batches import Batch, bundles, call, joined
 from tersor.calibrate.blocks import Unit, find_units
-from tersor.calibrate.lockstep import Call, Lockstep
+from tersor.calibrate.lockstep import Call, Lockstep, Stop
 from tersor.calibrate.parallel import sample_number, share
 from tersor.calibrate.routing import Routing
 from tersor.calibrate.statistics import NotFiniteError, kind_of, watch_inputs
@@ -79,7 +79,7 @@ def _trace(model: nn.Module, units: list[Unit], probe: Batch, hooks: Hooks) -> T
             _check_weights(stop.unit)
             visits[stop.unit.name] += 1
             with _watching_linear_maps(stop.unit, called):
-                stop.run(_output_check(stop.unit, lambda sample: sample))
+                _run_checked(stop)
             hooks.release(stop.unit.module)
             hooks.progress("checking the model", sum(visits.values()), max(len(units), sum(visits.values())))
     return Trace(units, visits, called, passes.outputs.get(0))
@@ -124,13 +124,21 @@ def walk(
     A block that the model uses more than once is compressed at its last use, from the samples of all uses. Where several
     processes walk together, each runs its share of the samples.
     """
-    batches = share(batches)
-    last = len(batches)  # the probe's sample number
+    mine = share(batches)
+    together = bundles(mine)
+    passing = [joined([mine[n] for n in bundle]) for bundle in together]
+    numbers = [tuple(map(sample_number, bundle)) for bundle in together]
+    last = len(passing)  # the probe's pass
     remaining = {name for name, linears in plan.linears.items() if linears and traced.visits[name]}
     total = len(remaining)
     earlier: dict[str, list[Call]] = {}
     with Lockstep(
-        model, traced.units, [*batches, probe], lambda batch: call(model, batch), hooks.activations
+        model,
+        traced.units,
+        [*passing, probe],
+        lambda batch: call(model, batch),
+        hooks.activations,
+        [*numbers, (sample_number(len(mine)),)],
     ) as passes:
         for stop in passes:
             name = stop.unit.name
@@ -150,7 +158,7 @@ def walk(
                     block = Block(name, stop.unit.module, plan.linears[name], calls, stored, hessian_dtype, routing)
                     if not hooks.restore(block):
                         _compress(block, plan)
-                    stop.run(_output_check(stop.unit, sample_number))
+                    _run_checked(stop)
                     hooks.finished(block)
                     remaining.discard(name)
                     hooks.progress(f"compressed {name or 'the model'}", total - len(remaining), total)
@@ -216,13 +224,22 @@ def _check_weights(unit: Unit) -> None:
             raise NotFiniteError(f"the weight {unit.name}.{name} is not finite (NaN or Inf)")
 
 
-def _output_check(unit: Unit, number: Callable[[int], int]) -> Callable[[Call], None]:
-    def check(each: Call) -> None:
-        output = first_tensor(each.output)
-        if output is not None and not bool(torch.isfinite(output).all()):
-            raise NotFiniteError(
-                f"the output of {unit.name or 'the model'} is not finite (NaN or Inf) in calibration sample "
-                f"{number(each.sample)}; if the model overflows {output.dtype}, use --dtype float32"
-            )
+def _run_checked(stop: Stop) -> None:
+    """Run the stop's calls. Raises NotFiniteError, naming the sample, where an output is not finite."""
+    finite: list[tuple[Call, torch.dtype, Tensor]] = []  # looked at in the end: a look waits for a GPU
 
-    return check
+    def note(each: Call) -> None:
+        output = first_tensor(each.output)
+        if output is not None:
+            found = torch.isfinite(output)
+            finite.append((each, output.dtype, found.flatten(1).all(1) if found.dim() > 1 else found.all()[None]))
+
+    stop.run(note)
+    if not finite or bool(torch.cat([flags for *_, flags in finite]).all()):
+        return
+    call, dtype, flags = next(each for each in finite if not bool(each[2].all()))
+    row = flags.tolist().index(False) if len(flags) == len(call.numbers) else 0
+    raise NotFiniteError(
+        f"the output of {stop.unit.name or 'the model'} is not finite (NaN or Inf) in calibration sample "
+        f"{call.numbers[row]}; if the model overflows {dtype}, use --dtype float32"
+    )

@@ -4,48 +4,86 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from tersor.formats.grid import Bits, Stored, levels_of
 from tersor.kernels import nvrtc
 
 WIDTH = 128  # columns at most
 _ROWS = 32  # of a thread block, four threads each
+_STORED = {torch.float16: 1, torch.bfloat16: 2, torch.float32: 3}
 
 
-def has_kernel(W: Tensor) -> bool:
-    """Whether a block of W [rows, width] can be solved here: float32, on an NVIDIA GPU."""
-    return W.is_cuda and W.dtype == torch.float32 and W.shape[1] <= WIDTH and torch.version.hip is None
+@dataclass(frozen=True)
+class Grids:
+    """What kind of grids the rows have. group_size: that of the groups whose grids the kernel fits; 0: all are given."""
+
+    bits: Bits
+    sym: bool
+    stored: Stored | None
+    group_size: int
+
+
+def has_kernel(W: Tensor, block_size: int) -> bool:
+    """Whether W [rows, columns] can be solved here in blocks of that many columns: float32, on an NVIDIA GPU."""
+    return W.is_cuda and W.dtype == torch.float32 and block_size <= WIDTH and torch.version.hip is None
+
+
+def can_fit(group_size: int, block_size: int, stored: Stored | None) -> bool:
+    """Whether the kernel can fit the grids of such groups, from a row's smallest and largest number."""
+    fits = stored is None or stored.scale_dtype in _STORED
+    return fits and group_size % 4 == 0 and block_size % group_size == 0 and WIDTH % group_size == 0
 
 
 def solve_block(
-    W: Tensor, U: Tensor, scale: Tensor, zero: Tensor, *, ternary: bool, levels: int
-) -> tuple[Tensor, Tensor]:
-    """Codes, uint8, and errors (w - q) / U_ii, float32, both [rows, width].
+    now: Tensor,
+    U: Tensor,
+    W: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    groups: Tensor,
+    codes: Tensor,
+    D: Tensor,
+    errors: Tensor,
+    grids: Grids,
+) -> None:
+    """Fill codes, D = W - Q, and what of scales and zeros belongs to groups that the kernel fits; add to errors.
 
-    W, scale, zero [rows, width], U [width, width] upper triangular, all float32. levels: of a grid that is not ternary.
+    now, W, D float32 and codes uint8, all [rows, width], W as it was and `now` with the errors of the blocks before. U
+    [width, width] upper triangular, scales, zeros [rows, all groups], errors [rows], float32. groups int32 [width].
     """
-    W, U = (each if each.stride(-1) == 1 else each.contiguous() for each in (W, U))
-    scale, zero = scale.contiguous(), zero.contiguous()
-    rows, width = W.shape
-    codes = torch.empty(rows, width, dtype=torch.uint8, device=W.device)
-    errors = torch.empty(rows, width, device=W.device)
+    rows, width = now.shape
     if rows == 0:
-        return codes, errors
-    pointers = (ctypes.c_void_p(each.data_ptr()) for each in (W, U, scale, zero, codes, errors))
-    strides = (ctypes.c_longlong(each.stride(0)) for each in (W, U))
-    sizes = (ctypes.c_int(number) for number in (rows, width, levels, int(ternary)))
+        return
+    tensors = (now, U, W, scales, zeros, groups, codes, D, errors)
+    for each in tensors:
+        assert each.stride(-1) == 1 or each.shape[-1] == 1
+    assert scales.stride(0) == zeros.stride(0) == scales.shape[1] or rows == 1
+    pointers = (ctypes.c_void_p(each.data_ptr()) for each in tensors)
+    strides = (ctypes.c_longlong(each.stride(0)) for each in (now, U, W, codes, D))
+    sizes = (ctypes.c_int(number) for number in (rows, width, scales.shape[1]))
     with torch.cuda.device(W.device):
-        kernel = _kernel(W.device.index)
+        kernel = _kernel(grids, W.device.index)
         kernel.launch(blocks=-(-rows // _ROWS), threads=4 * _ROWS, arguments=[*pointers, *strides, *sizes], early=False)
-    return codes, errors
 
 
 @functools.cache
-def _kernel(device: int) -> nvrtc.Kernel:
+def _kernel(grids: Grids, device: int) -> nvrtc.Kernel:
+    constants = {
+        "LEVELS": levels_of(grids.bits),
+        "TERNARY": int(grids.bits == "ternary"),
+        "SYM": int(grids.sym),
+        "GROUP": grids.group_size,
+        "STORED": 0 if grids.stored is None else _STORED[grids.stored.scale_dtype],
+        "MIN_ZERO": 0 if grids.stored is None else grids.stored.min_zero,
+    }
+    defines = "".join(f"#define {name} {value}\n" for name, value in constants.items())
     major, minor = torch.cuda.get_device_capability(device)
-    source = Path(__file__).with_suffix(".cu").read_text()
-    cubin = nvrtc.compile_source(source, f"sm_{major}{minor}")
-    return nvrtc.Kernel(cubin, "gptq_block", shared_bytes=4 * WIDTH * WIDTH)
+    source = defines + Path(__file__).with_suffix(".cu").read_text()
+    return nvrtc.Kernel(
+        nvrtc.compile_source(source, f"sm_{major}{minor}"), "gptq_block", shared_bytes=4 * WIDTH * WIDTH
+    )

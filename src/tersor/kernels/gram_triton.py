@@ -6,8 +6,8 @@ which happens in the kernel that has the sums at hand.
 
 from __future__ import annotations
 
+import functools
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 import triton
@@ -15,6 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 TILE, TOKENS = 128, 64  # columns on each side of a tile; tokens that are multiplied at once
+TOGETHER = 1024  # tokens after which a tensor core's sums are added up elsewhere: it rounds them towards zero
+BAND = 8  # rows of tiles
 
 
 def add_gram(total: Tensor, x: Tensor) -> None:
@@ -25,61 +27,68 @@ def add_gram(total: Tensor, x: Tensor) -> None:
     tokens, columns = x.shape
     if tokens == 0:
         return
-    tiles = triton.cdiv(columns, TILE)
+    order = _order(triton.cdiv(columns, TILE), x.device)
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        _add_gram[(tiles * (tiles + 1) // 2,)](
-            total, x, tokens, columns, x.stride(0), tiles, TILE=TILE, TOKENS=TOKENS, BAND=8, num_warps=8, num_stages=4
+        _add_gram[(len(order),)](
+            total,
+            x,
+            tokens,
+            columns,
+            x.stride(0),
+            order,
+            TILE=TILE,
+            TOKENS=TOKENS,
+            TOGETHER=TOGETHER,
+            num_warps=8,
+            num_stages=4,
         )
+
+
+@functools.lru_cache(maxsize=16)
+def _order(tiles: int, device: torch.device) -> Tensor:
+    """Row and column of the tiles on and below the diagonal, int32 [tiles (tiles + 1) / 2, 2], in the order of computing.
+
+    In bands of a few rows, column by column within a band: neighbours in time share their inputs in the L2 cache.
+    """
+    order = [
+        (row, column)
+        for first in range(0, tiles, BAND)
+        for column in range(min(first + BAND, tiles))
+        for row in range(max(first, column), min(first + BAND, tiles))
+    ]
+    return torch.tensor(order, dtype=torch.int32, device=device)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _add_gram(
-    total_pointer: Any,  # float64 [columns, columns]
-    x_pointer: Any,  # [tokens, columns], rows x_stride apart
-    tokens: Any,
-    columns: Any,
-    x_stride: Any,
-    tiles: Any,
+    total_pointer: tl.tensor,  # float64 [columns, columns]
+    x_pointer: tl.tensor,  # [tokens, columns], rows x_stride apart
+    tokens: tl.tensor,
+    columns: tl.tensor,
+    x_stride: tl.tensor,
+    order_pointer: tl.tensor,  # int32 [tiles, 2]
     TILE: tl.constexpr,
     TOKENS: tl.constexpr,
-    BAND: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ) -> None:
-    # Tiles in bands of BAND rows, column by column within a band: neighbours in time share their inputs in the L2 cache.
-    # A band that begins at row r has BAND * r tiles left of its corner, and the corner's triangle.
-    place = tl.program_id(0)
-    first = place * 0
-    rows = tl.minimum(BAND, tiles)
-    size = rows * (rows + 1) // 2
-    while place >= size:
-        place -= size
-        first += BAND
-        rows = tl.minimum(BAND, tiles - first)
-        size = rows * first + rows * (rows + 1) // 2
-    if place < rows * first:
-        row = first + place % rows
-        column = place // rows
-    else:
-        place -= rows * first
-        column = first
-        height = rows
-        while place >= height:
-            place -= height
-            height -= 1
-            column += 1
-        row = column + place
+    row = tl.load(order_pointer + 2 * tl.program_id(0))
+    column = tl.load(order_pointer + 2 * tl.program_id(0) + 1)
     i = row * TILE + tl.arange(0, TILE)
     j = column * TILE + tl.arange(0, TILE)
     t = tl.arange(0, TOKENS)
     sums = tl.zeros((TILE, TILE), dtype=tl.float32)
     left = x_pointer + t[:, None].to(tl.int64) * x_stride + i[None, :]
     right = x_pointer + t[:, None].to(tl.int64) * x_stride + j[None, :]
-    for start in range(0, tokens, TOKENS):
-        there = (start + t < tokens)[:, None]
-        a = tl.load(left, mask=there & (i < columns)[None, :], other=0.0)
-        b = tl.load(right, mask=there & (j < columns)[None, :], other=0.0)
-        sums = tl.dot(tl.trans(a), b, sums)
-        left += TOKENS * x_stride
-        right += TOKENS * x_stride
+    for first in range(0, tokens, TOGETHER):
+        part = tl.zeros((TILE, TILE), dtype=tl.float32)
+        for start in range(first, tl.minimum(first + TOGETHER, tokens), TOKENS):
+            there = (start + t < tokens)[:, None]
+            a = tl.load(left, mask=there & (i < columns)[None, :], other=0.0)
+            b = tl.load(right, mask=there & (j < columns)[None, :], other=0.0)
+            part = tl.dot(tl.trans(a), b, part)
+            left += TOKENS * x_stride
+            right += TOKENS * x_stride
+        sums += part
     target = total_pointer + i[:, None].to(tl.int64) * columns + j[None, :]
     inside = (i < columns)[:, None] & (j < columns)[None, :]
     tl.store(target, tl.load(target, mask=inside) + sums.to(tl.float64), mask=inside)

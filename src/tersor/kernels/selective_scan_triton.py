@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -30,19 +28,19 @@ def forward(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _scan(
-    x_pointer: Any,  # [b, l, d], as dt and y
-    dt_pointer: Any,
-    A_pointer: Any,  # [d, n]
-    B_pointer: Any,  # [b, l, n], as C
-    C_pointer: Any,
-    initial_pointer: Any,  # [b, d, n], as last
-    y_pointer: Any,
-    last_pointer: Any,
-    before_pointer: Any,  # [chunks, b, d, n]
-    length: Any,
-    d: Any,
-    n: Any,
-    chunk_size: Any,
+    x_pointer: tl.tensor,  # [b, l, d], as dt and y
+    dt_pointer: tl.tensor,
+    A_pointer: tl.tensor,  # [d, n]
+    B_pointer: tl.tensor,  # [b, l, n], as C
+    C_pointer: tl.tensor,
+    initial_pointer: tl.tensor,  # [b, d, n], as last
+    y_pointer: tl.tensor,
+    last_pointer: tl.tensor,
+    before_pointer: tl.tensor,  # [chunks, b, d, n]
+    length: tl.tensor,
+    d: tl.tensor,
+    n: tl.tensor,
+    chunk_size: tl.tensor,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> None:

@@ -9,8 +9,6 @@ The matmuls take x, B and C in their own dtype (bf16 on tensor cores) and add up
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -47,13 +45,13 @@ def forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_stat
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _gain(
-    x_pointer: Any,  # [b, l, h, p]
-    dt_pointer: Any,  # [b, h, c, CHUNK], as a
-    a_pointer: Any,
-    B_pointer: Any,  # [b, l, g, n]
-    gained_pointer: Any,  # [b, h, c, p, n]
-    length: Any,
-    groups: Any,
+    x_pointer: tl.tensor,  # [b, l, h, p]
+    dt_pointer: tl.tensor,  # [b, h, c, CHUNK], as a
+    a_pointer: tl.tensor,
+    B_pointer: tl.tensor,  # [b, l, g, n]
+    gained_pointer: tl.tensor,  # [b, h, c, p, n]
+    length: tl.tensor,
+    groups: tl.tensor,
     P: tl.constexpr,
     N: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -81,12 +79,12 @@ def _gain(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _pass_on(
-    a_pointer: Any,  # [b, h, c, CHUNK]
-    gained_pointer: Any,  # [b, h, c, p, n], as before
-    initial_pointer: Any,  # [b, h, p, n], as last
-    before_pointer: Any,
-    last_pointer: Any,
-    chunks: Any,
+    a_pointer: tl.tensor,  # [b, h, c, CHUNK]
+    gained_pointer: tl.tensor,  # [b, h, c, p, n], as before
+    initial_pointer: tl.tensor,  # [b, h, p, n], as last
+    before_pointer: tl.tensor,
+    last_pointer: tl.tensor,
+    chunks: tl.tensor,
     PN: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -105,15 +103,15 @@ def _pass_on(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _output(
-    x_pointer: Any,  # [b, l, h, p], as y
-    dt_pointer: Any,  # [b, h, c, CHUNK], as a
-    a_pointer: Any,
-    B_pointer: Any,  # [b, l, g, n], as C
-    C_pointer: Any,
-    before_pointer: Any,  # [b, h, c, p, n]
-    y_pointer: Any,
-    length: Any,
-    groups: Any,
+    x_pointer: tl.tensor,  # [b, l, h, p], as y
+    dt_pointer: tl.tensor,  # [b, h, c, CHUNK], as a
+    a_pointer: tl.tensor,
+    B_pointer: tl.tensor,  # [b, l, g, n], as C
+    C_pointer: tl.tensor,
+    before_pointer: tl.tensor,  # [b, h, c, p, n]
+    y_pointer: tl.tensor,
+    length: tl.tensor,
+    groups: tl.tensor,
     P: tl.constexpr,
     N: tl.constexpr,
     CHUNK: tl.constexpr,
