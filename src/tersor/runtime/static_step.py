@@ -51,9 +51,9 @@ class PlacedLayer(StaticLayer):
         """Take over what a layer holds of `length` tokens: all, or the last ones where it slides."""
         assert layer.keys is not None
         assert layer.values is not None
-        kept = layer.keys.shape[2]
-        self.keys[:, :, length - kept : length] = layer.keys
-        self.values[:, :, length - kept : length] = layer.values
+        for buffer, held in ((self.keys, layer.keys), (self.values, layer.values)):
+            buffer.zero_()  # what the mask leaves out must be finite all the same
+            buffer[:, :, length - held.shape[2] : length] = held
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         tokens = key_states.shape[2]
@@ -74,6 +74,10 @@ class StaticStep:
         Raises NotStaticError where the cache or the module is known not to go with fixed memory. That it is right for all others
         is for the caller to see: compare a step with the module's own.
         """
+        if any(each._forward_hooks or each._forward_pre_hooks for each in module.modules()):
+            raise NotStaticError("a module has a hook, which a graph would not call")
+        if len({parameter.device for parameter in module.parameters()}) > 1:
+            raise NotStaticError("the model is spread over several devices")
         self._module, self._more, self._name = module, more, name
         self._device = next(module.parameters()).device
         self._position = torch.zeros((), dtype=torch.int64, device=self._device)
@@ -83,10 +87,6 @@ class StaticStep:
         self._attends = any(isinstance(layer, PlacedLayer) for layer in self._cache.layers)
         if self._attends and not getattr(module, "_can_compile_fullgraph", False):
             raise NotStaticError(f"{type(module).__name__} does not support a static cache")
-        if any(each._forward_hooks or each._forward_pre_hooks for each in module.modules()):
-            raise NotStaticError("a module has a hook, which a graph would not call")
-        if len({parameter.device for parameter in module.parameters()}) > 1:
-            raise NotStaticError("the model is spread over several devices")
         self._accepted = inspect.signature(module.forward).parameters
         self._graph: torch.cuda.CUDAGraph | None = None
         self._ids = torch.empty(0)
@@ -143,11 +143,12 @@ class StaticStep:
         self._ids = torch.zeros(batch, 1, dtype=torch.int64, device=self._device)
         with torch.cuda.device(self._device):
             self._warm_up(cache, length)
-            current, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+            current, stream = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            graph = torch.cuda.CUDAGraph()
             generator = torch.cuda.default_generators[torch.cuda.current_device()]
             clone = generator.clone_state()
             try:
-                with torch.cuda.graph(graph):
+                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                     self._logits = self._run(self._ids)
             except BaseException:  # torch would stay on the capture's stream, and its generator go on as if captured
                 torch.cuda.set_stream(current)
@@ -162,16 +163,17 @@ class StaticStep:
         before, mode = self.layout(), torch.cuda.get_sync_debug_mode()
         stream, current = torch.cuda.Stream(), torch.cuda.current_stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(current)
-        try:
-            with torch.cuda.stream(stream), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch says that the mode does not find everything
-                self._run(self._ids)
-                self.load(cache, length)
-                torch.cuda.set_sync_debug_mode("error")  # a failure here is harmless, one while capturing less so
-                self._run(self._ids)
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
-            current.wait_stream(stream)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch says that the mode does not find everything
+            try:
+                with torch.cuda.stream(stream):
+                    self._run(self._ids)
+                    self.load(cache, length)
+                    torch.cuda.set_sync_debug_mode("error")  # a failure here is harmless, one while capturing less so
+                    self._run(self._ids)
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
+                current.wait_stream(stream)
         if self.layout() != before:
             raise NotStaticError("a step does not write its cache in place")
 
