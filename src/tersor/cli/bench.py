@@ -16,7 +16,8 @@ from tersor.cli.progress import progress_bar
 from tersor.errors import TersorError
 from tersor.runtime import bench as runtime
 from tersor.runtime.bench import Spread, Turn
-from tersor.runtime.generate import check_length, load_module, make_engine
+from tersor.runtime.cached_module import CachedModule
+from tersor.runtime.generate import Engine, check_length, load_module, make_engine
 
 
 def bench(
@@ -42,7 +43,7 @@ def bench(
             raise TersorError(f"--threads {threads} must be positive")
         torch.set_num_threads(threads)
     runners: dict[str, Callable[[], Turn]] = {}
-    engines = {}
+    engines: dict[str, Engine] = {}
     for name in filter(None, dict.fromkeys((model, against))):
         engine, run = _runner(name, prompt_tokens, new_tokens, batch, dtype, device)
         runners[name], engines[name] = run, engine
@@ -51,6 +52,7 @@ def bench(
     memory = {"peak_memory": runtime.peak_memory()}
     sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": batch}
     found = {name: runtime.speeds(each, **sizes) for name, each in turns.items()}
+    runs_as = {name: _runs_as(engine) for name, engine in engines.items()}
     ratios = None if against is None or against == model else runtime.ratios(turns[model], turns[against])
     if as_json:
         result: dict[str, Any] = {
@@ -58,7 +60,7 @@ def bench(
             "repeats": repeats,
             "threads": torch.get_num_threads(),
             **memory,
-            "models": {name: {"engine": engines[name], **_plain(each)} for name, each in found.items()},
+            "models": {name: {"engine": runs_as[name], **_plain(each)} for name, each in found.items()},
         }
         typer.echo(json.dumps(result if ratios is None else {**result, "ratios": _plain(ratios)}))
         return
@@ -68,7 +70,7 @@ def bench(
     for name, each in found.items():
         table.add_row(
             name,
-            engines[name],
+            runs_as[name],
             _show(each["prefill"]),
             _show(each["decode"]),
             _show(each["first_token"], scale=1e3),
@@ -84,13 +86,19 @@ def bench(
 
 def _runner(
     name: str, prompt_tokens: int, new_tokens: int, batch: int, dtype: str, device: str
-) -> tuple[str, Callable[[], Turn]]:
+) -> tuple[Engine, Callable[[], Turn]]:
     module = load_module(name, dtype=dtype, device=device)
     check_length(module, prompt_tokens, new_tokens)
     engine = make_engine(module, capacity=prompt_tokens + new_tokens, batch=batch, take_over=True)
     config: Any = module.config
     ids = runtime.random_prompt(config.get_text_config().vocab_size, batch=batch, tokens=prompt_tokens)
-    return type(engine).__name__, lambda: runtime.take_turn(engine, ids, new_tokens)
+    return engine, lambda: runtime.take_turn(engine, ids, new_tokens)
+
+
+def _runs_as(engine: Engine) -> str:
+    """Which engine, and whether its steps were a CUDA graph, which is known when they have run."""
+    graphed = isinstance(engine, CachedModule) and engine.graphed
+    return type(engine).__name__ + (", CUDA graph" if graphed else "")
 
 
 def _plain(found: dict[str, Spread]) -> dict[str, dict[str, float]]:

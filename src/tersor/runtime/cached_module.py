@@ -1,8 +1,10 @@
 """Any causal language model of transformers, token by token with the cache that its own class makes.
 
-After the prompt, the cache's plain attention layers get buffers for all positions to come: a token is written into its place,
-where transformers copies the whole cache to make it one longer. Sliding windows, recurrent states and other layers stay as
-the model made them. A model that keeps no cache sees the whole sequence again for every token.
+On a GPU, a step of one token is one CUDA graph over a static copy of that cache (`static_step.py`), where the model allows it.
+Elsewhere, after the prompt, the cache's plain attention layers get buffers for all positions to come: a token is written into
+its place, where transformers copies the whole cache to make it one longer, and only what is filled is attended to. Sliding
+windows, recurrent states and other layers stay as the model made them. A model that keeps no cache sees the whole sequence
+again for every token.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from tersor.errors import TersorError
+from tersor.runtime.static_step import StaticStep, agree
 
 _CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # the argument's name, which depends on version and model
 
@@ -58,21 +61,32 @@ def why_not(module: nn.Module) -> str | None:
 
 
 class CachedModule:
-    """As LlamaCPU, for a module for which `why_not` is None."""
+    """As LlamaCPU, for a module for which `why_not` is None.
+
+    why_no_graph: why a step is no CUDA graph; None where it is one, or may become one at the first step of one token.
+    """
 
     def __init__(self, module: nn.Module, *, capacity: int, batch: int = 1) -> None:
         self.module, self.capacity, self.batch, self.length = module, capacity, batch, 0
         self.device = next(module.parameters()).device
+        self.why_no_graph: str | None = None if self.device.type == "cuda" else f"it runs on {self.device.type}"
         accepted = inspect.signature(module.forward).parameters
         self._name = next((name for name in _CACHE_NAMES if name in accepted), None)
         self._more: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self._more |= {"use_cache": True} if "use_cache" in accepted else {}
         self._cache: Any = None
         self._seen: Tensor | None = None
+        self._step: StaticStep | None = None
+        self._in_step = False  # where the text is: in the step's own cache, or in _cache
+
+    @property
+    def graphed(self) -> bool:
+        """Whether a step of one token is a CUDA graph."""
+        return self._step is not None
 
     def reset(self) -> None:
         """Start new sequences."""
-        self.length, self._cache, self._seen = 0, None, None
+        self.length, self._cache, self._seen, self._in_step = 0, None, None, False
 
     @torch.inference_mode()
     def forward(self, ids: Tensor) -> Tensor:
@@ -84,21 +98,52 @@ class CachedModule:
                 f"{self.batch} of {self.capacity}"
             )
         ids = ids.to(self.device)
-        again = self._cache is None and self._seen is not None  # it keeps no cache
-        if again:
-            ids = torch.cat([self._seen, ids], dim=1)  # type: ignore[list-item]
+        if tokens == 1 and self._step is not None and self._cache is not None:
+            self._step.load(self._cache, self.length)
+            self._cache, self._in_step = None, True
+        if self._in_step and self._step is not None:
+            logits = self._step.forward(ids)
+        elif tokens == 1 and self._cache is not None and self.why_no_graph is None:
+            logits = self._first_step(ids)
+        else:
+            logits = self._plain(ids)
+        self.length += tokens
+        return logits.float()
+
+    def _plain(self, ids: Tensor) -> Tensor:
+        """One call of the module with the cache that it made."""
+        if self._cache is None and self._seen is not None:  # it keeps no cache
+            ids = torch.cat([self._seen, ids], dim=1)
         given: dict[str, Any] = dict(self._more)  # and no mask: nothing is padded, and recurrent models want none
         if self._cache is not None and self._name is not None:
             given[self._name] = self._cache
         output = self.module(input_ids=ids, **given)
-        first, self.length = self._cache is None, self.length + tokens
         self._cache = None if self._name is None else getattr(output, self._name, None)
         if self._cache is None:
-            self._seen = ids
-        elif first:
+            self._seen, self.why_no_graph = ids, "it keeps no cache"
+        elif self.why_no_graph is not None:
             _make_room(self._cache, self.capacity)
         logits: Tensor = output.logits[:, -1]
-        return logits.float()
+        return logits
+
+    def _first_step(self, ids: Tensor) -> Tensor:
+        """A step both ways: by a graph, where one can be made, and plainly. The graph stays if they agree.
+
+        It works on a copy of the cache, so that all is as it was where no graph comes of it.
+        """
+        try:
+            step = StaticStep(self.module, self._cache, name=str(self._name), more=self._more, capacity=self.capacity)
+            step.capture(self._cache, self.length, self.batch)
+            found = step.forward(ids)
+        except Exception as error:  # whatever a model does that was not made for this
+            self.why_no_graph = f"{type(error).__name__}: {error}".splitlines()[0]
+            return self._plain(ids)
+        logits = self._plain(ids)
+        if agree(found, logits, next(self.module.parameters()).dtype):
+            self._step, self._cache, self._in_step = step, None, True
+        else:
+            self.why_no_graph = "a step over a static cache gives other logits"
+        return logits
 
 
 def _make_room(cache: Any, capacity: int) -> None:
