@@ -78,11 +78,12 @@ def _tokens(batch: Batch) -> int:
 
 
 def _products_per_second(device: torch.device, dtype: torch.dtype) -> float:
-    """Multiply-adds a second of one matmul of middling size."""
-    a = torch.randn(512, 512, device=device).to(dtype)
-    torch.mm(a, a)
+    """Multiply-adds a second of one matmul of a size that keeps the device busy."""
+    size = 512 if device.type == "cpu" else 4096
+    a = torch.randn(size, size, device=device).to(dtype)
+    float(torch.mm(a, a)[0, 0])  # waits for a GPU, here as below
     started, runs = time.perf_counter(), 4
     for _ in range(runs):
         product = torch.mm(a, a)
-    float(product[0, 0])  # waits for a GPU
-    return runs * 512**3 / max(time.perf_counter() - started, 1e-6)
+    float(product[0, 0])
+    return runs * size**3 / max(time.perf_counter() - started, 1e-6)

@@ -160,7 +160,7 @@ def solve_factorized(
 
     whole = (grid or fit(W)) if group_size == -1 else None  # before dead columns are zeroed, as in the reference
     W.masked_fill_(factor.dead, 0)
-    groups = natural_groups(columns, group_size).to(W.device)  # of every column, in the order of solving
+    groups = natural_groups(columns, group_size, W.device)  # of every column, in the order of solving
     scales = W.new_empty(rows, -(-columns // size))
     zeros = torch.empty_like(scales)
     if whole is not None:
@@ -236,7 +236,7 @@ def _inverse(R: Tensor) -> Tensor:
     """Of an upper triangular matrix, or of each of several [..., n, n]."""
     identity = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device).expand(R.shape)
     inverse: Tensor = torch.linalg.solve_triangular(R, identity, upper=True)
-    return inverse
+    return inverse.contiguous()  # torch.linalg gives columns that lie together
 
 
 def _inverse_diagonal_blocks(R: Tensor, size: int) -> list[Tensor]:
@@ -265,7 +265,7 @@ def solve_rtn(
         for first in range(0, columns, size)
     ]
     scales, zeros = torch.cat([g.scale for g in grids], 1), torch.cat([g.zero for g in grids], 1)
-    groups = natural_groups(columns, group_size).to(W.device)
+    groups = natural_groups(columns, group_size, W.device)
     codes = quantize(W, scales[:, groups], zeros[:, groups], bits)
     solution = Solution(codes.to(torch.uint8), scales, zeros, groups, bits, 0.0, 0.0)
     return Solution(

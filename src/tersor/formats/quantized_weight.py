@@ -77,7 +77,7 @@ class QuantizedWeight:
         """The group of every input column, int64 [in]."""
         if self.g_idx is not None:
             return self.g_idx.long()
-        return natural_groups(self.in_features, self.group_size).to(self.qweight.device)
+        return natural_groups(self.in_features, self.group_size, self.qweight.device)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight [out, in] in `dtype` (that of the scales where not given), computed in at least float32."""
@@ -119,7 +119,7 @@ class QuantizedWeight:
         )
 
 
-def natural_groups(in_features: int, group_size: int) -> Tensor:
+def natural_groups(in_features: int, group_size: int, device: torch.device | None = None) -> Tensor:
     """i // group_size for every input column i, int64 [in]; all zeros where group_size is -1."""
     size = in_features if group_size == -1 else group_size
-    return torch.arange(in_features) // size
+    return torch.arange(in_features, device=device) // size

@@ -18,7 +18,7 @@ def has_kernel(x: Tensor) -> bool:
 def add_gram(total: Tensor, x: Tensor) -> None:
     """total += xᵀ x on and below the diagonal; above it, anything. total float64 [columns, columns], x [tokens, columns].
 
-    The sums over this call's tokens are float32.
+    The sums over up to 2048 tokens are float32.
     """
     from tersor.kernels import gram_triton
 
