@@ -13,10 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from tersor.cli.progress import progress_bar
+from tersor.compress.result import peak_memory
 from tersor.errors import TersorError
 from tersor.runtime import bench as runtime
 from tersor.runtime.bench import Spread, Turn
-from tersor.runtime.generate import check_length, load_module, make_engine
+from tersor.runtime.generate import Engine, check_length, load_module, make_engine
 
 
 def bench(
@@ -42,13 +43,13 @@ def bench(
             raise TersorError(f"--threads {threads} must be positive")
         torch.set_num_threads(threads)
     runners: dict[str, Callable[[], Turn]] = {}
-    engines = {}
+    engines: dict[str, str] = {}
     for name in filter(None, dict.fromkeys((model, against))):
         engine, run = _runner(name, prompt_tokens, new_tokens, batch, dtype, device)
-        runners[name], engines[name] = run, engine
+        runners[name], engines[name] = run, type(engine).__name__
     with progress_bar(quiet=as_json) as progress:
         turns = runtime.measure(runners, repeats=repeats, progress=progress)
-    memory = {"peak_memory": runtime.peak_memory()}
+    memory = {"peak_memory": peak_memory(engine.device)}
     sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": batch}
     found = {name: runtime.speeds(each, **sizes) for name, each in turns.items()}
     ratios = None if against is None or against == model else runtime.ratios(turns[model], turns[against])
@@ -76,21 +77,24 @@ def bench(
     if ratios is not None:
         table.add_row("times as fast", "", _show(ratios["prefill"]), _show(ratios["decode"]), "")
     Console().print(table)
+    where = f"{torch.get_num_threads()} threads"
+    if engine.device.type == "cuda":
+        where = torch.cuda.get_device_name(engine.device)
     typer.echo(
-        f"\n{batch} x {prompt_tokens} prompt and {new_tokens} new tokens, {repeats} turns, {torch.get_num_threads()} threads; "
+        f"\n{batch} x {prompt_tokens} prompt and {new_tokens} new tokens, {repeats} turns, {where}; "
         f"peak memory {memory['peak_memory'] / 1e9:.2f} GB{' with both models' if ratios is not None else ''}"
     )
 
 
 def _runner(
     name: str, prompt_tokens: int, new_tokens: int, batch: int, dtype: str, device: str
-) -> tuple[str, Callable[[], Turn]]:
+) -> tuple[Engine, Callable[[], Turn]]:
     module = load_module(name, dtype=dtype, device=device)
     check_length(module, prompt_tokens, new_tokens)
     engine = make_engine(module, capacity=prompt_tokens + new_tokens, batch=batch, take_over=True)
     config: Any = module.config
     ids = runtime.random_prompt(config.get_text_config().vocab_size, batch=batch, tokens=prompt_tokens)
-    return type(engine).__name__, lambda: runtime.take_turn(engine, ids, new_tokens)
+    return engine, lambda: runtime.take_turn(engine, ids, new_tokens)
 
 
 def _plain(found: dict[str, Spread]) -> dict[str, dict[str, float]]:
