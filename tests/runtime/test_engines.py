@@ -102,8 +102,7 @@ def test_a_prompt_of_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_kernel
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_packed_weights(bits: int) -> None:
-    module = tiny_models.build("llama")
-    compress(module, RTN(bits=bits, group_size=32))
+    module = compress(tiny_models.build("llama"), RTN(bits=bits, group_size=32)).model
     ids = random_ids(2, 20)
     expected = logits_of(module, ids)
     prepare_layers(module)

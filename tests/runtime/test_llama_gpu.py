@@ -78,7 +78,15 @@ def build(name: str, dtype: torch.dtype, *, bits: int = 0, **config: Any) -> tup
         module = tiny_models.build(name)
     module = shaken(module).to(dtype)
     if bits:
-        compress(module, RTN(bits=bits, group_size=32))
+        module = compress(module, RTN(bits=bits, group_size=32)).model
+    exact = dense_copy(module)
+    module = module.cuda()
+    prepare_layers(module)
+    return module, exact
+
+
+def dense_copy(module: nn.Module) -> nn.Module:
+    """The same numbers in float64, unpacked."""
     exact = copy.deepcopy(module)
     for layer_name, layer in list(exact.named_modules()):
         if isinstance(layer, QuantizedLinear):
@@ -88,9 +96,7 @@ def build(name: str, dtype: torch.dtype, *, bits: int = 0, **config: Any) -> tup
             if layer.bias is not None:
                 dense.bias = nn.Parameter(layer.bias.detach().double())
             exact.set_submodule(layer_name, dense)
-    module = module.cuda()
-    prepare_layers(module)
-    return module, exact.double()
+    return exact.double()
 
 
 def logits_of(exact: nn.Module, ids: Tensor) -> Tensor:
@@ -113,6 +119,7 @@ def assert_same_logits(engine: LlamaGPU, expected: Tensor, ids: Tensor, cuts: li
     assert engine.length == ids.shape[1]
 
 
+@pytest.mark.slow
 def test_interpreted_on_a_cpu() -> None:
     """Prompt, tokens one by one, `greedy` and a second text, for a model with everything: biases, norms, windows."""
     run_interpreted(
@@ -132,25 +139,32 @@ def check_interpreted() -> None:
         (transformers.LlamaForCausalLM, {"attention_bias": True, "mlp_bias": True}),
         (transformers.Qwen3ForCausalLM, sliding),
         (transformers.MistralForCausalLM, {"sliding_window": 5, "num_key_value_heads": 1}),
+        (transformers.LlamaForCausalLM, None),
     ):
-        module = shaken(made(made.config_class(**{**shape, **more})))
-        ids = random_ids(2, 14)
-        expected = logits_of(copy.deepcopy(module).double(), ids)
-        engine = LlamaGPU(module, capacity=14, batch=2)
-        for cuts in ([9, 10, 11], [1, 2, 6]):
-            start = 0
-            for end in (*cuts, 14):
-                found = engine.forward(ids[:, start:end]).double()
-                torch.testing.assert_close(found, expected[:, end - 1], rtol=1e-4, atol=1e-4)
-                start = end
-            engine.reset()
-        made_at_once = engine.greedy(ids[:, :9], 5)
+        module = shaken(made(made.config_class(**{**shape, **(more or {})})))
+        if more is None:  # packed: gate and up can be joined, the narrow q, k and v cannot
+            module = compress(module, RTN(bits=4, group_size=32)).model
+        ids = random_ids(2, 10)
+        expected = logits_of(dense_copy(module), ids)
+        for layer in module.modules():
+            if isinstance(layer, QuantizedLinear):
+                layer.restore()
+                layer.prepared = prepare(layer.packed)
+        engine = LlamaGPU(module, capacity=10, batch=2, take_over=True)
+        counts = [len(linears.weights) for linears in (engine._layers[0].qkv, engine._layers[0].gate_up)]
+        assert counts == ([3, 1] if more is None else [1, 1])
+        start = 0
+        for end in (7, 8, 9, 10):
+            found = engine.forward(ids[:, start:end]).double()
+            torch.testing.assert_close(found, expected[:, end - 1], rtol=1e-4, atol=1e-4)
+            start = end
         engine.reset()
-        token, made_singly = ids[:, :9], []
-        for _ in range(5):
+        at_once = engine.greedy(ids[:, :1], 3)
+        engine.reset()
+        token = ids[:, :1]
+        for index in range(3):
             token = engine.forward(token).argmax(dim=-1, keepdim=True)
-            made_singly.append(token)
-        assert torch.equal(made_at_once, torch.cat(made_singly, dim=1))
+            assert torch.equal(at_once[:, index : index + 1], token)
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
@@ -339,9 +353,7 @@ def test_which_models_of_a_gpu_run_here() -> None:
     module, _ = build("llama", torch.bfloat16)
     assert isinstance(make_engine(module, capacity=4), LlamaGPU)
     assert "float32" in str(llama_gpu.why_not(tiny_models.build("llama").cuda()))
-    packed = tiny_models.build("llama").half()
-    compress(packed, RTN(bits=4, group_size=32))
-    packed = packed.cuda()  # not prepared
+    packed = compress(tiny_models.build("llama").half(), RTN(bits=4, group_size=32)).model.cuda()  # not prepared
     assert "q_proj has no GPU kernel" in str(llama_gpu.why_not(packed))
     engine = make_engine(packed, capacity=4)
     assert isinstance(engine, CachedModule)

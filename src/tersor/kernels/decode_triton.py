@@ -75,15 +75,15 @@ def add_norm(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _add_norm(
-    x_pointer: Any,
-    ids_pointer: Any,
-    bias_pointer: Any,
-    residual_pointer: Any,
-    weight_pointer: Any,
-    y_pointer: Any,
-    size: Any,
-    eps: Any,
+def _add_norm(  # type: ignore[no-untyped-def]
+    x_pointer,
+    ids_pointer,
+    bias_pointer,
+    residual_pointer,
+    weight_pointer,
+    y_pointer,
+    size,
+    eps,
     FIRST: tl.constexpr,
     BIAS: tl.constexpr,
     EARLY: tl.constexpr,
@@ -155,25 +155,25 @@ def rope(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _rope(
-    q_pointer: Any,
-    k_pointer: Any,
-    v_pointer: Any,
-    q_stride: Any,
-    k_stride: Any,
-    v_stride: Any,
-    bias_pointer: Any,
-    q_norm_pointer: Any,
-    k_norm_pointer: Any,
-    cos_pointer: Any,
-    sin_pointer: Any,
-    position_pointer: Any,
-    turned_pointer: Any,
-    keys_pointer: Any,
-    values_pointer: Any,
-    tokens: Any,
-    capacity: Any,
-    eps: Any,
+def _rope(  # type: ignore[no-untyped-def]
+    q_pointer,
+    k_pointer,
+    v_pointer,
+    q_stride,
+    k_stride,
+    v_stride,
+    bias_pointer,
+    q_norm_pointer,
+    k_norm_pointer,
+    cos_pointer,
+    sin_pointer,
+    position_pointer,
+    turned_pointer,
+    keys_pointer,
+    values_pointer,
+    tokens,
+    capacity,
+    eps,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HALF: tl.constexpr,
@@ -241,7 +241,7 @@ def _rope(
 
 def splits_for(sequences: int, kv_heads: int, capacity: int, processors: int) -> int:
     """Pieces into which the positions are cut: about two programs a processor, none shorter than a block."""
-    return max(1, min(2 * processors // (sequences * kv_heads), triton.cdiv(capacity, BLOCK_N)))
+    return max(1, min(2 * processors // (sequences * kv_heads), -(-capacity // BLOCK_N)))
 
 
 def attend(
@@ -282,17 +282,17 @@ def attend(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _attend(
-    q_pointer: Any,
-    keys_pointer: Any,
-    values_pointer: Any,
-    position_pointer: Any,
-    y_pointer: Any,
-    pieces_pointer: Any,
-    maxima_pointer: Any,
-    totals_pointer: Any,
-    capacity: Any,
-    scale: Any,  # to powers of two
+def _attend(  # type: ignore[no-untyped-def]
+    q_pointer,
+    keys_pointer,
+    values_pointer,
+    position_pointer,
+    y_pointer,
+    pieces_pointer,
+    maxima_pointer,
+    totals_pointer,
+    capacity,
+    scale,  # to powers of two
     GROUP: tl.constexpr,
     WIDTH: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -346,11 +346,11 @@ def _attend(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _merge(
-    pieces_pointer: Any,
-    maxima_pointer: Any,
-    totals_pointer: Any,
-    y_pointer: Any,
+def _merge(  # type: ignore[no-untyped-def]
+    pieces_pointer,
+    maxima_pointer,
+    totals_pointer,
+    y_pointer,
     WIDTH: tl.constexpr,
     SPLITS: tl.constexpr,
     EARLY: tl.constexpr,
@@ -392,15 +392,15 @@ def gate(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _gate(
-    gates_pointer: Any,
-    ups_pointer: Any,
-    gates_stride: Any,
-    ups_stride: Any,
-    gate_bias_pointer: Any,
-    up_bias_pointer: Any,
-    y_pointer: Any,
-    size: Any,
+def _gate(  # type: ignore[no-untyped-def]
+    gates_pointer,
+    ups_pointer,
+    gates_stride,
+    ups_stride,
+    gate_bias_pointer,
+    up_bias_pointer,
+    y_pointer,
+    size,
     BIAS: tl.constexpr,
     EARLY: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -444,12 +444,12 @@ def pick(scores: Tensor, logits: Tensor, ids: Tensor, made: Tensor, position: Te
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _largest(
-    scores_pointer: Any,
-    logits_pointer: Any,
-    maxima_pointer: Any,
-    places_pointer: Any,
-    vocabulary: Any,
+def _largest(  # type: ignore[no-untyped-def]
+    scores_pointer,
+    logits_pointer,
+    maxima_pointer,
+    places_pointer,
+    vocabulary,
     EARLY: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -468,16 +468,16 @@ def _largest(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _pick(
-    maxima_pointer: Any,
-    places_pointer: Any,
-    ids_pointer: Any,
-    made_pointer: Any,
-    position_pointer: Any,
-    batch: Any,
-    parts: Any,
-    vocabulary: Any,
-    made_stride: Any,
+def _pick(  # type: ignore[no-untyped-def]
+    maxima_pointer,
+    places_pointer,
+    ids_pointer,
+    made_pointer,
+    position_pointer,
+    batch,
+    parts,
+    vocabulary,
+    made_stride,
     EARLY: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,

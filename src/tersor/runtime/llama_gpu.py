@@ -14,6 +14,7 @@ The first step runs without the graph, as kernels are compiled when they are fir
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -70,7 +71,7 @@ class Linears:
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
         """y [rows, width] of each map, rows of any stride. x [rows, in]."""
         y = [_multiply(x, weight) for weight in self.weights]
-        return y if len(y) == len(self.widths) else y[0].split(self.widths, dim=1)
+        return y if len(y) == len(self.widths) else y[0].split_with_sizes(self.widths, dim=1)
 
 
 def _multiply(x: Tensor, weight: Weight) -> Tensor:
@@ -275,8 +276,7 @@ class LlamaGPU:
             self._step()
             if self.device.type == "cuda":
                 self._graph = torch.cuda.CUDAGraph()
-                # A stream of this device: torch's own one for captures is of the device that captured first.
-                with torch.cuda.graph(self._graph, stream=torch.cuda.Stream(self.device)):
+                with torch.cuda.graph(self._graph, stream=_capture_stream(self.device)):
                     self._step()  # is captured, not run
         self.length += 1
 
@@ -284,7 +284,7 @@ class LlamaGPU:
         kernels = self._kernels
 
         def attend(layer: _Layer, queries: Tensor) -> Tensor:
-            found = kernels.attend(
+            found: Tensor = kernels.attend(
                 queries, layer.keys, layer.values, self._position,
                 splits=self._splits, window=layer.window or 0, early=self._early,
             )  # fmt: skip
@@ -315,7 +315,7 @@ class LlamaGPU:
                     is_causal=mask is None,
                     enable_gqa=mask is None and group > 1,
                 )
-                return y.transpose(1, 2).reshape(self.batch * tokens, -1)
+                return y.transpose(1, 2).flatten(2).flatten(0, 1)
 
             self._position.fill_(start)
             residual, update = self._through_layers(piece.flatten(), tokens, attend)
@@ -355,6 +355,13 @@ class LlamaGPU:
         normed = kernels.add_norm(update, residual, self._final_norm, eps=self._eps, bias=bias, early=early)
         (scores,) = self._head(normed)
         kernels.pick(scores, self._logits, self._ids, self._made, self._position, early=early)
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all engines of the device, as cuBLAS keeps a workspace for every stream that it was used on. torch's own stream
+    for captures is of the device that captured first."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _weight(layer: Any) -> Weight:
