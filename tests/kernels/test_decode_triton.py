@@ -127,7 +127,7 @@ def check_gate(device: str, early: bool = False, dtypes: tuple[torch.dtype, ...]
     from tersor.kernels import decode_triton
 
     for dtype in dtypes:
-        for rows, size in ((1, 64), (3, 100), (2, 1500)):
+        for rows, size in ((3, 100), (1, 700)):
             both = normal(rows, 2 * size, dtype=dtype, device=device) * 4
             biases = normal(2, size, device=device)
             for gates, ups in (both.split(size, dim=1), [e.contiguous() for e in both.split(size, dim=1)]):
@@ -162,7 +162,10 @@ def check_pick(device: str, early: bool = False, dtypes: tuple[torch.dtype, ...]
 
 @pytest.mark.parametrize("kernel", ["add_norm", "rope", "gate", "pick"])
 def test_interpreted(kernel: str) -> None:
-    run_interpreted(f"from kernels import test_decode_triton\ntest_decode_triton.check_{kernel}('cpu')")
+    dtypes = "(torch.float32, torch.bfloat16)"
+    run_interpreted(
+        f"from kernels import test_decode_triton\ntest_decode_triton.check_{kernel}('cpu', dtypes={dtypes})"
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=pytest.mark.slow)])

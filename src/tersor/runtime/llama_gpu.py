@@ -159,9 +159,7 @@ class LlamaGPU:
         # What a step takes from the one before, so that a graph of it can follow itself.
         self._ids = torch.zeros(batch, dtype=torch.int64, device=self.device)
         self._position = torch.zeros(1, dtype=torch.int64, device=self.device)
-        self._made = torch.zeros(
-            batch, capacity + 1, dtype=torch.int64, device=self.device
-        )  # likeliest at each position
+        self._made = torch.zeros(batch, capacity + 1, dtype=torch.int64, device=self.device)  # by their positions
         self._logits = torch.zeros(batch, int(head.out_features), device=self.device)
         self._graph: torch.cuda.CUDAGraph | None = None
         if self.device.type == "cuda":
@@ -177,9 +175,8 @@ class LlamaGPU:
         q_norm, k_norm = (None if norm is None else norm.weight.detach() for norm in norms)
         qkv_bias = None
         if any(each.bias is not None for each in projections):
-            none = [torch.zeros(each.out_features, device=self.device) for each in projections]
-            biases = [_bias(each) for each in projections]
-            qkv_bias = torch.cat([zero if bias is None else bias for bias, zero in zip(biases, none, strict=True)])
+            biases = ((_bias(each), torch.zeros(each.out_features, device=self.device)) for each in projections)
+            qkv_bias = torch.cat([zero if bias is None else bias for bias, zero in biases])
         keys, values = torch.zeros(
             2, self.batch, self._kv_heads, self.capacity, self._head_dim,
             dtype=self._embedding.dtype, device=self.device,
@@ -272,13 +269,15 @@ class LlamaGPU:
         """One step from the tokens and the position that lie on the device."""
         if self._graph is not None:
             self._graph.replay()
-        else:
-            self._step()
-            if self.device.type == "cuda":
-                self._graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self._graph, stream=_capture_stream(self.device)):
-                    self._step()  # is captured, not run
+            self.length += 1
+            return
+        self._step()
         self.length += 1
+        if self.device.type == "cuda":
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=_capture_stream(self.device)):
+                self._step()  # is captured, not run
+            self._graph = graph
 
     def _step(self) -> None:
         kernels = self._kernels
@@ -303,9 +302,8 @@ class LlamaGPU:
             ) -> Tensor:
                 keys, values, mask = layer.keys[:, :, :end], layer.values[:, :, :end], masks[layer.window]
                 group = self._heads // self._kv_heads
-                if (
-                    mask is not None and group > 1
-                ):  # with a mask, only one head a key-value head avoids all scores in memory
+                if mask is not None and group > 1:
+                    # torch's one kernel that takes a mask and keeps no scores in memory wants a key for every query head.
                     keys, values = (each.repeat_interleave(group, dim=1) for each in (keys, values))
                 y = nn.functional.scaled_dot_product_attention(
                     queries.view(self.batch, tokens, self._heads, self._head_dim).transpose(1, 2),
