@@ -104,7 +104,7 @@ def check_attend(device: str, early: bool = False, dtypes: tuple[torch.dtype, ..
     from tersor.kernels import decode_triton
 
     kinds = ((4, 4, 64), (8, 2, 128), (8, 1, 80), (20, 1, 16))  # heads, key-value heads, width
-    places = ((0, 0, 1), (1, 1, 3), (63, 0, 1), (64, 0, 3), (199, 0, 5), (150, 70, 3), (199, 64, 1), (5, 70, 2))
+    places = ((0, 0, 1), (1, 1, 3), (64, 0, 1), (150, 0, 2), (199, 0, 5), (150, 70, 3), (199, 64, 1), (5, 70, 2))
     for dtype in dtypes:
         for heads, kv_heads, width in kinds:
             for position, window, splits in places:
