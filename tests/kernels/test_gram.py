@@ -57,5 +57,5 @@ class TestOnTheGPU:
             hessian.add(part, 1)
         exact = x.double().t() @ x.double()
         error = (hessian.total - exact).norm() / exact.norm()
-        assert error < 1e-5
+        assert error < 3e-5
         assert torch.equal(hessian.total, hessian.total.t())

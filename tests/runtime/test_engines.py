@@ -102,8 +102,7 @@ def test_a_prompt_of_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_kernel
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_packed_weights(bits: int) -> None:
-    module = tiny_models.build("llama")
-    compress(module, RTN(bits=bits, group_size=32))
+    module = compress(tiny_models.build("llama"), RTN(bits=bits, group_size=32)).model
     ids = random_ids(2, 20)
     expected = logits_of(module, ids)
     prepare_layers(module)
@@ -153,6 +152,9 @@ def test_what_the_compiled_decoder_leaves_to_the_module() -> None:
     hooked = tiny_models.build("llama")
     hooked.get_submodule("model.layers.0").register_forward_hook(lambda *_: None)
     assert "model.layers.0 has a hook" in str(llama_cpu.why_not(hooked))
+    exchanged = tiny_models.build("llama")
+    exchanged.set_submodule("model.layers.0.mlp.up_proj", nn.Sequential(nn.Linear(64, 8), nn.Linear(8, 128)))
+    assert "model.layers.0.mlp.up_proj is a Sequential" in str(llama_cpu.why_not(exchanged))
     assert isinstance(make_engine(gelu, capacity=4), CachedModule)
     assert isinstance(make_engine(tiny_models.build("llama"), capacity=4), LlamaCPU)
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tersor.cli.progress import progress_bar
+from tersor.compress.result import peak_memory
 from tersor.errors import TersorError
 from tersor.runtime import bench as runtime
 from tersor.runtime.bench import Spread, Turn
@@ -45,11 +46,11 @@ def bench(
     runners: dict[str, Callable[[], Turn]] = {}
     engines: dict[str, Engine] = {}
     for name in filter(None, dict.fromkeys((model, against))):
-        engine, run = _runner(name, prompt_tokens, new_tokens, batch, dtype, device)
-        runners[name], engines[name] = run, engine
+        engine, runners[name] = _runner(name, prompt_tokens, new_tokens, batch, dtype, device)
+        engines[name] = engine
     with progress_bar(quiet=as_json) as progress:
         turns = runtime.measure(runners, repeats=repeats, progress=progress)
-    memory = {"peak_memory": runtime.peak_memory()}
+    memory = {"peak_memory": peak_memory(engine.device)}
     sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": batch}
     found = {name: runtime.speeds(each, **sizes) for name, each in turns.items()}
     runs_as = {name: _runs_as(engine) for name, engine in engines.items()}
@@ -78,8 +79,11 @@ def bench(
     if ratios is not None:
         table.add_row("times as fast", "", _show(ratios["prefill"]), _show(ratios["decode"]), "")
     Console().print(table)
+    where = f"{torch.get_num_threads()} threads"
+    if engine.device.type == "cuda":
+        where = torch.cuda.get_device_name(engine.device)
     typer.echo(
-        f"\n{batch} x {prompt_tokens} prompt and {new_tokens} new tokens, {repeats} turns, {torch.get_num_threads()} threads; "
+        f"\n{batch} x {prompt_tokens} prompt and {new_tokens} new tokens, {repeats} turns, {where}; "
         f"peak memory {memory['peak_memory'] / 1e9:.2f} GB{' with both models' if ratios is not None else ''}"
     )
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -99,9 +96,3 @@ def ratios(turns: Sequence[Turn], others: Sequence[Turn]) -> dict[str, Spread]:
 def random_prompt(vocabulary: int, *, batch: int, tokens: int) -> torch.Tensor:
     """Token ids [batch, tokens], the same at every call. The time does not depend on them."""
     return torch.randint(vocabulary, (batch, tokens), generator=torch.Generator().manual_seed(0))
-
-
-def peak_memory() -> int:
-    """Bytes of this process at its fullest so far."""
-    used: Any = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(used) * (1 if sys.platform == "darwin" else 1024)

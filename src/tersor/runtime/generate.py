@@ -1,7 +1,7 @@
 """Generate text with a causal language model, piece by piece as it comes.
 
-`load_engine` picks how the model runs: `LlamaCPU` where the model fits it, else `CachedModule`. Both have static buffers of a
-size that is known from the start, and one method: tokens in, logits of what follows out.
+`make_engine` picks how the model runs: `LlamaCPU` or `LlamaGPU` where the model fits it, else `CachedModule`. All have static
+buffers of a size that is known from the start, and one method: tokens in, logits of what follows out.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from tersor.checkpoint.load import load, load_tokenizer, pick_device
 from tersor.checkpoint.source import open_checkpoint, torch_dtype
 from tersor.errors import TersorError
 from tersor.layers.quantized_linear import prepare_layers
-from tersor.runtime import cached_module, llama_cpu
+from tersor.runtime import cached_module, llama_cpu, llama_gpu
 from tersor.runtime.cached_module import CachedModule
 from tersor.runtime.llama_cpu import LlamaCPU
+from tersor.runtime.llama_gpu import LlamaGPU
 from tersor.runtime.sampling import Sampling, choose
 
-Engine = LlamaCPU | CachedModule
+Engine = LlamaCPU | LlamaGPU | CachedModule
 _CONTEXT = 8  # tokens decoded again with a new one: its text depends on them (spaces, characters of several tokens)
 
 
@@ -36,6 +37,8 @@ def make_engine(module: nn.Module, *, capacity: int, batch: int = 1, take_over: 
         raise TersorError(reason)
     if llama_cpu.why_not(module) is None:
         return LlamaCPU(module, capacity=capacity, batch=batch, take_over=take_over)
+    if llama_gpu.why_not(module) is None:
+        return LlamaGPU(module, capacity=capacity, batch=batch, take_over=take_over)
     return CachedModule(module, capacity=capacity, batch=batch)
 
 

@@ -27,6 +27,7 @@ from tersor.layers.quantized_linear import QuantizedLinear
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FAMILY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 CHUNK = 512  # prompt tokens that go through the layers together, which bounds the buffers
 _BF16 = ("avx512_bf16", "amx")
 
@@ -75,12 +76,10 @@ def _library(implementation: str) -> ctypes.CDLL:
     return compiled
 
 
-def why_not(module: nn.Module) -> str | None:
-    """Why this model does not run here, or None."""
+def unlike_family(module: nn.Module) -> str | None:
+    """Why this is no decoder that this engine's arithmetic, or that of `llama_gpu.py`, is the arithmetic of; or None."""
     if type(module).__name__ not in FAMILY or not type(module).__module__.startswith("transformers."):
         return f"{type(module).__name__} is none of {', '.join(FAMILY)}"
-    if any(tensor.device.type != "cpu" for tensor in (*module.parameters(), *module.buffers())):
-        return "it is not on a CPU"
     config: Any = module.config
     if config.hidden_act != "silu":
         return f"its activation is {config.hidden_act}"
@@ -90,6 +89,18 @@ def why_not(module: nn.Module) -> str | None:
     for name, each in module.named_modules():
         if each._forward_hooks or each._forward_pre_hooks:
             return f"{name or 'the model'} has a hook"
+        if name.rpartition(".")[2] in LINEAR_NAMES and type(each) not in (nn.Linear, QuantizedLinear):
+            return f"{name} is a {type(each).__name__}"
+    return None
+
+
+def why_not(module: nn.Module) -> str | None:
+    """Why this model does not run here, or None."""
+    if reason := unlike_family(module):
+        return reason
+    if any(tensor.device.type != "cpu" for tensor in (*module.parameters(), *module.buffers())):
+        return "it is not on a CPU"
+    for name, each in module.named_modules():
         if isinstance(each, QuantizedLinear) and not isinstance(each.prepared, cpu.PreparedWeight):
             return f"{name} has no CPU kernel"
     name, reason = cpu.choose()
@@ -134,7 +145,7 @@ class LlamaCPU:
         shape = batch, self._kv_heads, capacity, self._head_dim
         self._keys = [torch.zeros(shape) for _ in inner.layers]
         self._values = [torch.zeros(shape) for _ in inner.layers]
-        self._windows = [_window(layer.self_attn, config) for layer in inner.layers]
+        self._windows = [window_of(layer.self_attn, config) for layer in inner.layers]
         cos, sin = inner.rotary_emb(torch.empty(0), torch.arange(capacity)[None])
         layers = (_Layer * len(inner.layers))(*(self._layer(index, each) for index, each in enumerate(inner.layers)))
         self._kept.append(layers)
@@ -248,7 +259,7 @@ class LlamaCPU:
         end = start + tokens
         queries = self._buffers["queries"][:rows].view(batch, tokens, self._heads, self._head_dim).transpose(1, 2)
         attended = self._buffers["attended"][:rows].view(batch, tokens, self._heads, self._head_dim)
-        masks = {window: _mask(start, end, window) for window in set(self._windows)}
+        masks = {window: visible(start, end, window) for window in set(self._windows)}
         for index, window in enumerate(self._windows):
             self._check(self._compiled.tersor_before_attention(self._model, index, batch, tokens, start))
             mask = masks[window]
@@ -269,7 +280,7 @@ class LlamaCPU:
             raise MemoryError("no memory for a step of the model")
 
 
-def _window(attention: Any, config: Any) -> int | None:
+def window_of(attention: Any, config: Any) -> int | None:
     """How many positions a query of this layer sees, its own included; None: all."""
     window = getattr(attention, "sliding_window", None)
     if type(attention).__name__ == "MistralAttention":
@@ -277,9 +288,9 @@ def _window(attention: Any, config: Any) -> int | None:
     return None if window is None else int(window)
 
 
-def _mask(start: int, end: int, window: int | None) -> Tensor | None:
+def visible(start: int, end: int, window: int | None, device: torch.device | None = None) -> Tensor | None:
     """Which of the keys 0 .. end - 1 the queries start .. end - 1 see, bool; None for plainly all that precede."""
     if start == 0 and (window is None or end <= window):
         return None
-    distance = torch.arange(start, end)[:, None] - torch.arange(end)
+    distance = torch.arange(start, end, device=device)[:, None] - torch.arange(end, device=device)
     return (distance >= 0) & (distance < (window or end))
