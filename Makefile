@@ -7,7 +7,8 @@ BIN := $(VENV)/bin
 # uv is fast, but does not read pip's configuration (a company's index, a local one): where it fails, pip does it.
 install = $(BIN)/uv pip install --system-certs --python $(BIN)/python -c constraints.txt -e $(1) \
 	|| $(BIN)/python -m pip install -c constraints.txt -e $(1)
-PYTEST := $(BIN)/python -m pytest
+# A process a core, each with one thread; but eight at most, as each holds torch.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test quick lint types contracts format docs clean

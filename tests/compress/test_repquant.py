@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import tersor
@@ -260,6 +260,17 @@ def test_saved_and_loaded_the_outputs_are_equal_and_the_file_is_small(
         4 * tensor.numel() for name, tensor in stored.items() if name.endswith(".qweight")
     }
     assert sum(t.numel() * t.element_size() for t in stored.values()) < sum(4 * p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("build", [small_vit, transformers_vit])
+def test_a_tensor_of_an_exchanged_module_that_is_gone_is_missed(build: Callable[[], nn.Module], tmp_path: Path) -> None:
+    result = tersor.compress(build(), RepQuant(w_bits=4, a_bits=6), calibration=images())
+    file = result.save(tmp_path / "model") / "model.safetensors"
+    stored = load_file(file)
+    gone = next(name for name in stored if name.endswith(".qweight"))
+    save_file({name: tensor for name, tensor in stored.items() if name != gone}, file, {"format": "pt"})
+    with pytest.raises(TersorError, match=f"lacks the tensor {gone}"):
+        tersor.load(tmp_path / "model", device="cpu")
 
 
 @pytest.mark.parametrize("build", [small_vit, small_swin, transformers_vit])

@@ -21,7 +21,7 @@ from tersor.errors import TersorError
 from tersor.formats.gguf_blocks import BLOCK_TYPES, unpack_blocks
 from tersor.formats.layouts import PACKED_SUFFIXES, read_awq, read_compressed, read_gptq
 from tersor.formats.quantized_weight import QuantizedWeight
-from tersor.layers.exchange import EXCHANGED, exchange
+from tersor.layers.exchange import EXCHANGED, exchange, exchangeable_kinds
 from tersor.layers.experts import ExpertMap
 from tersor.layers.linear_map import linear_maps, matrix_shape, set_weight_matrix
 from tersor.layers.quantized_linear import place_packed
@@ -438,7 +438,7 @@ def _initialize_buffer(module: nn.Module, name: str) -> bool:
     """A persistent buffer that older checkpoints do not have: compute it. False where the model does not know how."""
     owner = module.get_submodule(name.rpartition(".")[0])
     root: Any = module
-    if not hasattr(root, "_init_weights"):
+    if not hasattr(root, "_init_weights") or type(owner) in exchangeable_kinds():
         return False
     leaf = name.rpartition(".")[2]
     buffer = owner._buffers.get(leaf)

@@ -211,32 +211,34 @@ __attribute__((noinline)) void multiply_packed(const uint32_t* words, const uint
                            : ROWS == 1                    ? (UNITS < 4 ? UNITS : 4)
                            : ROWS == 2                    ? 2
                                                           : 1;
-    for (int column = 0; column < PANEL; column += SUBPANEL) {
+    // One row needs few registers for its sums: the whole panel at once, whose words follow each other in memory.
+    constexpr int WIDE = ROWS == 1 && CHAINS == 1 && !KEEP ? PANEL / LANES : VECTORS, COLUMNS = WIDE * LANES;
+    for (int column = 0; column < PANEL; column += COLUMNS) {
         const uint32_t* w = words + stretches->block * WORDS * PANEL + column;
         const uint32_t* xs = x;
         uint32_t* kept = tile + column;
         for (int64_t i = 0; i < count; i++) {
-            Sum<PAIRS> sum[CHAINS][ROWS][VECTORS] = {};
+            Sum<PAIRS> sum[CHAINS][ROWS][WIDE] = {};
             for (int64_t b = 0; b < stretches[i].blocks; b++) {
-                vu word[VECTORS][WORDS];
-#pragma GCC unroll 2
-                for (int v = 0; v < VECTORS; v++)
+                vu word[WIDE][WORDS];
+#pragma GCC unroll 8
+                for (int v = 0; v < WIDE; v++)
 #pragma GCC unroll 3
                     for (int k = 0; k < WORDS; k++) word[v][k] = load<vu>(w + k * PANEL + v * LANES);
 #pragma GCC unroll 32
                 for (int u = 0; u < UNITS; u++)
-#pragma GCC unroll 2
-                    for (int v = 0; v < VECTORS; v++) {
+#pragma GCC unroll 8
+                    for (int v = 0; v < WIDE; v++) {
                         const vu weight = decode<BITS, PAIRS>(word[v], u);
                         if (KEEP) store(kept + u * PANEL + v * LANES, weight);
 #pragma GCC unroll 12
                         for (int m = 0; m < ROWS; m++)
                             sum[u % CHAINS][m][v] = multiply_add<PAIRS>(sum[u % CHAINS][m][v], weight, xs[u * ROWS + m]);
                     }
-                if (ROWS == 1 && BITS < 16)  // one row waits for memory, which does not foresee the leaps between half panels
+                if (ROWS == 1 && BITS < 16)  // one row waits for memory
 #pragma GCC unroll 4
                     for (int k = 0; k < WORDS; k++)
-                        for (int line = 0; line < SUBPANEL; line += 16)
+                        for (int line = 0; line < COLUMNS; line += 16)
                             __builtin_prefetch((const char*)(w + k * PANEL + line) + AHEAD);
                 w += WORDS * PANEL, xs += UNITS * ROWS, kept += UNITS * PANEL;
             }
@@ -244,10 +246,10 @@ __attribute__((noinline)) void multiply_packed(const uint32_t* words, const uint
             for (int c = 1; c < CHAINS; c++)
 #pragma GCC unroll 2
                 for (int m = 0; m < ROWS; m++)
-#pragma GCC unroll 2
-                    for (int v = 0; v < VECTORS; v++) sum[0][m][v] += sum[c][m][v];
-#pragma GCC unroll 2
-            for (int v = 0; v < VECTORS; v++) {
+#pragma GCC unroll 8
+                    for (int v = 0; v < WIDE; v++) sum[0][m][v] += sum[c][m][v];
+#pragma GCC unroll 8
+            for (int v = 0; v < WIDE; v++) {
                 const vf step = load<vf>(scales[i].step + column + v * LANES);
                 const vf zero = load<vf>(scales[i].step_times_zero + column + v * LANES);
 #pragma GCC unroll 12

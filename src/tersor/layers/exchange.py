@@ -45,6 +45,11 @@ def exchangeable(kind: Kind) -> Kind:
     return kind
 
 
+def exchangeable_kinds() -> frozenset[type[nn.Module]]:
+    """The marked classes that have been imported."""
+    return frozenset(_KINDS.values())
+
+
 def exchanged_in(model: nn.Module) -> dict[str, dict[str, Any]]:
     """What config.json lists: every exchanged module by name, outer ones first."""
     names = {kind: name for name, kind in _KINDS.items()}
