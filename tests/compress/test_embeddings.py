@@ -191,7 +191,9 @@ def test_memory_disk_and_transformers_agree(name: str, method: Any, changes: dic
     torch.testing.assert_close(output(filled, batches[0]), expected, **close)
     packed(filled)
 
-    for folder in ("out",) if name == "mixtral" else ("out", "saved"):  # experts are saved under names of the module's own
+    for folder in (
+        ("out",) if name == "mixtral" else ("out", "saved")
+    ):  # experts are saved under names of the module's own
         theirs, info = type(model).from_pretrained(tmp_path / folder, dtype=torch.float32, output_loading_info=True)
         assert not any(info.values()), info
         torch.testing.assert_close(output(theirs, batches[0]), expected, rtol=1e-3, atol=1e-4)
@@ -305,6 +307,11 @@ def with_embedding(kind: type[nn.Embedding], **options: Any) -> Any:
 def test_what_cannot_be_packed_is_refused_by_name(make: Callable[[], nn.Module], why: str) -> None:
     with pytest.raises(TersorError, match=why):
         tersor.compress(make(), BASE, calibration=samples("llama", 2), **ON)
+
+
+def test_samples_that_pass_it_by_are_refused() -> None:
+    with pytest.raises(TersorError, match=r"model\.embed_tokens .*, or the samples do not reach it"):
+        tersor.compress(untied(), BASE, calibration=[{"inputs_embeds": torch.randn(1, 8, 64)}], **ON)
 
 
 @pytest.mark.parametrize("format", ["gptq", "gptq_v2"])

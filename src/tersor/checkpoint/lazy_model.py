@@ -175,7 +175,8 @@ class LazyModel:
         for name in self.quantized:
             if isinstance(self.maps[name], nn.Embedding) and f"{name}.weight" in {*self._ties, *self._ties.values()}:
                 raise TersorError(
-                    f"{self.checkpoint.directory}: {name} is packed although its weight is tied to another"
+                    f"{self.checkpoint.directory}: {name} is packed although its weight is tied to another, "
+                    "which tersor does not read"
                 )
         packed = {linear: self.read_quantized(linear).to(self.device) for linear in self.quantized}
         place_packed(self.module, self.maps, packed)

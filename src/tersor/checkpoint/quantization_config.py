@@ -132,11 +132,10 @@ def make_config(
     """The `quantization_config` that readers of this layout expect.
 
     options: `Method.quantization()`. overrides: the same for layers (published names) that differ. ignored: the linear layers
-    left as they were. head, embeddings: whether the output head and the token
-    embedding are quantized.
+    left as they were. head, embeddings: whether the output head and the token embedding are quantized.
     """
     if layout == "compressed-tensors":
-        # By its class, as vLLM's models do not know the embedding by its name; others of the class are in `ignored`.
+        # By its class, as llm-compressor's examples do, for readers to which its name is not known; others are in `ignored`.
         groups = {"group_0": _compressed_group(["Linear", *(["Embedding"] if embeddings else [])], options)}
         for n, (changed, names) in enumerate(_together(overrides), 1):
             groups[f"group_{n}"] = _compressed_group([f"re:^{re.escape(name)}$" for name in names], changed)
@@ -148,7 +147,7 @@ def make_config(
             "ignore": list(ignored),
             "kv_cache_scheme": None,
             "version": "0.15.0",
-            # transformers initializes an embedding that it keeps packed, and fails; unpacked when it is read, it is no problem
+            # transformers 5.24 fails on an embedding that it keeps packed, when it initializes what was not read
             **({"dequantize": True} if embeddings else {}),
         }
     if layout not in LAYOUTS:

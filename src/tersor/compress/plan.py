@@ -198,9 +198,9 @@ def _embedding(model: nn.Module, layout: Layout | None) -> Unit:
         found: Any = getattr(model, "get_input_embeddings", lambda: None)()
     except (AttributeError, NotImplementedError):  # what transformers raises for models that it knows none of
         found = None
-    if not isinstance(found, nn.Embedding):
-        raise TersorError("the model has no token embedding that could be quantized; leave --embeddings out")
     names = [name for name, each in model.named_modules(remove_duplicate=False) if each is found]
+    if not names or not isinstance(found, nn.Embedding):
+        raise TersorError("the model has no token embedding that could be quantized; leave --embeddings out")
     if len(names) > 1 or id(found.weight) in _tied_weights(model):
         raise TersorError(
             f"the embedding {names[0]} is tied to another weight and stays as it is; leave --embeddings out"

@@ -82,6 +82,17 @@ def scale_of(layer: nn.Embedding) -> Tensor | float | None:
     return None if type(layer).forward is nn.Embedding.forward else scale
 
 
+def looks_up(layer: nn.Embedding, ids: Tensor, output: object) -> bool:
+    """Whether `output` is what an embedding that can be packed makes of these ids: rows of its table, times its scale."""
+    if ids.is_floating_point() or not isinstance(output, Tensor):
+        return False
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < layer.num_embeddings:
+        return False
+    expected = scaled(nn.functional.embedding(ids, layer.weight), scale_of(layer))
+    alike = output.shape == expected.shape and output.dtype == expected.dtype
+    return alike and torch.allclose(output, expected, 1e-3, 1e-4)
+
+
 def quantized_embedding(layer: nn.Embedding, weight: QuantizedWeight) -> QuantizedEmbedding:
     """The packed module that takes the place of an embedding. Raises TersorError where that computes something else."""
     if reason := why_not_packed(layer):
