@@ -208,8 +208,8 @@ class Lockstep:
 
     def _gate(self, unit: Unit) -> Callable[..., Any]:
         forward = unit.module.forward
-        # An output head is a linear map itself: statistics hang on its being called as a module.
-        seen = unit.module if is_linear_map(unit.module) else forward
+        # What hangs on an output head or an embedding (statistics, checks) sees it only where it is called as a module.
+        seen = unit.module if is_linear_map(unit.module) or isinstance(unit.module, nn.Embedding) else forward
 
         def gate(*args: Any, **kwargs: Any) -> Any:
             current: _Pass | None = getattr(self._local, "current", None)

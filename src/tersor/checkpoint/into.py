@@ -13,7 +13,7 @@ from tersor.formats.gguf_blocks import GGUF_SUFFIXES
 from tersor.formats.layouts import PACKED_SUFFIXES
 from tersor.formats.quantized_weight import QuantizedWeight
 from tersor.layers.experts import ExpertMap, stored_name
-from tersor.layers.linear_map import linear_maps, matrix_shape
+from tersor.layers.linear_map import matrix_shape, packable_maps
 from tersor.layers.quantized_linear import place_packed
 
 
@@ -22,7 +22,7 @@ def load_into(checkpoint: Checkpoint, module: nn.Module) -> nn.Module:
 
     Raises TersorError, before anything is changed, where a name or a shape does not fit.
     """
-    maps = linear_maps(module)
+    maps = packable_maps(module)
     packed = _packed(checkpoint, {stored_name(name, found): name for name, found in maps.items()}, module)
     apart = {name.rpartition(".")[0] if isinstance(maps[name], ExpertMap) else f"{name}.weight" for name in packed}
     own = {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if name not in apart}
@@ -44,7 +44,7 @@ def load_into(checkpoint: Checkpoint, module: nn.Module) -> nn.Module:
 
 def _packed(checkpoint: Checkpoint, linears: dict[str, str], module: nn.Module) -> dict[str, QuantizedWeight]:
     """Every packed layer of the checkpoint by the name of its linear map. linears: those names by the names on disk."""
-    config, maps = read_config(checkpoint.directory, checkpoint.config), linear_maps(module)
+    config, maps = read_config(checkpoint.directory, checkpoint.config), packable_maps(module)
     device = next(module.parameters()).device
     found: dict[str, QuantizedWeight] = {}
     for stem in sorted({stem for key in checkpoint.shard_of if (stem := _stem_of_packed(checkpoint, key))}):

@@ -23,16 +23,16 @@ from tersor.formats.layouts import PACKED_SUFFIXES, read_awq, read_compressed, r
 from tersor.formats.quantized_weight import QuantizedWeight
 from tersor.layers.exchange import EXCHANGED, exchange, exchangeable_kinds
 from tersor.layers.experts import ExpertMap
-from tersor.layers.linear_map import linear_maps, matrix_shape, set_weight_matrix
+from tersor.layers.linear_map import matrix_shape, packable_maps, set_weight_matrix
 from tersor.layers.quantized_linear import place_packed
 
 
 class LazyModel:
     """`module` is the whole tree; parts that are not loaded have parameters on the meta device.
 
-    maps: every linear map of the tree by name; keys_of: the checkpoint's tensor names that make up each parameter; quantized:
-    the names under which each packed map lies (several where published layers are fused); unknown: tensors that the module tree
-    has no place for.
+    maps: every linear map and embedding of the tree by name; keys_of: the checkpoint's tensor names that make up each
+    parameter; quantized: the names under which each packed map lies (several where published layers are fused); unknown: tensors
+    that the module tree has no place for.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class LazyModel:
         self.quantization = read_config(checkpoint.directory, checkpoint.config)
         self._keys = _KeyMap(self.module)
         self._ties = _tied_parameters(self.module)
-        self.maps = linear_maps(self.module)
+        self.maps = packable_maps(self.module)
         self.keys_of: dict[str, list[str]] = defaultdict(list)
         self.quantized: dict[str, list[str]] = {}
         self.unknown: list[str] = []
@@ -172,6 +172,12 @@ class LazyModel:
 
     def _make_room_for_packed(self) -> None:
         """Replace every dense layer that is stored packed, so that its dense weight is never allocated."""
+        for name in self.quantized:
+            if isinstance(self.maps[name], nn.Embedding) and f"{name}.weight" in {*self._ties, *self._ties.values()}:
+                raise TersorError(
+                    f"{self.checkpoint.directory}: {name} is packed although its weight is tied to another, "
+                    "which tersor does not read"
+                )
         packed = {linear: self.read_quantized(linear).to(self.device) for linear in self.quantized}
         place_packed(self.module, self.maps, packed)
 

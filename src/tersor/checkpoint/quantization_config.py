@@ -126,15 +126,17 @@ def make_config(
     overrides: Mapping[str, Mapping[str, Any]],
     ignored: Sequence[str],
     head: bool,
+    embeddings: bool,
     version: str,
 ) -> dict[str, Any]:
     """The `quantization_config` that readers of this layout expect.
 
     options: `Method.quantization()`. overrides: the same for layers (published names) that differ. ignored: the linear layers
-    left as they were. head: whether the output head is quantized.
+    left as they were. head, embeddings: whether the output head and the token embedding are quantized.
     """
     if layout == "compressed-tensors":
-        groups = {"group_0": _compressed_group(["Linear"], options)}
+        # By its class, as llm-compressor's examples do, for readers to which its name is not known; others are in `ignored`.
+        groups = {"group_0": _compressed_group(["Linear", *(["Embedding"] if embeddings else [])], options)}
         for n, (changed, names) in enumerate(_together(overrides), 1):
             groups[f"group_{n}"] = _compressed_group([f"re:^{re.escape(name)}$" for name in names], changed)
         return {
@@ -145,6 +147,8 @@ def make_config(
             "ignore": list(ignored),
             "kv_cache_scheme": None,
             "version": "0.15.0",
+            # transformers 5.24 fails on an embedding that it keeps packed, when it initializes what was not read
+            **({"dequantize": True} if embeddings else {}),
         }
     if layout not in LAYOUTS:
         raise TersorError(f"unknown format {layout!r}; known: {', '.join(LAYOUTS)}")

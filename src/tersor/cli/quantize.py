@@ -43,6 +43,9 @@ def _quantize(
     include: Annotated[list[str] | None, typer.Option(help="Only layers that match, such as `*.mlp.*`.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Not layers that match.")] = None,
     head: Annotated[bool, typer.Option("--head", help="Quantize the output head too.")] = False,
+    embeddings: Annotated[
+        bool, typer.Option("--embeddings", help="Quantize the token embedding too; needs --format compressed-tensors.")
+    ] = False,
     target_tp: Annotated[int, typer.Option(help="Check that the layers split over so many devices when served.")] = 1,
     experts: Annotated[
         str, typer.Option(help="Experts that calibrate with a token: as-is, top-k:N, or all, by the router's weight.")
@@ -81,6 +84,7 @@ def _quantize(
             include=include or (),
             exclude=exclude or (),
             head=head,
+            embeddings=embeddings,
             target_tp=target_tp,
             experts=experts,
             activations=activations,

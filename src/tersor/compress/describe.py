@@ -13,6 +13,7 @@ from tersor.checkpoint.quantization_config import make_config
 from tersor.compress.plan import Plan
 from tersor.compress.recipe import Recipe
 from tersor.formats.layouts import Layout
+from tersor.layers.linear_map import embeddings
 
 
 def quantization_config(
@@ -21,13 +22,15 @@ def quantization_config(
     """The recipe's method, layers that differ from it, and layers left as they are. published: the names of a linear map on
     disk."""
     base = recipe.method.quantization()
+    tables = {name for name, found in plan.all_linears().items() if isinstance(found, nn.Embedding)}
     changed = {
         stem: method.quantization()
         for name, method in plan.methods.items()
-        if method.quantization() != base
+        if method.quantization() != base and name not in tables  # whose grids are the recipe's, as the plan made sure
         for stem in published(name)
     }
-    ignored = [stem for name in plan.left for stem in published(name)]
+    other_tables = [name for name in embeddings(model) if tables and name not in tables]
+    ignored = [stem for name in dict.fromkeys((*plan.left, *other_tables)) for stem in published(name)]
     head = getattr(model, "get_output_embeddings", lambda: None)()
     config = make_config(
         layout.name,
@@ -35,6 +38,7 @@ def quantization_config(
         overrides=changed,
         ignored=ignored,
         head=any(found is head for found in plan.all_linears().values()),
+        embeddings=bool(tables),
         version=tersor.__version__,
     )
     inside = [name for name in plan.left if any(name.startswith(f"{unit.name}.") for unit in plan.blocks)]

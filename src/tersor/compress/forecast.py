@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tersor.calibrate.batches import Batch
 from tersor.calibrate.statistics import is_expert
@@ -51,8 +51,9 @@ def forecast(lazy: LazyModel, plan: Plan, batches: Sequence[Batch], device: torc
             rows, width = matrix_shape(found)
             options = plan.methods[name].quantization()
             bits, group = options.get("bits", 16), options.get("group_size", -1)
-            work += PASSES * tokens * rows * width + tokens * width**2 + rows * width**2 + width**3
-            solving = max(solving, SOLVER_COPIES * 4 * (width**2 + rows * width))
+            squares = 0 if isinstance(found, nn.Embedding) else width**2  # an embedding has no Hessian
+            work += (PASSES * tokens * rows * width if squares else 0) + (tokens + rows + width) * squares
+            solving = max(solving, SOLVER_COPIES * 4 * (squares + rows * width))
             experts += HESSIAN_BYTES * width**2 if is_expert(name) else 0
             replaced += original * rows * width
             packed += rows * (width * bits + (16 + bits) * (1 if group == -1 else width // group)) // 8

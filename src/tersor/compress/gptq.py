@@ -17,6 +17,7 @@ from torch import Tensor
 from tersor.compress.block import Block, Statistics
 from tersor.compress.gptq_solver import Factor, Solution, factorize, solve_factorized
 from tersor.compress.method import Method, check_options, option, register
+from tersor.compress.rtn import RTN
 from tersor.compress.uniform import BITS_HELP, GROUP_HELP, SYM_HELP, check_grid, is_bits, is_group_size, width_of
 from tersor.errors import TersorError
 from tersor.formats.grid import Bits, ClipSearch
@@ -50,6 +51,10 @@ class GPTQ(Method):
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    def without_inputs(self) -> RTN:
+        """Rounding to nearest on the same grids: nothing is multiplied with an embedding, so there is no Hessian."""
+        return RTN(bits=self.bits, group_size=self.group_size, sym=self.sym, mse=self.mse)
 
     def check_linear(self, name: str, out_features: int, in_features: int, layout: Layout | None) -> None:
         check_grid(name, self.bits, self.group_size, self.sym, out_features, in_features, layout)

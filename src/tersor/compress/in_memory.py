@@ -11,14 +11,14 @@ from torch import nn
 from tersor.calibrate.batches import call, without_cache
 from tersor.compress.block import Block, LayerReport
 from tersor.compress.describe import quantization_config
-from tersor.compress.plan import make_plan, without
+from tersor.compress.plan import make_plan
 from tersor.compress.result import Compressed, Summary, Timer, loss_of, peak_memory
 from tersor.compress.settings import Settings, Size, check_reached, samples_of
-from tersor.compress.walk import Hooks, first_tensor, trace, walk, walk_without_samples
+from tersor.compress.walk import Hooks, called_only, first_tensor, trace, walk, walk_without_samples
 from tersor.formats.grid import Stored
 from tersor.formats.layouts import write
 from tersor.layers.experts import stored_name
-from tersor.layers.linear_map import linear_maps
+from tersor.layers.linear_map import packable_maps
 from tersor.layers.quantized_linear import place_packed
 
 
@@ -30,7 +30,7 @@ def compress_module(model: nn.Module, job: Settings) -> Compressed:
         # the plain loop is the one whose products with single experts can be seen
         module.set_experts_implementation("eager")  # type: ignore[operator]
     plan = make_plan(module, job)
-    maps = linear_maps(module)
+    maps = packable_maps(module)
     first_parameter = next(module.parameters())
     dtype, device = first_parameter.dtype, first_parameter.device
     batches, probe = samples_of(job, job.calibration, plan, module, job.tokenizer, device, dtype)
@@ -54,7 +54,7 @@ def compress_module(model: nn.Module, job: Settings) -> Compressed:
         else:
             first = trace(module, probe, hooks)
             before = first_tensor(first.output)
-            plan = without(plan, {name for name in plan.all_linears() if not first.is_called(name)})
+            plan = called_only(plan, first)
             check_reached(plan, first.visits)
             walk(module, plan, batches, probe, first, stored, hessian_dtype, job.experts, hooks)
             after = first_tensor(call(module, probe))

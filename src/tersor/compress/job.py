@@ -41,6 +41,7 @@ def compress(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     head: bool = False,
+    embeddings: bool = False,
     target_tp: int = 1,
     experts: str = "as-is",
     activations: str = "device",
@@ -57,7 +58,8 @@ def compress(
         exact numbers, for a module in memory only.
     rules: what is different for some layers (see `recipe.py`), such as {"match": "*.down_proj", "bits": 8}; the last that
         matches wins.
-    include, exclude: patterns of linear layers, such as "*.mlp.*". head: compress the output head too.
+    include, exclude: patterns of linear layers, such as "*.mlp.*". head: compress the output head too. embeddings: the token
+        embedding too, rounded to nearest with the method's options, as it has no inputs; in format compressed-tensors.
     redo: patterns of layers whose blocks are solved again although an earlier run of the same job finished them.
     target_tp: check that every layer can be split over so many devices for tensor-parallel serving.
     experts: which experts of a mixture the samples visit while statistics are gathered: "as-is" (those that the router
@@ -90,6 +92,7 @@ def compress(
         include=tuple(include),
         exclude=tuple(exclude),
         head=head,
+        embeddings=embeddings,
         target_tp=target_tp,
         experts=parse_routing(experts),
         activations=activations,
@@ -100,6 +103,8 @@ def compress(
     if isinstance(model, nn.Module) and out is not None:
         raise TersorError("a module in memory is compressed in memory: call save(directory) on the result, not out=")
     if method.whole_model:
+        if embeddings:
+            method.without_inputs()  # says that it cannot
         if isinstance(model, nn.Module):
             return compress_whole_module(model, job)
         return compress_whole_checkpoint(str(model), job)

@@ -78,6 +78,10 @@ class Method:
         """The compressed model: `model` changed in place, or another one. Call `work.report(...)` for each part."""
         raise TypeError(f"{type(self).__name__} does not say how it compresses a whole model")
 
+    def without_inputs(self) -> Method:
+        """The method for a table of which rows are looked up: one that needs no inputs, of which it has none."""
+        raise TersorError(f"method {self.name} does not compress embeddings; leave --embeddings out")
+
     def check_linear(self, name: str, out_features: int, in_features: int, layout: Layout | None) -> None:
         """Raise TersorError where the method cannot take this layer. Called for every layer before anything is done."""
 

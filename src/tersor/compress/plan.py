@@ -20,6 +20,7 @@ from tersor.errors import TersorError
 from tersor.formats.layouts import Layout
 from tersor.layers.experts import ExpertMap
 from tersor.layers.linear_map import LinearMap, linear_maps, matrix_shape
+from tersor.layers.quantized_embedding import why_not_packed
 
 # A few outputs that choose experts: kept as they are.
 ROUTERS = re.compile(r"(^|\.)(router|gate|shared_expert_gate|wg)$")
@@ -41,6 +42,8 @@ class Choice(Protocol):
     def exclude(self) -> Sequence[str]: ...
     @property
     def head(self) -> bool: ...
+    @property
+    def embeddings(self) -> bool: ...
     @property
     def target_tp(self) -> int: ...
     @property
@@ -70,13 +73,14 @@ class Plan:
 
 def make_plan(model: nn.Module, job: Choice) -> Plan:
     """All linear maps inside the repeated blocks, but for routers, tied weights and the towers of multimodal generators;
-    `include` and `exclude` are patterns like `*.mlp.*`; `head` adds the output head.
+    `include` and `exclude` are patterns like `*.mlp.*`; `head` adds the output head, `embeddings` the token embedding.
 
     Raises TersorError where a pattern matches nothing, nothing is left to compress, or the method refuses a layer.
     """
     recipe, layout, include, exclude = job.recipe, job.layout, job.include, job.exclude
-    everything = linear_maps(model)
-    blocks = [*find_blocks(model), *([_head(model)] if job.head else [])]
+    embedding = [_embedding(model, layout)] if job.embeddings else []
+    everything: dict[str, LinearMap] = {**{unit.name: unit.module for unit in embedding}, **linear_maps(model)}
+    blocks = [*embedding, *find_blocks(model), *([_head(model)] if job.head else [])]
     recipe.check_matches(list(everything))
     for pattern in (*include, *exclude):
         if not any(fnmatchcase(name, pattern) for name in everything):
@@ -84,7 +88,8 @@ def make_plan(model: nn.Module, job: Choice) -> Plan:
     tied, towers = _tied_weights(model), () if include else _towers(model)
     chosen: dict[str, dict[str, LinearMap]] = {}
     for block in blocks:
-        inside = {".".join(filter(None, (block.name, n))): m for n, m in linear_maps(block.module).items()}
+        found = {"": block.module} if block in embedding else linear_maps(block.module)
+        inside = {".".join(filter(None, (block.name, n))): m for n, m in found.items()}
         chosen[block.name] = {
             name: module
             for name, module in inside.items()
@@ -96,6 +101,9 @@ def make_plan(model: nn.Module, job: Choice) -> Plan:
             and recipe.method_for(name) is not None
         }
     methods = {name: m for each in chosen.values() for name in each if (m := recipe.method_for(name)) is not None}
+    methods |= {unit.name: methods[unit.name].without_inputs() for unit in embedding if unit.name in methods}
+    if layout is not None and any(unit.name in methods for unit in embedding):
+        _check_one_grid([recipe.method, *methods.values()])
     plan = Plan(blocks, chosen, methods, [])
     _check_stacks(plan, everything)
     taken = plan.all_linears()
@@ -170,6 +178,41 @@ def _head(model: nn.Module) -> Unit:
     if id(found.weight) in _tied_weights(model):
         raise TersorError(f"the head {name} is tied to the embedding and stays as it is")
     return Unit(name, found, True)
+
+
+def _check_one_grid(methods: Sequence[Method]) -> None:
+    """Raise TersorError where a checkpoint with a packed embedding would have layers on several kinds of grids: transformers,
+    which unpacks such a checkpoint as it reads it, takes one kind for all."""
+    kinds = {tuple(method.quantization().get(key) for key in ("bits", "group_size", "sym")) for method in methods}
+    if len(kinds) > 1:
+        found = "; ".join(f"bits {bits}, group size {group}, sym {sym}" for bits, group, sym in sorted(kinds, key=str))
+        raise TersorError(
+            f"with --embeddings all layers of a checkpoint need the same grids, as transformers reads them with one; the rules "
+            f"ask for {found}"
+        )
+
+
+def _embedding(model: nn.Module, layout: Layout | None) -> Unit:
+    """The token embedding as a block of its own, whose one map it is. Raises TersorError where it cannot be packed."""
+    try:
+        found: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    except (AttributeError, NotImplementedError):  # what transformers raises for models that it knows none of
+        found = None
+    names = [name for name, each in model.named_modules(remove_duplicate=False) if each is found]
+    if not names or not isinstance(found, nn.Embedding):
+        raise TersorError("the model has no token embedding that could be quantized; leave --embeddings out")
+    if len(names) > 1 or id(found.weight) in _tied_weights(model):
+        raise TersorError(
+            f"the embedding {names[0]} is tied to another weight and stays as it is; leave --embeddings out"
+        )
+    if reason := why_not_packed(found):
+        raise TersorError(f"the embedding {names[0]} {reason}; leave --embeddings out")
+    if layout is not None and not layout.embeddings:
+        raise TersorError(
+            f"no other reader of the format {layout.name} knows packed embeddings; use --format compressed-tensors, or leave "
+            "--embeddings out"
+        )
+    return Unit(names[0], found, True)
 
 
 def _towers(model: nn.Module) -> tuple[str, ...]:

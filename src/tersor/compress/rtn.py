@@ -32,6 +32,9 @@ class RTN(Method):
     def __post_init__(self) -> None:
         check_options(self)
 
+    def without_inputs(self) -> RTN:
+        return self
+
     def check_linear(self, name: str, out_features: int, in_features: int, layout: Layout | None) -> None:
         check_grid(name, self.bits, self.group_size, self.sym, out_features, in_features, layout)
 

@@ -21,6 +21,7 @@ from tersor.errors import TersorError
 from tersor.formats.layouts import layout_named, write
 from tersor.layers.exchange import EXCHANGED, exchanged_in
 from tersor.layers.experts import PackedExperts
+from tersor.layers.quantized_embedding import QuantizedEmbedding
 from tersor.layers.quantized_linear import QuantizedConv2d, QuantizedLinear
 
 PLAIN = "safetensors"  # the format of a result whose tensors are those of its modules
@@ -132,7 +133,7 @@ def config_of(module: nn.Module) -> dict[str, Any]:
     return {"module": f"{type(module).__module__}.{type(module).__qualname__}"}
 
 
-def _packed_layers(name: str, module: nn.Module) -> dict[str, QuantizedLinear]:
+def _packed_layers(name: str, module: nn.Module) -> dict[str, QuantizedLinear | QuantizedEmbedding]:
     """The packed layers that a module consists of, by the names under which they are stored."""
     if isinstance(module, PackedExperts):
         owner, _, stack = name.rpartition(".")
@@ -142,7 +143,7 @@ def _packed_layers(name: str, module: nn.Module) -> dict[str, QuantizedLinear]:
     if isinstance(module, QuantizedConv2d):
         return {name: module.matrix}
     inner = name.endswith(".matrix") or ".linears." in name  # parts of the two above
-    return {name: module} if isinstance(module, QuantizedLinear) and not inner else {}
+    return {name: module} if isinstance(module, QuantizedLinear | QuantizedEmbedding) and not inner else {}
 
 
 def check_free(target: Path, *, overwrite: bool) -> None:

@@ -44,6 +44,7 @@ class Settings:
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     head: bool
+    embeddings: bool
     target_tp: int
     experts: Routing
     activations: str

@@ -32,12 +32,13 @@ from tersor.checkpoint.writer import RESULT_FILE, Job, model_fingerprint
 from tersor.compress.block import Block, LayerReport
 from tersor.compress.describe import quantization_config
 from tersor.compress.forecast import forecast
-from tersor.compress.plan import Plan, make_plan, without
+from tersor.compress.plan import Plan, make_plan
 from tersor.compress.result import Compressed, Summary, Timer, loss_of, peak_memory
 from tersor.compress.settings import Settings, Size, check_reached, samples_by_path, samples_of
 from tersor.compress.shared_job import follow, lead, open_job
 from tersor.compress.walk import (
     Hooks,
+    called_only,
     first_tensor,
     run,
     trace,
@@ -105,7 +106,7 @@ def compress_checkpoint(name: str, job: Settings) -> Compressed:
                     raise
                 return _in_float32(name, job)
             before = first_tensor(first.output)
-            plan = without(plan, {name for name in plan.all_linears() if not first.is_called(name)})
+            plan = called_only(plan, first)
             check_reached(plan, first.visits)
         again = _blocks_to_redo(plan, job.redo)
         writer.start(marks, overwrite=job.overwrite, redo=bool(job.redo))
@@ -178,6 +179,7 @@ def _asked(job: Settings, layout: Layout, dtype: torch.dtype) -> dict[str, str]:
         "include": job.include,
         "exclude": job.exclude,
         "head": job.head,
+        "embeddings": job.embeddings,
         "experts": job.experts,
     }
     return {key: str(value) for key, value in asked.items()}

@@ -19,10 +19,12 @@ from tersor.calibrate.routing import Routing
 from tersor.calibrate.statistics import NotFiniteError, kind_of, watch_inputs
 from tersor.compress.block import Block
 from tersor.compress.method import Progress
-from tersor.compress.plan import Plan
+from tersor.compress.plan import Plan, without
+from tersor.errors import TersorError
 from tersor.formats.grid import Stored
 from tersor.layers.experts import ExpertMap
-from tersor.layers.linear_map import computes_its_own, linear_maps
+from tersor.layers.linear_map import computes_its_own, packable_maps
+from tersor.layers.quantized_embedding import looks_up, why_not_packed
 
 
 @dataclass
@@ -40,10 +42,10 @@ class Hooks:
 
 @dataclass
 class Trace:
-    """One run of the model: its units, how often each is reached, which linear layers are called, and the output.
+    """One run of the model: its units, how often each is reached, which layers are called, and the output.
 
-    called: kinds of linear layers (names with numbers left out) that are called and compute W x + b; a layer whose block
-    reads its weight without calling it, or whose class computes something else, is none of them.
+    called: kinds of linear layers and embeddings (names with numbers left out) that are called and compute W x + b, or look
+    rows up; a layer whose block reads its weight without calling it, or whose class computes something else, is none of them.
     """
 
     units: list[Unit]
@@ -85,11 +87,25 @@ def _trace(model: nn.Module, units: list[Unit], probe: Batch, hooks: Hooks) -> T
     return Trace(units, visits, called, passes.outputs.get(0))
 
 
+def called_only(plan: Plan, traced: Trace) -> Plan:
+    """The plan without layers that are not called. Raises TersorError for an embedding, which was asked for as such."""
+    lost = {name: each for name, each in plan.all_linears().items() if not traced.is_called(name)}
+    for name, each in lost.items():
+        if isinstance(each, nn.Embedding):
+            raise TersorError(
+                f"the embedding {name} does more than look up rows, or the samples do not reach it; leave --embeddings out"
+            )
+    return without(plan, set(lost))
+
+
 @contextmanager
 def _watching_linear_maps(unit: Unit, called: set[str]) -> Iterator[None]:
     def watch(name: str) -> Any:
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if computes_its_own(module):
+            if isinstance(module, nn.Embedding):
+                if computes_its_own(module) and not (args and looks_up(module, args[0], output)):
+                    return
+            elif computes_its_own(module):
                 expected = nn.functional.linear(args[0], module.weight, module.bias)  # type: ignore[arg-type]
                 if not isinstance(output, Tensor) or not torch.allclose(output, expected, 1e-3, 1e-4):
                     return
@@ -97,7 +113,8 @@ def _watching_linear_maps(unit: Unit, called: set[str]) -> Iterator[None]:
 
         return after
 
-    maps = {".".join(filter(None, (unit.name, n))): each for n, each in linear_maps(unit.module).items()}
+    maps = {".".join(filter(None, (unit.name, n))): each for n, each in packable_maps(unit.module).items()}
+    maps = {n: each for n, each in maps.items() if not (isinstance(each, nn.Embedding) and why_not_packed(each))}
     handles = [each.register_forward_hook(watch(n)) for n, each in maps.items() if isinstance(each, nn.Module)]
     experts = {name: each for name, each in maps.items() if isinstance(each, ExpertMap)}
     try:

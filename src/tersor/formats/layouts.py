@@ -47,6 +47,7 @@ class Layout:
 
     scale_dtype: precision of the steps; None means the model's own. min_zero: the smallest zero point that every reader
     understands. word_columns, word_rows: numbers of inputs and outputs that fill whole words, 1 where the format pads.
+    embeddings: whether other readers of the format know packed embeddings.
     """
 
     name: str
@@ -54,13 +55,14 @@ class Layout:
     min_zero: int
     word_columns: int
     word_rows: int
+    embeddings: bool
 
 
 LAYOUTS = {
     # v1 stores z - 1: a zero point of 0 wraps, and three writers and their readers disagree on how
-    "gptq": Layout("gptq", torch.float16, min_zero=1, word_columns=WORD, word_rows=WORD),
-    "gptq_v2": Layout("gptq_v2", torch.float16, min_zero=0, word_columns=WORD, word_rows=WORD),
-    "compressed-tensors": Layout("compressed-tensors", None, min_zero=0, word_columns=1, word_rows=1),
+    "gptq": Layout("gptq", torch.float16, min_zero=1, word_columns=WORD, word_rows=WORD, embeddings=False),
+    "gptq_v2": Layout("gptq_v2", torch.float16, min_zero=0, word_columns=WORD, word_rows=WORD, embeddings=False),
+    "compressed-tensors": Layout("compressed-tensors", None, min_zero=0, word_columns=1, word_rows=1, embeddings=True),
 }
 
 

@@ -47,7 +47,7 @@ def unpack(words: Tensor, bits: int, count: int, *, dim: int) -> Tensor:
     words_per_period = period * bits // WORD
     padded = -(-stream.shape[-1] // words_per_period) * words_per_period
     stream = torch.nn.functional.pad(stream, (0, padded - stream.shape[-1]))
-    stream = stream.reshape(*stream.shape[:-1], -1, words_per_period)
+    stream = stream.reshape(*stream.shape[:-1], padded // words_per_period, words_per_period)
     values = torch.empty((*stream.shape[:-1], period), dtype=torch.uint8, device=words.device)
     for k in range(period):
         word, shift = divmod(k * bits, WORD)

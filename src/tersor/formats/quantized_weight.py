@@ -96,6 +96,15 @@ class QuantizedWeight:
             zeros=self.zeros[:, start:stop].contiguous(),
         )
 
+    def take_rows(self, index: Tensor) -> QuantizedWeight:
+        """The outputs of these numbers, int64 [n], as a weight of their own."""
+        return replace(
+            self,
+            qweight=self.qweight.t().index_select(0, index).t(),
+            scales=self.scales.t().index_select(0, index).t(),
+            zeros=self.zeros.t().index_select(0, index).t(),
+        )
+
     @classmethod
     def stack_rows(cls, parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
         """The outputs of several weights on the same inputs and groups, one after another. Inverse of `rows`."""

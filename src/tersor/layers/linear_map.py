@@ -24,6 +24,17 @@ def linear_maps(module: nn.Module) -> dict[str, LinearMap]:
     return found
 
 
+def embeddings(module: nn.Module) -> dict[str, nn.Embedding]:
+    """The embeddings inside `module` by name. The row of token i is W e_i with W [hidden, tokens] transposed, so that a table
+    can be packed as the weight of a linear map with tokens for outputs."""
+    return {name: each for name, each in module.named_modules() if isinstance(each, nn.Embedding)}
+
+
+def packable_maps(module: nn.Module) -> dict[str, LinearMap]:
+    """All that may be stored packed: the linear maps and the embeddings."""
+    return {**linear_maps(module), **embeddings(module)}
+
+
 def is_linear_map(module: nn.Module) -> bool:
     """Whether `module` is a dense linear map whose weight tersor can see as a matrix (a grouped convolution is not)."""
     if isinstance(module, nn.Conv2d):
@@ -34,7 +45,9 @@ def is_linear_map(module: nn.Module) -> bool:
 
 
 def computes_its_own(module: LinearMap) -> bool:
-    """Whether a linear map's class has a forward of its own, so that what it computes has to be seen to be believed."""
+    """Whether the class has a forward of its own, so that what it computes has to be seen to be believed."""
+    if isinstance(module, nn.Embedding):
+        return type(module).forward is not nn.Embedding.forward
     return isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
 
 

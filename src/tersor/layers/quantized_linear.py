@@ -14,6 +14,7 @@ from tersor.formats.quantized_weight import QuantizedWeight
 from tersor.kernels.quantized_matmul import PreparedWeight, prepare, quantized_matmul, restore
 from tersor.layers.experts import ExpertMap, PackedExperts
 from tersor.layers.linear_map import LinearMap
+from tersor.layers.quantized_embedding import quantized_embedding
 
 
 class QuantizedLinear(nn.Module):
@@ -112,7 +113,9 @@ class QuantizedConv2d(nn.Module):
 
 
 def quantized_layer(layer: nn.Module, weight: QuantizedWeight) -> nn.Module:
-    """The packed module that takes the place of a linear map."""
+    """The packed module that takes the place of a linear map or an embedding."""
+    if isinstance(layer, nn.Embedding):
+        return quantized_embedding(layer, weight)
     if isinstance(layer, nn.Conv2d):
         return QuantizedConv2d(weight, layer)
     dense, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)

@@ -140,7 +140,7 @@ class LlamaCPU:
             config.num_key_value_heads,
             attention.head_dim,
         )
-        self._embedding = inner.embed_tokens.weight.detach()
+        self._embedding = inner.embed_tokens
         self._vocabulary = int(head.out_features)
         shape = batch, self._kv_heads, capacity, self._head_dim
         self._keys = [torch.zeros(shape) for _ in inner.layers]
@@ -241,7 +241,7 @@ class LlamaCPU:
         self._model.threads = min(torch.get_num_threads(), self._model.threads)
         logits = torch.empty(batch, self._vocabulary)
         for piece in torch.split(ids, CHUNK, dim=1):
-            hidden = nn.functional.embedding(piece, self._embedding)
+            hidden = self._embedding(piece)
             self._buffers["hidden"][: piece.numel()] = hidden.flatten(0, 1)
             if piece.shape[1] == 1:
                 self._check(self._compiled.tersor_decode(self._model, batch, self.length, logits.data_ptr()))

@@ -46,6 +46,8 @@ def why_not(module: nn.Module) -> str | None:
     for name, each in module.named_modules():
         if isinstance(each, QuantizedLinear) and not isinstance(each.prepared, PreparedWeight):
             return f"{name} has no GPU kernel"
+    if not isinstance(module.get_submodule("model.embed_tokens"), nn.Embedding):
+        return "its embedding is packed"
     dtypes = {each.weight.dtype for each in module.modules() if isinstance(each, nn.Linear | nn.Embedding)}
     if len(dtypes) != 1 or not dtypes <= {torch.float16, torch.bfloat16}:
         return f"its weights are {', '.join(sorted(str(each).removeprefix('torch.') for each in dtypes))}"

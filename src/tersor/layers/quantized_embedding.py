@@ -1,0 +1,100 @@
+"""An embedding whose table is packed integers, of which a call unpacks only the rows that it asks for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tersor.errors import TersorError
+from tersor.formats.quantized_weight import QuantizedWeight
+
+
+class QuantizedEmbedding(nn.Module):
+    """Drop-in for nn.Embedding: ids [...] -> [..., hidden], in the dtype of the table whose place it takes.
+
+    embed_scale: what transformers' scaled embeddings multiply the rows with; None: nothing.
+    """
+
+    qweight: Tensor
+    scales: Tensor
+    zeros: Tensor
+    g_idx: Tensor | None
+    embed_scale: Tensor | float | None
+    like: Tensor  # empty; of the dtype of the rows, which follows the module's casts
+
+    def __init__(
+        self, weight: QuantizedWeight, *, embed_scale: Tensor | float | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__()
+        self.bits, self.group_size = weight.bits, weight.group_size
+        self.num_embeddings, self.embedding_dim = weight.out_features, weight.in_features
+        # The shapes are those of every packed weight; in memory the numbers of one token lie side by side.
+        self.register_buffer("qweight", weight.qweight.t().contiguous().t())
+        self.register_buffer("scales", weight.scales.t().contiguous().t())
+        self.register_buffer("zeros", weight.zeros.t().contiguous().t())
+        self.register_buffer("g_idx", weight.g_idx)
+        self.register_buffer("like", torch.empty(0, dtype=dtype, device=weight.qweight.device), persistent=False)
+        if isinstance(embed_scale, Tensor):
+            self.register_buffer("embed_scale", embed_scale, persistent=False)
+        else:
+            self.embed_scale = embed_scale
+
+    @property
+    def packed(self) -> QuantizedWeight:
+        return QuantizedWeight(
+            self.qweight, self.scales, self.zeros, self.g_idx, self.bits, self.group_size, self.embedding_dim
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized table [tokens, hidden]; a new tensor at every access, for code that only looks at it."""
+        return self.packed.dequantize(self.like.dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = self.packed.take_rows(input.flatten()).dequantize(self.like.dtype)
+        return scaled(rows.contiguous().view(*input.shape, self.embedding_dim), self.embed_scale)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, bits={self.bits}, group_size={self.group_size}"
+
+
+def scaled(rows: Tensor, embed_scale: Tensor | float | None) -> Tensor:
+    """Rows times the scale, in the rows' dtype: a scale that is a tensor is rounded to it first, as transformers does."""
+    if embed_scale is None:
+        return rows
+    return rows * (embed_scale.to(rows.dtype) if isinstance(embed_scale, Tensor) else embed_scale)
+
+
+def why_not_packed(layer: nn.Embedding) -> str | None:
+    """Why an embedding computes something else than rows of its table, or these times a scale; None where it does not."""
+    own = type(layer).forward is not nn.Embedding.forward
+    scale = getattr(layer, "embed_scale", None)
+    if own and not isinstance(scale, float | int) and not (isinstance(scale, Tensor) and scale.dim() == 0):
+        return f"is a {type(layer).__name__}, which does more than look up rows and scale them"
+    if layer.max_norm is not None:
+        return f"shortens its rows to max_norm={layer.max_norm:g} when they are looked up"
+    return None
+
+
+def scale_of(layer: nn.Embedding) -> Tensor | float | None:
+    """What an embedding, one that can be packed, multiplies its rows with."""
+    scale: Tensor | float | None = getattr(layer, "embed_scale", None)
+    return None if type(layer).forward is nn.Embedding.forward else scale
+
+
+def looks_up(layer: nn.Embedding, ids: Tensor, output: object) -> bool:
+    """Whether `output` is what an embedding that can be packed makes of these ids: rows of its table, times its scale."""
+    if ids.is_floating_point() or not isinstance(output, Tensor):
+        return False
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < layer.num_embeddings:
+        return False
+    expected = scaled(nn.functional.embedding(ids, layer.weight), scale_of(layer))
+    alike = output.shape == expected.shape and output.dtype == expected.dtype
+    return alike and torch.allclose(output, expected, 1e-3, 1e-4)
+
+
+def quantized_embedding(layer: nn.Embedding, weight: QuantizedWeight) -> QuantizedEmbedding:
+    """The packed module that takes the place of an embedding. Raises TersorError where that computes something else."""
+    if reason := why_not_packed(layer):
+        raise TersorError(f"an embedding that is packed {reason}")
+    return QuantizedEmbedding(weight, embed_scale=scale_of(layer), dtype=layer.weight.dtype)
