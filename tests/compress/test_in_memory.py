@@ -115,6 +115,10 @@ def test_gpt2_with_its_transposed_layers(tmp_path: Path) -> None:
         read = tersor.load(tmp_path / "saved")(**samples[0]).logits
         torch.testing.assert_close(read, expected, rtol=1e-4, atol=1e-5)  # kernels add up in another order
         assert float((expected - model(**samples[0]).logits).norm() / expected.norm()) < 0.02
+    with pytest.raises(
+        tersor.TersorError, match=r"h\.0\.attn\.c_attn is one of transformers' Conv1D .* use --format gptq"
+    ):
+        tersor.compress(model, GPTQ(group_size=32), calibration=samples, format="compressed-tensors")
 
 
 def test_a_saved_module_keeps_what_was_there_where_it_cannot_be_written(tmp_path: Path) -> None:

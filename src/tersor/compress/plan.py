@@ -19,7 +19,7 @@ from tersor.compress.recipe import Recipe
 from tersor.errors import TersorError
 from tersor.formats.layouts import Layout
 from tersor.layers.experts import ExpertMap
-from tersor.layers.linear_map import LinearMap, linear_maps, matrix_shape
+from tersor.layers.linear_map import LinearMap, is_conv1d, linear_maps, matrix_shape
 from tersor.layers.quantized_embedding import why_not_packed
 
 # A few outputs that choose experts: kept as they are.
@@ -118,6 +118,11 @@ def make_plan(model: nn.Module, job: Choice) -> Plan:
             check_routing(block.name, block.module, job.experts)
     for name, module in taken.items():
         methods[name].check_linear(name, *matrix_shape(module), layout)
+        if layout is not None and layout.name == "compressed-tensors" and is_conv1d(module):
+            raise TersorError(
+                f"{name} is one of transformers' Conv1D layers, for which readers of compressed-tensors draw random weights; "
+                "use --format gptq"
+            )
         check_split(name, *matrix_shape(module), methods[name], job.target_tp)
     return Plan(blocks, chosen, methods, [name for name in everything if name not in taken])
 
