@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from zoo import tiny_models
 
 import tersor
 from tersor import GPTQ, RTN
+from tersor.compress.ats import AdaptiveTokenSampling
 from tersor.layers.quantized_linear import QuantizedConv2d, QuantizedLinear
 
 
@@ -129,3 +131,17 @@ def test_a_saved_module_keeps_what_was_there_where_it_cannot_be_written(tmp_path
         with pytest.raises(tersor.TersorError, match=r"exists and is not empty|is no model directory"):
             result.save(tmp_path / "letters", overwrite=overwrite)
     assert (tmp_path / "letters" / "one.txt").read_text() == "Dear"
+
+
+def test_fused_experts_in_memory_are_not_saved_under_names_that_nobody_reads(tmp_path: Path) -> None:
+    module = tiny_models.build("mixtral")
+    samples = [{"input_ids": torch.randint(0, tiny_models.VOCABULARY, (1, 16))}]
+    result = tersor.compress(module, RTN(group_size=32), calibration=samples, format="compressed-tensors")
+    with pytest.raises(tersor.TersorError, match=r"fused experts have no names here .* or use format gptq"):
+        result.save(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_whole_model_methods_say_that_they_leave_the_head_alone() -> None:
+    with pytest.raises(tersor.TersorError, match=r"method ats works on the whole model .* leave head out"):
+        tersor.compress(tiny_models.build("llama"), AdaptiveTokenSampling(), head=True)

@@ -105,6 +105,10 @@ def compress(
     if method.whole_model:
         if embeddings:
             method.without_inputs()  # says that it cannot
+        if head:
+            raise TersorError(
+                f"method {method.name} works on the whole model and leaves the head to itself; leave head out"
+            )
         if isinstance(model, nn.Module):
             return compress_whole_module(model, job)
         return compress_whole_checkpoint(str(model), job)
