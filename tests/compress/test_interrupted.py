@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,8 @@ ARGUMENTS = ("--samples", "4", "--seq-len", "128", "--bits", "4", "--seed", "3")
 
 def start(out: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "tersor", "quantize", "demo", "--out", str(out), *ARGUMENTS]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heeds_ctrl_c = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which shells take from what runs behind them
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heeds_ctrl_c)
 
 
 def wait_for_block(process: subprocess.Popen[str], out: Path, number: int) -> None:

@@ -6,7 +6,11 @@ and comes back.
 
 from __future__ import annotations
 
+import itertools
 import tempfile
+import weakref
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,39 +22,55 @@ PLACES = ("device", "cpu", "disk")
 SMALLEST = 4096  # elements; smaller tensors stay where they are
 
 
+@dataclass(frozen=True)
+class _Away:
+    """alive: a reference that says when the tensor is gone. kept: the file that holds it; None: the host's memory does."""
+
+    alive: weakref.ref[Tensor]
+    device: torch.device
+    kept: Path | None
+
+
 class Activations:
     """`put` sends the large floating tensors of a nested structure away, `get` brings them back."""
 
     def __init__(self, place: str) -> None:
         self.place = place
-        self._away: dict[int, tuple[torch.device, Any]] = {}
+        self._away: dict[int, _Away] = {}
+        self._numbers = itertools.count()
         self._folder = tempfile.TemporaryDirectory(prefix="tersor-activations-") if place == "disk" else None
 
     def put(self, values: Any) -> None:
         for tensor in self._movable(values):
-            if id(tensor) in self._away:
+            key = id(tensor)
+            if key in self._away:
                 continue
-            device = tensor.device
+            device, kept = tensor.device, None
             if self._folder is not None:
-                kept: Any = Path(self._folder.name) / f"{id(tensor)}.pt"
+                kept = Path(self._folder.name) / f"{next(self._numbers)}.pt"
                 torch.save(tensor.data, kept)
                 tensor.data = torch.empty(0, dtype=tensor.dtype, device=device)
             else:
-                kept = None
                 tensor.data = tensor.data.cpu()
-            self._away[id(tensor)] = (device, kept)
+            # A tensor that nobody fetches ends some time, and another may get its identity.
+            self._away[key] = _Away(weakref.ref(tensor, partial(self._forget, key)), device, kept)
 
     def get(self, values: Any) -> None:
         if self.place == "device":
             return
         for tensor in tree_leaves(values):
             if isinstance(tensor, Tensor) and id(tensor) in self._away:
-                device, kept = self._away.pop(id(tensor))
-                if kept is None:
-                    tensor.data = tensor.data.to(device)
+                away = self._away[id(tensor)]
+                if away.kept is None:
+                    tensor.data = tensor.data.to(away.device)
                 else:
-                    tensor.data = torch.load(kept, map_location=device, weights_only=True)
-                    kept.unlink()
+                    tensor.data = torch.load(away.kept, map_location=away.device, weights_only=True)
+                self._forget(id(tensor))
+
+    def _forget(self, key: int, _: object = None) -> None:
+        away = self._away.pop(key, None)
+        if away is not None and away.kept is not None:
+            away.kept.unlink(missing_ok=True)
 
     def close(self) -> None:
         if self._folder is not None:
