@@ -133,15 +133,6 @@ def test_a_saved_module_keeps_what_was_there_where_it_cannot_be_written(tmp_path
     assert (tmp_path / "letters" / "one.txt").read_text() == "Dear"
 
 
-def test_fused_experts_in_memory_are_not_saved_under_names_that_nobody_reads(tmp_path: Path) -> None:
-    module = tiny_models.build("mixtral")
-    samples = [{"input_ids": torch.randint(0, tiny_models.VOCABULARY, (1, 16))}]
-    result = tersor.compress(module, RTN(group_size=32), calibration=samples, format="compressed-tensors")
-    with pytest.raises(tersor.TersorError, match=r"fused experts have no names here .* or use format gptq"):
-        result.save(tmp_path / "saved")
-    assert not (tmp_path / "saved").exists()
-
-
 def test_whole_model_methods_say_that_they_leave_the_head_alone() -> None:
     with pytest.raises(tersor.TersorError, match=r"method ats works on the whole model .* leave head out"):
         tersor.compress(tiny_models.build("llama"), AdaptiveTokenSampling(), head=True)

@@ -45,11 +45,6 @@ def save_module(module: nn.Module, summary: Summary, target: Path, *, overwrite:
     tensors: dict[str, Tensor] = {}
     packed: list[str] = []
     for name, each in module.named_modules():
-        if isinstance(each, PackedExperts) and layout.name == "compressed-tensors":
-            raise TersorError(
-                f"{name}: fused experts have no names here that readers of compressed-tensors know; "
-                "compress the checkpoint on disk, whose result has the published ones, or use format gptq"
-            )
         found = _packed_layers(name, each)
         for stem, linear in found.items():
             tensors |= {
