@@ -90,10 +90,14 @@ def random_layer(bits: int, outputs: int, inputs: int) -> nn.Module:
         weight = torch.empty(outputs, inputs, dtype=torch.bfloat16, device="cuda").normal_(std=0.02)
         dense.weight = nn.Parameter(weight, requires_grad=False)
         return dense
-    weight = random_prepared(bits, outputs, inputs)
-    layer = QuantizedLinear(weight_on_meta(weight), dtype=torch.bfloat16)
+    return packed_layer(random_prepared(bits, outputs, inputs), dtype=torch.bfloat16)
+
+
+def packed_layer(weight: PreparedWeight, *, dtype: torch.dtype, bias: Tensor | None = None) -> QuantizedLinear:
+    """A layer that was never in the standard layout."""
+    layer = QuantizedLinear(weight_on_meta(weight), bias, dtype=dtype)
     layer.qweight = layer.scales = layer.zeros = None  # type: ignore[assignment]
-    layer.like = torch.empty(0, dtype=torch.bfloat16, device="cuda")
+    layer.like = torch.empty(0, dtype=dtype, device=weight.tiles.device)
     layer.prepared = weight
     return layer
 

@@ -20,12 +20,11 @@ from pathlib import Path
 
 import torch
 import transformers
+from gpu_decode import GROUP_SIZE, packed_layer
 from gpu_matmul import memory_bandwidth
 from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
 
-from tersor.formats.packing import packed_size
-from tersor.formats.quantized_weight import QuantizedWeight
 from tersor.kernels.prepared_weight import K_TILE, N_BLOCK, PreparedWeight, restore
 from tersor.kernels.quantized_matmul import quantized_matmul, reference
 from tersor.layers.quantized_linear import QuantizedLinear
@@ -41,7 +40,7 @@ SHAPE = {
     "max_position_embeddings": 2048,
     "activation_function": "relu",
 }
-LAYERS, BITS, GROUP_SIZE = 96, 3, 128
+LAYERS, BITS = 96, 3
 PROMPT, WARM_UP, TOKENS = 128, 8, 64
 PAPER = "GPTQ's paper: 71 ms with 3 bits on one A100-80GB, 230 ms in float16 on five (OPT-175B, batch 1, 128 tokens)."
 
@@ -58,23 +57,8 @@ def random_prepared(inputs: int, outputs: int) -> PreparedWeight:
 
 
 def random_layer(inputs: int, outputs: int) -> QuantizedLinear:
-    """A packed layer that was never in the standard layout."""
-    groups = inputs // GROUP_SIZE
-    standard = QuantizedWeight(
-        torch.empty(packed_size(inputs, BITS), outputs, dtype=torch.int32, device="meta"),
-        torch.empty(groups, outputs, dtype=torch.float16, device="meta"),
-        torch.empty(groups, outputs, dtype=torch.uint8, device="meta"),
-        None,
-        BITS,
-        GROUP_SIZE,
-        inputs,
-    )
     bias = torch.randn(outputs, device="cuda").mul_(0.01).half()
-    layer = QuantizedLinear(standard, bias, dtype=torch.float16)
-    layer.prepared = random_prepared(inputs, outputs)
-    layer.qweight = layer.scales = layer.zeros = None  # type: ignore[assignment]
-    layer.like = torch.empty(0, dtype=torch.float16, device="cuda")
-    return layer
+    return packed_layer(random_prepared(inputs, outputs), dtype=torch.float16, bias=bias)
 
 
 def random_model(layers: int) -> nn.Module:

@@ -39,6 +39,25 @@ class Ran:
     err: str
 
 
+class Stopped(BaseException):
+    """What a test raises in the middle of a job."""
+
+
+@pytest.fixture
+def files_left(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """So many files, [0], get their names before the next one raises Stopped instead; without end until a test says so."""
+    replace, left = os.replace, [10**9]
+
+    def replace_and_count(source: str, target: str) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Stopped
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_and_count)
+    return left
+
+
 @pytest.fixture
 def tersor_command(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
     """The command line, run in this process: as `tersor ARGUMENTS`, after its imports."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Ran, change_json, files_of
+from conftest import Ran, Stopped, change_json, files_of
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -335,43 +334,30 @@ def test_a_packed_embedding_that_is_tied_is_not_read(tmp_path: Path) -> None:
 # ---- interrupted jobs
 
 
-class Stopped(BaseException):
-    """What a test raises in the middle of a job."""
-
-
-def test_a_stopped_job_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_job_goes_on_to_the_same_bytes(tmp_path: Path, files_left: list[int]) -> None:
     untied().save_pretrained(tmp_path / "model")
-    replace, left = os.replace, [10**9]
-
-    def replace_and_count(source: str, target: str) -> None:
-        left[0] -= 1
-        if left[0] < 0:
-            raise Stopped
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", replace_and_count)
 
     def run(out: Path, **options: Any) -> Any:
         return tersor.compress(tmp_path / "model", BASE, calibration=samples("llama", 2), out=out, **(ON | options))
 
     run(tmp_path / "whole")
     whole = files_of(tmp_path / "whole")
-    files = 10**9 - left[0]
+    files = 10**9 - files_left[0]
     resumed = set()
     for stop in range(1, files, 3):
         out = tmp_path / f"out-{stop}"
-        left[0] = stop
+        files_left[0] = stop
         with pytest.raises(Stopped):
             run(out)
-        left[0] = 10**9
+        files_left[0] = 10**9
         resumed.add(run(out).summary.resumed_blocks)
         assert files_of(out) == whole, f"stopped before file {stop} of {files}"
     assert {0, 1, 3} <= resumed  # nothing, the embedding alone, everything
 
-    left[0] = files - 2
+    files_left[0] = files - 2
     with pytest.raises(Stopped):
         run(tmp_path / "out")
-    left[0] = 10**9
+    files_left[0] = 10**9
     with pytest.raises(TersorError, match="unfinished job with another embeddings"):
         run(tmp_path / "out", embeddings=False)
 

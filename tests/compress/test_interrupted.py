@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import Ran, files_of
+from conftest import Ran, Stopped, files_of
 
 import tersor
 from tersor import GPTQ
@@ -78,38 +78,24 @@ def test_a_job_killed_again_and_again_comes_to_the_same_bytes(tmp_path: Path, un
     assert files_of(out) == uninterrupted
 
 
-class Stopped(BaseException):
-    """What a test raises in the middle of a job."""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True])
 def test_a_job_stopped_between_any_two_files_comes_to_the_same_bytes(
-    small_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sharded: bool
+    small_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files_left: list[int], sharded: bool
 ) -> None:
     if sharded:
         monkeypatch.setattr("tersor.checkpoint.writer.SINGLE_FILE_LIMIT", 1000)
-    replace = os.replace
-    left = [10**9]
-
-    def replace_and_count(source: str, target: str) -> None:
-        left[0] -= 1
-        if left[0] < 0:
-            raise Stopped
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", replace_and_count)
 
     def run(out: Path) -> None:
         tersor.compress(small_source, GPTQ(group_size=32), out=out, samples=2, seq_len=32)
 
     run(tmp_path / "whole")
-    files = 10**9 - left[0]
+    files = 10**9 - files_left[0]
     for stop in range(0, files, 2):
-        left[0] = stop
+        files_left[0] = stop
         with pytest.raises(Stopped):
             run(tmp_path / "out")
-        left[0] = 10**9
+        files_left[0] = 10**9
         run(tmp_path / "out")
         assert files_of(tmp_path / "out") == files_of(tmp_path / "whole"), f"stopped before file {stop} of {files}"
         shutil.rmtree(tmp_path / "out")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from zoo import tiny_models
+from zoo.tiny_models import logits_of, random_ids
 
 from tersor.compress import RTN, compress
 from tersor.errors import TersorError
@@ -20,16 +21,6 @@ FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 OTHERS = ("gemma3", "phi3", "opt", "bloom", "gpt2", "gpt_neox", "falcon", "deepseek_v3", "mixtral", "mamba", "jamba")
 
 needs_kernel = pytest.mark.skipif(cpu.choose()[0] is None, reason=cpu.choose()[1])
-
-
-def random_ids(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randint(4, tiny_models.VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def logits_of(module: nn.Module, ids: Tensor) -> Tensor:
-    with torch.inference_mode():
-        found: Tensor = module(input_ids=ids).logits.float()
-    return found
 
 
 def assert_same_logits(

@@ -15,6 +15,7 @@ from kernels.random_weights import random_weight
 from kernels.triton_interpreter import run_interpreted
 from torch import Tensor, nn
 from zoo import tiny_models
+from zoo.tiny_models import random_ids
 
 from tersor.compress import RTN, compress
 from tersor.errors import TersorError
@@ -50,10 +51,6 @@ def on_gpu(*marks: Any) -> Any:
         return test
 
     return marked
-
-
-def random_ids(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randint(4, tiny_models.VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def shaken(module: nn.Module) -> nn.Module:

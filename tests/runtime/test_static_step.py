@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from zoo import tiny_models
+from zoo.tiny_models import logits_of, random_ids
 
 from tersor.compress import RTN, compress
 from tersor.kernels.quantized_matmul_cuda import has_kernel
@@ -45,17 +46,6 @@ def build(name: str, **changes: Any) -> nn.Module:
         changed.update(changes)
         patch.setitem(tiny_models.MODELS, name, tiny_models.Tiny(tiny.architecture, changed))
         return tiny_models.build(name)
-
-
-def random_ids(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randint(4, tiny_models.VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def logits_of(module: nn.Module, ids: Tensor) -> Tensor:
-    """[batch, tokens, vocabulary], of all tokens at once."""
-    with torch.inference_mode():
-        found: Tensor = module(input_ids=ids).logits.float()
-    return found
 
 
 def prompted(module: nn.Module, ids: Tensor) -> CachedModule:

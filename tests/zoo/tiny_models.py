@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 VOCABULARY = 96
 
@@ -308,3 +308,15 @@ def samples(name: str, count: int, length: int = 24, seed: int = 1) -> list[dict
         },
     }
     return [kinds[MODELS[name].inputs]() for _ in range(count)]
+
+
+def random_ids(*shape: int, seed: int = 0) -> Tensor:
+    """Tokens, the same at every call, none of them special."""
+    return torch.randint(4, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def logits_of(module: nn.Module, ids: Tensor) -> Tensor:
+    """[batch, tokens, vocabulary], float32, of all tokens at once."""
+    with torch.inference_mode():
+        found: Tensor = module(input_ids=ids).logits.float()
+    return found

@@ -172,7 +172,7 @@ def solve_factorized(
     fit_in_loop = whole is None and not static_groups
     in_kernel = gptq_block.has_kernel(W, block_size)
     fit_in_kernel = fit_in_loop and in_kernel and clip_search is None and gptq_block.can_fit(size, block_size, stored)
-    grids = gptq_block.Grids(bits, sym, stored, size if fit_in_kernel else 0)
+    grids = gptq_block.Grids(bits, sym, stored, size) if fit_in_kernel else gptq_block.Grids(bits)
     groups32 = groups.int()
 
     W = W[:, order]

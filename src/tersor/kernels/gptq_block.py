@@ -20,12 +20,12 @@ _STORED = {torch.float16: 1, torch.bfloat16: 2, torch.float32: 3}
 
 @dataclass(frozen=True)
 class Grids:
-    """What kind of grids the rows have. group_size: that of the groups whose grids the kernel fits; 0: all are given."""
+    """What kind of grids the rows have. sym, stored, group_size: of the groups whose grids the kernel fits; 0: all are given."""
 
     bits: Bits
-    sym: bool
-    stored: Stored | None
-    group_size: int
+    sym: bool = False
+    stored: Stored | None = None
+    group_size: int = 0
 
 
 def has_kernel(W: Tensor, block_size: int) -> bool:

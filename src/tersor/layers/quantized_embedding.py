@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from tersor.errors import TersorError
 from tersor.formats.quantized_weight import QuantizedWeight
+from tersor.layers.linear_map import computes_its_own
 
 
 class QuantizedEmbedding(nn.Module):
@@ -67,9 +68,12 @@ def scaled(rows: Tensor, embed_scale: Tensor | float | None) -> Tensor:
 
 def why_not_packed(layer: nn.Embedding) -> str | None:
     """Why an embedding computes something else than rows of its table, or these times a scale; None where it does not."""
-    own = type(layer).forward is not nn.Embedding.forward
     scale = getattr(layer, "embed_scale", None)
-    if own and not isinstance(scale, float | int) and not (isinstance(scale, Tensor) and scale.dim() == 0):
+    if (
+        computes_its_own(layer)
+        and not isinstance(scale, float | int)
+        and not (isinstance(scale, Tensor) and scale.dim() == 0)
+    ):
         return f"is a {type(layer).__name__}, which does more than look up rows and scale them"
     if layer.max_norm is not None:
         return f"shortens its rows to max_norm={layer.max_norm:g} when they are looked up"
@@ -79,7 +83,7 @@ def why_not_packed(layer: nn.Embedding) -> str | None:
 def scale_of(layer: nn.Embedding) -> Tensor | float | None:
     """What an embedding, one that can be packed, multiplies its rows with."""
     scale: Tensor | float | None = getattr(layer, "embed_scale", None)
-    return None if type(layer).forward is nn.Embedding.forward else scale
+    return scale if computes_its_own(layer) else None
 
 
 def looks_up(layer: nn.Embedding, ids: Tensor, output: object) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
-from tersor.errors import TersorError
+from tersor.runtime.cache_room import check_room
 from tersor.runtime.static_step import StaticStep, agree
 
 _CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # the argument's name, which depends on version and model
@@ -91,12 +91,8 @@ class CachedModule:
     @torch.inference_mode()
     def forward(self, ids: Tensor) -> Tensor:
         """Logits [batch, vocabulary], float32, of what follows ids [batch, tokens], which are added to the cache."""
-        batch, tokens = ids.shape
-        if batch != self.batch or self.length + tokens > self.capacity:
-            raise TersorError(
-                f"{batch} sequences of {self.length + tokens} tokens do not fit in a cache for "
-                f"{self.batch} of {self.capacity}"
-            )
+        check_room(self, ids)
+        tokens = ids.shape[1]
         ids = ids.to(self.device)
         if tokens == 1 and self._step is not None and self._cache is not None:
             self._step.load(self._cache, self.length)

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersor.errors import TersorError
 from tersor.kernels import cpp
 from tersor.kernels import quantized_matmul_cpu as cpu
 from tersor.layers.quantized_linear import QuantizedLinear
+from tersor.runtime.cache_room import check_room
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FAMILY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -232,12 +232,8 @@ class LlamaCPU:
 
         Raises TersorError where they do not fit.
         """
-        batch, tokens = ids.shape
-        if batch != self.batch or self.length + tokens > self.capacity:
-            raise TersorError(
-                f"{batch} sequences of {self.length + tokens} tokens do not fit in a cache for "
-                f"{self.batch} of {self.capacity}"
-            )
+        check_room(self, ids)
+        batch = len(ids)
         self._model.threads = min(torch.get_num_threads(), self._model.threads)
         logits = torch.empty(batch, self._vocabulary)
         for piece in torch.split(ids, CHUNK, dim=1):

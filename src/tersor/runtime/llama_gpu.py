@@ -27,6 +27,7 @@ from tersor.errors import TersorError
 from tersor.kernels.prepared_weight import N_BLOCK, PreparedWeight
 from tersor.kernels.quantized_matmul_cuda import prepared_matmul
 from tersor.layers.quantized_linear import QuantizedLinear
+from tersor.runtime.cache_room import check_room
 from tersor.runtime.llama_cpu import unlike_family, visible, window_of
 
 CHUNK_ROWS = 4096  # prompt tokens, of all sequences, that go through the layers together, which bounds the buffers
@@ -227,7 +228,7 @@ class LlamaGPU:
 
         Raises TersorError where they do not fit.
         """
-        self._check_room(ids, more=0)
+        check_room(self, ids)
         with self._on_device():
             self._add(ids)
             return self._logits.clone()
@@ -240,21 +241,13 @@ class LlamaGPU:
         """
         if new_tokens < 1:
             raise TersorError(f"{new_tokens} new tokens: at least 1 is needed")
-        self._check_room(ids, more=new_tokens - 1)
+        check_room(self, ids, more=new_tokens - 1)
         with self._on_device():
             self._add(ids)
             first = self.length
             for _ in range(new_tokens - 1):
                 self._advance()
             return self._made[:, first : first + new_tokens].clone()
-
-    def _check_room(self, ids: Tensor, more: int) -> None:
-        batch, tokens = ids.shape
-        if batch != self.batch or self.length + tokens + more > self.capacity:
-            raise TersorError(
-                f"{batch} sequences of {self.length + tokens + more} tokens do not fit in a cache for "
-                f"{self.batch} of {self.capacity}"
-            )
 
     def _on_device(self) -> contextlib.AbstractContextManager[object]:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
