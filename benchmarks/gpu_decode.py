@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_decode.py               prints the tables and writes benchmarks/results/gpu_decode.md
     python benchmarks/gpu_decode.py --compiled    with transformers' StaticCache under torch.compile too (minutes more)
-    python benchmarks/gpu_decode.py --profile     prints what one token's time goes to, and writes nothing
+    python benchmarks/gpu_decode.py --profile     prints where a step's time goes alone, and writes nothing
 
 Method: random weights (the time does not depend on their values), made on the GPU, one model at a time. Decoding: a prompt
 of 128 tokens, then 128 new ones, the likeliest each, without a round trip to the host; the time of all but the first, the
@@ -33,6 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tersor.formats.packing import packed_size
 from tersor.formats.quantized_weight import QuantizedWeight
+from tersor.kernels.llama_step import PARTS
 from tersor.kernels.prepared_weight import K_TILE, N_BLOCK, PreparedWeight
 from tersor.layers.quantized_linear import QuantizedLinear
 from tersor.runtime.cached_module import CachedModule
@@ -313,49 +314,66 @@ def generate_seconds(model: LlamaForCausalLM, ids: Tensor) -> float:
 
 
 @torch.inference_mode()
-def profile(shape: dict[str, Any]) -> None:
-    """Where a step's time goes at batch 1: its matmuls by themselves, kind by kind and all in the order of a step, each as one
-    graph; what is left is the time of the kernels between them and of handing over."""
-    names = ("qkv", "o", "gate_up", "down")
-    print("us a step | whole | its matmuls | left | " + " | ".join(f"{name} each" for name in names) + " | head")
+def profile(shape: dict[str, Any]) -> str:
+    """Where a step's time goes at batch 1. Every multiprocessor reads its clock at each part's end; a part's time is the mean
+    over the multiprocessors, and over the layers but the first and last four, scaled so that a layer's parts add up to its
+    time."""
+    lines = [
+        "| weights | step, us | layers | head | the rest | bytes over the bandwidth | kernel by kernel |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    shares: dict[str, list[float]] = {}
+    bandwidth = memory_bandwidth()
+    free()
     for kind in KINDS:
-        engine, _ = engine_of(kind, shape, capacity=PROMPT + NEW)
+        engine, size = engine_of(kind, shape, capacity=PROMPT + NEW)
         ids = prompt_of(1, PROMPT, shape)
-        token = engine.forward(ids).argmax(dim=-1, keepdim=True)
-        engine.greedy(token, 2)  # captures
-        whole = decode_seconds(engine, ids)
-        sizes = {"qkv": "hidden_size", "gate_up": "hidden_size", "down": "intermediate_size", "o": "hidden_size"}
-        inputs = {
-            name: torch.randn(1, shape[size], dtype=torch.bfloat16, device="cuda") for name, size in sizes.items()
-        }
-
-        def of(name: str, engine: LlamaGPU = engine, inputs: dict[str, Tensor] = inputs) -> list[Callable[[], object]]:
-            return [partial(getattr(layer, name), inputs[name]) for layer in engine._layers]
-
-        head = partial(engine._head, inputs["qkv"])
-        in_turn = [run for layer in zip(*(of(name) for name in names), strict=True) for run in layer]
-        together = microseconds([*in_turn, head]) * (len(in_turn) + 1)
-        each = [f"{microseconds(of(name)):.1f}" for name in names]
-        print(
-            f"{kind.name} | {whole * 1e6:.0f} | {together:.0f} | {whole * 1e6 - together:.0f} | {' | '.join(each)} | "
-            f"{microseconds([head] * 4):.0f}",
-            flush=True,
+        whole = decode_seconds(engine, ids) * 1e6
+        at_once = engine._at_once
+        assert at_once is not None, "the layers do not run as one launch here"
+        engine._position.fill_(PROMPT + NEW // 2)
+        layers, head = microseconds([at_once] * 4), microseconds([partial(engine._head, at_once.y)] * 4)
+        engine._at_once = marked = engine._one_launch(profile=True)
+        assert marked is not None
+        for _ in range(3):
+            marked()
+        marks = marked.marks
+        assert marks is not None
+        parts = marks[:, 4:-4].diff(dim=-1).double().mean(dim=(0, 1))
+        shares[kind.name] = (parts / parts.sum() * layers / shape["num_hidden_layers"]).tolist()
+        engine._at_once, engine._graph = None, None
+        one_by_one = decode_seconds(engine, ids) * 1e6
+        least = (size + cache_bytes(shape, 1, PROMPT + NEW // 2)) / bandwidth
+        lines.append(
+            f"| {kind.name} | {whole:.0f} | {layers:.0f} | {head:.0f} | {whole - layers - head:.0f} | {least:.0f} | "
+            f"{one_by_one:.0f} |"
         )
-        del engine, in_turn, head
+        print(lines[-1], flush=True)
+        del engine, at_once, marked, marks
         free()
+    lines += [
+        "",
+        "A layer, us, the mean over the multiprocessors:",
+        "",
+        "| part | " + " | ".join(shares) + " |",
+        "| --- |" + " ---: |" * len(shares),
+    ]
+    for index, part in enumerate(PARTS):
+        lines.append(f"| {part} | " + " | ".join(f"{each[index]:.1f}" for each in shares.values()) + " |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gpu_decode.md")
     parser.add_argument("--compiled", action="store_true", help="transformers under torch.compile too")
-    parser.add_argument("--profile", action="store_true", help="print what one token's time goes to, and nothing else")
+    parser.add_argument("--profile", action="store_true", help="print where a step's time goes, and nothing else")
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"], help="fewer, for a quick trial")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     shape = {**SHAPE, "num_hidden_layers": arguments.layers}
     if arguments.profile:
-        profile(shape)
+        print(profile(shape))
         return
     bandwidth = memory_bandwidth()
     free()
@@ -372,6 +390,7 @@ def main() -> None:
         f"{NEW} new tokens after a prompt of {PROMPT}": lambda: decoding(shape, bandwidth),
         f"A prompt of {LONG_PROMPT} tokens, batch 1": lambda: prompts(shape),
         "Beside transformers": lambda: transformers_loop(shape, compiled=arguments.compiled),
+        "Where a step's time goes, batch 1": lambda: profile(shape),
     }
     text = [
         "# A language model of the shape of Llama-3-8B on one GPU",

@@ -63,7 +63,9 @@ def shaken(module: nn.Module) -> nn.Module:
     return module.eval()
 
 
-def build(name: str, dtype: torch.dtype, *, bits: int = 0, **config: Any) -> tuple[nn.Module, nn.Module]:
+def build(
+    name: str, dtype: torch.dtype, *, bits: int = 0, group_size: int = 32, sym: bool = True, **config: Any
+) -> tuple[nn.Module, nn.Module]:
     """A model on the GPU, and the same numbers in float64 on the CPU."""
     if config:
         import transformers
@@ -75,7 +77,7 @@ def build(name: str, dtype: torch.dtype, *, bits: int = 0, **config: Any) -> tup
         module = tiny_models.build(name)
     module = shaken(module).to(dtype)
     if bits:
-        module = compress(module, RTN(bits=bits, group_size=32)).model
+        module = compress(module, RTN(bits=bits, group_size=group_size, sym=sym)).model
     exact = dense_copy(module)
     module = module.cuda()
     prepare_layers(module)
@@ -299,16 +301,111 @@ def test_early_launches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = {"hidden_size": 2048, "intermediate_size": 4096, "num_attention_heads": 16, "num_key_value_heads": 4}
     shape |= {"head_dim": 128, "num_hidden_layers": 3, "max_position_embeddings": 512}
     module, _ = build("llama", torch.bfloat16, bits=4, **shape)
-    early = LlamaGPU(module, capacity=512)
+    early = LlamaGPU(module, capacity=512, batch=2)
     monkeypatch.setattr(decode_triton, "launches_early", lambda device: False)
-    plain = LlamaGPU(module, capacity=512)
-    ids = random_ids(1, 8)
+    plain = LlamaGPU(module, capacity=512, batch=2)
+    ids = random_ids(2, 8)
     expected = plain.greedy(ids, 500)
     last = plain._logits.clone()
     for _ in range(3):
         early.reset()
         assert torch.equal(early.greedy(ids, 500), expected)
         assert torch.equal(early._logits, last)
+
+
+# Sizes of which nothing is a whole number of the kernel's tiles, stages or runs.
+ODD = {"hidden_size": 576, "intermediate_size": 832, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64}
+ODD |= {"num_hidden_layers": 3, "max_position_embeddings": 4096}
+
+
+def one_launch_engine(module: nn.Module, capacity: int) -> LlamaGPU:
+    engine = LlamaGPU(module, capacity=capacity)
+    assert engine._at_once is not None
+    return engine
+
+
+@on_gpu(*needs_kernel)
+@pytest.mark.parametrize("bits", [0, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", FAMILY)
+def test_all_layers_in_one_launch(name: str, dtype: torch.dtype, bits: int) -> None:
+    more: dict[str, Any] = {"attention_bias": True, "mlp_bias": True} if name == "llama" else {"sliding_window": 20}
+    if name.startswith("qwen"):
+        more |= {"use_sliding_window": True, "max_window_layers": 1}
+    module, exact = build(name, dtype, bits=bits, **ODD, **more)
+    engine = one_launch_engine(module, 90)
+    for seed in (0, 1):
+        ids = random_ids(1, 90, seed=seed)
+        engine.reset()
+        assert_same_logits(engine, logits_of(exact, ids), ids, [1, 2, 3, 40, 41, 63, 64, 65, 88, 89], dtype)
+
+
+@on_gpu(*needs_kernel)
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_every_kind_of_weight_in_one_launch(bits: int, group_size: int, sym: bool) -> None:
+    shape = {**ODD, "hidden_size": 384, "intermediate_size": 896, "num_hidden_layers": 2}
+    for dtype in DTYPES:
+        module, exact = build("llama", dtype, bits=bits, group_size=group_size, sym=sym, **shape)
+        engine = one_launch_engine(module, 30)
+        ids = random_ids(1, 30)
+        assert_same_logits(engine, logits_of(exact, ids), ids, [1, 2, 27, 28, 29], dtype)
+
+
+@on_gpu(*needs_kernel)
+@pytest.mark.parametrize("heads", [(1, 1), (8, 8), (7, 1), (12, 1), (16, 2)])
+@pytest.mark.parametrize("width", [64, 128])
+def test_heads_and_long_texts_in_one_launch(heads: tuple[int, int], width: int) -> None:
+    shape = {**ODD, "num_attention_heads": heads[0], "num_key_value_heads": heads[1], "head_dim": width}
+    shape |= {"hidden_size": 64 * heads[0] if 320 % heads[0] else 320, "num_hidden_layers": 1}
+    module, exact = build("llama", torch.float16, **shape)
+    engine = one_launch_engine(module, 2600)
+    ids = random_ids(1, 2600)
+    expected = logits_of(exact, ids)
+    for start in (1, 60, 127, 1020, 2590):  # a piece of the positions is full, the next begins
+        engine.reset()
+        cuts = list(range(start, start + 10))
+        assert_same_logits(engine, expected[:, : start + 10], ids[:, : start + 10], cuts, torch.float16)
+
+
+@on_gpu(*needs_kernel)
+@pytest.mark.parametrize("bits", [0, 4])
+def test_one_launch_is_reproducible_and_agrees_with_the_kernels_one_by_one(bits: int) -> None:
+    """At a size at which every multiprocessor has work in every matmul and runs ahead of others."""
+    shape = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 4}
+    shape |= {"head_dim": 64, "num_hidden_layers": 8, "max_position_embeddings": 1024}
+    module, _ = build("llama", torch.bfloat16, bits=bits, group_size=128, **shape)
+    engine, one_by_one = one_launch_engine(module, 1024), LlamaGPU(module, capacity=1024)
+    one_by_one._at_once = None
+    ids = random_ids(1, 8)
+    tokens = engine.greedy(ids, 900)
+    last = engine._logits.clone()
+    for _ in range(3):
+        engine.reset()
+        assert torch.equal(engine.greedy(ids, 900), tokens)
+        assert torch.equal(engine._logits, last)
+    engine.reset()
+    for token in torch.cat([ids.cuda(), tokens], dim=1).split(1, dim=1)[:400]:
+        found, expected = engine.forward(token), one_by_one.forward(token)
+        torch.testing.assert_close(found, expected, rtol=0, atol=32 * 2**-8 * float(expected.abs().max()))
+
+
+@on_gpu(*needs_kernel)
+def test_models_that_go_kernel_by_kernel() -> None:
+    narrow, _ = build("llama", torch.float16)
+    assert LlamaGPU(narrow, capacity=8)._at_once is None
+    wide, _ = build("llama", torch.float16, **ODD)
+    assert LlamaGPU(wide, capacity=8, batch=2)._at_once is None
+    mixed = compress(copy.deepcopy(wide), RTN(bits=4, group_size=32)).model
+    other = compress(wide, RTN(bits=8, group_size=32)).model.get_submodule("model.layers.1.mlp.down_proj")
+    mixed.set_submodule("model.layers.1.mlp.down_proj", other)
+    exact = dense_copy(mixed)
+    prepare_layers(mixed)
+    engine = LlamaGPU(mixed, capacity=20)
+    assert engine._at_once is None
+    ids = random_ids(1, 20)
+    assert_same_logits(engine, logits_of(exact.cpu(), ids), ids, [15, 16], torch.float16)
 
 
 @on_gpu(*needs_gpu)

@@ -1,6 +1,6 @@
 """A packed weight in the layout that the GPU kernel streams: tiles of 64 outputs x 128 inputs, codes and scales together.
 
-The layout itself is described at the top of `quantized_matmul.cu`. `prepare` makes it once, on whatever device the weight
+The layout itself is described at the top of `packed_tile.cuh`. `prepare` makes it once, on whatever device the weight
 is; `restore` is its inverse, so that a model needs to hold one copy only.
 """
 

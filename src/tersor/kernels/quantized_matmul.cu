@@ -1,7 +1,7 @@
 // y[m, n] = sum_k x[m, k] * scale[n, k / GROUP] * (code[n, k] - zero[n, k / GROUP]) on Hopper's tensor cores (sm_90a).
 //
 // The weight is the left operand of the tensor cores, so its codes go from shared memory to registers, become 16-bit
-// integers there (9 instructions for 8 of them) and never touch memory in their dequantized form. The batch is the
+// integers there and never touch memory in their dequantized form. The batch is the
 // right operand, N_TILE columns wide: at a small batch nothing is padded beyond 8.
 //
 // A thread block has a producer, which keeps STAGES stages of TILES x 128 inputs on their way into shared memory by the
@@ -9,31 +9,11 @@
 // one long list cut into equal runs, one a block; a tile that several blocks share is summed by the last of them to
 // arrive, always in the same order, so that results are reproducible.
 //
-// Compiled at run time by quantized_matmul_cuda.py, which prepends the function `wgmma` and these constants:
-//   BITS 2, 3, 4, 8 | GROUP 32, 64, 128 | ZERO: the one zero point, or -1 where each group has its own
-//   BFLOAT: x and y are bfloat16, not float16 | SCALE_BFLOAT: the scales are
+// Compiled at run time by quantized_matmul_cuda.py, which prepends the function `wgmma`, hopper.cuh and packed_tile.cuh
+// with their constants, and:
 //   N_TILE, WARPGROUPS, RESIDENT, TILES, SCALE_SUMS (see `Launch` there), STAGES, CONSUMER_REGISTERS,
 //   PRODUCER_REGISTERS
-//
-// The weight comes repacked (prepared_weight.py) in tiles of 64 outputs x 128 inputs:
-//   codes   [2 halves of 64 inputs][planes][128 threads][16, 8 or 4 bytes]: a thread's 32 codes as 16 pairs, in the
-//   order in
-//           which the tensor cores want them; a word holds its pairs' first codes in its low half, the second ones in
-//           its high half
-//   scales  [128 / GROUP][64], 2 bytes each
-//   zeros   [128 / GROUP][64], 1 byte each, only where ZERO is -1
 
-using u8 = unsigned char;
-using u16 = unsigned short;
-using u32 = unsigned int;
-using u64 = unsigned long long;
-
-constexpr int K_TILE = 128;
-constexpr int WORDS = BITS;  // a thread's 32 codes of half a tile
-constexpr int GROUPS = K_TILE / GROUP;
-constexpr int CODE_BYTES = 64 * K_TILE * BITS / 8;
-constexpr int SCALE_BYTES = 2 * 64 * GROUPS;
-constexpr int TILE_BYTES = CODE_BYTES + SCALE_BYTES + (ZERO < 0 ? 64 * GROUPS : 0);
 constexpr int X_HALF_BYTES = N_TILE * 128;  // of 64 inputs
 constexpr int X_BYTES = 2 * TILES * X_HALF_BYTES;
 constexpr int STAGE_BYTES = (X_BYTES + WARPGROUPS * TILES * TILE_BYTES + 1023) / 1024 * 1024;
@@ -45,158 +25,8 @@ static_assert(WGMMA || SCALE_SUMS, "mma.sync is used on group sums only");
 constexpr int CHUNK =
     SCALE_SUMS && GROUP >= 64 && N_TILE <= 32 ? 4 : 2;  // wgmmas, of 16 inputs each, between two waits for them
 
-// ---------------------------------------------------------------------------------------------- numbers
+// ---------------------------------------------------------------------------------------------- warpgroups
 
-constexpr int BASE = BFLOAT ? 128 : 1024;  // the power of two above whose mantissa the codes are placed
-constexpr int MANTISSA = BFLOAT ? 7 : 10;
-constexpr u32 MAGIC = BFLOAT ? 0x43004300u : 0x64006400u;          // BASE, twice
-constexpr int FIELDS = BITS == 3 ? 5 : 16 / BITS;                  // codes in half a word
-constexpr int WINDOW = MANTISSA / BITS > 0 ? MANTISSA / BITS : 1;  // of these can be read without a shift
-
-__device__ __forceinline__ constexpr u32 twice(int value) {  // an integer |value| < 2048 as a pair of 16-bit floats
-    u32 sign = value < 0 ? 0x8000u : 0u, magnitude = value < 0 ? -value : value, exponent = 0;
-    if (magnitude == 0) return 0;
-    while ((magnitude >> exponent) > 1) ++exponent;
-    u32 half = BFLOAT ? ((exponent + 127) << 7) | (((magnitude << 7) >> exponent) & 0x7f)
-                      : ((exponent + 15) << 10) | (((magnitude << 10) >> exponent) & 0x3ff);
-    return (sign | half) * 0x10001u;
-}
-__device__ __forceinline__ constexpr u32 twice_power(int exponent) {  // 2^exponent as a pair
-    return (BFLOAT ? u32(exponent + 127) << 7 : u32(exponent + 15) << 10) * 0x10001u;
-}
-
-#if BFLOAT
-#define TYPE "bf16"
-#else
-#define TYPE "f16"
-#endif
-__device__ __forceinline__ u32 keep(u32 value) {  // in a register, not computed again
-    asm volatile("" : "+r"(value));
-    return value;
-}
-__device__ __forceinline__ u32 add(u32 a, u32 b) {
-    u32 d;
-    asm("fma.rn." TYPE "x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(twice(1)), "r"(b));
-    return d;
-}
-__device__ __forceinline__ u32 fma(u32 a, u32 b, u32 c) {
-    u32 d;
-    asm("fma.rn." TYPE "x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-    return d;
-}
-__device__ __forceinline__ u32 mul(u32 a, u32 b) {
-    u32 d;
-    asm("fma.rn." TYPE "x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(0x80008000u));
-    return d;
-}
-__device__ __forceinline__ u32 pack(float low, float high) {
-    u32 d;
-    asm("cvt.rn." TYPE "x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
-    return d;
-}
-__device__ __forceinline__ float scale_to_float(u16 bits) {
-    float f;
-    if (SCALE_BFLOAT) return __int_as_float(u32(bits) << 16);
-    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
-    return f;
-}
-
-// ---------------------------------------------------------------------------------------------- codes
-
-// What a thread needs to know of one group for its rows g (0) and g + 8 (1).
-struct Group {
-    float scale[2];
-    u32 scale_pair[2];
-    u32 minus_zero[2];  // -(BASE + zero) as a pair, or -zero alone where the codes do not fit the mantissa
-};
-
-// `scales` and `zeros` are the shared addresses of a tile's first group for this thread's rows.
-__device__ __forceinline__ Group load_group(u32 scale_address, u32 zero_address, int group) {
-    Group result;
-    u32 scales;
-    u16 zeros = 0;
-    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(scales) : "r"(scale_address + group * 128));
-    if (ZERO < 0) asm volatile("ld.shared.b16 %0, [%1];" : "=h"(zeros) : "r"(zero_address + group * 64));
-    for (int r = 0; r < 2; ++r) {
-        u32 bits = (scales >> (16 * r)) & 0xffff;
-        if (SCALE_SUMS || bool(SCALE_BFLOAT) != bool(BFLOAT)) result.scale[r] = scale_to_float(bits);
-        result.scale_pair[r] =
-            bool(SCALE_BFLOAT) == bool(BFLOAT) ? bits * 0x10001u : pack(result.scale[r], result.scale[r]);
-        u32 zero = (zeros >> (8 * r)) & 0xff;
-        if (BFLOAT && BITS == 8)
-            result.minus_zero[r] = __float_as_int(-8388608.0f - float(ZERO < 0 ? int(zero) : ZERO));
-        else
-            result.minus_zero[r] = ZERO < 0 ? (0x80008000u | MAGIC) + zero * 0x10001u : twice(-BASE - ZERO);
-    }
-    return result;
-}
-
-// A thread's words of half a tile, whose planes hold four, two or one words a thread; `half` and `thread` are combined
-// in `address`, the shared address of the half plus 16 bytes a thread.
-__device__ __forceinline__ void load_words(u32 (&words)[WORDS], u32 address, int thread) {
-#pragma unroll
-    for (int i = 0; i < WORDS / 4; ++i)
-        asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(words[4 * i]), "=r"(words[4 * i + 1]), "=r"(words[4 * i + 2]), "=r"(words[4 * i + 3])
-                     : "r"(address + i * 2048));
-    if (WORDS < 4)
-        asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(address - thread * 8));
-    if (WORDS == 3)
-        asm volatile("ld.shared.b32 %0, [%1];" : "=r"(words[2 % WORDS]) : "r"(address - thread * 12 + 1024));
-}
-
-// (bits & mask) | magic in one instruction, which the compiler does not find where both are constants.
-__device__ __forceinline__ u32 place(u32 bits, u32 mask, u32 magic) {
-    u32 result;
-    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(result) : "r"(bits), "r"(mask), "r"(magic));
-    return result;
-}
-
-// Pair number `index` of a thread's 16 of half a tile, as code - zero, exactly.
-__device__ __forceinline__ u32 integer_pair(const u32 (&words)[WORDS], int index, const Group& group) {
-    const int r = index & 1;
-    if (BFLOAT && BITS == 8) {  // 8 bits overflow bfloat16's mantissa: through float32, whose bytes 0x4b0000 hold 2^23
-        u32 word = words[index / 2];
-        float low = __int_as_float(__byte_perm(word, 0x4b000000u, index & 1 ? 0x7541 : 0x7540));
-        float high = __int_as_float(__byte_perm(word, 0x4b000000u, index & 1 ? 0x7543 : 0x7542));
-        float offset = __int_as_float(group.minus_zero[r]);
-        return pack(low + offset, high + offset);
-    }
-    if (BITS == 3 && index == 15) {  // in the two bits of each of the three words that five pairs leave
-        u32 value = place(words[0] >> 15, 0x00010001u, MAGIC);
-        value = place(words[1 % WORDS] >> 14, 0x00020002u, value);
-        value = place(words[2 % WORDS] >> 13, 0x00040004u, value);
-        return add(value, group.minus_zero[r]);
-    }
-    const int field = index % FIELDS, window = field / WINDOW, position = (field % WINDOW) * BITS;
-    constexpr u32 ONES = ((1u << BITS) - 1) * 0x10001u;
-    const u32 value =
-        place(words[index / FIELDS] >> (window * WINDOW * BITS), ONES << position, MAGIC);  // BASE + code * 2^position
-    if (position == 0) return add(value, group.minus_zero[r]);
-    // All of these are integers below 2^(MANTISSA + 1), hence exact.
-    u32 offset =
-        ZERO < 0 ? add(group.minus_zero[r], twice(BASE - (BASE >> position))) : twice(-(BASE >> position) - ZERO);
-    return fma(value, twice_power(-position), offset);
-}
-
-// ---------------------------------------------------------------------------------------------- barriers and copies
-
-__device__ __forceinline__ void barrier_init(u32 barrier, int count) {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(count));
-}
-__device__ __forceinline__ void barrier_arrive(u32 barrier) {
-    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-__device__ __forceinline__ void barrier_expect(u32 barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
-    asm volatile(
-        "{\n.reg .pred done;\nwait:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@!done bra wait;\n}" ::"r"(
-            barrier),
-        "r"(parity)
-        : "memory");
-}
 __device__ __forceinline__ void wait_for_warpgroup(int id) { asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory"); }
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -214,22 +44,6 @@ __device__ __forceinline__ void add_scaled(float (&sums)[ACCUMULATORS], float (&
     keep_after_wait(group_sums);
 #pragma unroll
     for (int i = 0; i < ACCUMULATORS; ++i) sums[i] += scale[i / 2 % 2] * group_sums[i];
-}
-
-// x for two mma.sync of 16 inputs by 8 columns: 8 columns by 32 inputs.
-__device__ __forceinline__ void load_x_fragment(u32 (&fragment)[4], u32 address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
-                 : "r"(address));
-}
-// A warp's 16 rows of what `wgmma` does, for 8 columns.
-__device__ __forceinline__ void mma(float* d, const u32 (&a)[4], u32 x0, u32 x1, bool add) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) d[i] = add ? d[i] : 0;
-    asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE
-        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(x0), "r"(x1));
 }
 
 // ---------------------------------------------------------------------------------------------- the list of work
@@ -469,8 +283,8 @@ extern "C" __global__ void __launch_bounds__(128 * (WARPGROUPS + 1), RESIDENT)
 #pragma unroll
                             for (int column = 0; column < N_TILE; column += 8) {
                                 u32 fragment[4];
-                                load_x_fragment(fragment, (step + chunk * CHUNK == 0 ? x_low : x_high) + stage_offset +
-                                                              half * X_HALF_BYTES + column * 128);
+                                load_matrices(fragment, (step + chunk * CHUNK == 0 ? x_low : x_high) + stage_offset +
+                                                            half * X_HALF_BYTES + column * 128);
                                 mma(group_sums + column / 2, pairs[buffer][step], fragment[0], fragment[1],
                                     first_input % GROUP != 0 || step > 0);
                                 mma(group_sums + column / 2, pairs[buffer][step + 1], fragment[2], fragment[3], true);

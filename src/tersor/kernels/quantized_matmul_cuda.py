@@ -130,8 +130,10 @@ def source_of(
         "PRODUCER_REGISTERS": producer_registers,
     }
     defines = "".join(f"#define {name} ({value})\n" for name, value in constants.items())
-    body = Path(__file__).with_name("quantized_matmul.cu").read_text()
-    return defines + _wgmma(how.n_tile, "bf16" if bfloat else "f16") + body
+    shared, tile, body = (
+        Path(__file__).with_name(name).read_text() for name in ("hopper.cuh", "packed_tile.cuh", "quantized_matmul.cu")
+    )
+    return defines + _wgmma(how.n_tile, "bf16" if bfloat else "f16") + shared + tile + body
 
 
 @functools.cache

@@ -5,6 +5,7 @@
 
 Takes the models that `llama_cpu.py` takes, in float16 or bfloat16, packed or not. W_q, W_k and W_v are one matmul, W_gate and
 W_up another, where their weights can be joined; `kernels/decode_triton.py` does the rest of a layer in five or six kernels.
+On Hopper a token of a single sequence goes through all layers in one launch instead (`kernels/llama_step.py`).
 
 A step reads the tokens, and where they belong, from the device, and leaves the likeliest next tokens and their place there.
 So the one graph serves every position and prompt, and `greedy` replays it without waiting for a token to reach the host.
@@ -24,6 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from tersor.errors import TersorError
+from tersor.kernels import llama_step
+from tersor.kernels.llama_step import LlamaStep, StepLayer
 from tersor.kernels.prepared_weight import N_BLOCK, PreparedWeight
 from tersor.kernels.quantized_matmul_cuda import prepared_matmul
 from tersor.layers.quantized_linear import QuantizedLinear
@@ -165,8 +168,21 @@ class LlamaGPU:
         self._made = torch.zeros(batch, capacity + 1, dtype=torch.int64, device=self.device)  # by their positions
         self._logits = torch.zeros(batch, int(head.out_features), device=self.device)
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._at_once = self._one_launch() if batch == 1 else None
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # the matmul fetches its weight without waiting for who wrote it
+
+    def _one_launch(self, *, profile: bool = False) -> LlamaStep | None:
+        """A step's layers in one launch, where there is a kernel for them."""
+        if any(len(each.qkv.weights) > 1 or len(each.gate_up.weights) > 1 for each in self._layers):
+            return None
+        layers = [_step_layer(each) for each in self._layers]
+        if llama_step.why_not(layers, self._heads) is not None:
+            return None
+        return LlamaStep(
+            layers, heads=self._heads, eps=self._eps, embedding=self._embedding, id=self._ids, position=self._position,
+            cos=self._cos, sin=self._sin, final_norm=self._final_norm.float(), profile=profile,
+        )  # fmt: skip
 
     def _layer(self, layer: Any, config: Any) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
@@ -279,6 +295,9 @@ class LlamaGPU:
 
     def _step(self) -> None:
         kernels = self._kernels
+        if self._at_once is not None:
+            self._pick(self._at_once())
+            return
 
         def attend(layer: _Layer, queries: Tensor) -> Tensor:
             found: Tensor = kernels.attend(
@@ -346,9 +365,11 @@ class LlamaGPU:
         """Logits and the likeliest token after rows [batch, hidden]; the position moves on."""
         kernels, early = self._kernels, self._early
         bias = self._layers[-1].down_bias
-        normed = kernels.add_norm(update, residual, self._final_norm, eps=self._eps, bias=bias, early=early)
+        self._pick(kernels.add_norm(update, residual, self._final_norm, eps=self._eps, bias=bias, early=early))
+
+    def _pick(self, normed: Tensor) -> None:
         (scores,) = self._head(normed)
-        kernels.pick(scores, self._logits, self._ids, self._made, self._position, early=early)
+        self._kernels.pick(scores, self._logits, self._ids, self._made, self._position, early=self._early)
 
 
 @functools.cache
@@ -364,6 +385,16 @@ def _weight(layer: Any) -> Weight:
         return layer.prepared
     weight: Tensor = layer.weight.detach()
     return weight
+
+
+def _step_layer(layer: _Layer) -> StepLayer:
+    q_norm, k_norm = (None if norm is None else norm.float() for norm in (layer.q_norm, layer.k_norm))
+    return StepLayer(
+        layer.qkv.weights[0], layer.o.weights[0], layer.gate_up.weights[0], layer.down.weights[0],
+        layer.input_norm.float(), layer.mlp_norm.float(), q_norm, k_norm,
+        layer.qkv_bias, layer.o_bias, layer.gate_bias, layer.up_bias, layer.down_bias,
+        layer.keys, layer.values, layer.window,
+    )  # fmt: skip
 
 
 def _bias(layer: Any) -> Tensor | None:
