@@ -199,6 +199,8 @@ def write_checkpoint(folder: Path, layers: int) -> float:
 
 
 def whole_job(folder: Path | None, layers: int) -> list[str]:
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix="tersor-bench-") as place:
         source, out = Path(place) / "original", Path(place) / "packed"
         source.mkdir()
