@@ -9,15 +9,15 @@
 Arithmetic is in float32, the residual stream too; what the matmuls read is rounded once, to their type. All take `early`.
 
 **Early launch** (programmatic dependent launch, from compute capability 9.0 on; `launches_early`). Every kernel here lets the
-next one start at once (`gdc_launch_dependents` comes first), and so does `quantized_matmul.cu`, which fetches its weight while
-the kernels ahead of it still run. It is sound because every kernel of the chain keeps one rule: before its `gdc_wait` (there:
-`griddepcontrol.wait` of the thread that fetches x, for which all others wait) a thread block neither ends nor reads or writes
-anything that any kernel of the chain writes. The wait lasts until the whole kernel before has ended and its writes can be
-seen. That one ended after its own wait, hence after the end of the one before it, and so on: behind its wait a kernel has all
-of the past to itself, however many kernels were started ahead. So it may also write where an earlier kernel read, and the
-allocator may use memory again. Only constants are read before the wait: norm weights here, packed weights there; whoever
-writes them synchronizes. A kernel that is launched plainly (cuBLAS, torch) starts after the end of the one before and keeps
-the rule by that. All this holds within a stream.
+next one start at once (`gdc_launch_dependents` comes first), and so do `quantized_matmul.cu` and `llama_step.cu`, which fetch
+their weights while the kernels ahead of them still run. It is sound because every kernel of the chain keeps one rule: before
+its `gdc_wait` (there: `griddepcontrol.wait` of the threads that touch anything but weights) a thread block neither ends nor
+reads or writes anything that any kernel of the chain writes. The wait lasts until the whole kernel before has ended and its
+writes can be seen. That one ended after its own wait, hence after the end of the one before it, and so on: behind its wait a
+kernel has all of the past to itself, however many kernels were started ahead. So it may also write where an earlier kernel
+read, and the allocator may use memory again. Only constants are read before the wait: norm weights here, packed weights there;
+whoever writes them synchronizes. A kernel that is launched plainly (cuBLAS, torch) starts after the end of the one before and
+keeps the rule by that. All this holds within a stream.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
 //     h = h + W_down (silu(W_gate n) * W_up n),                 n = rms_norm(h)
 //
 // At one token all time goes to reading weights. Every multiprocessor runs one thread block, whose producer warp sends
-// for its share of all weights of all layers, in their order, into STAGES stages of shared memory, as fast as they are
-// used up; it waits for nothing else. While the 16 consumer warps wait at a barrier for the other blocks, or attend,
-// the stages fill, and are used up faster than the memory delivers afterwards.
+// for its share of all weights of all layers, in their order, into STAGES stages of shared memory, as they are used up.
+// While the 16 consumer warps wait at a barrier for the other blocks, or attend, the stages fill, and are used up
+// faster than the memory delivers afterwards.
 //
 // A matmul's work is a list of (tile of outputs, stage of 512 inputs), cut into equal runs, one a block. What a run
 // adds to a tile is a piece; pieces are written to memory and added up, always in the same order, by whoever reads
@@ -100,15 +100,15 @@ constexpr u32 CHUNKS = WARPS / 2;                // of 16 positions, at the same
 constexpr u32 QUERY_BYTES = (QUERIES + 7) / 8 * 8 * (WIDTH + 8) * 2;
 constexpr u32 ATTEND_BYTES = (QUERIES + 2) * WIDTH * 4 + QUERY_BYTES + CHUNKS * PASS * (WIDTH + 2) * 4;
 
-constexpr u32 AT_RESIDUAL = STAGES * STAGE_BYTES;  // float [HIDDEN], in the order of slots
-constexpr u32 AT_X = AT_RESIDUAL + HIDDEN * 4;     // the matmul's input, in the order of slots, or what attention needs
+constexpr u32 AT_RESIDUAL = STAGES * STAGE_BYTES;  // float [2][HIDDEN / 8][4]: the slots' first halves, then the second
+constexpr u32 AT_X = AT_RESIDUAL + HIDDEN * 4;     // the matmul's input, or what attention needs
 constexpr u32 AT_SUMS = AT_X + greatest(X_BYTES, ATTEND_BYTES);
 constexpr u32 AT_LAYERS = AT_SUMS + SLOTS * PARTS * TILE_OUTPUTS * 4;
 constexpr u32 AT_WARPS = AT_LAYERS + LAYERS * sizeof(Layer);
 constexpr u32 AT_TURN = AT_WARPS + WARPS * 4;  // float [2][WIDTH / 2], of this position
 constexpr u32 AT_BEGUN = AT_TURN + WIDTH * 4;  // matmuls that the consumers have begun, of all layers
 constexpr u32 AT_BARRIERS = AT_BEGUN + 16;
-static_assert(AT_BARRIERS + 2 * STAGES * 8 <= SHARED_BYTES, "shared_bytes in llama_step.py counts otherwise");
+static_assert(AT_BARRIERS + 2 * STAGES * 8 <= SHARED_BYTES, "_fixed_bytes in llama_step.py counts otherwise");
 
 extern __shared__ __align__(1024) u8 memory[];
 
@@ -269,9 +269,8 @@ __device__ __forceinline__ void load(const u8* weight, u32 number, u32 shared, S
         __syncwarp();
         if (lane < COPIES)
             asm volatile(
-                "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
-                "[%3], "
-                "%4;" ::"r"(shared + stage * STAGE_BYTES + lane * (STAGE_BYTES / COPIES)),
+                "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+                "[%0], [%1], %2, [%3], %4;" ::"r"(shared + stage * STAGE_BYTES + lane * (STAGE_BYTES / COPIES)),
                 "l"(source.at), "r"(source.bytes), "r"(ready), "l"(sender.policy)
                 : "memory");
         sender.last = sender.next;
@@ -547,8 +546,8 @@ __device__ __forceinline__ void attend(const Step& s, const Layer& layer, const 
     u16* values = layer.values + kv_head * s.capacity * WIDTH;
     const u32 start = at.begin + split * at.share, stop = min(start + at.share, at.end);
 
-    // Keys of positions g and g + 8 of 16, numbers 8 (t + 4 j) + 0 .. 7; values of positions 2t, 2t + 1, 2t + 8, 2t +
-    // 9, V_WORDS pairs of numbers from first_value on.
+    // Keys of positions g and g + 8 of 16, numbers 8 (t + 4 j) + 0 .. 7.
+    // Values of positions 2t, 2t + 1, 2t + 8 and 2t + 9, V_WORDS pairs of numbers from first_value on.
     constexpr u32 K_LOADS = WIDTH / 32, V_WORDS = WIDTH / 32;
     const u32 chunk = warp / 2, first_value = warp % 2 * (WIDTH / 2) + g * 2 * V_WORDS;
     uint4 key[2][K_LOADS];
@@ -754,7 +753,7 @@ __device__ __forceinline__ void join_attention(const Step& s, u32 splits) {
                 const u32 split = min(start + p, splits - 1);
                 part[p] = __ldcg(softmax + split);
                 if (start + p >= splits) part[p] = make_float2(LOWEST, 0);
-                low[p] = __ldcg(attended + split * (WIDTH / 4)),
+                low[p] = __ldcg(attended + split * (WIDTH / 4));
                 high[p] = __ldcg(attended + split * (WIDTH / 4) + WIDTH / 8);
             }
             const float higher = fmaxf(largest, fmaxf(fmaxf(part[0].x, part[1].x), fmaxf(part[2].x, part[3].x)));
@@ -767,8 +766,8 @@ __device__ __forceinline__ void join_attention(const Step& s, u32 splits) {
                 const float share = exp2f(part[p].x - higher);
                 total += share * part[p].y;
                 v[0] += share * low[p].x, v[1] += share * low[p].y, v[2] += share * low[p].z, v[3] += share * low[p].w;
-                v[4] += share * high[p].x, v[5] += share * high[p].y, v[6] += share * high[p].z,
-                    v[7] += share * high[p].w;
+                v[4] += share * high[p].x, v[5] += share * high[p].y, v[6] += share * high[p].z;
+                v[7] += share * high[p].w;
             }
             largest = higher;
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,7 +18,7 @@ from tersor.kernels.prepared_weight import PreparedWeight
 from tersor.kernels.quantized_matmul_cuda import MULTIPROCESSOR_SHARED_BYTES, has_kernel
 
 # As in llama_step.cu.
-WARPS, CONSUMERS, THREADS = 16, 512, 640
+WARPS, THREADS = 16, 640
 STAGE_INPUTS = 512
 WIDTHS = (64, 128)
 PARTS = (
@@ -132,6 +133,8 @@ def why_not(layers: Sequence[StepLayer], heads: int) -> str | None:
     blocks = torch.cuda.get_device_properties(device).multi_processor_count
     if sizes.kv_heads > blocks:
         return f"it has {sizes.kv_heads} heads of keys and values, more than the GPU has multiprocessors"
+    if os.environ.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "100") != "100":
+        return "not all multiprocessors are free to this process, as it shares the GPU by MPS"
     if _stages(sizes, next(iter(kinds))) < MIN_STAGES:
         return "it needs more shared memory than there is"
     return None
@@ -184,7 +187,7 @@ def source_of(sizes: Sizes, kind: _Kind, *, bfloat: bool, eps: float, blocks: in
         "SCALE": f"{sizes.width**-0.5 * math.log2(math.e)!r}f",
         "BLOCKS": blocks,
         "STAGES": _stages(sizes, kind),
-        "IN_FLIGHT": IN_FLIGHT[kind.bits],
+        "IN_FLIGHT": min(IN_FLIGHT[kind.bits], _stages(sizes, kind)),
         "AHEAD": AHEAD_BYTES // kind.stage_bytes,
         "SHARED_BYTES": MULTIPROCESSOR_SHARED_BYTES,
     }
@@ -216,9 +219,12 @@ class LlamaStep:
 
     layers: some for which `why_not` is None. embedding [tokens, hidden] in the type of the activations, id and position
     int64 [1], cos and sin float32 [capacity, width / 2], final_norm float32 [hidden], all on one device. `y` [1, hidden].
-    The tensors must stay where they are. Not on two streams at once. Every call reads the token and its position from the
-    device, and adds the token's keys and values to the cache. profile: it leaves each multiprocessor's clock at the end of
-    every one of PARTS, and before the first, in `marks` int64 [blocks, layers, 15].
+    The tensors must stay where they are. Every call reads the token and its position from the device, and adds the token's keys
+    and values to the cache. All multiprocessors work on a launch at once, each waiting for all others: kernels on other streams
+    delay it, and two such launches on two streams may wait for each other forever.
+
+    profile: it leaves each multiprocessor's clock at the end of every one of PARTS, and before the first, in `marks`, int64
+    [blocks, layers, 15].
     """
 
     def __init__(
