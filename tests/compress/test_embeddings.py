@@ -384,7 +384,8 @@ def test_the_command_line_packs_runs_and_exports_it(
     assert found["size_after"] < 0.6 * found["size_before"]
     ran = tersor_command("inspect", out)
     assert ran.status == 0, ran.err
-    assert EMBEDDING in ran.out
+    assert f"{EMBEDDING} (4.500 bits)" in ran.out  # 4, and a step of 16 for every 32
+    assert "lm_head (32.000" in ran.out
     assert "mtp.weight" in ran.out
     assert "embed_tokens.weight" not in ran.out  # none of its tensors is unknown
     prompt = torch.arange(100, 140)[None]

@@ -332,3 +332,16 @@ def test_quantize_eval_inspect_generate(
     assert ran.out.startswith("Once upon")
     assert tersor_command("inspect", result).status == 0
     assert tersor_command("eval", result, "--seq-len", 64, "--max-windows", 1).out.startswith("perplexity ")
+
+
+def test_rounding_from_the_command_line_needs_no_tokenizer(
+    small: Path, tmp_path: Path, tersor_command: Callable[..., Ran]
+) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (small / name).unlink()
+    arguments = ("quantize", small, "--group-size", 32, "--samples", 2, "--seq-len", 64)
+    ran = tersor_command(*arguments, "--out", tmp_path / "rounded", "--method", "rtn")
+    assert ran.status == 0, ran.err
+    refused = tersor_command(*arguments, "--out", tmp_path / "solved")
+    assert refused.status != 0
+    assert "the model has no tokenizer" in refused.err

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from tersor.cli.options import AsJson, Device
 from tersor.cli.progress import progress_bar
 from tersor.compress.result import peak_memory
 from tersor.errors import TersorError
@@ -30,8 +31,8 @@ def bench(
     repeats: Annotated[int, typer.Option(help="Turns that count; one more comes first, to warm up.")] = 5,
     threads: Annotated[int | None, typer.Option(help="CPU threads; as torch chooses if unset.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    device: Device = "auto",
+    as_json: AsJson = False,
 ) -> None:
     """Measure prompt and new tokens per second, time to the first token and peak memory, on a random prompt.
 

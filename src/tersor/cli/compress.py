@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from tersor.cli.method_options import given_options, refuse_others, with_method_options
+from tersor.cli.options import AllowPickle, Device, Exclude, Include, Overwrite, Samples, SampleSeed, SummaryAsJson
 from tersor.cli.progress import progress_bar
 from tersor.cli.summary import print_summary
 from tersor.compress import compress as compress_model
@@ -27,16 +28,16 @@ def _compress(
             help="A text file (.gz too), `builtin`, `hf:NAME`; for images a folder of classes or a packed .npz."
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
+    samples: Samples = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens a sample, of a text.")] = 2048,
-    seed: Annotated[int, typer.Option(help="Seed of the choice of samples.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    seed: SampleSeed = 0,
+    device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="Precision of the forward passes: auto, float32, ...")] = "auto",
-    include: Annotated[list[str] | None, typer.Option(help="Only layers that match, such as `*.mlp.*`.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="Not layers that match.")] = None,
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read pickled weights (.bin) too.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in --out.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
+    include: Include = None,
+    exclude: Exclude = None,
+    allow_pickle: AllowPickle = False,
+    overwrite: Overwrite = False,
+    as_json: SummaryAsJson = False,
     **options: Any,
 ) -> None:
     """Compress a model that fits in memory: factorize, prune, drop tokens, or quantize weights and activations.

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tersor.checkpoint.source import open_checkpoint
+from tersor.cli.options import Samples
 from tersor.cli.progress import Report, progress_bar
 from tersor.compress import GPTQ, RTN, Method, compress
 from tersor.evaluate.inspection import inspect_checkpoint
@@ -27,7 +28,7 @@ def demo(
         Path | None, typer.Option(help="Keep the quantized model here; a temporary directory if unset.")
     ] = None,
     bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
-    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 32,
+    samples: Samples = 32,
     seq_len: Annotated[int, typer.Option(help="Tokens a sample and an evaluation window.")] = 512,
     windows: Annotated[int, typer.Option(help="Windows of text to evaluate on.")] = 16,
 ) -> None:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from tersor.cli.options import AsJson
 from tersor.evaluate.machine import EXTRAS, Machine, advice, examine
 
 
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what tersor finds on this machine, the kernels that run here and their speed, and what is missing.
 

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from tersor.cli.options import AsJson, Device
 from tersor.cli.progress import progress_bar
 from tersor.evaluate.accuracy import accuracy
 from tersor.evaluate.perplexity import perplexity
@@ -24,8 +25,8 @@ def evaluate(
     max_windows: Annotated[int | None, typer.Option(help="Evaluate only the first windows.")] = None,
     max_images: Annotated[int | None, typer.Option(help="Evaluate only the first images.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    device: Device = "auto",
+    as_json: AsJson = False,
 ) -> None:
     """Perplexity of a language model over windows of a text that do not overlap; accuracy of a classifier with --images.
 

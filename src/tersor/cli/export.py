@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from tersor.checkpoint.gguf_write import export as export_gguf
+from tersor.cli.options import AsJson
 from tersor.cli.progress import progress_bar
 
 
@@ -19,7 +20,7 @@ def export(
         str, typer.Option(help="Matrices that are not quantized: auto (as stored), float32, bfloat16 or float16.")
     ] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file where it exists.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write a model of the LLaMA family as a GGUF file for llama.cpp, quantized layers exactly as they are.
 

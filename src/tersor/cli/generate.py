@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from tersor.cli.options import Device
 from tersor.errors import TersorError
 
 
@@ -23,7 +24,7 @@ def generate(
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Continue a prompt, token by token as they come. Ctrl-C ends the text where it is."""
     from tersor.runtime.generate import stream

@@ -10,12 +10,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from tersor.cli.options import AsJson
 from tersor.evaluate.inspection import inspect_checkpoint
 
 
 def inspect(
     model: Annotated[str, typer.Argument(help="A directory, a .gguf file, a hub name such as org/name, or `demo`.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show a checkpoint's blocks, linear layers, formats and bits per weight; reads no weights."""
     found = inspect_checkpoint(model)
@@ -39,6 +40,7 @@ def inspect(
         )
     console.print(table)
     if found.outside:
-        console.print("outside the blocks: " + ", ".join(found.outside))
+        parts = (name if bits is None else f"{name} ({bits:.3f} bits)" for name, bits in found.outside.items())
+        console.print(f"outside the blocks: {', '.join(parts)}")
     if found.unknown:
         console.print(f"tensors that the architecture has no place for: {', '.join(found.unknown[:8])}")

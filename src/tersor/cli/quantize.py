@@ -10,6 +10,7 @@ import typer
 
 from tersor.calibrate.parallel import is_first
 from tersor.cli.method_options import chosen_recipe, given_options, refuse_others, with_method_options
+from tersor.cli.options import AllowPickle, Device, Exclude, Include, Overwrite, Samples, SampleSeed, SummaryAsJson
 from tersor.cli.progress import progress_bar
 from tersor.cli.summary import print_summary
 from tersor.cli.torchrun import together
@@ -32,16 +33,16 @@ def _quantize(
             help="A text file (.gz too), `builtin`, or `hf:NAME`; for images a folder of classes or a packed .npz."
         ),
     ] = "builtin",
-    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
+    samples: Samples = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens a sample; at most what the model has positions for.")] = 2048,
-    seed: Annotated[int, typer.Option(help="Seed of the choice of samples.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    seed: SampleSeed = 0,
+    device: Device = "auto",
     dtype: Annotated[
         str, typer.Option(help="Precision of the forward passes: auto, float32, bfloat16, float16.")
     ] = "auto",
     format: Annotated[str, typer.Option(help="gptq, gptq_v2 or compressed-tensors.")] = "gptq",
-    include: Annotated[list[str] | None, typer.Option(help="Only layers that match, such as `*.mlp.*`.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="Not layers that match.")] = None,
+    include: Include = None,
+    exclude: Exclude = None,
     head: Annotated[bool, typer.Option("--head", help="Quantize the output head too.")] = False,
     embeddings: Annotated[
         bool, typer.Option("--embeddings", help="Quantize the token embedding too; needs --format compressed-tensors.")
@@ -53,10 +54,10 @@ def _quantize(
     activations: Annotated[
         str, typer.Option(help="Where samples wait between blocks: device, cpu or disk.")
     ] = "device",
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read pickled weights (.bin) too.")] = False,
+    allow_pickle: AllowPickle = False,
     redo: Annotated[list[str] | None, typer.Option(help="Solve the blocks of layers that match again.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in --out.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
+    overwrite: Overwrite = False,
+    as_json: SummaryAsJson = False,
     **options: Any,
 ) -> None:
     """Quantize a model and write it as a checkpoint that transformers, vLLM and GPTQModel load.

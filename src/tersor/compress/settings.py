@@ -65,7 +65,8 @@ def samples_of(
 ) -> tuple[list[Batch], Batch | None]:
     """The calibration samples and the probe, on the device. A recipe that needs no samples gets none."""
     needed = any(method.needs_samples for method in plan.methods.values())
-    if calibration is None and tokenizer is None and not needed:
+    by_default = calibration is None or (isinstance(calibration, str) and calibration == "builtin")
+    if by_default and tokenizer is None and not needed:
         return [], None
     moved = [without_target(batch) for batch in read_samples(job, calibration, module, tokenizer, device, dtype)]
     return (moved if needed else []), probe_of(moved[0])

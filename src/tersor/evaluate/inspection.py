@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,8 @@ class BlockGroup:
 
 @dataclass(frozen=True)
 class Inspection:
-    """parameters counts the dense model's; bytes and files are those on disk."""
+    """parameters counts the dense model's; bytes and files are those on disk. outside: what lies outside the blocks, with the
+    bits a weight of its linear maps and embeddings."""
 
     model: str
     architecture: str
@@ -35,7 +37,7 @@ class Inspection:
     bytes: int
     files: int
     blocks: list[BlockGroup]
-    outside: list[str]
+    outside: dict[str, float | None]
     unknown: list[str]
 
 
@@ -67,9 +69,20 @@ def inspect_checkpoint(model: str | Path) -> Inspection:
         bytes=checkpoint.size(),
         files=len(set(checkpoint.shard_of.values())),
         blocks=blocks,
-        outside=[unit.name for unit in units if not unit.is_block],
+        outside={unit.name: _bits_outside(lazy, unit.name, stored) for unit in units if not unit.is_block},
         unknown=lazy.unknown,
     )
+
+
+def _bits_outside(lazy: LazyModel, unit: str, stored: dict[str, int]) -> float | None:
+    """Of all maps of the unit together; None where it has none with a weight of its own."""
+    sizes = [
+        (math.prod(matrix_shape(found)), _bits(lazy, name, stored))
+        for name, found in lazy.maps.items()
+        if name == unit or name.startswith(f"{unit}.")
+    ]
+    weights = sum(count for count, bits in sizes if bits > 0)
+    return sum(count * bits for count, bits in sizes) / weights if weights else None
 
 
 def _bits(lazy: LazyModel, name: str, stored: dict[str, int]) -> float:
