@@ -25,11 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tersor.compress.job import compress
 from tersor.compress.method import from_options, methods
-from tersor.compress.recipe import make_rules
+from tersor.compress.recipe import make_rules, recipe_content
 from tersor.errors import TersorError
 
 LISTS = ("include", "exclude", "rules")  # a list is one value of these
@@ -64,7 +62,7 @@ def read_jobs(paths: Iterable[str | Path], *, models: Sequence[str] = ()) -> lis
     """The jobs of all recipes; `models` takes the place of `model` in each. Raises TersorError before anything is run."""
     jobs: dict[str, SweepJob] = {}
     for path in map(Path, paths):
-        for job in jobs_of(path.stem, _read(path) | ({"model": list(models)} if models else {}), str(path)):
+        for job in jobs_of(path.stem, recipe_content(path) | ({"model": list(models)} if models else {}), str(path)):
             if job.name in jobs:
                 raise TersorError(f"{path}: another recipe is called {job.name} too; rename one of the files")
             jobs[job.name] = job
@@ -96,18 +94,6 @@ def jobs_of(name: str, recipe: Mapping[str, Any], where: str) -> list[SweepJob]:
         if jobs.setdefault(job.name, job) != job:
             raise TersorError(f"{where}: two jobs of this grid would both be called {job.name}; write two recipes")
     return list(jobs.values())
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise TersorError(f"no recipe file at {path}")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise TersorError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise TersorError(f"{path} holds no recipe but {type(content).__name__}; give `model: NAME` and options")
-    return content
 
 
 def _choices(key: str, value: Any) -> list[Any]:
