@@ -71,8 +71,7 @@ def solve_block(
         kernel.launch(blocks=-(-rows // _ROWS), threads=4 * _ROWS, arguments=[*pointers, *strides, *sizes], early=False)
 
 
-@functools.cache
-def _kernel(grids: Grids, device: int) -> nvrtc.Kernel:
+def source_of(grids: Grids) -> str:
     constants = {
         "LEVELS": levels_of(grids.bits),
         "TERNARY": int(grids.bits == "ternary"),
@@ -82,8 +81,11 @@ def _kernel(grids: Grids, device: int) -> nvrtc.Kernel:
         "MIN_ZERO": 0 if grids.stored is None else grids.stored.min_zero,
     }
     defines = "".join(f"#define {name} {value}\n" for name, value in constants.items())
+    return defines + Path(__file__).with_suffix(".cu").read_text()
+
+
+@functools.cache
+def _kernel(grids: Grids, device: int) -> nvrtc.Kernel:
     major, minor = torch.cuda.get_device_capability(device)
-    source = defines + Path(__file__).with_suffix(".cu").read_text()
-    return nvrtc.Kernel(
-        nvrtc.compile_source(source, f"sm_{major}{minor}"), "gptq_block", shared_bytes=4 * WIDTH * WIDTH
-    )
+    cubin = nvrtc.compile_source(source_of(grids), f"sm_{major}{minor}")
+    return nvrtc.Kernel(cubin, "gptq_block", shared_bytes=4 * WIDTH * WIDTH)
