@@ -93,6 +93,20 @@ def test_four_processes_with_three_samples_share_the_experts_of_a_mixture(tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
+def test_two_processes_pack_the_embedding_and_the_head_too(tmp_path: Path) -> None:
+    build("llama").save_pretrained(tmp_path / "model")
+    method, batches = GPTQ(group_size=32), samples("llama", 4)
+    asked = {"format": "compressed-tensors", "head": True, "embeddings": True}
+    one = tersor.compress(tmp_path / "model", method, calibration=batches, out=tmp_path / "one", **asked)
+    assert {layer.name for layer in one.summary.layers} >= {"model.embed_tokens", "lm_head"}
+    run = [*arguments(tmp_path / "model", tmp_path / "two"), "--format", "compressed-tensors", "--head", "--embeddings"]
+    status, _, errors = finish(torchrun(2, str(SCRIPT), "llama", "4", "none", *run))
+    assert (status, errors) == (0, [])
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 def test_a_killed_process_ends_all_and_the_job_goes_on_later(tmp_path: Path) -> None:
     build("llama").save_pretrained(tmp_path / "model")
     out = tmp_path / "two"
