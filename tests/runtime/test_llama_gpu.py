@@ -313,7 +313,7 @@ def test_early_launches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(early._logits, last)
 
 
-# Sizes of which nothing is a whole number of the kernel's tiles, stages or runs.
+# Sizes that are no whole number of the kernel's stages, and whose work is no whole number of runs.
 ODD = {"hidden_size": 576, "intermediate_size": 832, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64}
 ODD |= {"num_hidden_layers": 3, "max_position_embeddings": 4096}
 

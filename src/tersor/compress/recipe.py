@@ -80,7 +80,7 @@ def make_rules(rules: Sequence[Mapping[str, Any] | Rule]) -> tuple[Rule, ...]:
 
 def read_recipe(path: str | Path) -> Recipe:
     """A recipe file (YAML). Raises TersorError where it is missing, no YAML, or names what no method has."""
-    content = recipe_content(path)
+    content = recipe_content(path, wanted="`method: gptq` and its options")
     options = {key: value for key, value in content.items() if key not in ("method", "rules")}
     try:
         return Recipe(from_options(content.get("method", "gptq"), options), make_rules(content.get("rules") or ()))
@@ -88,8 +88,8 @@ def read_recipe(path: str | Path) -> Recipe:
         raise TersorError(f"{path}: {error}") from None
 
 
-def recipe_content(path: str | Path) -> dict[str, Any]:
-    """What a recipe file says. Raises TersorError where it is missing, no YAML, or no mapping."""
+def recipe_content(path: str | Path, *, wanted: str) -> dict[str, Any]:
+    """What a recipe file says. Raises TersorError where it is missing, no YAML, or no mapping, and then says what is wanted."""
     import yaml
 
     path = Path(path).expanduser()
@@ -100,5 +100,5 @@ def recipe_content(path: str | Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise TersorError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(content, dict):
-        raise TersorError(f"{path} holds no recipe but {type(content).__name__}; give `method: gptq` and its options")
+        raise TersorError(f"{path} holds no recipe but {type(content).__name__}; give {wanted}")
     return content

@@ -62,7 +62,8 @@ def read_jobs(paths: Iterable[str | Path], *, models: Sequence[str] = ()) -> lis
     """The jobs of all recipes; `models` takes the place of `model` in each. Raises TersorError before anything is run."""
     jobs: dict[str, SweepJob] = {}
     for path in map(Path, paths):
-        for job in jobs_of(path.stem, recipe_content(path) | ({"model": list(models)} if models else {}), str(path)):
+        recipe = recipe_content(path, wanted="`model: NAME` and options")
+        for job in jobs_of(path.stem, recipe | ({"model": list(models)} if models else {}), str(path)):
             if job.name in jobs:
                 raise TersorError(f"{path}: another recipe is called {job.name} too; rename one of the files")
             jobs[job.name] = job

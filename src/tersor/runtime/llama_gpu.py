@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from tersor.errors import TersorError
 from tersor.kernels import llama_step
-from tersor.kernels.llama_step import LlamaStep, StepLayer
+from tersor.kernels.llama_step import LlamaStep, StepLayer, Weight
 from tersor.kernels.prepared_weight import N_BLOCK, PreparedWeight
 from tersor.kernels.quantized_matmul_cuda import prepared_matmul
 from tersor.layers.quantized_linear import QuantizedLinear
@@ -34,7 +34,6 @@ from tersor.runtime.cache_room import check_room
 from tersor.runtime.llama_cpu import unlike_family, visible, window_of
 
 CHUNK_ROWS = 4096  # prompt tokens, of all sequences, that go through the layers together, which bounds the buffers
-Weight = Tensor | PreparedWeight
 
 
 def why_not(module: nn.Module) -> str | None:
