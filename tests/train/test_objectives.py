@@ -49,6 +49,6 @@ def test_a_second_output_is_refused() -> None:
 
 
 def test_the_input_decides() -> None:
-    assert objective_for("image") is classification
+    assert objective_for("classify") is classification
     with pytest.raises(TersorError, match="'smell', only for series, image, tokens"):
         objective_for("smell")

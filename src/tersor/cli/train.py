@@ -59,10 +59,14 @@ def _train(
     tables["train"] |= {name: value for name, value in options.items() if value is not None}
     settings = _config(TrainConfig, tables["train"], "train")
     info = tersor.models.find(model)
-    objective = objective_for(info.input)
+    objective = objective_for(info.task)
     torch.manual_seed(settings.seed)
     net = _build(model, checkpoint, tables["model"])
-    sets = {"series": _series, "image": _images, "tokens": _tokens}[info.input](net, data, validation, tables["data"])
+    if info.input not in DATA:
+        raise TersorError(
+            f"{model} takes {info.input}, and `tersor train` reads {', '.join(DATA)}; tersor.train takes any data"
+        )
+    sets = DATA[info.input](net, data, validation, tables["data"])
     with progress_bar(quiet=as_json) as progress:
         result = run_training(
             net,
@@ -129,6 +133,9 @@ def _tokens(net: Any, data: Path, validation: Path | None, table: dict[str, Any]
         sets["validation"] = load_tokens(validation, config)
     _fits(net, "vocab_size", max(int(each.tokens.max()) for each in sets.values()), "tokens")
     return sets
+
+
+DATA = {"series": _series, "image": _images, "tokens": _tokens}
 
 
 def _fits(net: Any, option: str, largest: int, what: str) -> None:

@@ -1,6 +1,6 @@
 """Which models there are, found without importing them, and how to build one by name.
 
-A model's class carries `@register("shvit", input=..., paper=..., variants={...}, small={...})`. All arguments are
+A model's class carries `@register("shvit", task=..., input=..., paper=..., variants={...}, small={...})`. All arguments are
 literals, so the index is read from the source text: listing eighty models imports none of them (nor torch, which takes
 seconds), and a model whose optional library is absent does not hide the others. Only `create` imports the one file it
 needs.
@@ -36,6 +36,7 @@ class ModelInfo:
     name: str  # "shvit_s1"
     family: str  # the folder: "vision"
     parameters: int  # of the variant as published
+    task: str  # what it is for: "classify", "forecast", "language-model", ...; verbs dispatch on it
     input: str  # kind of input: "image", "tokens", "series", "graph", ...
     paper: str
     system: str  # the class's own name, "shvit"; `create(system)` builds the config's defaults
@@ -57,6 +58,7 @@ class ModelInfo:
 def register(
     system: str,
     *,
+    task: str,
     input: str,
     paper: str,
     variants: dict[str, tuple[int, dict[str, Any]]],
@@ -142,6 +144,7 @@ def _info(
         name=name,
         family=module.split(".")[-2],
         parameters=parameters,
+        task=said["task"],
         input=said["input"],
         paper=said["paper"],
         system=said["system"],

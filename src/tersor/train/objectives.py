@@ -1,7 +1,7 @@
 """What a model is trained for: small functions (model, batch) -> {"loss": scalar, and what else is worth reporting}.
 
 A batch is forward's keyword arguments by name, and under "target" what they should give. Which objective a model has
-follows from the kind of input that it is registered with.
+follows from the task that it is registered with.
 """
 
 from __future__ import annotations
@@ -39,18 +39,16 @@ def language_modelling(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
 
 
 OBJECTIVES: dict[str, Objective] = {
-    "series": forecasting,
-    "image": classification,
-    "tokens": language_modelling,
+    "forecast": forecasting,
+    "classify": classification,
+    "language-model": language_modelling,
 }
 
 
-def objective_for(input: str) -> Objective:
-    if input not in OBJECTIVES:
-        raise TersorError(
-            f"no objective is known for models whose input is {input!r}, only for {', '.join(OBJECTIVES)}"
-        )
-    return OBJECTIVES[input]
+def objective_for(task: str) -> Objective:
+    if task not in OBJECTIVES:
+        raise TersorError(f"no objective is known for the task {task!r}, only for {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[task]
 
 
 def _split(batch: Batch) -> tuple[Batch, Tensor]:

@@ -274,6 +274,7 @@ class HopfieldCore(nn.Module):
 
 @register(
     "hopfield",
+    task="encode",
     input="sets",
     paper="arXiv 2008.02217",
     variants={"hopfield": (4416, {})},
@@ -356,6 +357,7 @@ class Hopfield(nn.Module):
 
 @register(
     "hopfield_pooling",
+    task="encode",
     input="sets",
     paper="arXiv 2008.02217",
     variants={"hopfield_pooling": (4448, {})},
@@ -399,6 +401,7 @@ class HopfieldPooling(nn.Module):
 
 @register(
     "hopfield_layer",
+    task="encode",
     input="sets",
     paper="arXiv 2008.02217",
     variants={"hopfield_layer": (4448, {})},
@@ -439,6 +442,7 @@ class HopfieldLayer(nn.Module):
 
 @register(
     "hopfield_bags",
+    task="classify",
     input="sets",
     paper="arXiv 2008.02217",
     variants={"hopfield_bags": (4514, {})},

@@ -464,6 +464,7 @@ class MLPHead(nn.Module):
 
 @register(
     "graphgps",
+    task="graph-predict",
     input="graph",
     paper="arXiv 2205.12454",
     variants={

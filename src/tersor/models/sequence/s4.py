@@ -553,7 +553,8 @@ class RetrievalDecoder(nn.Module):
 
 @register(
     "s4",
-    input="series",
+    task="classify",
+    input="sequence",
     paper="arXiv 2111.00396",
     variants={
         "s4_lra_listops": (815_186, {"vocab": 18, "d_state": 4, "l_max": 2048}),

@@ -124,7 +124,8 @@ class S4D(nn.Module):
 
 @register(
     "s4d",
-    input="series",
+    task="classify",
+    input="sequence",
     paper="arXiv 2206.11893",
     variants={
         "s4d_cifar": (201_482, {"d_model": 128, "dropout": 0.1}),

@@ -141,6 +141,7 @@ class Encoder(nn.Module):
 
 @register(
     "itransformer",
+    task="forecast",
     input="series",
     paper="arXiv 2310.06625",
     variants={

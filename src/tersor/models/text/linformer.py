@@ -207,7 +207,8 @@ class _Recomputed(torch.autograd.Function):
 
 @register(
     "linformer",
-    input="series",
+    task="encode",
+    input="sequence",
     paper="arXiv 2006.04768",
     variants={
         "linformer_512_k256": (20_477_952, {}),
@@ -245,6 +246,7 @@ class _Layers(nn.Module):
 
 @register(
     "linformer_lm",
+    task="masked-language-model",
     input="tokens",
     paper="arXiv 2006.04768",
     variants={

@@ -271,6 +271,7 @@ class Backbone(nn.Module):
 
 @register(
     "mamba",
+    task="language-model",
     input="tokens",
     paper="arXiv 2312.00752, 2405.21060",
     variants={

@@ -223,6 +223,7 @@ class Backbone(nn.Module):
 
 @register(
     "mamba_hybrid",
+    task="language-model",
     input="tokens",
     paper="arXiv 2406.07887",
     variants={

@@ -193,6 +193,7 @@ class AtsBlock(nn.Module):
 
 @register(
     "ats",
+    task="classify",
     input="image",
     paper="arXiv 2111.15667",
     variants={"ats_deit_small_patch16_224": (22_050_664, {})},

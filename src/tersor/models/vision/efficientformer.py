@@ -189,6 +189,7 @@ def stem(d: int) -> nn.Sequential:
 
 @register(
     "efficientformer",
+    task="classify",
     input="image",
     paper="arXiv 2206.01191",
     variants={

@@ -238,6 +238,7 @@ def stem(d: int) -> nn.Sequential:
 
 @register(
     "efficientformerv2",
+    task="classify",
     input="image",
     paper="arXiv 2212.08059",
     variants={

@@ -177,6 +177,7 @@ class PatchEmbed(nn.Module):
 
 @register(
     "nvit",
+    task="classify",
     input="image",
     paper="arXiv 2110.04869",
     variants={

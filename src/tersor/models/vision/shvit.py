@@ -188,6 +188,7 @@ def downsample(d_in: int, d_out: int) -> list[nn.Module]:
 
 @register(
     "shvit",
+    task="classify",
     input="image",
     paper="arXiv 2401.16456",
     variants={

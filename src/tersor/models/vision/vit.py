@@ -119,6 +119,7 @@ class PatchEmbed(nn.Module):
 
 @register(
     "vit",
+    task="classify",
     input="image",
     paper="arXiv 2010.11929",
     variants={
