@@ -87,7 +87,7 @@ def test_code_blocks_run(page: Path, tmp_path: Path, terminal: dict[str, str], m
 
 def options_table(verb: str) -> str:
     """The options of one verb of the command line as a Markdown table."""
-    command = typer.main.get_command(app).commands[verb]  # type: ignore[attr-defined]
+    command = typer.main.get_command(app).get_command(None, verb)  # type: ignore[attr-defined]
     rows = ["| option | |", "| --- | --- |"]
     for parameter in command.params:
         if parameter.param_type_name == "argument":

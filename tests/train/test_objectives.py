@@ -48,7 +48,7 @@ def test_a_second_output_is_refused() -> None:
         forecasting(Answers((torch.zeros(1), torch.zeros(1))), {"target": torch.zeros(1)})
 
 
-def test_the_input_decides() -> None:
+def test_the_task_decides() -> None:
     assert objective_for("classify") is classification
-    with pytest.raises(TersorError, match="'smell', only for series, image, tokens"):
+    with pytest.raises(TersorError, match="'smell', only for forecast, classify, language-model"):
         objective_for("smell")

@@ -1,47 +1,86 @@
-"""The command line: `tersor VERB MODEL ...`. One module per verb beside this one; each parses, calls the library, prints."""
+"""The command line: `tersor VERB MODEL ...`. One module per verb beside this one; each parses, calls the library, prints.
+
+A verb's module is imported when the verb is called, and the list of verbs is read from the modules' source text, so that
+`tersor --help` needs neither torch nor transformers.
+"""
 
 from __future__ import annotations
 
+import ast
+import importlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 import tersor
-from tersor.cli.bench import bench
-from tersor.cli.compress import compress
-from tersor.cli.demo import demo
-from tersor.cli.doctor import doctor
-from tersor.cli.evaluate import evaluate
-from tersor.cli.export import export
-from tersor.cli.generate import generate
-from tersor.cli.inspect import inspect
-from tersor.cli.models import models
-from tersor.cli.quantize import quantize
-from tersor.cli.sweep import sweep
-from tersor.cli.train import train
 from tersor.errors import TersorError
+
+# In the order of `tersor --help`. A verb is the function of its name in the module of its name, but for these.
+VERBS = (
+    "quantize",
+    "compress",
+    "sweep",
+    "eval",
+    "generate",
+    "bench",
+    "inspect",
+    "export",
+    "models",
+    "demo",
+    "doctor",
+    "train",
+)
+FUNCTIONS = {"eval": "evaluate"}  # `eval` is a name of Python's
+
+
+class LazyVerbs(TyperGroup):
+    """A group of commands of which each is imported when it is called."""
+
+    _listing = False
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in VERBS:
+            return None
+        if self._listing:
+            return TyperCommand(cmd_name, help=_summary(cmd_name))
+        name = FUNCTIONS.get(cmd_name, cmd_name)
+        verb = getattr(importlib.import_module(f"tersor.cli.{name}"), name)
+        alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+        alone.command(cmd_name)(verb)
+        return typer.main.get_command(alone)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        self._listing = True
+        super().format_help(ctx, formatter)
+        self._listing = False
+
+
+def _summary(verb: str) -> str:
+    """The first paragraph of a verb's docstring. Where its options are generated, the text is at `_verb`."""
+    name = FUNCTIONS.get(verb, verb)
+    source = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
+    found = {each.name: each for each in ast.parse(source).body if isinstance(each, ast.FunctionDef)}
+    documented = next(found[each] for each in (f"_{name}", name) if each in found and ast.get_docstring(found[each]))
+    return (ast.get_docstring(documented) or "").partition("\n\n")[0]
+
 
 app = typer.Typer(
     name="tersor",
+    cls=LazyVerbs,
     help="Make transformers small and fast, see what was lost, and run them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
+    rich_markup_mode=None,  # plain text: the list of verbs comes in a third of the time
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("quantize")(quantize)
-app.command("compress")(compress)
-app.command("sweep")(sweep)
-app.command("eval")(evaluate)
-app.command("generate")(generate)
-app.command("bench")(bench)
-app.command("inspect")(inspect)
-app.command("export")(export)
-app.command("models")(models)
-app.command("demo")(demo)
-app.command("doctor")(doctor)
-app.command("train")(train)
 
 INTERRUPTED = 130  # the exit status that typer makes of Ctrl-C, without a word
 

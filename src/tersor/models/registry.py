@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import fnmatch
 import importlib
+import re
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -158,27 +159,28 @@ def _info(
 
 @cache
 def _registrations() -> tuple[tuple[str, str, dict[str, Any]], ...]:
-    """(module, class name, arguments of @register) of every registered class under models/<family>/."""
+    """(module, class name, arguments of @register) of every registered class under models/<family>/.
+
+    Only the decorators are parsed: with a hundred files, parsing all of them would take longer than all else.
+    """
     found = []
     for path in sorted(Path(__file__).parent.glob("*/*.py")):
         source = path.read_text(encoding="utf-8")
-        if "@register(" not in source:
-            continue
-        for node in ast.parse(source).body:
-            if not isinstance(node, ast.ClassDef):
-                continue
-            for call in node.decorator_list:
-                if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "register":
-                    module = f"{__package__}.{path.parent.name}.{path.stem}"
-                    found.append((module, node.name, _literal_arguments(call, path)))
+        for match in _DECORATED.finditer(source):
+            line = source.count("\n", 0, match.start()) + 1
+            module = f"{__package__}.{path.parent.name}.{path.stem}"
+            found.append((module, match["name"], _literal_arguments(match["call"], f"{path.name}:{line}")))
     return tuple(found)
 
 
-def _literal_arguments(call: ast.Call, path: Path) -> dict[str, Any]:
+_DECORATED = re.compile(r"^@(?P<call>register\(\n.*?^\))\n(?:@.*\n)*class (?P<name>\w+)", re.MULTILINE | re.DOTALL)
+
+
+def _literal_arguments(source: str, where: str) -> dict[str, Any]:
+    call = ast.parse(source, mode="eval").body
+    assert isinstance(call, ast.Call)
     try:
         said = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
         return {"system": ast.literal_eval(call.args[0]), **said}
     except ValueError as error:
-        raise TersorError(
-            f"{path.name}:{call.lineno}: the arguments of @register must be literals (no names, no calls)"
-        ) from error
+        raise TersorError(f"{where}: the arguments of @register must be literals (no names, no calls)") from error

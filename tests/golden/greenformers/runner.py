@@ -13,8 +13,9 @@ from tersor.layers.led import LED
 from tersor.models.text.linformer import Attention, LinformerConfig
 
 TOLERANCE = {
-    "product": 1e-3
-}  # the published SVD is randomized: its product is that far from the optimum, its error is not
+    "product": 1e-3,  # the published SVD is randomized: its product is that far from the optimum, its error is not
+    "y": 2e-4,  # reversible blocks whose streams grow: the published float32 is 8e-5 from our float64
+}
 
 
 def run(case: Case) -> dict[str, Tensor]:
