@@ -14,6 +14,9 @@ from torch.utils._pytree import tree_leaves
 import tersor
 import tersor.models
 from tersor.models import ModelInfo
+from tersor.tasks import task_named, tasks
+from tersor.train.config import TrainConfig
+from tersor.train.trainer import optimizer_for
 
 VARIANTS = tersor.models.list()
 SYSTEMS = list({info.system: info for info in VARIANTS}.values())  # one variant of each class: it knows `small`
@@ -49,6 +52,31 @@ def test_runs_forward_and_backward_on_its_example(info: ModelInfo) -> None:
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     assert gradients
     assert all(torch.isfinite(gradient).all() for gradient in gradients)
+
+
+@each_system
+def test_learns_by_its_own_task(info: ModelInfo) -> None:
+    """The loss on one batch falls in a few steps of the trainer's optimizer."""
+    if info.task not in tasks():
+        pytest.skip(f"no objective for the task {info.task!r} yet")
+    model, objective = build_small(info).train(), task_named(info.task).objective
+    batch = model.example_inputs(4)
+    with torch.no_grad():
+        result = tensors(model(**batch))[0]
+    if info.task == "classify":
+        batch["target"] = torch.arange(len(result)) % result.shape[1]
+    elif info.task == "forecast":
+        batch["target"] = torch.ones_like(result)
+    optimizer = optimizer_for(model, TrainConfig(lr=1e-3))
+    losses = []
+    for _ in range(8):
+        torch.manual_seed(0)  # the same masks and dropped units each time
+        loss = objective(model, batch)["loss"]
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert min(losses[-2:]) < losses[0]
 
 
 @each_system

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.errors import TersorError
-from tersor.train.objectives import classification, forecasting, language_modelling, objective_for
+from tersor.train.objectives import classification, forecasting, language_modelling, masked_language_modelling
 
 
 class Answers(nn.Module):
@@ -48,7 +48,29 @@ def test_a_second_output_is_refused() -> None:
         forecasting(Answers((torch.zeros(1), torch.zeros(1))), {"target": torch.zeros(1)})
 
 
-def test_the_task_decides() -> None:
-    assert objective_for("classify") is classification
-    with pytest.raises(TersorError, match="'smell', only for forecast, classify, language-model"):
-        objective_for("smell")
+def test_equal_heads_train_together_and_others_are_refused() -> None:
+    heads = (torch.randn(4, 3), torch.randn(4, 3))
+    batch = {"target": torch.tensor([0, 1, 2, 0])}
+    both = classification(Answers(heads), batch)["loss"]
+    single = [classification(Answers(head), batch)["loss"] for head in heads]
+    torch.testing.assert_close(both, (single[0] + single[1]) / 2)
+    with pytest.raises(TersorError, match=r"returns \[4, 3\], \[4, 2\]"):
+        classification(Answers((heads[0], torch.zeros(4, 2))), batch)
+
+
+def test_masked_tokens_are_not_in_sight() -> None:
+    seen: list[torch.Tensor] = []
+
+    class Copies(nn.Module):
+        """Says that every token is the one that it sees."""
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            seen.append(input_ids)
+            return 50 * nn.functional.one_hot(input_ids, 40).float()
+
+    torch.manual_seed(0)
+    tokens = torch.randint(40, (8, 64))
+    loss = masked_language_modelling(Copies(), {"input_ids": tokens})["loss"]
+    assert loss > 20  # copying is no way to do it
+    changed = (seen[0] != tokens).float().mean()
+    assert 0.08 < changed < 0.2

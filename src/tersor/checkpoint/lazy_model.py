@@ -256,6 +256,8 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
 
 def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
     config = {k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", EXCHANGED)}
+    if "tersor_model" in config:
+        config.pop("id2label", None)  # the classes' names: no option of the model
     if "tersor_model" in config or "architecture" in config:
         from tersor import models
 

@@ -33,6 +33,7 @@ VERBS = (
     "demo",
     "doctor",
     "train",
+    "predict",
 )
 FUNCTIONS = {"eval": "evaluate"}  # `eval` is a name of Python's
 

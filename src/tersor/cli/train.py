@@ -7,7 +7,7 @@ import inspect
 import json
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -16,19 +16,14 @@ from torch import nn
 
 import tersor.models
 from tersor.cli.progress import progress_bar
-from tersor.data.images import ImageConfig, load_images
-from tersor.data.series import SeriesConfig, load_series
-from tersor.data.text import TextConfig, load_tokens
 from tersor.errors import TersorError
-from tersor.models.config import config_from_dict
+from tersor.models.config import checked_config
+from tersor.tasks import task_named
 from tersor.train.config import TrainConfig
-from tersor.train.objectives import objective_for
 from tersor.train.trainer import train as run_training
 from tersor.train.trainer import validate
 
-Config = TypeVar("Config")
 SECTIONS = ("model", "data", "train")
-DataSets = dict[str, Any]  # "train", and where there are any "validation" and "test"
 
 
 def _train(
@@ -50,37 +45,34 @@ def _train(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
     **options: Any,
 ) -> None:
-    """Train a model: forecasting for series, classification for images, language modelling for text.
+    """Train a model by its task: to classify images, forecast series, or model text.
 
     On several devices: `torchrun --nproc-per-node 4 -m tersor train MODEL ...`. An option given here wins over `--set`,
     and that over `--config`.
     """
     tables = _tables(config, set or [])
     tables["train"] |= {name: value for name, value in options.items() if value is not None}
-    settings = _config(TrainConfig, tables["train"], "train")
-    info = tersor.models.find(model)
-    objective = objective_for(info.task)
+    settings = checked_config(TrainConfig, tables["train"], "train")
+    task = task_named(tersor.models.find(model).task)
     torch.manual_seed(settings.seed)
     net = _build(model, checkpoint, tables["model"])
-    if info.input not in DATA:
-        raise TersorError(
-            f"{model} takes {info.input}, and `tersor train` reads {', '.join(DATA)}; tersor.train takes any data"
-        )
-    sets = DATA[info.input](net, data, validation, tables["data"])
+    sets = task.load_data(net, data, validation, tables["data"])
     with progress_bar(quiet=as_json) as progress:
         result = run_training(
             net,
-            sets["train"],
-            objective=objective,
+            sets.train,
+            objective=task.objective,
             out=out,
             config=settings,
-            validation=sets.get("validation"),
+            validation=sets.validation,
+            preprocessing=sets.preprocessing,
+            labels=sets.labels,
             progress=progress,
         )
     told: dict[str, Any] = {"out": str(out), "steps": result.steps, "best_step": result.best_step}
     told["validation"] = result.validation
-    if "test" in sets:
-        told["test"] = validate(net, sets["test"], objective, batch_size=settings.batch_size)
+    if sets.test is not None:
+        told["test"] = validate(net, sets.test, task.objective, batch_size=settings.batch_size)
     rank = 0
     if torch.distributed.is_initialized():
         rank = torch.distributed.get_rank()
@@ -109,43 +101,6 @@ def _build(name: str, checkpoint: Path | None, overrides: dict[str, Any]) -> nn.
         raise TersorError(f"{name} cannot be built with {overrides}: {error}") from None
 
 
-def _series(net: Any, data: Path, validation: Path | None, table: dict[str, Any]) -> DataSets:
-    if validation is not None:
-        raise TersorError("a series has a validation part of its own; leave --validation out")
-    lengths = {name: getattr(net.config, name) for name in ("seq_len", "pred_len") if hasattr(net.config, name)}
-    parts = load_series(data, _config(SeriesConfig, {**lengths, **table}, "data"))
-    return {"train": parts.train, "validation": parts.validation, "test": parts.test}
-
-
-def _images(net: Any, data: Path, validation: Path | None, table: dict[str, Any]) -> DataSets:
-    config = _config(ImageConfig, {"size": net.example_inputs(1)["image"].shape[-1], **table}, "data")
-    sets = {"train": load_images(data, config)}
-    if validation is not None:
-        sets["validation"] = load_images(validation, dataclasses.replace(config, augment=False))
-    _fits(net, "num_classes", max(max(each.labels) for each in sets.values()), "class numbers")
-    return sets
-
-
-def _tokens(net: Any, data: Path, validation: Path | None, table: dict[str, Any]) -> DataSets:
-    config = _config(TextConfig, table, "data")
-    sets = {"train": load_tokens(data, config)}
-    if validation is not None:
-        sets["validation"] = load_tokens(validation, config)
-    _fits(net, "vocab_size", max(int(each.tokens.max()) for each in sets.values()), "tokens")
-    return sets
-
-
-DATA = {"series": _series, "image": _images, "tokens": _tokens}
-
-
-def _fits(net: Any, option: str, largest: int, what: str) -> None:
-    room = getattr(net.config, option, None)
-    if isinstance(room, int) and largest >= room:
-        raise TersorError(
-            f"the data have {what} up to {largest}, the model has {option} {room}; --set model.{option}=..."
-        )
-
-
 def _tables(path: Path | None, entries: list[str]) -> dict[str, dict[str, Any]]:
     """The config file's three tables, and what --set changes in them."""
     tables: dict[str, Any] = {}
@@ -171,23 +126,6 @@ def _tables(path: Path | None, entries: list[str]) -> dict[str, dict[str, Any]]:
     if unknown := tables.keys() - SECTIONS:
         raise TersorError(f"a config has no table {sorted(unknown)[0]!r}, only {', '.join(SECTIONS)}")
     return {section: dict(tables.get(section, {})) for section in SECTIONS}
-
-
-def _config(kind: type[Config], values: dict[str, Any], section: str) -> Config:
-    for each in dataclasses.fields(kind):  # type: ignore[arg-type]
-        value, default = values.get(each.name), each.default
-        wanted = (
-            (int, float)
-            if isinstance(default, float)
-            else (list, tuple)
-            if isinstance(default, tuple)
-            else type(default)
-        )
-        if each.name in values and (
-            not isinstance(value, wanted) or isinstance(value, bool) != isinstance(default, bool)
-        ):
-            raise TersorError(f"{section}.{each.name} is {value!r}, a value such as {default!r} is expected")
-    return config_from_dict(kind, values, of=section)
 
 
 def train(**arguments: Any) -> None:

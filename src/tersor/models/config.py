@@ -28,6 +28,22 @@ def config_from_dict(config_class: type[Config], values: Mapping[str, Any], *, o
     return config_class(**{key: _value(types[key], value, f"{of}.{key}") for key, value in values.items()})
 
 
+def checked_config(config_class: type[Config], values: Mapping[str, Any], section: str) -> Config:
+    """As `config_from_dict`, and every value must be of the kind of its field's default: what a user wrote by hand."""
+    for each in dataclasses.fields(config_class):  # type: ignore[arg-type]
+        if each.name not in values:
+            continue
+        value, default = values[each.name], each.default
+        wanted: Any = type(default)
+        if isinstance(default, float):
+            wanted = (int, float)
+        elif isinstance(default, tuple):
+            wanted = (list, tuple)
+        if not isinstance(value, wanted) or isinstance(value, bool) != isinstance(default, bool):
+            raise TersorError(f"{section}.{each.name} is {value!r}, a value such as {default!r} is expected")
+    return config_from_dict(config_class, values, of=section)
+
+
 def config_to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 

@@ -1,6 +1,7 @@
 """The files of a training run, each replaced at once or not at all: a kill leaves the old one or the new one.
 
 model.safetensors, config.json   weights for tersor.models.load, and the config of a registered model
+preprocessor_config.json         how inputs are prepared, where the trainer was told
 last.pt                          {"settings", "run", "model", "optimizer", "scaler", "averaged"?}: all to go on with
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,19 @@ from tersor.models import config_of
 RUN_FILE, MODEL_FILE = "last.pt", "model.safetensors"
 
 
-def save_model(model: nn.Module, folder: Path) -> None:
+def save_model(model: nn.Module, folder: Path, preprocessing: Mapping[str, Any], labels: Sequence[str]) -> None:
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}  # tied ones twice
     _replace(folder / MODEL_FILE, lambda path: save_file(tensors, path, {"format": "pt"}))
+    if preprocessing:
+        _write_json(folder / "preprocessor_config.json", preprocessing)
     if hasattr(type(model), "system"):
-        text = json.dumps(config_of(model), indent=2) + "\n"
-        _replace(folder / "config.json", lambda path: path.write_text(text))
+        named = {"id2label": {str(number): name for number, name in enumerate(labels)}} if labels else {}
+        _write_json(folder / "config.json", config_of(model) | named)
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    text = json.dumps(values, indent=2) + "\n"
+    _replace(path, lambda new: new.write_text(text, encoding="utf-8"))
 
 
 def save_run(folder: Path, run: dict[str, Any], parts: dict[str, Any], settings: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,10 +27,17 @@ def forecasting(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
 
 
 def classification(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """Cross-entropy of the logits (B, classes) with class numbers (B,)."""
+    """Cross-entropy of the logits (B, classes) with class numbers (B,); of several heads' logits, the mean."""
     inputs, target = _split(batch)
-    logits = _only(model(**inputs)).float()
-    return {"loss": F.cross_entropy(logits, target), "accuracy": (logits.argmax(-1) == target).float().mean()}
+    result = model(**inputs)
+    heads = [each.float() for each in (result if isinstance(result, tuple) else (result,))]
+    if any(head.shape != heads[0].shape for head in heads):
+        raise TersorError(
+            f"the model returns {', '.join(str(list(head.shape)) for head in heads)}: only heads with equal logits train"
+        )
+    loss = torch.stack([F.cross_entropy(head, target) for head in heads]).mean()
+    logits = torch.stack(heads).mean(0)
+    return {"loss": loss, "accuracy": (logits.argmax(-1) == target).float().mean()}
 
 
 def language_modelling(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -38,17 +46,22 @@ def language_modelling(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     return {"loss": F.cross_entropy(logits.flatten(0, 1), batch["input_ids"][:, 1:].flatten())}
 
 
-OBJECTIVES: dict[str, Objective] = {
-    "forecast": forecasting,
-    "classify": classification,
-    "language-model": language_modelling,
-}
+MASKED = 0.15  # BERT's share of the tokens that are asked for
 
 
-def objective_for(task: str) -> Objective:
-    if task not in OBJECTIVES:
-        raise TersorError(f"no objective is known for the task {task!r}, only for {', '.join(OBJECTIVES)}")
-    return OBJECTIVES[task]
+def masked_language_modelling(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """Cross-entropy of tokens that were replaced by random ones: logits (B, L, V) of input_ids (B, L).
+
+    Not the next token: in a model that sees the whole window, that would be in sight. 15 % of the positions, one at
+    least, drawn with torch's random numbers, so that the trainer's seeds decide.
+    """
+    tokens = batch["input_ids"]
+    chosen = torch.rand(tokens.shape, device=tokens.device) < MASKED
+    chosen[:, 0] |= ~chosen.any(1)
+    vocabulary = int(tokens.max()) + 1
+    noise = torch.randint(vocabulary, tokens.shape, device=tokens.device)
+    logits = _only(model(**{**batch, "input_ids": torch.where(chosen, noise, tokens)})).float()
+    return {"loss": F.cross_entropy(logits[chosen], tokens[chosen])}
 
 
 def _split(batch: Batch) -> tuple[Batch, Tensor]:

@@ -28,7 +28,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,11 +78,15 @@ def train(
     out: str | Path,
     config: TrainConfig | None = None,
     validation: Any = None,
+    preprocessing: Mapping[str, Any] | None = None,
+    labels: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Trained:
     """Train `model` in place, or go on where a run in `out` was interrupted; it ends with the best weights.
 
     training, validation: map-style data sets (len and [index]) whose items are dictionaries of tensors, see objectives.
+    preprocessing, labels: what is written beside the weights, so that the model can be used on new inputs: how they are
+    prepared (preprocessor_config.json), and the classes' names (`id2label` in config.json).
     """
     config, out = config or TrainConfig(), Path(out)
     rank, world, device = _place(config.device)
@@ -101,7 +105,7 @@ def train(
     model.to(device)
     averaged = copy.deepcopy(model).requires_grad_(False) if config.ema else None
     kept = averaged if averaged is not None else model
-    optimizer = _optimizer(model, config)
+    optimizer = optimizer_for(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler} | ({"averaged": averaged} if averaged else {})
     settings = _settings(model, training, config)
@@ -126,7 +130,7 @@ def train(
         torch.manual_seed(mixed_seed(config.seed, step, rank))
         lr = learning_rate(step, steps, steps_per_epoch, config)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["share"]
         net.train()
         for part in range(config.accumulate):
             batch = _to(next(batches), device)
@@ -169,7 +173,7 @@ def train(
             if not scores or scores["loss"] < run.best:
                 run.best, run.best_step, run.since_best, run.validation = scores.get("loss", math.inf), done, 0, scores
                 if rank == 0:
-                    save_model(kept, out)
+                    save_model(kept, out, preprocessing or {}, labels)
             stopped = bool(config.patience) and run.since_best >= config.patience
         if log is not None and values:
             log.write(done, epoch=epoch + 1, lr=lr, seconds=time.perf_counter() - started, **values)
@@ -215,10 +219,17 @@ def validate(
     return {name: _sum(total).item() / len(data) for name, total in sums.items()}
 
 
-def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    weights = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
-    others = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
-    groups = [{"params": weights, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+def optimizer_for(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW. A model with `parameter_groups` says itself what learns at which rate; else weights decay and vectors do not."""
+    if hasattr(model, "parameter_groups"):
+        own: Any = model.parameter_groups
+        groups = own(lr=config.lr, weight_decay=config.weight_decay)
+    else:
+        weights = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
+        others = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
+        groups = [{"params": weights, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    for group in groups:
+        group["share"] = group.get("lr", config.lr) / config.lr if config.lr else 1.0  # of the schedule's rate
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2))
 
 

@@ -1,0 +1,67 @@
+"""`tersor predict`: what a model says of files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tersor.cli.options import AsJson, Device
+from tersor.cli.progress import progress_bar
+from tersor.errors import TersorError
+from tersor.tasks.predict import input_files, open_predictor, predictions
+
+SKIPPED = 1  # the exit status where a file could not be read
+
+
+def predict(
+    model: Annotated[
+        str, typer.Argument(help="A directory or hub name, or with --checkpoint an architecture of `tersor models`.")
+    ],
+    inputs: Annotated[list[str], typer.Argument(help="Files, folders or patterns such as 'photos/*.jpg'.")],
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="The official weights of the architecture: .pth, .pt, .bin or .safetensors.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for results that are files.")] = None,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print one row a file.")] = False,
+    as_json: AsJson = False,
+    device: Device = "auto",
+) -> None:
+    """Predict for files of your own, by the model's task: the five likeliest classes of each picture.
+
+    A file that cannot be read is named on standard error and skipped; the exit status is then 1.
+
+    Examples: `tersor predict demo-vit photo.png`, `tersor predict my-run photos/ --csv`.
+    """
+    if as_csv and as_json:
+        raise TersorError("--csv and --json exclude each other")
+    predictor = open_predictor(model, checkpoint=checkpoint, device=device)
+    files = input_files(inputs, predictor.task.suffixes)
+    skipped, told = 0, []
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    with progress_bar(quiet=len(files) == 1) as progress:
+        for number, (path, found) in enumerate(predictions(predictor, files, out=out), 1):
+            progress(path.name, number, len(files))
+            if isinstance(found, TersorError):
+                skipped += 1
+                typer.echo(f"tersor: {found}", err=True)
+            elif as_json:
+                told.append(found.as_dict())
+            elif as_csv:
+                table.writerow(_row(found.as_dict()))
+            else:
+                typer.echo(found.line())
+    if as_json:
+        typer.echo(json.dumps(told))
+    if skipped:
+        typer.echo(f"tersor: {skipped} of {len(files)} files skipped", err=True)
+        raise typer.Exit(SKIPPED)
+
+
+def _row(values: dict[str, object]) -> list[object]:
+    """The values one after another; lists by their entries."""
+    return [each for value in values.values() for each in (value if isinstance(value, list) else [value])]

@@ -1,0 +1,31 @@
+"""What models are for: one file a task, and the verbs that dispatch on it.
+
+A model says its task in `@register`; `task_named("classify")` is what tersor knows of it. Each file holds a `TASK`; it is
+imported when it is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+from tersor.errors import TersorError
+from tersor.tasks.task import Prediction, Sets, Task
+
+__all__ = ["Prediction", "Sets", "Task", "task_named", "tasks"]
+
+NO_TASKS = ("__init__", "task", "predict")
+
+
+def tasks() -> list[str]:
+    """The names of the tasks that can be trained or shown."""
+    files = Path(__file__).parent.glob("*.py")
+    return sorted(path.stem.replace("_", "-") for path in files if path.stem not in NO_TASKS)
+
+
+def task_named(name: str) -> Task:
+    """Raises TersorError where a task is not known (yet): its models can be built, loaded and compressed all the same."""
+    if name not in tasks():
+        raise TersorError(f"no verb works on the task {name!r} yet, only on {', '.join(tasks())}")
+    task: Task = importlib.import_module(f"tersor.tasks.{name.replace('-', '_')}").TASK
+    return task

@@ -1,0 +1,80 @@
+"""Image classification: cross-entropy, labelled images in a folder or packed file, the likeliest classes of a picture."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tersor.checkpoint.preprocessing import preprocessor_config
+from tersor.data.images import SUFFIXES, ImageConfig, Images, load_images
+from tersor.errors import TersorError
+from tersor.models.config import checked_config
+from tersor.tasks.task import Sets, Task
+from tersor.train.objectives import classification
+
+TOP = 5
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The likeliest classes of one picture, the likeliest first."""
+
+    path: Path
+    names: tuple[str, ...]
+    probabilities: tuple[float, ...]
+
+    def line(self) -> str:
+        told = (f"{name} {100 * share:.1f}%" for name, share in zip(self.names, self.probabilities, strict=True))
+        return f"{self.path}: {', '.join(told)}"
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"path": str(self.path), "classes": list(self.names), "probabilities": list(self.probabilities)}
+
+
+def load_data(model: Any, data: Path, validation: Path | None, table: Mapping[str, Any]) -> Sets:
+    example = model.example_inputs(1)
+    if "image" not in example:
+        raise TersorError(
+            f"{type(model).system} classifies {', '.join(example)}, and `tersor train` reads images; "
+            "in Python, tersor.train.trainer.train takes any data set"
+        )
+    config = checked_config(ImageConfig, {"size": example["image"].shape[-1], **table}, "data")
+    train = load_images(data, config)
+    held_out = load_images(validation, dataclasses.replace(config, augment=False)) if validation else None
+    if held_out is not None and held_out.classes != train.classes:
+        other = sorted(set(held_out.classes) ^ set(train.classes))
+        raise TersorError(f"{data} and {validation} do not have the same classes: {other[0]} is in one of them")
+    room = model.config.num_classes
+    if len(train.classes) > room:
+        raise TersorError(
+            f"{data} has {len(train.classes)} classes, the model has num_classes {room}; "
+            f"--set model.num_classes={len(train.classes)}"
+        )
+    preprocessing = preprocessor_config({"size": config.size, "mean": config.mean, "std": config.std})
+    return Sets(train, held_out, preprocessing=preprocessing, labels=train.classes)
+
+
+@torch.no_grad()
+def predict(
+    module: nn.Module, path: Path, *, settings: Mapping[str, Any], labels: Mapping[int, str], out: Path | None
+) -> Classes:
+    if out is not None:
+        raise TersorError("a classifier writes no files; leave --out out (--json and --csv print the predictions)")
+    image = Images([path], [0], [""], ImageConfig(**settings))[0]["image"][None]
+    first = next(module.parameters())
+    output = module(image.to(first.device, first.dtype))
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        raise TersorError(f"{type(module).__name__} is no image classifier: it gives no logits [images, classes]")
+    shares, classes = logits[0].float().softmax(0).topk(min(TOP, logits.shape[1]))
+    names = (labels.get(number, f"class {number}") for number in classes.tolist())
+    return Classes(path, tuple(names), tuple(shares.tolist()))
+
+
+TASK = Task(classification, load_data, predict, frozenset(SUFFIXES))

@@ -1,0 +1,117 @@
+"""Predictions for the user's own files: which task a model has, which files are meant, one prediction after another."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tersor import models
+from tersor.checkpoint.load import load, pick_device
+from tersor.checkpoint.preprocessing import image_settings
+from tersor.checkpoint.source import open_checkpoint
+from tersor.errors import TersorError
+from tersor.tasks import Prediction, Task, task_named
+
+# The end of a transformers class's name -> our task, for those that `tersor predict` shows.
+TASK_OF_CLASS = {"ForImageClassification": "classify"}
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A model that is ready for files."""
+
+    module: nn.Module
+    task: Task
+    settings: Mapping[str, Any]  # how it wants its inputs
+    labels: Mapping[int, str]  # the names of its classes, where it says any
+
+    def __call__(self, path: Path, *, out: Path | None = None) -> Prediction:
+        assert self.task.predict is not None
+        return self.task.predict(self.module, path, settings=self.settings, labels=self.labels, out=out)
+
+
+def open_predictor(model: str, *, checkpoint: Path | None = None, device: str = "auto") -> Predictor:
+    """model: a directory, a hub name or a built-in, or with `checkpoint` an architecture whose official weights these are.
+
+    An official file does not say how it wants its images: they get the size of the architecture and ImageNet's mean and
+    standard deviation. Raises TersorError where the model's task shows no predictions.
+    """
+    if checkpoint is not None:
+        module = models.load(model, checkpoint).to(pick_device(device))
+        task = _shown(models.find(model).task)
+        size = module.example_inputs(1)["image"].shape[-1]  # type: ignore[operator]
+        return Predictor(module, task, {"size": size, **IMAGENET}, {})
+    opened = open_checkpoint(model)
+    task = _shown(_task_of(opened.config))
+    return Predictor(load(model, device=device).eval(), task, image_settings(opened), _labels_of(opened.config))
+
+
+def input_files(inputs: Sequence[str], suffixes: frozenset[str]) -> list[Path]:
+    """The files that are meant: files as they are, folders by what they hold, patterns by what they match.
+
+    Hidden files and folders are passed over. Raises TersorError where an input gives no file.
+    """
+    found: list[Path] = []
+    for text in inputs:
+        path = Path(text).expanduser()
+        if path.is_dir():
+            inside = [each for each in sorted(path.rglob("*")) if not _is_hidden(each.relative_to(path))]
+            files = [each for each in inside if each.suffix.lower() in suffixes and each.is_file()]
+            if not files:
+                raise TersorError(f"{path} holds no file that ends in {', '.join(sorted(suffixes))}")
+        elif path.exists():
+            files = [path]
+        else:
+            files = [Path(each) for each in sorted(glob.glob(str(path), recursive=True)) if Path(each).is_file()]
+            if not files:
+                raise TersorError(f"there is no file {text}")
+        found += files
+    return list(dict.fromkeys(found))
+
+
+def predictions(
+    predictor: Predictor, files: Sequence[Path], *, out: Path | None = None
+) -> Iterator[tuple[Path, Prediction | TersorError]]:
+    """One file after another; of a file that cannot be read, the error."""
+    for path in files:
+        try:
+            yield path, predictor(path, out=out)
+        except TersorError as error:
+            yield path, error
+
+
+def _shown(name: str) -> Task:
+    task = task_named(name)
+    if task.predict is None:
+        raise TersorError(f"`tersor predict` does not show models of the task {name!r}")
+    return task
+
+
+def _task_of(config: Mapping[str, Any]) -> str:
+    for key in ("tersor_model", "architecture"):  # ours, or timm's
+        if key in config:
+            return models.find(str(config[key])).task
+    names = [str(name) for name in config.get("architectures") or []]
+    for name in names:
+        for end, task in TASK_OF_CLASS.items():
+            if name.endswith(end):
+                return task
+    if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
+        raise TersorError("this is a language model: `tersor generate` continues a prompt")
+    raise TersorError(f"`tersor predict` does not know what {', '.join(names) or 'this model'} is for")
+
+
+def _labels_of(config: Mapping[str, Any]) -> dict[int, str]:
+    """transformers' `id2label`, or timm's `label_names`."""
+    named = config.get("id2label") or dict(enumerate(config.get("label_names") or []))
+    return {int(number): str(name) for number, name in named.items()}
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)

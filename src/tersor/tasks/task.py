@@ -1,0 +1,53 @@
+"""The contract of a task: its objective, its data, what is remembered of them, and how one input is predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+
+from tersor.train.objectives import Objective
+
+
+@dataclass(frozen=True)
+class Sets:
+    """Map-style data sets, and what predictions on new inputs will need to know of them.
+
+    preprocessing: JSON that is written beside the weights as preprocessor_config.json. labels: the names of the classes.
+    """
+
+    train: Any
+    validation: Any = None
+    test: Any = None
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
+
+
+class Prediction(Protocol):
+    """What a model says of one input: as a line for people, and as plain values for programs."""
+
+    def line(self) -> str: ...
+    def as_dict(self) -> dict[str, Any]: ...
+
+
+class Predict(Protocol):
+    """One input file to a prediction. settings: the model's preprocessing; labels: its classes' names, by number; out: a
+    folder for results that are files."""
+
+    def __call__(
+        self, module: nn.Module, path: Path, *, settings: Mapping[str, Any], labels: Mapping[int, str], out: Path | None
+    ) -> Prediction: ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """objective: what training lowers. load_data: (model, data, validation data or None, the table `data` of the command)
+    -> Sets. predict: None where no verb shows predictions of this task yet. suffixes: of the files that it reads."""
+
+    objective: Objective
+    load_data: Callable[[Any, Path, Path | None, Mapping[str, Any]], Sets]
+    predict: Predict | None = None
+    suffixes: frozenset[str] = frozenset()
