@@ -30,6 +30,7 @@ VERBS = (
     "inspect",
     "export",
     "models",
+    "show",
     "demo",
     "doctor",
     "train",

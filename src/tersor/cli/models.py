@@ -2,29 +2,72 @@
 
 from __future__ import annotations
 
+import json
+from itertools import groupby
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 import tersor.models
+from tersor.cli.options import AsJson
 from tersor.errors import TersorError
+from tersor.models import ModelInfo
 
 
 def models(
-    pattern: Annotated[str, typer.Argument(help='A shell pattern over names or families: "shvit*", "vision/*".')] = "*",
+    pattern: Annotated[
+        str | None,
+        typer.Argument(help='A shell pattern over names, families or tasks: "shvit*", "vision/*", "forecast".'),
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """List the architectures that tersor can build, train, load and compress."""
-    found = tersor.models.list(pattern)
+    """List the architectures that tersor can build, train, load and compress.
+
+    Without a pattern, one line an architecture; with one, every published variant that matches. `tersor show NAME` tells
+    what an architecture is and how it is used.
+    """
+    found = tersor.models.list() if pattern is None else tersor.models.list(pattern)
     if not found:
         raise TersorError(f"no model matches {pattern!r}; `tersor models` without a pattern lists all")
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("name", no_wrap=True)
-    table.add_column("family")
-    table.add_column("parameters", justify="right", no_wrap=True)
-    table.add_column("input")
-    table.add_column("paper")
-    for info in found:
-        table.add_row(info.name, info.family, f"{info.parameters:,}", info.input, info.paper)
-    Console().print(table)
+    if as_json:
+        typer.echo(json.dumps([_facts(info) for info in found]))
+        return
+    rows = _systems(found) if pattern is None else [(i.name, i.task, f"{i.parameters:,}", i.paper) for i in found]
+    families = [info.family for info in found]
+    if pattern is None:
+        families = [next(info.family for info in found if info.system == row[0]) for row in rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    for family, members in groupby(zip(families, rows, strict=True), key=lambda pair: pair[0]):
+        typer.echo(family)
+        for _, (name, task, size, paper) in members:
+            typer.echo(f"  {name:{widths[0]}}  {task:{widths[1]}}  {size:>{widths[2]}}  {_short(paper)}".rstrip())
+
+
+def _systems(found: list[ModelInfo]) -> list[tuple[str, str, str, str]]:
+    """One row an architecture: its name, task, range of sizes and paper."""
+    rows = []
+    for system, group in groupby(found, key=lambda info: info.system):
+        variants = list(group)
+        sizes = sorted(
+            {_rounded(info.parameters): info.parameters for info in variants}.items(), key=lambda each: each[1]
+        )
+        told = sizes[0][0] if len(sizes) == 1 else f"{sizes[0][0]} to {sizes[-1][0]}"
+        rows.append((system, variants[0].task, told, variants[0].paper))
+    return rows
+
+
+def _rounded(parameters: int) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if parameters >= size:
+            return f"{parameters / size:.3g}{unit}"
+    return str(parameters)
+
+
+def _short(paper: str) -> str:
+    """The first reference, so that a row keeps within 80 columns."""
+    return paper.partition(",")[0]
+
+
+def _facts(info: ModelInfo) -> dict[str, object]:
+    names = ("name", "system", "family", "task", "input", "parameters", "paper")
+    return {name: getattr(info, name) for name in names}

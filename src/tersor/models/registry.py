@@ -81,11 +81,13 @@ def register(
 
 
 def list_models(pattern: str = "*") -> list[ModelInfo]:
-    """The named variants whose "family/name" or name matches a shell pattern, in order of family and file."""
+    """The named variants of which "family/name", name, system or task matches a shell pattern, in order of family and file."""
     return [
         info
         for info in _variants().values()
-        if fnmatch.fnmatch(f"{info.family}/{info.name}", pattern) or fnmatch.fnmatch(info.name, pattern)
+        if any(
+            fnmatch.fnmatch(each, pattern) for each in (f"{info.family}/{info.name}", info.name, info.system, info.task)
+        )
     ]
 
 
