@@ -11,6 +11,7 @@ import dataclasses
 import importlib.util
 import re
 from collections import defaultdict
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,36 @@ def pages() -> dict[str, str]:
         variants[info.module].append(info)
     for module, infos in variants.items():
         made[f"models/{infos[0].family}/{_stem(module)}.md"] = _page(module, _variants(infos))
+    made["methods/index.md"] = _methods_index(by_module)
+    made["models/index.md"] = _models_index(variants)
     return made
+
+
+def _methods_index(by_module: dict[str, list[type[Method]]]) -> str:
+    rows = ["| method | | works |", "| --- | --- | --- |"]
+    for module, kinds in by_module.items():
+        for kind in kinds:
+            what = _escaped((kind.__doc__ or "").partition("\n")[0])
+            way = "on the whole model" if kind.whole_model else "block by block"
+            rows.append(f"| [`{kind.name}`]({_stem(module)}.md) | {what} | {way} |")
+    return "# Methods\n\n" + "\n".join(rows) + "\n"
+
+
+def _models_index(variants: dict[str, list[models.ModelInfo]]) -> str:
+    """One table a family: what each architecture is for, its sizes, its paper."""
+    families: dict[str, list[str]] = defaultdict(list)
+    for module, infos in variants.items():
+        for system, group in groupby(infos, key=lambda info: info.system):
+            members = list(group)
+            sizes = [info.parameters for info in members]
+            span = f"{min(sizes):,}" if min(sizes) == max(sizes) else f"{min(sizes):,} to {max(sizes):,}"
+            link = f"[`{system}`]({members[0].family}/{_stem(module)}.md)"
+            row = f"| {link} | {members[0].task} | {members[0].input} | {len(members)} | {span} | {members[0].paper} |"
+            families[members[0].family].append(row)
+    head = "| architecture | task | input | variants | parameters | paper |\n| --- | --- | --- | ---: | ---: | --- |"
+    parts = [f"## {family.capitalize()}\n\n{head}\n" + "\n".join(rows) for family, rows in families.items()]
+    note = "A model of transformers needs no file here: it is loaded, compressed and run by its own config."
+    return "# Models\n\n" + "\n\n".join([note, *parts]) + "\n"
 
 
 def on_config(config: Any) -> Any:
@@ -37,10 +67,14 @@ def on_config(config: Any) -> Any:
     found = sorted(pages())
     families: dict[str, list[str]] = defaultdict(list)
     for path in found:
-        if path.startswith("models/"):
+        if path.startswith("models/") and path != "models/index.md":
             families[path.split("/")[1].capitalize()].append(path)
     listed = [{family: _entries(paths)} for family, paths in families.items()]
-    config.nav[-1:-1] = [{"Methods": _entries(p for p in found if p.startswith("methods/"))}, {"Models": listed}]
+    methods = [path for path in found if path.startswith("methods/") and path != "methods/index.md"]
+    config.nav[-1:-1] = [
+        {"Methods": ["methods/index.md", *_entries(methods)]},
+        {"Models": ["models/index.md", *listed]},
+    ]
     return config
 
 
@@ -85,12 +119,12 @@ def _options(kind: type[Method]) -> str:
 
 def _variants(infos: list[models.ModelInfo]) -> str:
     rows = [
-        "| name | parameters | input | `torch.export`, `torch.compile` in one graph |",
-        "| --- | ---: | --- | --- |",
+        "| name | parameters | task | input | `torch.export`, `torch.compile` in one graph |",
+        "| --- | ---: | --- | --- | --- |",
     ]
     for info in infos:
         traced = f"no: {_escaped(info.untraceable)}" if info.untraceable else "yes"
-        rows.append(f"| `{info.name}` | {info.parameters:,} | {info.input} | {traced} |")
+        rows.append(f"| `{info.name}` | {info.parameters:,} | {info.task} | {info.input} | {traced} |")
     return "## Variants\n\nFor `tersor.models.create` and `load`.\n\n" + "\n".join(rows)
 
 
