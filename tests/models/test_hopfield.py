@@ -165,6 +165,37 @@ def test_a_packed_checkpoint_and_a_split_one_are_the_same() -> None:
         assert torch.equal(loaded(**inputs), layer.eval()(**inputs))
 
 
+def test_a_static_pattern_goes_to_the_heads_in_the_published_order() -> None:
+    """Head h of sample b gets the pattern of sample (b H + h) mod B, with and without a normalised space."""
+    torch.manual_seed(0)
+    stored, state = torch.randn(3, 7, 12), torch.randn(3, 5, 12)
+    config: dict[str, Any] = {"stored_pattern_as_static": True, "state_pattern_as_static": True, "scaling": 0.3}
+    for normalised in (False, True):
+        layer = Hopfield(
+            HopfieldConfig(input_size=12, hidden_size=12, num_heads=2, normalize_hopfield_space=normalised, **config)
+        ).eval()
+        one = Hopfield(HopfieldConfig(input_size=12, hidden_size=12, normalize_hopfield_space=normalised, **config))
+        found = layer.association(state, stored)
+        for b in range(3):
+            for h in range(2):
+                n = (2 * b + h) % 3
+                torch.testing.assert_close(found[b, h], one.association(state[n : n + 1], stored[n : n + 1])[0, 0])
+
+
+def test_heads_have_limits_and_thresholds_of_their_own() -> None:
+    torch.manual_seed(0)
+    layer = Hopfield(HopfieldConfig(input_size=12, num_heads=2, scaling=3.0, update_steps_max=(0, -1))).eval()
+    for linear in (layer.association_core.q_proj, layer.association_core.k_proj):
+        torch.nn.init.normal_(linear.weight)
+    x = torch.randn(2, 7, 12)
+    found = layer.association(x)
+    for head, steps in ((0, 0), (1, None)):
+        other = Hopfield(HopfieldConfig(input_size=12, num_heads=2, scaling=3.0, update_steps_max=steps)).eval()
+        other.load_state_dict(layer.state_dict())
+        torch.testing.assert_close(found[:, head], other.association(x)[:, head])
+    assert (found[:, 0] - found[:, 1]).abs().max() > 1e-3
+
+
 def test_looking_up_learns_a_table() -> None:
     torch.manual_seed(0)
     layer = HopfieldLayer(HopfieldLayerConfig(input_size=8, hidden_size=16, quantity=40, output_size=3, scaling=1.0))

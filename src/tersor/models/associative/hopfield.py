@@ -23,17 +23,21 @@ Origin: ml-jku/hopfield-layers at f56f929 (hflayers), BSD-3. Differences: the pu
 projection) is three arguments here, of which the later ones default to the first; q, k and v are three Linear layers
 here, and published checkpoints, packed (in_proj_weight) or not, are split. Quirks: `scaling` with one value a head is
 tiled over the channels, channel c of all heads' takes scaling[c mod num_heads], so it is not one beta per head.
-An "_as_static" pattern is not projected and the same for every head, so its width must be hidden_size. With
-`pattern_projection_as_connected` the projection goes through the stored patterns' Wk before Wv.
+An "_as_static" pattern is not projected, so its width must be hidden_size, and is repeated for the heads: the whole batch
+head by head, which is then read sample by sample, so that head h of sample b gets the pattern of sample (b H + h) mod B. A
+static projection is cut into the heads instead where the stored patterns are static and the widths differ, or where it is
+connected. With `pattern_projection_as_connected` the projection goes through the stored patterns' Wk before Wv. The
+parameters of `concat_bias_pattern` are there, and no result depends on them.
 
-Proven: the golden cases of the published code (self- and cross-association to convergence, padding, pooling, lookup);
-fixed points, retrieval, falling energy, attention as a special case; the bit-pattern task is learnt (tests). Not
-proven: the published AUCs on Tiger, Fox, Elephant and UCSB; bias patterns together with static or normalised ones.
+Proven: the golden cases of the published code (self- and cross-association to convergence, padding, pooling, lookup,
+static patterns in a normalised space); fixed points, retrieval, falling energy, attention as a special case; the
+bit-pattern task is learnt (tests). Not proven: the published AUCs on Tiger, Fox, Elephant and UCSB.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -53,8 +57,8 @@ class HopfieldConfig:
     pattern_size: int | None = None  # of one head's projections; None: hidden_size
     num_heads: int = 1
     scaling: float | tuple[float, ...] | None = None  # beta; None: 1 / sqrt(hidden_size), or 1 if all is static
-    update_steps_max: int | None = 0  # None: until convergence
-    update_steps_eps: float = 1e-4
+    update_steps_max: int | tuple[int, ...] | None = 0  # None: until convergence; one value a head, of which -1 is None
+    update_steps_eps: float | tuple[float, ...] = 1e-4
     normalize_stored_pattern: bool = True
     normalize_stored_pattern_affine: bool = True
     normalize_stored_pattern_eps: float = 1e-5
@@ -77,7 +81,7 @@ class HopfieldConfig:
     association_activation: str | None = None  # a function of torch, on the result
     dropout: float = 0.0  # of the association
     input_bias: bool = True
-    concat_bias_pattern: bool = False  # one more stored pattern, trainable
+    concat_bias_pattern: bool = False  # parameters of one more stored pattern, which the published code never uses
     add_zero_association: bool = False  # one more stored pattern, zero
     disable_out_projection: bool = False
 
@@ -88,7 +92,11 @@ class HopfieldConfig:
             )
         if isinstance(self.scaling, tuple) and len(self.scaling) != self.num_heads:
             raise TersorError(f"hopfield has {self.num_heads} heads, but scaling is {self.scaling}")
-        if self.update_steps_max is not None and self.update_steps_max < 0:
+        for name in ("update_steps_max", "update_steps_eps"):
+            found = getattr(self, name)
+            if isinstance(found, tuple) and len(found) != self.num_heads:
+                raise TersorError(f"hopfield has {self.num_heads} heads, but {name} is {found}")
+        if isinstance(self.update_steps_max, int) and self.update_steps_max < 0:
             raise TersorError(f"hopfield's update_steps_max is {self.update_steps_max}; None is until convergence")
         if self.association_activation is not None and not hasattr(torch, self.association_activation):
             raise TersorError(f"hopfield's association_activation: torch has no {self.association_activation!r}")
@@ -106,6 +114,21 @@ class HopfieldConfig:
             self.head_size if fixed else size or self.input_size for size, fixed in zip(given, static, strict=True)
         )
         return stored, state, projection
+
+    @property
+    def splits_static_projection(self) -> bool:
+        """Whether a static projection is cut into the heads rather than repeated for them."""
+        stored, projection = (s or self.input_size for s in (self.stored_pattern_size, self.pattern_projection_size))
+        packed = stored == projection == self.input_size and self.pattern_size is None
+        connected = self.pattern_projection_as_connected
+        return connected or (self.stored_pattern_as_static and not packed)
+
+    @property
+    def limits(self) -> list[float]:
+        """The most update steps of each head."""
+        given = self.update_steps_max
+        each = given if isinstance(given, tuple) else (given,) * self.num_heads
+        return [math.inf if steps is None or steps < 0 else steps for steps in each]
 
     @property
     def result_size(self) -> int:
@@ -161,13 +184,14 @@ class HopfieldCore(nn.Module):
         self.q_proj = linear(config.state_pattern_as_static, state, hidden)
         self.k_proj = linear(config.stored_pattern_as_static, stored, hidden)
         self.v_proj = linear(config.pattern_projection_as_static, projection, pattern)
-        self.out_proj = None if config.disable_out_projection else _linear(pattern, config.result_size, True)
+        out = None if config.disable_out_projection else _linear(pattern, config.result_size, config.input_bias)
+        self.out_proj = out
         if config.normalize_hopfield_space_affine:
             self.p_norm_weight = nn.Parameter(torch.ones(head_size))
             self.p_norm_bias = nn.Parameter(torch.zeros(head_size))
         if config.concat_bias_pattern:
-            self.bias_k = nn.Parameter(torch.randn(1, 1, hidden) * hidden**-0.5) if self.k_proj else None
-            self.bias_v = nn.Parameter(torch.randn(1, 1, pattern) * pattern**-0.5) if self.v_proj else None
+            self.bias_k = nn.Parameter(torch.randn(1, 1, hidden) * 0.02) if self.k_proj else None
+            self.bias_v = nn.Parameter(torch.randn(1, 1, hidden) * 0.02) if self.v_proj else None
         self.register_buffer("beta", self._beta(), persistent=False)
 
     beta: Tensor  # [1 or heads, 1, 1 or head_size]
@@ -183,9 +207,10 @@ class HopfieldCore(nn.Module):
         q, k = self._heads(self.q_proj, state), self._heads(self.k_proj, stored)  # (b, h, t, d), (b, h, s, d)
         if self.config.pattern_projection_as_connected and self.k_proj is not None:
             projection = self.k_proj(projection)
-        v = self._heads(self.v_proj, projection)
-        if self.config.concat_bias_pattern:
-            k, v = self._append(k, self.bias_k), self._append(v, self.bias_v)
+        if self.v_proj is None and self.config.splits_static_projection:
+            v = self._split(projection)
+        else:
+            v = self._heads(self.v_proj, projection)
         if self.config.normalize_hopfield_space:
             q, k = self._normalize(q), self._normalize(k)
         if self.config.add_zero_association:
@@ -205,28 +230,28 @@ class HopfieldCore(nn.Module):
 
         xi = associate(q)
         active = torch.ones(xi.shape[1], dtype=torch.bool, device=xi.device)
-        limit = self.config.update_steps_max
-        for step in itertools.count() if limit is None else range(limit):
-            if limit is None and not active.any():  # with a limit, the loop has no data-dependent end: it exports
+        limits = self.config.limits
+        limit, eps = max(limits), self.config.update_steps_eps
+        least = torch.tensor(eps, device=xi.device)
+        for step in itertools.count() if limit == math.inf else range(int(limit)):
+            active = active & torch.tensor([step < most for most in limits], device=xi.device)
+            if limit == math.inf and not active.any():  # with a limit, the loop has no data-dependent end: it exports
                 break
             new = associate(xi @ k)
             change = (new - xi).flatten(2).norm(dim=-1).amax(0)  # (h,): the largest over the batch
             xi = torch.where(active[:, None, None], new, xi)
-            active = active & (change > self.config.update_steps_eps)
+            active = active & (change > least)
             if step > _MOST_STEPS:
                 raise TersorError(f"hopfield did not converge in {_MOST_STEPS} steps; set update_steps_max")
         return xi
 
     def _heads(self, linear: nn.Linear | None, x: Tensor) -> Tensor:
-        if linear is None:
-            return x[:, None].expand(-1, self.config.num_heads, -1, -1)
-        return rearrange(linear(x), "b s (h d) -> b h s d", h=self.config.num_heads)
+        if linear is None:  # (h b) in the one order, (b h) in the other
+            return x.repeat(self.config.num_heads, 1, 1).unflatten(0, (-1, self.config.num_heads))
+        return self._split(linear(x))
 
-    def _append(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if bias is None:
-            return F.pad(x, (0, 0, 0, 1))
-        one = rearrange(bias, "1 1 (h d) -> 1 h 1 d", h=self.config.num_heads)
-        return torch.cat((x, one.expand(len(x), -1, -1, -1)), 2)
+    def _split(self, x: Tensor) -> Tensor:
+        return rearrange(x, "b s (h d) -> b h s d", h=self.config.num_heads)
 
     def _normalize(self, x: Tensor) -> Tensor:
         weight, bias = getattr(self, "p_norm_weight", None), getattr(self, "p_norm_bias", None)
@@ -245,10 +270,8 @@ class HopfieldCore(nn.Module):
 
     def _beta(self) -> Tensor:
         config = self.config
-        if isinstance(config.scaling, tuple):
-            tiled = torch.tensor(config.scaling, device="cpu").repeat(
-                config.head_size
-            )  # channel c: scaling[c mod heads]
+        if isinstance(config.scaling, tuple):  # channel c: scaling[c mod heads]
+            tiled = torch.tensor(config.scaling, device="cpu").repeat(config.head_size)
             return tiled.view(config.num_heads, 1, config.head_size)
         static = self.q_proj is None and self.k_proj is None and self.v_proj is None and self.out_proj is None
         default = 1.0 if static and not config.normalize_hopfield_space else config.head_size**-0.5
@@ -261,6 +284,10 @@ class HopfieldCore(nn.Module):
         converted: dict[str, Tensor] = {}
         for key, value in state.items():
             name = key.removeprefix(prefix)
+            if (
+                name == "in_proj_bias" and self.v_proj is None
+            ):  # which ends in the bias of a projection that is not there
+                value = value[: sum(rows.values())]
             if name in ("in_proj_weight", "in_proj_bias") and len(value) == sum(rows.values()):
                 last = name.removeprefix("in_proj_")
                 parts = zip(rows, torch.split(value, list(rows.values())), strict=True)
