@@ -493,6 +493,20 @@ def test_a_model_without_a_tokenizer_is_refused(tersor_command: Command, small: 
     refused(tersor_command, small, "has no tokenizer")
 
 
+@pytest.mark.parametrize("template", ["{{ messages }}", {"default": "{{ messages }}", "tool_use": "x"}])
+def test_chat_templates_are_kept(small: Path, template: str | dict[str, str]) -> None:
+    """The default one where every reader looks for it."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(small)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(small)
+    tersor.export(small, small / "m.gguf")
+    fields = open_gguf(small / "m.gguf").fields
+    assert fields["tokenizer.chat_template"] == "{{ messages }}"
+    assert load_tokenizer(small / "m.gguf").chat_template == template
+
+
 def test_values_that_float16_cannot_hold_are_refused(tersor_command: Command, small: Path) -> None:
     change_tensors(small, lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"].fill_(1e6))
     refused(tersor_command, small, "up_proj.weight has values", "float16", options=("--dtype", "float16"))

@@ -73,6 +73,19 @@ def test_symmetric_grids_have_their_zero_in_the_middle(x: Tensor, bits: int) -> 
     torch.testing.assert_close(steps, -2 * negative[:, :1] / (2**bits - 1))  # from -largest to largest
 
 
+@given(rows(), st.sampled_from([2, 3, 4, 8]))
+def test_a_symmetric_grid_is_as_good_for_rows_of_one_sign(x: Tensor, bits: int) -> None:
+    """Their range is mirrored, not halved: a step of 2 max|x| / (2^bits - 1) on either side, and nothing clipped by more than
+    that step."""
+    for signed in (x.abs(), -x.abs(), x.abs() * (torch.arange(x.shape[1]) % 3 == 0)):
+        grid = fit_grid(signed, bits, sym=True)
+        largest = signed.abs().amax(1, keepdim=True)
+        torch.testing.assert_close(grid.scale, 2 * largest.where(largest > 0, 1.0) / (2**bits - 1))
+        assert torch.all(
+            (grid.round(signed) - signed).abs() <= grid.scale * (1 + 1e-9) / 2 + grid.scale * (signed > 0) / 2
+        )
+
+
 @given(rows(), st.sampled_from([2, 3, 4, 8]), st.booleans())
 def test_the_search_for_a_clipping_range_never_loses(x: Tensor, bits: int, sym: bool) -> None:
     search = ClipSearch(steps=20)

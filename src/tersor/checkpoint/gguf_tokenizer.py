@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -80,9 +81,7 @@ def tokenizer_metadata(tokenizer: Any, vocab_size: int) -> dict[str, Any]:
     }.items():
         if value is not None:
             fields[f"tokenizer.ggml.{key}_token_id"] = value
-    template = getattr(tokenizer, "chat_template", None)
-    if isinstance(template, str):
-        fields["tokenizer.chat_template"] = template
+    fields |= _chat_templates(getattr(tokenizer, "chat_template", None))
     if parts["model"].get("byte_fallback"):
         return fields | _sentencepiece(parts, tokens, types)
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in parts["model"]["merges"]]
@@ -266,8 +265,28 @@ def tokenizer_from(fields: Mapping[str, Any], path: str) -> Any:
         if f"tokenizer.ggml.{key}_token_id" in fields
     }
     tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=backend, **special)  # type: ignore[no-untyped-call]
-    tokenizer.chat_template = fields.get("tokenizer.chat_template")
+    tokenizer.chat_template = _read_chat_templates(fields)
     return tokenizer
+
+
+def _read_chat_templates(fields: Mapping[str, Any]) -> str | dict[str, str] | None:
+    default, names = fields.get("tokenizer.chat_template"), fields.get("tokenizer.chat_templates")
+    named = {name: fields.get(f"tokenizer.chat_template.{name}") for name in names or ()}
+    found = {name: each for name, each in {"default": default, **named}.items() if isinstance(each, str)}
+    return found if set(found) - {"default"} else found.get("default")
+
+
+def _chat_templates(found: str | Mapping[str, str] | None) -> dict[str, Any]:
+    """One template, or several by name: `default` is what readers look for, the others lie beside it with their names listed."""
+    given = {"default": found} if isinstance(found, str) else dict(found or {})
+    named = {re.sub("[^A-Za-z0-9]", "_", name): template for name, template in given.items()}
+    fields: dict[str, Any] = {}
+    if "default" in named:
+        fields["tokenizer.chat_template"] = named.pop("default")
+    if named:
+        fields["tokenizer.chat_templates"] = sorted(named)
+        fields |= {f"tokenizer.chat_template.{name}": named[name] for name in sorted(named)}
+    return fields
 
 
 def _byte_level_backend(fields: Mapping[str, Any], tokens: list[str], path: str) -> Any:

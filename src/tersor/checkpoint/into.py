@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from tersor.checkpoint.lazy_model import read_layer
+from tersor.checkpoint.lazy_model import classes_of, read_layer
 from tersor.checkpoint.quantization_config import read_config
 from tersor.checkpoint.source import Checkpoint
 from tersor.errors import TersorError
@@ -52,13 +52,14 @@ def _packed(checkpoint: Checkpoint, linears: dict[str, str], module: nn.Module) 
             raise TersorError(
                 f"{checkpoint.directory} holds a quantized {stem}; the {type(module).__name__} has no linear layer there"
             )
-        out_features, in_features = matrix_shape(maps[linears[stem]])
+        name = linears[stem]
+        out_features, in_features = matrix_shape(maps[name])
         keys = [key for key in checkpoint.shard_of if _stem_of_packed(checkpoint, key) == stem]
         tensors = {key.rpartition(".")[2]: tensor for key, tensor in checkpoint.read(keys).items()}
-        weight = read_layer(stem, tensors, in_features, config)
+        weight = read_layer(stem, tensors, in_features, config.for_layer(stem, name, classes=classes_of(maps[name])))
         if weight.out_features != out_features:
             raise TersorError(f"{stem} has {weight.out_features} outputs; the module's layer has {out_features}")
-        found[linears[stem]] = weight.to(device)
+        found[name] = weight.to(device)
     return found
 
 

@@ -23,7 +23,7 @@ from tersor.formats.layouts import PACKED_SUFFIXES, read_awq, read_compressed, r
 from tersor.formats.quantized_weight import QuantizedWeight
 from tersor.layers.exchange import EXCHANGED, exchange, exchangeable_kinds
 from tersor.layers.experts import ExpertMap
-from tersor.layers.linear_map import matrix_shape, packable_maps, set_weight_matrix
+from tersor.layers.linear_map import LinearMap, matrix_shape, packable_maps, set_weight_matrix
 from tersor.layers.quantized_linear import place_packed
 
 
@@ -199,13 +199,16 @@ class LazyModel:
         """The packed weight of one of `quantized`, on the CPU."""
         config = self.quantization
         assert config is not None
-        out_features, in_features = matrix_shape(self.maps[linear])
+        found = self.maps[linear]
+        out_features, in_features = matrix_shape(found)
         parts = []
         for stem in self.quantized[linear]:
             present = [s for s in PACKED_SUFFIXES if f"{stem}.{s}" in self.checkpoint.shard_of]
             read = self.checkpoint.read(f"{stem}.{suffix}" for suffix in present)
             tensors = {suffix: read[f"{stem}.{suffix}"] for suffix in present}
-            parts.append(read_layer(stem, tensors, in_features, config))
+            parts.append(
+                read_layer(stem, tensors, in_features, config.for_layer(stem, linear, classes=classes_of(found)))
+            )
         weight = parts[0] if len(parts) == 1 else QuantizedWeight.stack_rows(parts)
         if weight.out_features != out_features:
             stems = ", ".join(self.quantized[linear])
@@ -225,8 +228,8 @@ class LazyModel:
 
 
 def read_layer(name: str, tensors: dict[str, Tensor], in_features: int, config: QuantizationConfig) -> QuantizedWeight:
-    """One quantized layer from its tensors by suffix, whichever layout they are in. `name` is its published name."""
-    config = config.for_layer(name)
+    """One quantized layer from its tensors by suffix, whichever layout they are in. name: its published name; config: what
+    holds for it."""
     bits, group_size = config.bits, config.group_size
     for kind in BLOCK_TYPES.values():
         if kind.suffix in tensors:
@@ -245,6 +248,11 @@ def read_layer(name: str, tensors: dict[str, Tensor], in_features: int, config: 
         sym=config.sym,
         whole_word_zeros=config.whole_word_zeros,
     )
+
+
+def classes_of(found: LinearMap) -> list[str]:
+    """The names by which a quantization config may mean this kind of layer: its class and those that this is derived from."""
+    return ["Linear"] if isinstance(found, ExpertMap) else [each.__name__ for each in type(found).__mro__]
 
 
 def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:

@@ -18,8 +18,8 @@ CONFIG_FILES = ("quantize_config.json", "quant_config.json")  # older writers ke
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """layout: "gptq", "gptq_v2", "compressed-tensors", "awq" or "gguf". overrides: what is different for layers whose published
-    name matches a regular expression, the first that matches winning."""
+    """layout: "gptq", "gptq_v2", "compressed-tensors", "awq" or "gguf". overrides: what is different for some layers, by target:
+    a name, the class of a module, or a regular expression after `re:`."""
 
     layout: str
     bits: int
@@ -29,9 +29,21 @@ class QuantizationConfig:
     whole_word_zeros: bool = False
     overrides: tuple[tuple[str, Mapping[str, Any]], ...] = ()
 
-    def for_layer(self, name: str) -> QuantizationConfig:
-        changes = next((changes for pattern, changes in self.overrides if re.match(pattern, name)), None)
-        return self if changes is None else replace(self, **changes)
+    def for_layer(self, *names: str, classes: Sequence[str] = ("Linear",)) -> QuantizationConfig:
+        """What holds for one layer. names: those that it goes by, as published and as a module; classes: the module's.
+
+        A target that is a name wins over regular expressions, of which the first that matches wins, and these over classes.
+        """
+        patterns = [(target.removeprefix("re:"), changes) for target, changes in self.overrides if _is_pattern(target)]
+        exact = [(target, changes) for target, changes in self.overrides if not _is_pattern(target)]
+        found = [changes for target, changes in exact if target in names]
+        found += [changes for pattern, changes in patterns if any(re.match(pattern, name) for name in names)]
+        found += [changes for target, changes in exact if target in classes]
+        return replace(self, **found[0]) if found else self
+
+
+def _is_pattern(target: str) -> bool:
+    return target.startswith("re:")
 
 
 def read_config(directory: Path, config: Mapping[str, Any]) -> QuantizationConfig | None:
@@ -51,15 +63,12 @@ def read_config(directory: Path, config: Mapping[str, Any]) -> QuantizationConfi
 
 def parse_config(found: Mapping[str, Any]) -> QuantizationConfig:
     """A `quantization_config`. Raises TersorError where tersor cannot read what it describes."""
-    method = found.get("quant_method") or found.get("method") or "gptq"
+    by_itself = "awq" if "w_bit" in found else "gptq"  # of files that name no method: AutoAWQ's own has its own words
+    method = str(found.get("quant_method") or found.get("method") or by_itself).lower()
     if method == "compressed-tensors":
         return _read_compressed(found)
     if method == "awq":
-        if found.get("version", "gemm") != "gemm" or found.get("bits", 4) != 4:
-            raise TersorError(
-                f"AWQ version {found.get('version')!r} at {found.get('bits')} bits: only 4-bit gemm is read"
-            )
-        return QuantizationConfig("awq", 4, int(found.get("group_size", 128)), sym=not found.get("zero_point", True))
+        return _read_awq(found)
     if method == "gguf":  # what `gguf_read` says of a file: the tensors themselves have the rest
         return QuantizationConfig("gguf", int(found["bits"]), int(found["group_size"]), sym=True)
     if method != "gptq":
@@ -77,46 +86,52 @@ def parse_config(found: Mapping[str, Any]) -> QuantizationConfig:
         desc_act=bool(found.get("desc_act", False)),
         whole_word_zeros=any(name.startswith("gptqmodel") for name in quantizers),
         overrides=tuple(
-            (pattern.removeprefix("+:"), {key: changes[key] for key in LAYER_KEYS if key in changes})
+            (f"re:{pattern.removeprefix('+:')}", {key: changes[key] for key in LAYER_KEYS if key in changes})
             for pattern, changes in (found.get("dynamic") or {}).items()
             if not pattern.startswith("-:")
         ),
     )
 
 
+def _read_awq(found: Mapping[str, Any]) -> QuantizationConfig:
+    """As transformers writes it (`bits`, `group_size`), or as AutoAWQ does (`w_bit`, `q_group_size`)."""
+    version, bits = str(found.get("version") or "gemm"), found.get("bits", found.get("w_bit", 4))
+    if version.lower() != "gemm" or bits != 4:
+        raise TersorError(f"AWQ version {version!r} at {bits} bits: only 4-bit gemm is read")
+    group_size = int(found.get("group_size", found.get("q_group_size", 128)))
+    return QuantizationConfig("awq", 4, group_size, sym=not found.get("zero_point", True))
+
+
 def _read_compressed(found: Mapping[str, Any]) -> QuantizationConfig:
-    groups = found.get("config_groups") or {}
-    kinds = {group.get("format") or found.get("format") for group in groups.values()}
+    """Groups stand in any order, and a later one takes a target over from an earlier one. Of several regular expressions that
+    match, the first in the order of the alphabet wins, as with the compressed-tensors package."""
+    groups = list((found.get("config_groups") or {}).values())
+    kinds = {group.get("format") or found.get("format") for group in groups}
     if kinds != {"pack-quantized"}:
         raise TersorError(f"compressed-tensors format {sorted(map(str, kinds))}: only pack-quantized is read")
-    weights = [group["weights"] for group in groups.values()]
-    named = [
-        (target, group["weights"])
-        for group in groups.values()
-        for target in group.get("targets") or ()
-        if target.startswith("re:")
-    ]
-    if any(group.get("input_activations") for group in groups.values()):
+    if any(group.get("input_activations") for group in groups):
         raise TersorError("compressed-tensors checkpoint with quantized activations: only weights are read")
-    first = weights[0]
+    targets = {
+        target: _options_of(group["weights"])
+        for group in groups
+        if group.get("weights")
+        for target in group.get("targets") or ()
+    }
+    # What no target names but is packed all the same is taken for what most layers are.
+    usual = targets.get("Linear") or _options_of(groups[0]["weights"])
     return QuantizationConfig(
-        layout="compressed-tensors",
-        bits=int(first["num_bits"]),
-        group_size=int(first.get("group_size") or -1),
-        sym=bool(first.get("symmetric", True)),
-        desc_act=first.get("actorder") == "group",
-        overrides=tuple(
-            (
-                target.removeprefix("re:"),
-                {
-                    "bits": int(each["num_bits"]),
-                    "group_size": int(each.get("group_size") or -1),
-                    "sym": bool(each.get("symmetric", True)),
-                },
-            )
-            for target, each in named
-        ),
+        layout="compressed-tensors", overrides=tuple(sorted(targets.items(), key=lambda each: each[0])), **usual
     )
+
+
+def _options_of(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """LAYER_KEYS of a group's `weights`."""
+    return {
+        "bits": int(weights["num_bits"]),
+        "group_size": int(weights.get("group_size") or -1),
+        "sym": bool(weights.get("symmetric", True)),
+        "desc_act": weights.get("actorder") == "group",
+    }
 
 
 def make_config(

@@ -24,7 +24,7 @@ from tersor.calibrate.batches import Batch, fingerprint, without_cache
 from tersor.calibrate.blocks import Unit
 from tersor.calibrate.parallel import agree, is_first, processes
 from tersor.calibrate.statistics import NotFiniteError
-from tersor.checkpoint.lazy_model import LazyModel, compute_dtype, read_layer
+from tersor.checkpoint.lazy_model import LazyModel, classes_of, compute_dtype, read_layer
 from tersor.checkpoint.load import load_tokenizer
 from tersor.checkpoint.quantization_config import QuantizationConfig, parse_config
 from tersor.checkpoint.source import open_checkpoint, torch_dtype
@@ -220,7 +220,8 @@ class _Blocks:
             first = 0
             for stem, rows in self.lazy.pieces(linear):
                 part = weight.rows(first, first + rows)
-                mine = write(part, self.layout, sym=self.config.for_layer(stem).sym)
+                sym = self.config.for_layer(stem, classes=classes_of(block.linears[linear])).sym
+                mine = write(part, self.layout, sym=sym)
                 self.size.add(mine, part)
                 tensors |= {f"{stem}.{suffix}": tensor for suffix, tensor in mine.items()}
                 first += rows
@@ -241,7 +242,9 @@ class _Blocks:
             parts = []
             for stem, _ in self.lazy.pieces(linear):
                 mine = {key.rpartition(".")[2]: t for key, t in tensors.items() if key.rpartition(".")[0] == stem}
-                parts.append(read_layer(stem, mine, columns_of(found), self.config))
+                parts.append(
+                    read_layer(stem, mine, columns_of(found), self.config.for_layer(stem, classes=classes_of(found)))
+                )
                 self.size.add(mine, parts[-1])
             packed = QuantizedWeight.stack_rows(parts)
             set_weight_matrix(found, packed.to(self.lazy.device).dequantize(self.lazy.dtype))

@@ -2,9 +2,10 @@
 
 Uniform grid of `bits` bits, q = clamp(round(x / scale) + zero, 0, 2^bits - 1), x ≈ scale · (q - zero), rounding half to even.
 Ternary grid: x becomes `scale` where x > scale/2, `zero` (a negative level) where x < zero/2, else 0; codes 2, 0 and 1.
-Source: the GPTQ reference implementation (Frantar et al., ICLR 2023), whose two habits are kept because stored checkpoints
-and published numbers depend on them: a symmetric row without negative values keeps its minimum at 0, so its step is half as
-wide as its zero point in the middle suggests, and a row of zeros gets the range [-1, 1].
+Source: the GPTQ reference implementation (Frantar et al., ICLR 2023), with one difference: a symmetric range is always
+[-max |x|, max |x|]. The reference keeps the minimum of a row without negative values at 0, so its step is half of what the
+zero point in the middle needs, and the upper half of the row is clipped; pruned models have many such groups. As there, a row
+of zeros gets the range [-1, 1].
 """
 
 from __future__ import annotations
@@ -79,8 +80,11 @@ def fit_grid(
     sym: bool,
     clip_search: ClipSearch | None = None,
     stored: Stored | None = None,
+    as_published: bool = False,
 ) -> Grid:
     """Fit one grid per row of x [rows, columns] (floating).
+
+    as_published: with the reference's half range for symmetric rows without negative values, to compare with its numbers.
 
     With `stored`, the grid is one that the file format can hold, so that a solver that compensates errors sees the very
     levels that the reader of the file will see; None keeps it exact.
@@ -89,9 +93,9 @@ def fit_grid(
     high = x.amax(1, keepdim=True).clamp(min=0)
     if sym:
         high = torch.maximum(low.abs(), high)
-        # Of the three levels that a file holds, the outer ones always mirror each other.
-        mirrored = -high if bits == "ternary" and stored is not None else low
-        low = torch.where(low < 0, -high, mirrored)
+        # Three levels that no file has to hold keep the reference's habit: without negative values there is no negative level.
+        one_sided = as_published or (bits == "ternary" and stored is None)
+        low = torch.where(low < 0, -high, low) if one_sided else -high
     empty = (low == 0) & (high == 0)
     low, high = torch.where(empty, -1.0, low), torch.where(empty, 1.0, high)
     grid = _grid_of_range(low, high, bits, sym, stored)

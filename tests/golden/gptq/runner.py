@@ -121,7 +121,8 @@ def _grids(case: Case) -> dict[str, Tensor]:
         rows, restore = _rows(x, options)
         bits: Bits = "ternary" if options.get("trits") else options["bits"]
         search = ClipSearch(options.get("norm", 2.4), options.get("grid", 100), options.get("maxshrink", 0.8))
-        grid = fit_grid(rows, bits, sym=options["sym"], clip_search=search if options.get("mse") else None)
+        clip = search if options.get("mse") else None
+        grid = fit_grid(rows, bits, sym=options["sym"], clip_search=clip, as_published=True)
         found[f"{name}/dequantized"] = restore(grid.round(rows))
         for parameter, values in (("scale", grid.scale), ("zero", grid.zero)):
             per_row = values.expand(len(x), 1) if options["weight"] else values.view(1, 1, -1)
