@@ -186,7 +186,7 @@ def test_schedules() -> None:
         ({"precision": "int8"}, "not 'int8'"),
         ({"batch_size": 15, "accumulate": 2}, "a batch of 15 cannot be shared by 1 x 2 parts"),
         ({"batch_size": 512}, "have 265 samples, less than one batch of 512"),
-        ({"device": "gpu"}, "device 'gpu' is none that torch knows"),
+        ({"device": "gpu"}, "'gpu' is no device"),
     ],
 )
 def test_says_which_setting_cannot_be(tmp_path: Path, settings: dict[str, Any], said: str) -> None:

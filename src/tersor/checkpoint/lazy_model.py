@@ -25,6 +25,7 @@ from tersor.layers.exchange import EXCHANGED, exchange, exchangeable_kinds
 from tersor.layers.experts import ExpertMap
 from tersor.layers.linear_map import LinearMap, matrix_shape, packable_maps, set_weight_matrix
 from tersor.layers.quantized_linear import place_packed
+from tersor.untrusted import first_words
 
 
 class LazyModel:
@@ -258,7 +259,12 @@ def classes_of(found: LinearMap) -> list[str]:
 def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
     """The module tree that a config.json describes, without weights, in eval mode."""
     module = _build(checkpoint, dtype)
-    exchange(module, checkpoint.config.get(EXCHANGED, {}))
+    try:
+        exchange(module, checkpoint.config.get(EXCHANGED, {}))
+    except (AttributeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TersorError(
+            f"{checkpoint.directory}: config.json's {EXCHANGED} cannot be read: {first_words(error)}"
+        ) from error
     return module.eval()
 
 
@@ -271,10 +277,17 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
 
         if "architecture" in config:  # timm's config.json: options beside facts about the training
             config = models.options_of(config.pop("architecture"), config)
-        with torch.device("meta"):
-            return models.create(config.pop("tersor_model"), **config).to(dtype)
+        name = config.pop("tersor_model")
+        try:
+            with torch.device("meta"):
+                return models.create(name, **config).to(dtype)
+        except TersorError:
+            raise
+        except Exception as error:  # as below
+            raise TersorError(
+                f"{checkpoint.directory}: {name} cannot be built from config.json: {first_words(error)}"
+            ) from error
     import transformers
-    from huggingface_hub.errors import StrictDataclassError
 
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(each, str) for each in architectures):
@@ -284,6 +297,10 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
     kind = getattr(transformers, architectures[0], None) if architectures else None
     if kind is None:
         name = architectures[0] if architectures else "none"
+        if config.get("auto_map"):
+            raise TersorError(
+                f"{checkpoint.directory}: the architecture {name!r} needs the model's own code, which tersor does not run"
+            )
         raise TersorError(
             f"{checkpoint.directory}: config.json names the architecture {name!r}, which transformers "
             f"{transformers.__version__} does not have"
@@ -295,14 +312,20 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
             parsed = kind.config_class.from_dict(config)
         if hasattr(parsed, "quantization_config"):
             del parsed.quantization_config
+        for each in (parsed, *(getattr(parsed, name, None) for name in parsed.sub_configs)):
+            if getattr(each, "_attn_implementation", None) not in (None, "eager", "sdpa", "flex_attention"):
+                each._attn_implementation = None  # a kernel that a config names is code from the hub
         with torch.device("meta"):
             # the plain loop over experts is the one whose products with single experts can be seen and replaced
             module: nn.Module = kind._from_config(parsed, dtype=dtype, experts_implementation="eager")
-    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        _check_computed_buffers(checkpoint, module)
+        _fill_computed_buffers(module)
+    except TersorError:
+        raise
+    except Exception as error:  # whatever a model's constructor does with numbers that do not fit
         raise TersorError(
-            f"{checkpoint.directory}: {architectures[0]} cannot be built from config.json: {error}"
-        ) from None
-    _fill_computed_buffers(module)
+            f"{checkpoint.directory}: {architectures[0]} cannot be built from config.json: {first_words(error)}"
+        ) from error
     return module
 
 
@@ -448,6 +471,18 @@ def _fill_computed_buffers(module: Any) -> None:
                 each._buffers[name] = torch.zeros_like(each._buffers[name], device="cpu")
         each._is_hf_initialized = False
     module.initialize_weights()
+
+
+def _check_computed_buffers(checkpoint: Checkpoint, module: nn.Module) -> None:
+    """Raise TersorError where buffers that are computed, such as masks over all positions, would take far more memory than the
+    checkpoint does: then the config is wrong."""
+    most = max(1 << 30, 8 * checkpoint.size())
+    for name, buffer in module.named_buffers():
+        if buffer.numel() * buffer.element_size() > most:
+            raise TersorError(
+                f"{checkpoint.directory}: config.json asks for a buffer {name} of {tuple(buffer.shape)}, which is more than "
+                f"{most:,} bytes"
+            )
 
 
 def _initialize_buffer(module: nn.Module, name: str) -> bool:

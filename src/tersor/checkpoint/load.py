@@ -15,6 +15,7 @@ from tersor.checkpoint.lazy_model import LazyModel, compute_dtype
 from tersor.checkpoint.source import open_checkpoint
 from tersor.errors import TersorError
 from tersor.layers.quantized_linear import prepare_layers
+from tersor.untrusted import pretrained
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -53,10 +54,7 @@ def load_tokenizer(directory: Path) -> Any:
         return None
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(directory)
-    except (ValueError, OSError, KeyError) as error:
-        raise TersorError(f"the tokenizer of {directory} cannot be loaded: {error}") from None
+    return pretrained(AutoTokenizer, directory, "tokenizer")
 
 
 def pick_device(device: str) -> torch.device:
@@ -66,6 +64,10 @@ def pick_device(device: str) -> torch.device:
         picked = torch.device(device)
     except RuntimeError:
         raise TersorError(f"{device!r} is no device; use auto, cpu, cuda or cuda:N") from None
+    if picked.type not in ("cpu", "cuda"):
+        raise TersorError(f"device {device!r} is none that tersor runs on; use auto, cpu, cuda or cuda:N")
     if picked.type == "cuda" and not torch.cuda.is_available():
         raise TersorError(f"device {device}: this machine has no usable CUDA GPU")
+    if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
+        raise TersorError(f"device {device}: this machine has {torch.cuda.device_count()} GPUs, counted from cuda:0")
     return picked

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tersor.errors import TersorError
+from tersor.untrusted import pretrained, read_bytes, readable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +46,9 @@ def load_tokens(path: str | Path, config: TextConfig) -> TokenWindows:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
-    except (OSError, ValueError) as error:
-        raise TersorError(f"no tokenizer at {config.tokenizer!r}: {str(error).splitlines()[0]}") from None
+        tokenizer = pretrained(AutoTokenizer, config.tokenizer, "tokenizer")
+    except TersorError as error:
+        raise TersorError(f"no tokenizer at {config.tokenizer!r}: {error}") from error
     tokens = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0]
     return TokenWindows(tokens, seq_len=config.seq_len)
 
@@ -67,13 +67,12 @@ def builtin_text(part: str) -> str:
 def read_text(path: str | Path) -> str:
     """A UTF-8 text file, gzipped where its name ends in .gz. Raises TersorError where it is missing, binary or empty."""
     path = Path(path).expanduser()
-    if not path.is_file():
-        raise TersorError(f"no text file at {path}")
+    with readable(path):
+        if not path.is_file():
+            raise TersorError(f"no text file at {path}")
+    data = read_bytes(path)
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         text = data.decode("utf-8")
-    except (OSError, EOFError) as error:
-        raise TersorError(f"{path} cannot be read: {error}") from None
     except UnicodeDecodeError as error:
         raise TersorError(f"{path} is not UTF-8 text: byte {error.start} is {data[error.start]:#04x}") from None
     if "\0" in text:

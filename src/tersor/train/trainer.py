@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from tersor.checkpoint.load import pick_device
 from tersor.data.seeding import mixed_seed
 from tersor.errors import TersorError
 from tersor.train.checkpoint import MODEL_FILE, load_run, save_model, save_run
@@ -262,14 +263,7 @@ def _settings(model: nn.Module, training: Any, config: TrainConfig) -> dict[str,
 
 def _place(wanted: str) -> tuple[int, int, torch.device]:
     """(rank, number of processes, this process's device). Under torchrun, the group is made here."""
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(wanted)
-    except RuntimeError:
-        raise TersorError(f"device {wanted!r} is none that torch knows") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise TersorError(f"device {wanted!r} was asked for, but torch sees no GPU")
+    device = pick_device(wanted)
     if dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     rank, world = _ranks()
