@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tersor.compress import compress as compress
     from tersor.errors import TersorError as TersorError
     from tersor.evaluate.accuracy import accuracy as accuracy
+    from tersor.evaluate.divergence import divergence as divergence
     from tersor.evaluate.perplexity import perplexity as perplexity
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ _HOME = {
     "RTN": "tersor.compress",
     "TersorError": "tersor.errors",
     "accuracy": "tersor.evaluate.accuracy",
+    "divergence": "tersor.evaluate.divergence",
     "export": "tersor.checkpoint.gguf_write",
     "load": "tersor.checkpoint.load",
     "perplexity": "tersor.evaluate.perplexity",
@@ -39,6 +41,7 @@ __all__ = [
     "__version__",
     "accuracy",
     "compress",
+    "divergence",
     "export",
     "load",
     "models",
