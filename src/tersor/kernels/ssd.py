@@ -15,6 +15,8 @@ which is exact for every chunk size: only S goes from chunk to chunk.
 
 `step` is the formula for one token, `reference` a loop over it. `ssd` is what models call: the op `tersor::ssd`, in
 torch on CPUs (`chunked`) and in Triton on GPUs (ssd_triton.py). The backward pass runs through `chunked` on either.
+
+`non_causal` is the form without an order: all tokens read the state after the last one.
 """
 
 from __future__ import annotations
@@ -107,6 +109,20 @@ def ssd(
         return y[:, None], state
     y, state = _ssd(x, dt, A.to(dt.dtype), B, C, initial_state, chunk_size)
     return skip_and_gate(y, x, D=_per_channel(D), z=z), state
+
+
+def non_causal(x: Tensor, weights: Tensor, B: Tensor, C: Tensor, *, D: Tensor | None = None) -> Tensor:
+    """Non-causal SSD (arXiv 2407.18559): S = sum_t w_t x_t B_tᵀ, y_t = S C_t + D x_t. Returns y [b, l, h, p].
+
+    weights [b, l, h], of any sign; S is what `ssd` has as its last state with dt = w and A = 0. Here two matmuls do. With
+    several groups head i reads group i mod g, as that paper has it, and not neighbouring heads one group as above.
+    """
+    wide = torch.promote_types(weights.dtype, torch.float32)
+    X = rearrange(weights[..., None].to(wide) * x.to(wide), "b l (r g) p -> b g l (r p)", g=B.shape[2])
+    B, C = (rearrange(each.to(wide), "b l g n -> b g l n") for each in (B, C))
+    y = C @ (B.mT @ X)
+    y = rearrange(y, "b g l (r p) -> b l (r g) p", p=x.shape[-1])
+    return skip_and_gate(y, x, D=_per_channel(D), z=None)
 
 
 def chunked(
