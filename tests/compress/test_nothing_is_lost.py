@@ -250,9 +250,13 @@ def test_overwrite_starts_anew(model: Path, unfinished: Path, finished: Path, tm
     result = quantize(model, unfinished, overwrite=True)
     assert result.summary.resumed_blocks == 0
     assert contents(unfinished) == contents(finished)
-    (unfinished / "stale.txt").write_text("of an earlier result")
+    (unfinished / "mine.txt").write_text("not of tersor's")
+    before = contents(unfinished)
+    with pytest.raises(TersorError, match=r"holds what tersor did not write.*: mine\.txt would be lost"):
+        quantize(model, unfinished, method=GPTQ(bits=8, group_size=32), overwrite=True)
+    assert contents(unfinished) == before
+    (unfinished / "mine.txt").unlink()
     quantize(model, unfinished, method=GPTQ(bits=8, group_size=32), overwrite=True)
-    assert not (unfinished / "stale.txt").exists()
     assert contents(unfinished).keys() == contents(finished).keys()
 
 
@@ -261,17 +265,21 @@ def test_overwriting_can_be_interrupted_too(
 ) -> None:
     out = tmp_path / "out"
     quantize(model, out, method=GPTQ(bits=8, group_size=32))
-    (out / "stale.txt").write_text("of an earlier result")
+    unlink = Path.unlink
+
+    def interrupted(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "model.safetensors":
+            raise KeyboardInterrupt
+        unlink(path, missing_ok=missing_ok)
+
     with monkeypatch.context() as patch:
-        patch.setattr("pathlib.Path.unlink", _interrupted)
+        patch.setattr("pathlib.Path.unlink", interrupted)
         with pytest.raises(KeyboardInterrupt):
             quantize(model, out, overwrite=True)
+    assert (out / "model.safetensors").exists()
+    assert not (out / "config.json").exists()
     quantize(model, out)
     assert contents(out) == contents(finished)
-
-
-def _interrupted(*_: object, **__: object) -> None:
-    raise KeyboardInterrupt
 
 
 def test_overwrite_does_not_empty_what_is_no_model(model: Path, tmp_path: Path) -> None:

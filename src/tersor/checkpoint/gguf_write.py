@@ -6,7 +6,6 @@ tensor at a time is read, packed and appended. The file gets its name when it is
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from tersor.checkpoint.gguf_read import PLAIN
 from tersor.checkpoint.gguf_tokenizer import tokenizer_metadata
 from tersor.checkpoint.lazy_model import LazyModel
 from tersor.checkpoint.load import load_tokenizer
+from tersor.checkpoint.room import replacing
 from tersor.checkpoint.source import open_checkpoint, torch_dtype
 from tersor.errors import TersorError
 from tersor.formats.gguf_blocks import BLOCK_TYPES, choose_type, pack_blocks
@@ -114,26 +114,21 @@ def export(
     if divisors is not None:
         writer.add_tensor_info(FREQUENCIES, tuple(divisors.shape), np.dtype(np.float32), divisors.nbytes)
 
-    partial = target.with_name(f".{target.name}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        writer.write_header_to_file(partial)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for n, entry in enumerate(entries):
-            writer.write_tensor_data(_bytes_of(lazy, entry))
-            if progress is not None:
-                progress("writing", n + 1, len(entries))
-        if divisors is not None:
-            writer.write_tensor_data(divisors.numpy())
-        writer.close()
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, target)
+        with replacing(target) as partial:
+            writer.write_header_to_file(partial)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for n, entry in enumerate(entries):
+                writer.write_tensor_data(_bytes_of(lazy, entry))
+                if progress is not None:
+                    progress("writing", n + 1, len(entries))
+            if divisors is not None:
+                writer.write_tensor_data(divisors.numpy())
+            writer.close()
     except OSError as error:
         raise TersorError(f"cannot write {target}: {error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
     before, after = _cost(lazy, entries)
     return Exported(target, architecture.name, target.stat().st_size, dict(types), before, after, lazy.unknown)
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tersor.checkpoint.gguf_read import GGUFFile, open_gguf
+from tersor.checkpoint.hashes import Seen, bytes_of, tensor_hash
 from tersor.errors import TersorError
 
 BUILTIN = ("demo", "demo-vit")  # models that come with the package, under tersor/assets
@@ -49,6 +50,21 @@ class _Slice:
         return values
 
 
+class _WatchedSlice:
+    """A slice that has its hash noted whenever it is read whole."""
+
+    def __init__(self, piece: Any, name: str, seen: Seen) -> None:
+        self.get_shape, self.get_dtype = piece.get_shape, piece.get_dtype
+        self._piece, self._name, self._seen = piece, name, seen
+
+    def __getitem__(self, index: Any) -> Tensor:
+        values: Tensor = self._piece[index]
+        if index is Ellipsis:
+            found = tensor_hash(self.get_dtype(), self.get_shape(), bytes_of(values))
+            self._seen.note(self._name, found.hexdigest())
+        return values
+
+
 class _PickledTensor:
     """A tensor of a pickled shard, with a slice's interface."""
 
@@ -67,12 +83,14 @@ class _PickledTensor:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """directory (or GGUF file); config (the parsed config.json); shard_of: the file that holds each tensor; gguf: that file's."""
+    """directory (or GGUF file); config (the parsed config.json); shard_of: the file that holds each tensor; gguf: that file's;
+    seen: where the hashes of tensors are noted as they are read."""
 
     directory: Path
     config: dict[str, Any]
     shard_of: dict[str, Path]
     gguf: GGUFFile | None = None
+    seen: Seen | None = None
 
     @contextmanager
     def tensors(self, names: Iterable[str]) -> Iterator[dict[str, Any]]:
@@ -87,10 +105,13 @@ class Checkpoint:
                 path: _unpickled(path) if _is_pickle(path) else stack.enter_context(safe_open(path, framework="pt"))
                 for path in sorted(shards)
             }
-            yield {
+            slices: dict[str, Any] = {
                 name: _PickledTensor(shard[name]) if isinstance(shard, dict) else _Slice(shard.get_slice(name))
                 for name, shard in ((name, opened[self.shard_of[name]]) for name in names)
             }
+            if self.seen is not None:
+                slices = {name: _WatchedSlice(piece, name, self.seen) for name, piece in slices.items()}
+            yield slices
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors, in memory of their own."""

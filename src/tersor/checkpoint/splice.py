@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from tersor.checkpoint.hashes import tensor_hash
 
 BUFFER = 2**20  # bytes
 ALIGNMENT = 8  # bytes; the header is filled with blanks up to it
@@ -41,8 +43,11 @@ def pieces_of(path: Path) -> dict[str, Piece]:
     return found
 
 
-def splice(pieces: Mapping[str, Piece], target: BinaryIO) -> None:
-    """Write a safetensors file of these tensors. Those of wider numbers come first, so that all stay aligned."""
+def splice(pieces: Mapping[str, Piece], target: BinaryIO, *, note: Callable[[str, str], None] | None = None) -> None:
+    """Write a safetensors file of these tensors. Those of wider numbers come first, so that all stay aligned.
+
+    note: called with each tensor's name and hash.
+    """
     ordered = dict(sorted(pieces.items(), key=lambda item: (-_width(item[1]), item[0])))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -52,10 +57,13 @@ def splice(pieces: Mapping[str, Piece], target: BinaryIO) -> None:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % ALIGNMENT)
     target.write(len(text).to_bytes(8, "little") + text)
-    for piece in ordered.values():
+    for name, piece in ordered.items():
+        digest = tensor_hash(piece.described["dtype"], piece.described["shape"])
         with piece.path.open("rb") as source:
             source.seek(piece.start)
-            _copy(source, target, piece.size)
+            _copy(source, target, piece.size, digest if note is not None else None)
+        if note is not None:
+            note(name, digest.hexdigest())
 
 
 def _width(piece: Piece) -> int:
@@ -64,10 +72,12 @@ def _width(piece: Piece) -> int:
     return int(found[0]) if found else 8  # BOOL
 
 
-def _copy(source: BinaryIO, target: BinaryIO, size: int) -> None:
+def _copy(source: BinaryIO, target: BinaryIO, size: int, digest: Any) -> None:
     while size > 0:
         part = source.read(min(size, BUFFER))
         if not part:
             raise OSError(f"{source.name} ends before the tensor that its header names does")
         target.write(part)
+        if digest is not None:
+            digest.update(part)
         size -= len(part)

@@ -1,19 +1,19 @@
 """Write a compressed checkpoint block by block, so that a job that is stopped at any moment loses little.
 
-While the job runs, OUT holds one folder, `.tersor-job`: `journal.json` (what is being made from what, and which blocks are done)
-and one safetensors file a block. Every file appears by a rename, so it is whole or absent. `place` puts the shards, config and
-other files beside the folder; `seal` makes the result a finished one, by removing first the journal, then the folder.
+While the job runs, OUT holds one folder, `.tersor-job`: `journal.json` and one safetensors file a block. The journal says what is
+being made from what, which files are tersor's, and which blocks are done; and it holds the hash of every tensor that was read and
+of every block that was written, so that a run that goes on trusts nothing: a block that is not what it was is solved again, and a
+model that is not what it was is refused. Every file appears by a rename, so it is whole or absent. `place` puts the shards,
+config and other files beside the folder; `seal` makes the result a finished one, by removing first the journal, then the folder.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +21,55 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tersor.checkpoint.hashes import Seen, block_hash
+from tersor.checkpoint.room import (
+    JOURNAL,
+    OWN_IN_JOB,
+    RESULT_FILE,
+    Inputs,
+    block_name,
+    check_replaceable,
+    disk_errors,
+    is_plain_file,
+    own_names,
+    read_object,
+    record_of,
+    remove_own,
+    settle,
+    strangers,
+    umask,
+)
 from tersor.checkpoint.source import INDEX, JOB_FOLDER, Checkpoint
 from tersor.checkpoint.splice import Piece, pieces_of, splice
 from tersor.errors import TersorError
 
 SINGLE_FILE_LIMIT = 5 * 10**9  # larger results keep one shard a block
-RESULT_FILE = "tersor.json"
 
 
 class Job:
-    """An unfinished result in `out`. `done` maps the blocks that are finished to what was reported of them."""
+    """An unfinished result in `out`, of a source. `done` maps the blocks that are finished to what was reported of them.
 
-    def __init__(self, out: Path) -> None:
-        self.out, self.folder = out, out / JOB_FOLDER
+    source: the model, whose `seen` notes the hashes of what is read. blocks: all that may be written. inputs: what else the job
+    reads. tell: takes one line for the user.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        source: Checkpoint,
+        *,
+        blocks: Collection[str] = (),
+        inputs: Inputs | None = None,
+        tell: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.out, self.folder, self.source = out, out / JOB_FOLDER, source
+        self.blocks, self.inputs, self.tell = list(blocks), inputs or {}, tell
+        self.seen = source.seen or Seen()
         self.done: dict[str, list[dict[str, Any]]] = {}
+        self.hashes: dict[str, str] = {}  # of the blocks in `done`
         self._fingerprint: dict[str, str] = {}
-        self._emptying = False  # whether `out` still holds what --overwrite is to remove
+        self._files: list[str] = []  # what tersor wrote or is about to write beside the folder
+        self._emptying: list[str] = []  # what --overwrite is to remove and may not have removed yet
 
     def check(self, fingerprint: Mapping[str, str], *, overwrite: bool, redo: bool = False) -> bool:
         """Whether there is a job to go on with. Raises TersorError where `out` is taken; changes nothing on disk.
@@ -45,8 +78,29 @@ class Job:
         """
         if self.out.exists() and not self.out.is_dir():
             raise TersorError(f"{self.out} is a file; give a directory")
+        if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
+            raise TersorError(
+                f"{self.folder} is a link or a file, not the folder of a job; remove it, or give another --out"
+            )
+        with disk_errors(self.out):
+            if overwrite:
+                if self.out.exists() and any(self.out.iterdir()):
+                    check_replaceable(self.out, self._own(), self.inputs, kept="--overwrite does not empty it")
+                return False
+            return self._check_going_on(fingerprint, redo=redo)
+
+    def _check_going_on(self, fingerprint: Mapping[str, str], *, redo: bool) -> bool:
         journal = self._read_journal()
-        if journal is not None and not overwrite:
+        finished = self._is_result_of(fingerprint)
+        if journal is None and not (finished and redo):
+            if not self.out.exists() or all(path == self.folder for path in self.out.iterdir()):
+                return False
+            if finished:
+                raise TersorError(
+                    f"{self.out} holds the finished result of this very command; --redo '*' or --overwrite makes it again"
+                )
+            raise TersorError(f"{self.out} exists and is not empty; give another directory or --overwrite")
+        if journal is not None:
             old = journal["fingerprint"]
             changed = [key for key in fingerprint if fingerprint[key] != old.get(key)]
             if changed:
@@ -54,55 +108,97 @@ class Job:
                     f"{self.out} holds an unfinished job with another {' and '.join(changed)}; "
                     "give the same command to finish it, or --overwrite to start anew"
                 )
-            return True
-        finished = not overwrite and self._is_result_of(fingerprint)
-        if finished and redo:
-            return True
-        if self.out.exists() and any(path != self.folder for path in self.out.iterdir()):
-            if finished:
+        self._refuse_strangers(self._own())
+        return True
+
+    def _refuse_strangers(self, own: Collection[str]) -> None:
+        """What the user put beside the job could be written over. In the job's folder it is let alone."""
+        for name in strangers(self.out, own):
+            if not name.startswith(f"{JOB_FOLDER}/"):
                 raise TersorError(
-                    f"{self.out} holds the finished result of this very command; --redo '*' or --overwrite makes it again"
+                    f"{self.out} holds {name}, which tersor did not write; move it away and give the same command again"
                 )
-            if not overwrite:
-                raise TersorError(f"{self.out} exists and is not empty; give another directory or --overwrite")
-            if not self.folder.exists() and not (self.out / "config.json").exists():
-                raise TersorError(
-                    f"{self.out} is no model directory, so --overwrite does not empty it; remove it yourself"
-                )
-        return False
 
     def start(self, fingerprint: Mapping[str, str], *, overwrite: bool, redo: bool = False) -> None:
-        """Begin, or go on with what an earlier run of the same command left. Raises as `check` does."""
+        """Begin, or go on with what an earlier run of the same command left. Raises as `check` does, and where the model is not
+        the one that the earlier run read."""
         going_on = self.check(fingerprint, overwrite=overwrite, redo=redo)
         journal = self._read_journal() if going_on else None
         self._fingerprint = dict(fingerprint)
         with disk_errors(self.out):
-            self.folder.mkdir(parents=True, exist_ok=True)
             if journal is not None:
-                self._remove_half_written()
-                self._emptying = bool(journal.get("emptying"))
-                self.done = {name: rows for name, rows in journal["done"].items() if self._block_file(name).exists()}
-            else:
-                self._emptying = not going_on
+                self._check_source(journal.get("sources"))
+                self._emptying, self._files = list(journal.get("emptying") or ()), list(journal.get("files") or ())
+                self._take_over(journal)
+            elif going_on:
+                self._check_result_source()
+                self._files = sorted(name for name in self._own() if not name.startswith(f"{JOB_FOLDER}/"))
+            elif self.out.exists() and any(self.out.iterdir()):
+                self._emptying = sorted(self._own() - {JOURNAL})
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._remove_half_written()
             self._write_journal()  # from here on, a run that is killed while it empties `out` is gone on with
             if self._emptying:
-                self._empty()
-                self._emptying = False
+                remove_own(self.out, self._emptying, keep={JOURNAL})
+                self._emptying = []
                 self._write_journal()
+
+    def _check_source(self, recorded: Any) -> None:
+        """Raise TersorError where a tensor is not what the earlier run read; those that this run did not read yet are read."""
+        for name, digest in (recorded if isinstance(recorded, dict) else {}).items():
+            if name not in self.seen.hashes and name in self.source.shard_of:
+                self.source.read([name])
+            if self.seen.hashes.get(name) != digest:
+                raise TersorError(
+                    f"{self.out} holds an unfinished job, and the model's {name} has changed since; --overwrite starts anew"
+                )
+
+    def _check_result_source(self) -> None:
+        """The same for a finished result, of which some blocks are to be solved again."""
+        self._read_all()
+        if (record_of(self.out) or {}).get("source") != self.seen.whole():
+            raise TersorError(f"{self.out} was made when the model had other weights; --overwrite makes it anew")
+
+    def _read_all(self) -> None:
+        for name in self.source.shard_of:
+            if name not in self.seen.hashes:
+                self.source.read([name])
+        self.seen.check()
+
+    def _take_over(self, journal: Mapping[str, Any]) -> None:
+        """The finished blocks of an earlier run, as far as the journal can be believed; their files are looked at when read."""
+        hashes = journal.get("hashes")
+        hashes = hashes if isinstance(hashes, dict) else {}
+        for name, rows in journal["done"].items():
+            good = isinstance(hashes.get(name), str) and name in self.blocks
+            good = good and isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+            if good and all(isinstance(row.get("seconds", 0.0), int | float) for row in rows):
+                self.done[name], self.hashes[name] = rows, hashes[name]
+            else:
+                self._tell_lost(name)
+
+    def _tell_lost(self, block: str) -> None:
+        self.tell(f"{block or 'the model'} in {self.folder} is not what was written there, and is solved again")
 
     def _remove_half_written(self) -> None:
         """Files that a killed run was writing: safetensors begins them under names of its own."""
         for path in self.folder.glob(".tmp*"):
-            path.unlink()
-
-    def _empty(self) -> None:
-        """Remove all that is in `out` but the journal."""
-        journal = self.folder / "journal.json"
-        for path in [*self.out.iterdir(), *self.folder.iterdir()]:
-            if path.is_dir() and not path.is_symlink() and path != self.folder:
-                shutil.rmtree(path)
-            elif path not in (self.folder, journal):
+            if is_plain_file(path):
                 path.unlink()
+
+    def _own(self) -> set[str]:
+        """The files in `out` that are tersor's, by its records and by what this job writes.
+
+        Of a journal that cannot be read the names are taken that stand in it.
+        """
+        own = {*own_names(self.out), *OWN_IN_JOB, *map(block_name, self.blocks)}
+        journal = self.out / JOURNAL
+        if is_plain_file(journal) and read_object(journal) is None:
+            text = journal.read_text(encoding="utf-8", errors="replace")
+            own |= {
+                block_name(path.stem) for path in self.folder.glob("*.safetensors") if json.dumps(path.stem) in text
+            }
+        return own
 
     def redo(self, blocks: set[str], layers: Mapping[str, Mapping[str, Sequence[str]]]) -> None:
         """Forget these finished blocks. Where the whole result is finished, its other blocks become those of an unfinished job.
@@ -112,28 +208,30 @@ class Job:
         result = self._result()
         with disk_errors(self.out):
             if not self.done and result is not None:
-                reports = {row["name"]: {**row, "seconds": 0.0} for row in result["layers"]}
-                shards = [load_file(path) for path in sorted(self.out.glob("*.safetensors"))]
-                for block, linears in layers.items():
-                    stems = {stem for names in linears.values() for stem in names}
-                    mine = {k: t for shard in shards for k, t in shard.items() if k.rpartition(".")[0] in stems}
-                    packed = {k: t for k, t in mine.items() if not k.endswith((".bias", ".weight"))}
-                    self.write_block(block, packed, [reports[name] for name in linears])
+                self._take_apart(result, layers)
             for block in blocks & set(self.done):
-                del self.done[block]
+                del self.done[block], self.hashes[block]
             self._write_journal()
-            (self.folder / "rest.safetensors").unlink(missing_ok=True)
+
+    def _take_apart(self, result: Mapping[str, Any], layers: Mapping[str, Mapping[str, Sequence[str]]]) -> None:
+        reports = {row["name"]: {**row, "seconds": 0.0} for row in result["layers"]}
+        shards = [load_file(path) for path in sorted(self.out.glob("*.safetensors"))]
+        for block, linears in layers.items():
+            stems = {stem for names in linears.values() for stem in names}
+            mine = {k: t for shard in shards for k, t in shard.items() if k.rpartition(".")[0] in stems}
+            packed = {k: t for k, t in mine.items() if not k.endswith((".bias", ".weight"))}
+            rows = [reports[name] for name in linears if name in reports]
+            if block_hash(packed, rows) == result["blocks"].get(block):
+                self.write_block(block, packed, rows)
+            else:
+                self._tell_lost(block)
 
     def _result(self) -> dict[str, Any] | None:
-        path = self.out / RESULT_FILE
-        if not path.is_file():
-            return None
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found
+        return record_of(self.out)
 
     def mark(self, name: str) -> str | None:
         """What the unfinished job or finished result in `out` says of itself, None where there is none."""
-        found = (self._read_journal() or self._result() or {}).get("fingerprint", {})
+        found = (read_object(self.out / JOURNAL) or self._result() or {}).get("fingerprint", {})
         return found.get(name) if isinstance(found, dict) else None
 
     def _is_result_of(self, fingerprint: Mapping[str, str]) -> bool:
@@ -142,116 +240,162 @@ class Job:
 
     def write_block(self, name: str, tensors: Mapping[str, Tensor], reports: list[dict[str, Any]]) -> None:
         with disk_errors(self.out):
-            self._save(tensors, self._block_file(name))
+            own = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+            self._save(own, self._block_file(name))
+            self.hashes[name] = block_hash(own, reports)
             self.done[name] = reports
             self._write_journal()
 
-    def read_block(self, name: str) -> dict[str, Tensor]:
-        return load_file(self._block_file(name))
+    def read_block(self, name: str) -> dict[str, Tensor] | None:
+        """A finished block; None, and it is no longer one, where its file is not what was written."""
+        path = self._block_file(name)
+        try:
+            tensors = load_file(path) if is_plain_file(path) else {}
+            if tensors and block_hash(tensors, self.done[name]) == self.hashes[name]:
+                return tensors
+        except (SafetensorError, OSError, ValueError):
+            pass
+        del self.done[name], self.hashes[name]
+        self._tell_lost(name)
+        return None
 
     def place(
         self, source: Checkpoint, replaced: set[str], config: Mapping[str, Any], extra: Mapping[str, Mapping[str, Any]]
     ) -> None:
         """Complete the directory: the tensors of `source` but for those in `replaced`, its other files, and the configs.
 
-        extra: JSON files to write beside config.json, by name. Placed again after an interruption, they are the same.
+        extra: JSON files to write beside config.json, by name; the record among them is completed. Placed again after an
+        interruption, they are the same.
         """
         with disk_errors(self.out):
-            blocks = [self._block_file(name) for name in self.done]
+            blocks = [self._block_file(name) for name in sorted(self.done, key=self.blocks.index)]
             rest = self.folder / "rest.safetensors"
-            if not rest.exists():
-                self._save_rest(source, [name for name in source.shard_of if name not in replaced], rest)
-            if sum(path.stat().st_size for path in [*blocks, rest]) <= SINGLE_FILE_LIMIT:
-                together = {name: piece for path in [*blocks, rest] for name, piece in pieces_of(path).items()}
+            self._save_rest(source, [name for name in source.shard_of if name not in replaced], rest)
+            self._read_all()
+            parts = [*blocks, rest]
+            one_file = sum(path.stat().st_size for path in parts) <= SINGLE_FILE_LIMIT
+            shards = ["model.safetensors"] if one_file else [*_shard_names(len(parts)), INDEX]
+            others = self._other_files(source, {"config.json", RESULT_FILE, *shards, *extra})
+            self._claim({*shards, *others, *extra, "config.json", RESULT_FILE})
+            if one_file:
+                together = {name: piece for path in parts for name, piece in pieces_of(path).items()}
                 self._splice(together, self.out / "model.safetensors")
             else:
-                self._place_shards([*blocks, rest])
-            for path in source.other_files():
-                relative = path.relative_to(source.directory)
-                if relative.as_posix() not in ("config.json", RESULT_FILE, *extra):
-                    (self.out / relative).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(path, self._partial)
-                    _settle(self._partial, self.out / relative)
-            for name, content in {**extra, "config.json": config}.items():
+                self._place_shards(parts)
+            for relative, path in others.items():
+                (self.out / relative).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, self._partial())
+                settle(self._partial_path, self.out / relative)
+            record = {
+                **extra.get(RESULT_FILE, {}),
+                "files": self._files,
+                "blocks": dict(sorted(self.hashes.items())),
+                "source": self.seen.whole(),
+            }
+            for name, content in {**extra, RESULT_FILE: record, "config.json": config}.items():
                 self._write_json(content, self.out / name)
+
+    def _other_files(self, source: Checkpoint, written: Collection[str]) -> dict[str, Path]:
+        """The source's files that are carried along, by their names in it; none that is the job's own result."""
+        inside = self.out.resolve()
+        found = {path.relative_to(source.directory).as_posix(): path for path in source.other_files()}
+        return {
+            name: path for name, path in found.items() if name not in written and inside not in path.resolve().parents
+        }
+
+    def _claim(self, names: Iterable[str]) -> None:
+        """Record what is about to be written. Raises TersorError where the user has such a file there meanwhile."""
+        self._refuse_strangers(self._own())
+        self._files = sorted({*self._files, *names})
+        self._write_journal()
 
     def seal(self) -> None:
         """Declare the result finished."""
         with disk_errors(self.out):
-            (self.folder / "journal.json").unlink()
-            shutil.rmtree(self.folder)
+            own = self._own()
+            (self.out / JOURNAL).unlink()
+            remove_own(self.out, {name for name in own if name.startswith(f"{JOB_FOLDER}/")})
+            if self.folder.exists():
+                left = next(iter(self.folder.iterdir()), self.folder)
+                self.tell(f"{left} is not tersor's, and stays")
 
     def _place_shards(self, files: list[Path]) -> None:
         weight_map, total = {}, 0
-        for n, path in enumerate(files, 1):
-            shard = self.out / f"model-{n:05d}-of-{len(files):05d}.safetensors"
-            _link(path, shard)
-            for name, piece in pieces_of(shard).items():
-                weight_map[name] = shard.name
+        for path, name in zip(files, _shard_names(len(files)), strict=True):
+            _link(path, self.out / name)
+            for tensor, piece in pieces_of(path).items():
+                weight_map[tensor] = name
                 total += piece.size
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         self._write_json(index, self.out / INDEX)
 
     @property
-    def _partial(self) -> Path:
+    def _partial_path(self) -> Path:
         """Where a file is written before it is renamed to its place."""
         return self.folder / "partial"
+
+    def _partial(self) -> Path:
+        """The same, with nothing there that could be written through."""
+        self._partial_path.unlink(missing_ok=True)
+        return self._partial_path
 
     def _save(self, tensors: Mapping[str, Tensor], path: Path) -> None:
         """A safetensors file that is whole or absent."""
         own = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
-        self._partial.unlink(missing_ok=True)
-        save_file(own, self._partial, metadata={"format": "pt"})
-        self._partial.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
-        _settle(self._partial, path)
+        partial = self._partial()
+        save_file(own, partial, metadata={"format": "pt"})
+        partial.chmod(0o666 & ~umask())  # safetensors makes files that only their owner can read
+        settle(partial, path)
 
     def _save_rest(self, source: Checkpoint, names: Sequence[str], path: Path) -> None:
         """Tensors of the source as they are: from disk to disk, but for pickled ones."""
         if all(source.shard_of[name].suffix == ".safetensors" for name in names):
             shards = {shard: pieces_of(shard) for shard in sorted({source.shard_of[name] for name in names})}
-            self._splice({name: shards[source.shard_of[name]][name] for name in names}, path)
+            self._splice({name: shards[source.shard_of[name]][name] for name in names}, path, note=self.seen.note)
         else:
             with source.mapped(names) as kept:
                 self._save(kept, path)
 
-    def _splice(self, pieces: Mapping[str, Piece], path: Path) -> None:
-        with self._partial.open("wb") as file:
-            splice(pieces, file)
-        _settle(self._partial, path)
+    def _splice(
+        self, pieces: Mapping[str, Piece], path: Path, *, note: Callable[[str, str], None] | None = None
+    ) -> None:
+        partial = self._partial()
+        with partial.open("wb") as file:
+            splice(pieces, file, note=note)
+        settle(partial, path)
 
     def _write_json(self, content: Mapping[str, Any], path: Path) -> None:
-        self._partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        _settle(self._partial, path)
+        partial = self._partial()
+        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        settle(partial, path)
 
     def _block_file(self, name: str) -> Path:
-        return self.folder / f"{name or 'model'}.safetensors"
+        return self.out / block_name(name)
 
     def _read_journal(self) -> dict[str, Any] | None:
-        path = self.folder / "journal.json"
-        if not path.is_file():
+        path = self.out / JOURNAL
+        if not os.path.lexists(path):
             return None
-        try:
-            journal: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return {**journal, **{key: dict(journal[key]) for key in ("fingerprint", "done")}}
-        except (ValueError, KeyError, TypeError) as error:
-            raise TersorError(f"{path} is damaged ({error}); --overwrite starts anew") from None
+        journal = read_object(path) or {}
+        for key, kind in (("fingerprint", dict), ("done", dict), ("files", list), ("emptying", list), ("blocks", list)):
+            if not isinstance(journal.get(key, [] if kind is list else None), kind):
+                raise TersorError(f"{path} is damaged (no {key} in it); --overwrite starts anew")
+        return journal
 
     def _write_journal(self) -> None:
-        journal = {"fingerprint": self._fingerprint, "done": self.done}
-        self._write_json({**journal, "emptying": True} if self._emptying else journal, self.folder / "journal.json")
+        journal = {
+            "fingerprint": self._fingerprint,
+            "blocks": self.blocks,
+            "files": self._files,
+            "done": self.done,
+            "hashes": self.hashes,
+            "sources": dict(sorted(self.seen.hashes.copy().items())),  # to which other threads may add
+        }
+        self._write_json({**journal, "emptying": self._emptying} if self._emptying else journal, self.out / JOURNAL)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _settle(partial: Path, path: Path) -> None:
-    """Rename only what has reached the disk: after a power cut a file is the old one or the new one, never an empty one."""
-    with partial.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+def _shard_names(count: int) -> list[str]:
+    return [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
 
 
 def _link(source: Path, target: Path) -> None:
@@ -261,20 +405,6 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
-
-
-@contextmanager
-def disk_errors(out: Path) -> Iterator[None]:
-    """A failure to write is a TersorError that says what to do."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-        if full:
-            raise TersorError(
-                f"the disk of {out} is full; the finished blocks are kept: make room and give the same command again"
-            ) from None
-        raise TersorError(f"cannot write to {out}: {error}") from None
 
 
 def model_fingerprint(checkpoint: Checkpoint) -> str:

@@ -66,7 +66,7 @@ def demo(
         f"perplexity ({windows} windows of {seq_len} tokens), are from Python's own documentation.\n"
     )
     with tempfile.TemporaryDirectory(prefix="tersor-demo-") as folder:
-        target = out or Path(folder) / "gptq"
+        target = out.absolute() if out else Path(folder) / "gptq"  # `demo` is the user's directory here
         with progress_bar() as progress:
             measure("original", MODEL, None, progress)
             quantize("round to nearest", RTN(bits=bits), Path(folder) / "rtn", progress)

@@ -86,7 +86,7 @@ def compress(
         seed=seed,
         device=pick_device(device),
         dtype=dtype,
-        out=None if out is None else Path(out).expanduser(),
+        out=None if out is None else Path(out).expanduser().absolute(),  # `demo` is the user's directory here
         overwrite=overwrite,
         redo=tuple(redo),
         include=tuple(include),

@@ -68,9 +68,10 @@ class Compressed:
         """Write the checkpoint. Raises TersorError where the directory is taken."""
         from tersor.compress.save import copy_directory, save_module
 
+        target = Path(directory).expanduser()
         if self.directory is not None:
-            return copy_directory(self.directory, Path(directory), overwrite=overwrite)
-        return save_module(self.model, self.summary, Path(directory), overwrite=overwrite)
+            return copy_directory(self.directory, target, overwrite=overwrite)
+        return save_module(self.model, self.summary, target, overwrite=overwrite)
 
 
 class Timer:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from tersor import models
 from tersor.checkpoint.quantization_config import parse_config
+from tersor.checkpoint.room import RESULT_FILE, Inputs, appearing, write_record
 from tersor.checkpoint.source import Checkpoint, torch_dtype
-from tersor.checkpoint.writer import RESULT_FILE, disk_errors
 from tersor.compress.result import Summary
 from tersor.errors import TersorError
 from tersor.formats.layouts import layout_named, write
@@ -28,8 +28,8 @@ PLAIN = "safetensors"  # the format of a result whose tensors are those of its m
 
 
 def copy_directory(source: Path, target: Path, *, overwrite: bool) -> Path:
-    _make_room(target, overwrite=overwrite)
-    shutil.copytree(source, target)
+    with appearing(target, overwrite=overwrite, inputs={"result": source}) as partial:
+        shutil.copytree(source, partial, dirs_exist_ok=True)
     return target
 
 
@@ -56,14 +56,12 @@ def save_module(module: nn.Module, summary: Summary, target: Path, *, overwrite:
                 tensors[f"{name}.bias"] = each.bias
     inside = tuple(f"{name}." for name in packed)
     tensors |= {n: t for n, t in _own_tensors(module).items() if not n.startswith(inside)}
-    _make_room(target, overwrite=overwrite)
-    target.mkdir(parents=True)
-    save_file(
-        {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, target / "model.safetensors", {"format": "pt"}
-    )
     config = {**config_of(module), EXCHANGED: exchanged_in(module), "quantization_config": summary.quantization}
-    (target / RESULT_FILE).write_text(json.dumps({"method": summary.method, "format": layout.name}, indent=2) + "\n")
-    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    own = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    with appearing(target, overwrite=overwrite) as partial:
+        save_file(own, partial / "model.safetensors", {"format": "pt"})
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_record(partial, {"method": summary.method, "format": layout.name})
     return target
 
 
@@ -75,37 +73,29 @@ def save_plain(
     source: Checkpoint | None = None,
     extra: Mapping[str, Mapping[str, Any]] | None = None,
     overwrite: bool = False,
+    inputs: Inputs | None = None,
 ) -> Path:
     """Write a module as it is: its tensors, its config with what was exchanged in it, and the other files of `source`.
 
-    Parameters are stored in the source's dtype, buffers in their own. extra: JSON files to write, by name. `target` appears
-    whole or not at all.
+    Parameters are stored in the source's dtype, buffers in their own. extra: JSON files to write, by name. inputs: what the
+    job read, which is not replaced. `target` appears whole or not at all.
     """
-    check_free(target, overwrite=overwrite)
-    partial = target.with_name(f".{target.name}.partial")
     stored = next(module.parameters()).dtype if source is None else torch_dtype(source.config)
     config = config_of(module) | {EXCHANGED: exchanged_in(module)}
     if "dtype" in config or "tersor_model" not in config:
         config["dtype"] = str(stored).removeprefix("torch.")
     kept = {} if source is None else {path.relative_to(source.directory): path for path in source.other_files()}
     result = {"method": summary.method, "format": PLAIN, "layers": [each.row() for each in summary.layers]}
-    written = {"config.json": config, RESULT_FILE: result, **(extra or {})}
-    with disk_errors(target):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
-            save_file(_own_tensors(module, stored), partial / "model.safetensors", {"format": "pt"})
-            for relative, path in kept.items():
-                if relative.as_posix() not in written:
-                    (partial / relative).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(path, partial / relative)
-            for name, content in written.items():
-                text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-                (partial / name).write_text(text, encoding="utf-8")
-            _make_room(target, overwrite=overwrite)
-            partial.rename(target)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    written = {"config.json": config, **(extra or {})}
+    with appearing(target, overwrite=overwrite, inputs=inputs) as partial:
+        save_file(_own_tensors(module, stored), partial / "model.safetensors", {"format": "pt"})
+        for relative, path in kept.items():
+            if relative.as_posix() not in (*written, RESULT_FILE):
+                (partial / relative).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, partial / relative)
+        for name, content in written.items():
+            (partial / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_record(partial, result)
     return target
 
 
@@ -144,20 +134,3 @@ def _packed_layers(name: str, module: nn.Module) -> dict[str, QuantizedLinear | 
         return {name: module.matrix}
     inner = name.endswith(".matrix") or ".linears." in name  # parts of the two above
     return {name: module} if isinstance(module, QuantizedLinear | QuantizedEmbedding) and not inner else {}
-
-
-def check_free(target: Path, *, overwrite: bool) -> None:
-    """Raise TersorError where nothing may be written to `target`."""
-    if target.exists() and not target.is_dir():
-        raise TersorError(f"{target} is a file; give a directory")
-    if target.is_dir() and any(target.iterdir()):
-        if not overwrite:
-            raise TersorError(f"{target} exists and is not empty; give another directory, or --overwrite")
-        if not (target / "config.json").exists():
-            raise TersorError(f"{target} is no model directory, so it is not overwritten; remove it yourself")
-
-
-def _make_room(target: Path, *, overwrite: bool) -> None:
-    check_free(target, overwrite=overwrite)
-    if target.is_dir():
-        shutil.rmtree(target)

@@ -9,35 +9,32 @@ from typing import Any, cast
 from torch import Tensor
 
 from tersor.calibrate import parallel
+from tersor.checkpoint.source import Checkpoint
 from tersor.checkpoint.writer import Job
 from tersor.compress.result import Compressed, Summary
 from tersor.errors import TersorError
 
 
-def open_job(out: Path) -> Job:
-    """The result in `out`, of this process or of all together."""
-    return Job(out) if parallel.processes() == 1 else _SharedJob(out)
+def open_job(out: Path, source: Checkpoint, **more: Any) -> Job:
+    """The result in `out`, of this process or of all together; see `Job` for the arguments."""
+    return Job(out, source, **more) if parallel.processes() == 1 else _SharedJob(out, source, **more)
 
 
 class _SharedJob(Job):
-    def __init__(self, out: Path) -> None:
-        super().__init__(out)
-        self._job = Job(out)
+    def __init__(self, out: Path, source: Checkpoint, **more: Any) -> None:
+        super().__init__(out, source, **more)
+        self._job = Job(out, source, **more)
 
     def mark(self, name: str) -> str | None:
         return parallel.once(lambda: self._job.mark(name))
 
     def check(self, fingerprint: Mapping[str, str], **how: bool) -> bool:
-        for rank, other in enumerate(parallel.gather(dict(fingerprint))):
-            different = [key for key in fingerprint if other[key] != fingerprint[key]]
-            if different:
-                raise TersorError(
-                    f"processes {parallel.rank()} and {rank} of this job differ in {' and '.join(different)}; "
-                    "all machines need the same files"
-                )
+        _compare(fingerprint)
         return parallel.once(lambda: self._job.check(fingerprint, **how))
 
     def start(self, fingerprint: Mapping[str, str], **how: bool) -> None:
+        _compare({"weights": self.seen.whole()})
+
         def begin() -> dict[str, list[dict[str, Any]]]:
             self._job.start(fingerprint, **how)
             return self._job.done
@@ -55,8 +52,11 @@ class _SharedJob(Job):
         parallel.once(lambda: self._job.write_block(name, tensors, reports))
         self.done[name] = reports
 
-    def read_block(self, name: str) -> dict[str, Tensor]:
-        return parallel.once(lambda: self._job.read_block(name))
+    def read_block(self, name: str) -> dict[str, Tensor] | None:
+        found = parallel.once(lambda: self._job.read_block(name))
+        if found is None:
+            self.done.pop(name, None)
+        return found
 
     def place(self, *result: Any) -> None:
         """Called by the first process alone, as is `seal`."""
@@ -64,6 +64,17 @@ class _SharedJob(Job):
 
     def seal(self) -> None:
         self._job.seal()
+
+
+def _compare(mine: Mapping[str, str]) -> None:
+    """Raise TersorError where the processes do not have the same before them."""
+    for rank, other in enumerate(parallel.gather(dict(mine))):
+        different = [key for key in mine if other[key] != mine[key]]
+        if different:
+            raise TersorError(
+                f"processes {parallel.rank()} and {rank} of this job differ in {' and '.join(different)}; "
+                "all machines need the same files"
+            )
 
 
 def lead(result: Compressed) -> Compressed:

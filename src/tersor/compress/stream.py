@@ -24,11 +24,13 @@ from tersor.calibrate.batches import Batch, fingerprint, without_cache
 from tersor.calibrate.blocks import Unit
 from tersor.calibrate.parallel import agree, is_first, processes
 from tersor.calibrate.statistics import NotFiniteError
+from tersor.checkpoint.hashes import Seen
 from tersor.checkpoint.lazy_model import LazyModel, classes_of, compute_dtype, read_layer
 from tersor.checkpoint.load import load_tokenizer
 from tersor.checkpoint.quantization_config import QuantizationConfig, parse_config
+from tersor.checkpoint.room import RESULT_FILE, inputs_of
 from tersor.checkpoint.source import open_checkpoint, torch_dtype
-from tersor.checkpoint.writer import RESULT_FILE, Job, model_fingerprint
+from tersor.checkpoint.writer import Job, model_fingerprint
 from tersor.compress.block import Block, LayerReport
 from tersor.compress.describe import quantization_config
 from tersor.compress.forecast import forecast
@@ -54,7 +56,7 @@ from tersor.layers.linear_map import columns_of, set_weight_matrix
 
 
 def compress_checkpoint(name: str, job: Settings) -> Compressed:
-    checkpoint = open_checkpoint(name, allow_pickle=job.allow_pickle)
+    checkpoint = replace(open_checkpoint(name, allow_pickle=job.allow_pickle), seen=Seen())
     if checkpoint.gguf is not None:
         raise TersorError(
             f"{name} is a GGUF file, which comes last: compress the original, then `tersor export` the result"
@@ -73,11 +75,17 @@ def compress_checkpoint(name: str, job: Settings) -> Compressed:
 
     dtype = compute_dtype(checkpoint, job.device, job.dtype)
     may_widen = job.dtype == "auto" and dtype == torch.float16
-    writer = open_job(target)
-    if may_widen and writer.mark("dtype") == str(torch.float32):
+    if may_widen and open_job(target, checkpoint).mark("dtype") == str(torch.float32):
         return _in_float32(name, job)  # as an earlier run of this command decided
     lazy = LazyModel(checkpoint, dtype=dtype, device=job.device)
     plan = make_plan(lazy.module, job)
+    writer = open_job(
+        target,
+        checkpoint,
+        blocks=[unit.name for unit in plan.blocks],
+        inputs=inputs_of(checkpoint, calibration=job.calibration),
+        tell=lambda line: job.progress(line, 0, 0),
+    )
     tokenizer = job.tokenizer or load_tokenizer(checkpoint.directory)
     batches, probe = samples_of(job, samples_by_path(checkpoint, job), plan, lazy.module, tokenizer, job.device, dtype)
     stored = Stored(layout.scale_dtype or torch_dtype(checkpoint.config), layout.min_zero)
@@ -213,6 +221,7 @@ class _Blocks:
 
     def finished(self, block: Block) -> None:
         self.timer.lap(block.name)
+        self.writer.seen.check()
         if block.name in self.writer.done:
             return
         tensors: dict[str, Tensor] = {}
@@ -236,8 +245,11 @@ class _Blocks:
     def restore(self, block: Block) -> bool:
         if block.name not in self.writer.done:
             return False
-        self.resumed += 1
+        self.wait()
         tensors = self.writer.read_block(block.name)
+        if tensors is None:
+            return False
+        self.resumed += 1
         for linear, found in block.linears.items():
             parts = []
             for stem, _ in self.lazy.pieces(linear):

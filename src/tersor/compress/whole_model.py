@@ -15,10 +15,11 @@ from tersor.calibrate.batches import call, without_cache, without_target
 from tersor.checkpoint.lazy_model import compute_dtype
 from tersor.checkpoint.load import load, load_tokenizer
 from tersor.checkpoint.preprocessing import PREPROCESSOR, image_settings, preprocessor_config
+from tersor.checkpoint.room import check_free, inputs_of
 from tersor.checkpoint.source import open_checkpoint, torch_dtype
 from tersor.compress.method import Work
 from tersor.compress.result import Compressed, Summary, loss_of, peak_memory
-from tersor.compress.save import PLAIN, check_free, save_plain
+from tersor.compress.save import PLAIN, save_plain
 from tersor.compress.settings import Settings, read_samples, samples_by_path
 from tersor.compress.walk import first_tensor
 from tersor.errors import TersorError
@@ -30,8 +31,9 @@ def compress_whole_checkpoint(name: str, job: Settings) -> Compressed:
     checkpoint = open_checkpoint(name, allow_pickle=job.allow_pickle)
     if "quantization_config" in checkpoint.config:
         raise TersorError(f"{name} is quantized already; compress the original")
+    inputs = inputs_of(checkpoint, calibration=job.calibration)
     if job.out is not None:
-        check_free(job.out, overwrite=job.overwrite)
+        check_free(job.out, overwrite=job.overwrite, inputs=inputs)
     dtype = compute_dtype(checkpoint, job.device, job.dtype)
     module = load(name, dtype=str(dtype).removeprefix("torch."), device=str(job.device))
     job = replace(job, tokenizer=job.tokenizer or load_tokenizer(checkpoint.directory))
@@ -44,7 +46,7 @@ def compress_whole_checkpoint(name: str, job: Settings) -> Compressed:
         extra[PREPROCESSOR] = preprocessor_config(image_settings(checkpoint))
     if job.out is None:
         return Compressed(summary, None, result.model)
-    save_plain(result.model, summary, job.out, source=checkpoint, extra=extra, overwrite=job.overwrite)
+    save_plain(result.model, summary, job.out, source=checkpoint, extra=extra, overwrite=job.overwrite, inputs=inputs)
     return Compressed(replace(summary, size_after=open_checkpoint(job.out).size()), job.out)
 
 

@@ -22,6 +22,7 @@ from typing import Any, cast
 
 import torch
 
+from tersor.checkpoint.room import disk_errors, read_json, replacing
 from tersor.checkpoint.source import BUILTIN
 from tersor.compress.job import compress
 from tersor.compress.method import from_options
@@ -30,6 +31,7 @@ from tersor.evaluate.perplexity import perplexity
 from tersor.evaluate.sweep_recipes import SweepJob
 
 Progress = Callable[[str, int, int], None]
+TABLE, CSV_TABLE = "sweep.json", "sweep.csv"
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,13 @@ def sweep(
     with.
     """
     out = Path(out).expanduser().resolve()
-    for job in jobs:
-        _check_same(job, out / job.name)
-    for job in jobs:
-        (out / job.name).mkdir(parents=True, exist_ok=True)
-        _write(out / job.name / "job.json", job.values)
+    with disk_errors(out):
+        _check_table(out)
+        for job in jobs:
+            _check_same(job, out / job.name)
+        for job in jobs:
+            (out / job.name).mkdir(parents=True, exist_ok=True)
+            _write(out / job.name / "job.json", job.values)
     rows = {job.name: _outcome(job, out / job.name) for job in jobs}
     todo = [job for job in jobs if not (out / job.name / "result.json").exists()]
 
@@ -233,13 +237,30 @@ def _with_whole_paths(job: SweepJob) -> SweepJob:
     return replace(job, values=values | ({"eval": {**asked, "text": whole(asked.get("text"))}} if asked else {}))
 
 
+def _check_table(out: Path) -> None:
+    """Raise TersorError where files have the names of the table and are none."""
+    table = read_json(out / TABLE)
+    is_table = isinstance(table, list) and all(
+        isinstance(row, dict) and {"name", "method"} <= row.keys() for row in table
+    )
+    if (out / TABLE).exists() and not is_table:
+        raise TersorError(f"{out / TABLE} is no table of a sweep and would be lost; give another --out")
+    path = out / CSV_TABLE
+    if path.exists():
+        with path.open(encoding="utf-8", errors="replace") as file:
+            if file.readline().strip() != ",".join(Row.__dataclass_fields__):
+                raise TersorError(f"{path} is no table of a sweep and would be lost; give another --out")
+
+
 def _check_same(job: SweepJob, folder: Path) -> None:
     known = folder / "job.json"
     if not known.exists():
         if folder.exists() and any(folder.iterdir()):
             raise TersorError(f"{folder} exists and is no job of a sweep; give another --out")
         return
-    before, now = json.loads(known.read_text(encoding="utf-8")), json.loads(json.dumps(job.values))
+    before, now = read_json(known), json.loads(json.dumps(job.values))
+    if not isinstance(before, dict):
+        raise TersorError(f"{known} does not say what job {folder} is of; give another --out, or remove {folder}")
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if changed:
         raise TersorError(
@@ -264,17 +285,15 @@ def _outcome(job: SweepJob, folder: Path, error: str | None = None) -> Row:
 
 def _write_table(rows: list[Row], out: Path) -> None:
     plain = [asdict(row) for row in rows]
-    _write(out / "sweep.json", plain)
-    partial = out / "sweep.csv.partial"
-    with partial.open("w", newline="", encoding="utf-8") as file:
+    _write(out / TABLE, plain)
+    with replacing(out / CSV_TABLE) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(Row.__dataclass_fields__))
         writer.writeheader()
         writer.writerows(plain)
-    partial.replace(out / "sweep.csv")
+        file.flush()
 
 
 def _write(path: Path, content: Any) -> None:
     """A file that is whole or absent."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -8,7 +8,6 @@ last.pt                          {"settings", "run", "model", "optimizer", "scal
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from tersor.checkpoint.room import replacing
 from tersor.errors import TersorError
 from tersor.models import config_of
+from tersor.train.log import LOG_FILE
 
 RUN_FILE, MODEL_FILE = "last.pt", "model.safetensors"
 
@@ -50,6 +51,9 @@ def load_run(folder: Path, parts: dict[str, Any], settings: dict[str, Any], devi
     if not (folder / RUN_FILE).exists():
         if (folder / MODEL_FILE).exists():
             raise TersorError(f"{folder} holds a model that no training left there; choose another folder")
+        for name in ("config.json", LOG_FILE):
+            if (folder / name).exists():
+                raise TersorError(f"{folder} holds {name}, which no training left there; choose another folder")
         return {}
     state = torch.load(folder / RUN_FILE, map_location=device, weights_only=True)
     for name, value in settings.items():
@@ -63,8 +67,5 @@ def load_run(folder: Path, parts: dict[str, Any], settings: dict[str, Any], devi
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    temporary = path.with_name(path.name + ".new")
-    write(temporary)
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with replacing(path) as partial:
+        write(partial)

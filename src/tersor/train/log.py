@@ -6,6 +6,9 @@ import csv
 from pathlib import Path
 from typing import Any
 
+from tersor.checkpoint.room import replacing
+
+LOG_FILE = "log.csv"
 COLUMNS = ("step", "epoch", "lr", "loss", "grad_norm", "validation", "seconds")
 
 
@@ -13,17 +16,16 @@ class RunLog:
     """`log.csv` in a run's folder, and TensorBoard in `tensorboard/`. Rows after `step`, of a killed run, go."""
 
     def __init__(self, folder: Path, *, step: int) -> None:
-        path = folder / "log.csv"
+        path = folder / LOG_FILE
         kept: list[dict[str, Any]] = []
         if path.exists():
             with path.open(newline="") as file:
                 kept = [row for row in csv.DictReader(file) if row["step"] and int(row["step"]) <= step]
-        temporary = path.with_name("log.csv.new")
-        with temporary.open("w", newline="") as file:
+        with replacing(path) as partial, partial.open("w", newline="") as file:
             rows = csv.DictWriter(file, COLUMNS)
             rows.writeheader()
             rows.writerows(kept)
-        temporary.replace(path)
+            file.flush()
         self._file = path.open("a", newline="")
         self._rows = csv.DictWriter(self._file, COLUMNS, restval="")
         self._board = _tensorboard(folder / "tensorboard", step)

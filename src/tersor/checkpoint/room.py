@@ -1,0 +1,252 @@
+"""What in an output directory is tersor's own, and how room is made there: nothing else is ever removed.
+
+A result lists its files in its own record, `tersor.json`: {"files": ["config.json", "model.safetensors", ...], ...}. A directory
+may be replaced where it has such a record, holds nothing else, and is apart from everything that the job reads. Links are
+nobody's: they are neither followed nor removed.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from tersor.checkpoint.source import JOB_FOLDER, Checkpoint
+from tersor.errors import TersorError
+
+RESULT_FILE = "tersor.json"
+JOURNAL = f"{JOB_FOLDER}/journal.json"
+OWN_IN_JOB = (JOURNAL, f"{JOB_FOLDER}/partial", f"{JOB_FOLDER}/rest.safetensors")
+
+Inputs = Mapping[str, Path]  # what a job reads, by what it is to the job
+
+
+def record_of(out: Path) -> dict[str, Any] | None:
+    """What a finished result in `out` says of itself, None where there is none."""
+    return read_object(out / RESULT_FILE)
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file, None where it is no such file."""
+    found = read_json(path)
+    return found if isinstance(found, dict) else None
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds, None where it is none."""
+    if not is_plain_file(path):
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError):
+        return None
+
+
+def own_names(out: Path) -> set[str]:
+    """The files in `out` that the records there call tersor's, relative to it; empty where it carries no mark of tersor's."""
+    record, journal = record_of(out), read_object(out / JOURNAL)
+    names: set[str] = set()
+    blocks: list[str] = []
+    if record is not None and RESULT_FILE in (files := _words(record.get("files"))):
+        names |= set(files)
+        blocks += _words(record.get("blocks"))
+    if journal is not None:
+        names |= {name for key in ("files", "emptying") for name in _words(journal.get(key))}
+        blocks += [name for key in ("blocks", "done") for name in _words(journal.get(key))]
+    if names or journal is not None:
+        names |= {*OWN_IN_JOB, *map(block_name, blocks)}
+    return names
+
+
+def block_name(block: str) -> str:
+    """Where an unfinished job keeps a block, relative to its output directory."""
+    return f"{JOB_FOLDER}/{block or 'model'}.safetensors"
+
+
+def _words(value: Any) -> list[str]:
+    return [each for each in value if isinstance(each, str)] if isinstance(value, list | dict) else []
+
+
+def is_plain_file(path: Path) -> bool:
+    """A file, and no link to one, device or pipe."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def strangers(out: Path, own: Collection[str]) -> Iterator[str]:
+    """What lies in `out` and is none of `own`: files by their names, directories that lead to no file of `own`, links."""
+    ways = {JOB_FOLDER, *(parent for name in own for parent in _parents(name))}
+
+    def search(folder: Path, prefix: str) -> Iterator[str]:
+        with os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda each: each.name):
+                name = prefix + entry.name
+                if entry.is_dir(follow_symlinks=False) and name in ways:
+                    yield from search(Path(entry.path), f"{name}/")
+                elif not (entry.is_file(follow_symlinks=False) and (name in own or _is_scratch(name))):
+                    yield name
+
+    yield from search(out, "")
+
+
+def _is_scratch(name: str) -> bool:
+    """What safetensors was writing when a job was killed: it begins files under names of its own."""
+    return name.startswith(f"{JOB_FOLDER}/.tmp")
+
+
+def _parents(name: str) -> list[str]:
+    parts = name.split("/")
+    return ["/".join(parts[:n]) for n in range(1, len(parts))]
+
+
+def remove_own(out: Path, own: Collection[str], *, keep: Collection[str] = ()) -> None:
+    """Remove the files of `own` but for those in `keep`, and the directories below `out` that held nothing else."""
+    ways = {JOB_FOLDER, *(parent for name in own for parent in _parents(name))}
+
+    def clear(folder: Path, prefix: str) -> None:
+        for entry in sorted(os.scandir(folder), key=lambda each: each.name):
+            name, path = prefix + entry.name, Path(entry.path)
+            if entry.is_dir(follow_symlinks=False) and name in ways:
+                clear(path, f"{name}/")
+                if not any(path.iterdir()):
+                    path.rmdir()
+            elif entry.is_file(follow_symlinks=False) and name not in keep and (name in own or _is_scratch(name)):
+                path.unlink()
+
+    clear(out, "")
+
+
+def inputs_of(checkpoint: Checkpoint, **others: object) -> dict[str, Path]:
+    """What a job reads: the model, its files where links lead elsewhere, and `others` that are paths of something."""
+    found = {"model": checkpoint.directory}
+    for path in {*checkpoint.shard_of.values(), *checkpoint.other_files()}:
+        if path.is_symlink():
+            found[f"model's file {path.name}"] = path
+    for what, other in others.items():
+        if isinstance(other, str | Path) and str(other) and os.path.exists(Path(other).expanduser()):
+            found[what] = Path(other).expanduser()
+    return found
+
+
+def check_replaceable(out: Path, own: Collection[str], inputs: Inputs, *, kept: str) -> None:
+    """Raise TersorError, with what would be lost, where `out`, which is not empty, may not be replaced.
+
+    kept: how the error says that nothing happens.
+    """
+    if out.is_symlink():
+        raise TersorError(f"{out} is a link, so {kept}; give the directory that it leads to: {out.resolve()}")
+    here = out.resolve()
+    for what, path in inputs.items():
+        there = path.resolve()
+        if here == there or here in there.parents or there in here.parents:
+            relation = "is" if here == there else "holds" if here in there.parents else "lies in"
+            raise TersorError(f"{out} {relation} the {what} ({path}), so {kept}; give another directory")
+    lost = next((name for name in strangers(out, own) if not name.startswith(f"{JOB_FOLDER}/")), None)
+    if lost is None:
+        return
+    if own_names(out):
+        reason = "holds what tersor did not write"
+    else:
+        reason = "carries no mark of tersor's" if (out / "config.json").exists() else "is no model directory"
+    raise TersorError(
+        f"{out} {reason}, so {kept}: {lost} would be lost; move it away yourself, or give another directory"
+    )
+
+
+def check_free(target: Path, *, overwrite: bool, inputs: Inputs | None = None) -> None:
+    """Raise TersorError where no result may be written to `target` at once."""
+    if target.exists() and not target.is_dir():
+        raise TersorError(f"{target} is a file; give a directory")
+    for what, path in (inputs or {}).items():
+        if target.resolve() == path.resolve():
+            raise TersorError(f"{target} is the {what} itself; give another output directory")
+    with disk_errors(target):
+        if target.is_dir() and any(target.iterdir()):
+            if not overwrite:
+                raise TersorError(f"{target} exists and is not empty; give another directory, or --overwrite")
+            own = own_names(target)
+            check_replaceable(target, own, inputs or {}, kept="it is not overwritten")
+            left = next(strangers(target, own), None)
+            if left is not None:
+                raise TersorError(f"{target} is not overwritten: {left} would be lost; move it away yourself")
+
+
+@contextmanager
+def appearing(target: Path, *, overwrite: bool, inputs: Inputs | None = None) -> Iterator[Path]:
+    """A new directory to write into, which becomes `target` in the end: whole, or not at all."""
+    check_free(target, overwrite=overwrite, inputs=inputs)
+    real = target.resolve()
+    with disk_errors(target):
+        real.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=".tersor-", suffix=".partial", dir=real.parent))
+        try:
+            yield partial
+            check_free(target, overwrite=overwrite, inputs=inputs)  # it may have changed since
+            if real.is_dir():
+                remove_own(real, own_names(real))
+                real.rmdir()
+            partial.chmod(0o777 & ~umask())  # such directories are made for their owner alone
+            partial.rename(real)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_record(folder: Path, result: Mapping[str, Any]) -> None:
+    """The record of a result whose other files are all in `folder`."""
+    files = sorted(
+        {RESULT_FILE, *(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())}
+    )
+    text = json.dumps({**result, "files": files}, indent=2, ensure_ascii=False) + "\n"
+    (folder / RESULT_FILE).write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write, under a name that was nobody's, which then becomes `path`: the old file or the new one at any moment."""
+    handle, name = tempfile.mkstemp(prefix=".tersor-", suffix=".partial", dir=path.parent)
+    os.close(handle)
+    partial = Path(name)
+    try:
+        yield partial
+        partial.chmod(0o666 & ~umask())  # such files are made for their owner alone
+        settle(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def settle(partial: Path, path: Path) -> None:
+    """Rename only what has reached the disk: after a power cut a file is the old one or the new one, never an empty one."""
+    with partial.open("rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@contextmanager
+def disk_errors(out: Path) -> Iterator[None]:
+    """A failure to write is a TersorError that says what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+        if full:
+            raise TersorError(
+                f"the disk of {out} is full; the finished blocks are kept: make room and give the same command again"
+            ) from None
+        raise TersorError(f"cannot write to {out}: {error}") from None
