@@ -172,6 +172,27 @@ def test_the_file_says_what_the_config_says(tmp_path: Path) -> None:
     assert torch.equal(theirs[66], stored[65])
 
 
+@pytest.mark.parametrize("head_dim", [8, 16, 64, 128])
+@pytest.mark.parametrize("original", [3, 20, 64, 100, 256, 300, 511, 4096, 12000, 10**6])
+def test_llama3_positions_of_any_original_length_are_read(original: int, head_dim: int) -> None:
+    rope = {
+        "rope_theta": 5e5,
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": original,
+    }
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(rope_parameters=rope, head_dim=head_dim)
+    divisors = frequency_divisors(config)
+    assert divisors is not None
+    fields = {**metadata_of(config, ARCHITECTURES["LlamaForCausalLM"]), "general.architecture": "llama"}
+    found = LlamaConfig(rope_parameters=config_of(fields, [], divisors)["rope_parameters"], head_dim=head_dim)
+    torch.testing.assert_close(frequency_divisors(found), divisors, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("theta", [1e4, 5e5])
 def test_llama3_positions_are_recognized_from_their_divisors(theta: float) -> None:
     from transformers import LlamaConfig

@@ -113,6 +113,7 @@ def test_a_missing_tensor(tersor_command: Command, small: Path) -> None:
 
 
 def test_an_index_that_names_a_missing_shard(tersor_command: Command, small: Path) -> None:
+    (small / "model.safetensors").unlink()  # which would come first
     index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
     (small / "model.safetensors.index.json").write_text(json.dumps(index))
     refused(tersor_command("inspect", small), "lacks model-00002-of-00002.safetensors, which its index names")
@@ -120,6 +121,7 @@ def test_an_index_that_names_a_missing_shard(tersor_command: Command, small: Pat
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 1}}'])
 def test_an_index_that_is_none(tersor_command: Command, small: Path, content: str) -> None:
+    (small / "model.safetensors").unlink()
     (small / "model.safetensors.index.json").write_text(content)
     refused(tersor_command("inspect", small), "is not a safetensors index")
 

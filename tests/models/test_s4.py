@@ -63,6 +63,35 @@ def test_recurrence_chunks_and_convolution_agree(config: dict[str, Any]) -> None
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_in_float64_all_is_float64(config: dict[str, Any]) -> None:
+    block = make(transposed=False, **config).double()
+    x = torch.randn(2, 48, 6, dtype=torch.float64)
+    y, recurrence = block(x), block.recurrence()
+    state, steps = recurrence.initial_state(2), []
+    assert state.dtype == torch.complex128
+    for u in x.unbind(1):
+        step, state = block.step(u, state, recurrence)
+        steps.append(step)
+    assert steps[0].dtype == y.dtype == torch.float64
+    assert largest_error(torch.stack(steps, 1), y) < 1e-10
+    chunk, _ = block.chunk(x, recurrence.initial_state(2), recurrence)
+    assert largest_error(chunk, y) < 1e-10
+
+
+@torch.no_grad()
+def test_the_minimal_s4d_runs_in_float64() -> None:
+    torch.manual_seed(0)
+    layer, u = S4D(5, 8).eval().double(), torch.randn(2, 5, 40, dtype=torch.float64)
+    recurrence = layer.recurrence()
+    state, steps = recurrence.initial_state(2), []
+    for position in u.unbind(-1):
+        y, state = layer.step(position, state, recurrence)
+        steps.append(y)
+    assert largest_error(torch.stack(steps, -1), layer(u)) < 1e-10
+
+
+@torch.no_grad()
 def test_the_minimal_s4d_runs_as_a_recurrence() -> None:
     torch.manual_seed(0)
     layer, u = S4D(5, 8).eval(), torch.randn(2, 5, 40)

@@ -153,6 +153,7 @@ def _rope_metadata(rope: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+_LOW, _HIGH = 1.0, 4.0  # low_freq_factor and high_freq_factor of all published models
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -182,6 +183,21 @@ def _divisors(
     turns = original_max_position_embeddings * frequencies / (2 * math.pi)
     kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
     return (1 / ((1 - kept) / factor + kept)).float()
+
+
+def _original_lengths(head_dim: int, theta: float, divisors: Tensor) -> list[int]:
+    """The original lengths from which such divisors may come: of a frequency that is a mix, how much it is mixed gives the
+    length; where none is, the length lies between those at which the next ones would be."""
+    frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    if frequencies.shape != divisors.shape:
+        return []
+    inverse = 1 / divisors.double()
+    kept = (inverse - inverse.min()) / (1 - inverse.min()).clamp(min=1e-12)
+    found = []
+    for frequency, share in zip(frequencies.tolist(), kept.tolist(), strict=True):
+        length = (_LOW + share * (_HIGH - _LOW)) * 2 * math.pi / frequency
+        found += [round(length)] if 0.01 < share < 0.99 else [math.ceil(length), math.floor(length)]
+    return sorted({length for length in found if length > 0})
 
 
 def config_of(fields: Mapping[str, Any], tensors: Iterable[str], divisors: Tensor | None) -> dict[str, Any]:
@@ -239,11 +255,11 @@ def _rope_of(
     kind = fields.get(f"{name}.rope.scaling.type", "none")
     if divisors is not None and kind == "none":
         # A file has the divisors only. The published models share all but the factor, which is the largest divisor.
-        for original in (8192, *(2**n for n in range(9, 18))):
+        for original in (8192, *(2**n for n in range(9, 18)), *_original_lengths(head_dim, theta, divisors)):
             guess = {
                 "factor": float(divisors.max()),
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
+                "low_freq_factor": _LOW,
+                "high_freq_factor": _HIGH,
                 "original_max_position_embeddings": original,
             }
             if torch.allclose(_divisors(head_dim, theta, **guess), divisors, rtol=1e-5):

@@ -41,6 +41,7 @@ class LazyModel:
     ) -> None:
         self.checkpoint, self.dtype, self.device, self.packed = checkpoint, dtype, torch.device(device), packed
         self.module = build_skeleton(checkpoint, dtype)
+        self._computed = _forget_weights(self.module)
         for each in self.module.modules():
             for name, buffer in each._buffers.items():
                 if buffer is not None and not buffer.is_meta:
@@ -52,8 +53,12 @@ class LazyModel:
         self.keys_of: dict[str, list[str]] = defaultdict(list)
         self.quantized: dict[str, list[str]] = {}
         self.unknown: list[str] = []
+        self.untied_head = (
+            False  # whether the checkpoint holds a head of its own although its config says that it has none
+        )
         self._sort_keys()
         self._check_nothing_is_missing()
+        self._keep_both_of_untied()
         if packed:
             self._make_room_for_packed()
 
@@ -86,6 +91,17 @@ class LazyModel:
     def load_all(self) -> nn.Module:
         self.load(self.module)
         return self.module
+
+    def config(self) -> dict[str, Any]:
+        """The checkpoint's config.json; where it is wrong about a head of its own, corrected."""
+        found = self.checkpoint.config
+        if not self.untied_head:
+            return found
+        corrected = {**found, "tie_word_embeddings": False}
+        for name, each in found.items():
+            if isinstance(each, dict) and each.get("tie_word_embeddings"):
+                corrected[name] = {**each, "tie_word_embeddings": False}
+        return corrected
 
     def bytes_of(self, module: nn.Module) -> int:
         """Memory that `module` takes once loaded."""
@@ -160,16 +176,52 @@ class LazyModel:
             if source not in here and target in here:
                 del self._ties[target]
                 self._ties = {t: (target if s == source else s) for t, s in self._ties.items()} | {source: target}
-        missing = [
-            name
-            for name, tensor in _state(self.module, "")
-            if self._ties.get(name, name) not in here and tensor.is_meta
-        ]
+        missing = [name for name, _ in _state(self.module, "") if self._ties.get(name, name) not in here]
         parameters = dict(self.module.named_parameters(remove_duplicate=False))
-        missing = [name for name in missing if name in parameters or not _initialize_buffer(self.module, name)]
+        missing = [name for name in missing if name in parameters or not self._initialize_buffer(name)]
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise TersorError(f"{self.checkpoint.directory} lacks the tensor {missing[0]}{more}")
+
+    def _initialize_buffer(self, name: str) -> bool:
+        """A persistent buffer that older checkpoints do not have: as the constructor made it, or computed by the model's own
+        initialization. False where neither knows how."""
+        if name not in self._computed:
+            return _initialize_buffer(self.module, name)
+        _set(self.module, name, self._computed[name].to(self.device))
+        return True
+
+    def _keep_both_of_untied(self) -> None:
+        """Of two tensors that the config calls one, but that the checkpoint holds with different values, each is read."""
+        for target, source in list(self._ties.items()):
+            if self._is_stored(target) and self._is_stored(source) and not self._are_equal(target, source):
+                del self._ties[target]
+                is_head = self._is_head(target)
+                _set(self.module, target, _get(self.module, source).detach().clone())
+                declared = getattr(self.module, "all_tied_weights_keys", None)
+                if isinstance(declared, dict):
+                    declared.pop(target, None)
+                if is_head:
+                    self.untied_head = True
+                    _say_untied(self.module.config)
+
+    def _is_stored(self, name: str) -> bool:
+        return name in self.keys_of or any(self.parameter_of(each) == name for each in self.quantized)
+
+    def _is_head(self, name: str) -> bool:
+        head: Any = getattr(self.module, "get_output_embeddings", lambda: None)()
+        return head is not None and self.module.get_submodule(name.rpartition(".")[0]) is head
+
+    def _are_equal(self, one: str, other: str) -> bool:
+        """Whether the checkpoint holds the same values for two parameters."""
+        keys = self.keys_of.get(one, []), self.keys_of.get(other, [])
+        if len(keys[0]) != 1 or len(keys[1]) != 1:
+            return False
+        with self.checkpoint.tensors([keys[0][0], keys[1][0]]) as slices:
+            a, b = slices[keys[0][0]], slices[keys[1][0]]
+            if list(a.get_shape()) != list(b.get_shape()) or a.get_dtype() != b.get_dtype():
+                return False
+            return torch.equal(a[...], b[...])
 
     def _make_room_for_packed(self) -> None:
         """Replace every dense layer that is stored packed, so that its dense weight is never allocated."""
@@ -435,6 +487,36 @@ def _state(module: nn.Module, prefix: str) -> list[tuple[str, Tensor]]:
     ]
 
 
+def _forget_weights(module: nn.Module) -> dict[str, Tensor]:
+    """Put what a checkpoint holds on the meta device, wherever the constructor made it, so that all of it is read. Returns the
+    buffers that were made elsewhere."""
+    made: dict[str, Tensor] = {}
+    moved: dict[int, nn.Parameter] = {}  # a parameter that several modules share stays one
+    stored = dict(_state(module, ""))
+    tensors: dict[str, Any]
+    for owner, each in module.named_modules():
+        for tensors in (each._parameters, each._buffers):
+            for leaf, tensor in tensors.items():
+                name = f"{owner}.{leaf}" if owner else leaf
+                if tensor is None or tensor.is_meta or stored.get(name) is not tensor:
+                    continue
+                if isinstance(tensor, nn.Parameter):
+                    if id(tensor) not in moved:
+                        moved[id(tensor)] = nn.Parameter(tensor.detach().to("meta"), requires_grad=False)
+                    tensors[leaf] = moved[id(tensor)]
+                else:
+                    made[name] = tensor
+                    tensors[leaf] = tensor.to("meta")
+    return made
+
+
+def _say_untied(config: Any) -> None:
+    """What is saved of this model later holds both of its tensors, which its config must say."""
+    for each in (config, getattr(config, "get_text_config", lambda: config)()):
+        if getattr(each, "tie_word_embeddings", None):
+            each.tie_word_embeddings = False
+
+
 def _get(module: nn.Module, name: str) -> Any:
     owner, _, leaf = name.rpartition(".")
     return getattr(module.get_submodule(owner), leaf)
@@ -467,8 +549,9 @@ def _fill_computed_buffers(module: Any) -> None:
     nothing to parameters on the meta device."""
     for each in module.modules():
         for name in each._non_persistent_buffers_set:
-            if each._buffers.get(name) is not None:
-                each._buffers[name] = torch.zeros_like(each._buffers[name], device="cpu")
+            buffer = each._buffers.get(name)
+            if buffer is not None and buffer.is_meta:  # one that the constructor made elsewhere has its values
+                each._buffers[name] = torch.zeros_like(buffer, device="cpu")
         each._is_hf_initialized = False
     module.initialize_weights()
 

@@ -19,11 +19,12 @@ from torch import Tensor
 from tersor.checkpoint.gguf_read import GGUFFile, open_gguf
 from tersor.checkpoint.hashes import Seen, bytes_of, tensor_hash
 from tersor.errors import TersorError
+from tersor.formats.weight_files import PICKLE_ENDINGS, SAFETENSORS, weight_files
 
 BUILTIN = ("demo", "demo-vit")  # models that come with the package, under tersor/assets
 JOB_FOLDER = ".tersor-job"  # what an unfinished compression leaves in its output directory
-INDEX = "model.safetensors.index.json"
-PICKLES = ("*.bin", "*.pt", "*.pth")
+INDEX = SAFETENSORS[1]
+PICKLES = tuple(f"*{ending}" for ending in PICKLE_ENDINGS)
 NAMES = {  # torch's dtypes by the names that safetensors has for them
     torch.float64: "F64",
     torch.float32: "F32",
@@ -147,7 +148,7 @@ class Checkpoint:
             for path in self.directory.rglob("*")
             if path.is_file()
             and path not in shards
-            and path.name != INDEX
+            and not path.name.endswith(".index.json")
             and path.suffix not in (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
             and not any(part.startswith(".") for part in path.relative_to(self.directory).parts)
         )
@@ -185,7 +186,7 @@ def open_checkpoint(model: str | Path, *, allow_pickle: bool = False, unfinished
         raise TersorError(f"{config_file} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise TersorError(f"{config_file} holds no object but {type(config).__name__}")
-    return Checkpoint(directory, config, _shards(directory, allow_pickle))
+    return Checkpoint(directory, config, _shards(directory, config, allow_pickle))
 
 
 def resolve(model: str | Path, *, allow_pickle: bool = False) -> Path:
@@ -236,49 +237,59 @@ def _download(name: str, allow_pickle: bool) -> Path:
         raise TersorError(f"{name} is no directory here and could not be had from the hub: {reason}") from None
 
 
-def _shards(directory: Path, allow_pickle: bool) -> dict[str, Path]:
-    safe = any(directory.glob("*.safetensors")) or (directory / INDEX).is_file()
-    if allow_pickle and not safe:
-        return _pickled_shards(directory)
-    index = directory / INDEX
-    if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            paths = sorted({directory / name for name in weight_map.values()})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise TersorError(f"{index} is not a safetensors index: {error}") from None
-        missing = [path.name for path in paths if not path.is_file()]
-        if missing:
-            raise TersorError(f"{directory} lacks {', '.join(missing)}, which its index names")
-    else:
-        paths = sorted(directory.glob("*.safetensors"))
-    if not paths:
-        pickled = sorted(path.name for pattern in PICKLES for path in directory.glob(pattern))
-        if pickled:
-            raise TersorError(
-                f"{directory} holds only pickled weights ({pickled[0]}), which can run code when opened; "
-                "--allow-pickle reads them without running any, or save the model as safetensors first"
-            )
-        raise TersorError(f"{directory} holds no *.safetensors file")
+def _shards(directory: Path, config: dict[str, Any], allow_pickle: bool) -> dict[str, Path]:
+    """The file that holds each tensor of the model."""
+    named = config.get("transformers_weights")
+    chosen = weight_files(directory, explicit=named if isinstance(named, str) else None)
+    if chosen is None:
+        raise TersorError(f"{directory} holds no *.safetensors file and no pickled weights ({', '.join(PICKLES)})")
+    if chosen.is_pickled and not allow_pickle:
+        first = chosen.index or chosen.files[0]
+        raise TersorError(
+            f"{directory} holds only pickled weights ({first.name}), which can run code when opened; "
+            "--allow-pickle reads them without running any, or save the model as safetensors first"
+        )
+    weight_map = {} if chosen.index is None else _read_index(chosen.index)
+    paths = chosen.files if chosen.index is None else sorted({directory / name for name in weight_map.values()})
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise TersorError(f"{directory} lacks {', '.join(missing)}, which its index names")
     shard_of: dict[str, Path] = {}
     for path in paths:
-        try:
-            with safe_open(path, framework="pt") as shard:
-                shard_of.update(dict.fromkeys(shard.keys(), path))
-        except (SafetensorError, OSError) as error:
-            raise TersorError(f"{path} cannot be read as safetensors: {error}") from None
-    if index.is_file():
-        lost = sorted(set(weight_map) - set(shard_of))
-        if lost:
-            raise TersorError(f"{directory}: the index names {lost[0]}, which no shard holds")
+        for name in _names_in(path):
+            if name in weight_map and directory / weight_map[name] != path:
+                continue  # an old tensor, where the index knows a newer one
+            if name in shard_of:
+                raise TersorError(
+                    f"{directory}: {shard_of[name].name} and {path.name} both hold {name}; leave one of them there, or "
+                    "call the model's weights model.safetensors"
+                )
+            shard_of[name] = path
+    lost = sorted(set(weight_map) - set(shard_of))
+    if lost:
+        raise TersorError(f"{directory}: the index names {lost[0]}, which no shard holds")
     return shard_of
 
 
-def _pickled_shards(directory: Path) -> dict[str, Path]:
-    paths = sorted(path for pattern in PICKLES for path in directory.glob(pattern) if path.name != "training_args.bin")
-    if not paths:
-        raise TersorError(f"{directory} holds neither *.safetensors nor pickled weights ({', '.join(PICKLES)})")
-    return {name: path for path in paths for name in _unpickled(path)}
+def _read_index(path: Path) -> dict[str, str]:
+    """{tensor: the shard that holds it}"""
+    try:
+        weight_map = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"].items())
+        if not all(isinstance(file, str) for file in weight_map.values()):
+            raise TypeError("weight_map does not name files")
+        return weight_map
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TersorError(f"{path} is not a {path.name.split('.')[1]} index: {error}") from None
+
+
+def _names_in(path: Path) -> list[str]:
+    if _is_pickle(path):
+        return list(_unpickled(path))
+    try:
+        with safe_open(path, framework="pt") as shard:
+            return list(shard.keys())
+    except (SafetensorError, OSError) as error:
+        raise TersorError(f"{path} cannot be read as safetensors: {error}") from None
 
 
 def _unpickled(path: Path) -> dict[str, Tensor]:
@@ -298,7 +309,7 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
 
 
 def _is_pickle(path: Path) -> bool:
-    return path.suffix in (".bin", ".pt", ".pth")
+    return path.suffix in PICKLE_ENDINGS
 
 
 def torch_dtype(config: dict[str, Any]) -> torch.dtype:

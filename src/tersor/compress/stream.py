@@ -143,7 +143,7 @@ def compress_checkpoint(name: str, job: Settings) -> Compressed:
         if layout.name != "compressed-tensors":
             extra["quantize_config.json"] = config
         replaced = {key for linear in plan.all_linears() for key in lazy.keys_of_map(linear)}
-        writer.place(checkpoint, replaced, {**checkpoint.config, "quantization_config": config}, extra)
+        writer.place(checkpoint, replaced, {**lazy.config(), "quantization_config": config}, extra)
         if probe is not None and after is not None:
             read = _read_back(target, probe, first.units, dtype, job.device)
             if max(first.visits.values()) == 1:

@@ -21,6 +21,11 @@ def long_convolution(x: Tensor, kernel: Tensor, *, backward_kernel: Tensor | Non
     length, total = x.shape[-1], x.shape[-1] + kernel.shape[-1]
     if backward_kernel is not None:
         kernel = F.pad(kernel, (0, length)) + F.pad(backward_kernel.flip(-1), (length, 0))
-    spectrum = torch.fft.rfft(x.float(), n=total) * torch.fft.rfft(kernel.float(), n=total)
+    spectrum = torch.fft.rfft(wide(x), n=total) * torch.fft.rfft(wide(kernel), n=total)
     y: Tensor = torch.fft.irfft(spectrum, n=total)
     return y[..., :length].to(x.dtype)
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x if x.dtype == torch.float64 else x.float()

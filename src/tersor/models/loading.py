@@ -6,12 +6,14 @@ reading the file, taking the weights out of a training checkpoint, and comparing
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tersor.errors import TersorError
+from tersor.formats.weight_files import weight_files
 from tersor.models.registry import create
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ _NAMES_SHOWN = 4
 def load(name: str, checkpoint: str | Path | Mapping[str, Tensor], /, **overrides: Any) -> nn.Module:
     """The model `name` with a checkpoint's weights, in eval mode and float32.
 
-    checkpoint: a .safetensors, .pth, .pt or .bin file, a folder of .safetensors shards, or the tensors by name.
+    checkpoint: a .safetensors, .pth, .pt or .bin file, a folder with such files, or the tensors by name.
     overrides: fields of the model's config, for checkpoints of another size than the published variant.
     """
     model = create(name, **overrides)
@@ -42,10 +44,11 @@ def read_state(path: str | Path) -> State:
     """The tensors of a checkpoint file or folder. Pickles are read with weights_only=True: nothing in them runs."""
     path = Path(path)
     if path.is_dir():
-        shards = sorted(path.glob("*.safetensors"))
-        if not shards:
+        chosen = weight_files(path)
+        if chosen is None:
             raise TersorError(f"{path} holds no .safetensors file")
-        return {key: tensor for shard in shards for key, tensor in read_state(shard).items()}
+        names = [each.name for each in chosen.files] if chosen.index is None else _shards_of(chosen.index)
+        return {key: tensor for name in names for key, tensor in read_state(path / name).items()}
     if not path.is_file():
         raise TersorError(f"there is no checkpoint {path}")
     if path.suffix == ".safetensors":
@@ -55,6 +58,13 @@ def read_state(path: str | Path) -> State:
     if path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
         return _unwrap(_unpickle(path))
     raise TersorError(f"{path.name}: checkpoints end in .safetensors, .pth, .pt, .bin or .ckpt")
+
+
+def _shards_of(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TersorError(f"{index} is not an index of shards: {error}") from None
 
 
 def load_state(model: nn.Module, state: State, *, what: str) -> None:

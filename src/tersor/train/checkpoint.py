@@ -51,7 +51,7 @@ def load_run(folder: Path, parts: dict[str, Any], settings: dict[str, Any], devi
     if not (folder / RUN_FILE).exists():
         if (folder / MODEL_FILE).exists():
             raise TersorError(f"{folder} holds a model that no training left there; choose another folder")
-        for name in ("config.json", LOG_FILE):
+        for name in ("config.json", "preprocessor_config.json", LOG_FILE):
             if (folder / name).exists():
                 raise TersorError(f"{folder} holds {name}, which no training left there; choose another folder")
         return {}

@@ -247,7 +247,7 @@ class HopfieldCore(nn.Module):
 
     def _heads(self, linear: nn.Linear | None, x: Tensor) -> Tensor:
         if linear is None:  # (h b) in the one order, (b h) in the other
-            return x.repeat(self.config.num_heads, 1, 1).reshape(-1, self.config.num_heads, *x.shape[1:])
+            return rearrange(x.repeat(self.config.num_heads, 1, 1), "(b h) s d -> b h s d", h=self.config.num_heads)
         return self._split(linear(x))
 
     def _split(self, x: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ from torch.nn import functional as F
 from tersor.errors import TersorError
 from tersor.layers.diagonal_state_space import DiagonalRecurrence, discretize, parameter_groups, vandermonde
 from tersor.layers.hippo import initial_state_space
-from tersor.layers.long_convolution import long_convolution
+from tersor.layers.long_convolution import long_convolution, wide
 from tersor.models.registry import register
 
 _MODES = {"nplr": "nplr", "dplr": "nplr", "diag": "diag", "s4d": "diag"}
@@ -182,14 +182,14 @@ class StateSpace(nn.Module):
 
     def dt(self, rate: float = 1.0) -> Tensor:
         """[H, 1] or [H, n]."""
-        return _TRANSFORMS[self.config.dt_transform][0](self.inv_dt.float()) * rate
+        return _TRANSFORMS[self.config.dt_transform][0](wide(self.inv_dt)) * rate
 
     def a(self) -> Tensor:
         """The diagonal of A, [H, n]."""
-        real = -_TRANSFORMS[self.config.real_transform][0](self.A_real.float())
+        real = -_TRANSFORMS[self.config.real_transform][0](wide(self.A_real))
         if self.config.is_real:
             return self._per_channel(torch.complex(real, torch.zeros_like(real)))
-        imaginary = -_TRANSFORMS[self.config.imag_transform][0](self.A_imag.float())
+        imaginary = -_TRANSFORMS[self.config.imag_transform][0](wide(self.A_imag))
         return self._per_channel(torch.complex(real, imaginary))
 
     def b(self) -> Tensor:
@@ -216,7 +216,7 @@ class StateSpace(nn.Module):
         return nn.Parameter(x.real.clone() if self.config.is_real else torch.view_as_real(x))
 
     def _complex(self, x: Tensor) -> Tensor:
-        x = x.float()
+        x = wide(x)
         return torch.complex(x, torch.zeros_like(x)) if self.config.is_real else torch.view_as_complex(x.contiguous())
 
 

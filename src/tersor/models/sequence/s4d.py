@@ -40,7 +40,7 @@ from torch.nn import functional as F
 
 from tersor.errors import TersorError
 from tersor.layers.diagonal_state_space import DiagonalRecurrence, discretize, parameter_groups, vandermonde
-from tersor.layers.long_convolution import long_convolution
+from tersor.layers.long_convolution import long_convolution, wide
 from tersor.models.registry import register
 
 
@@ -82,11 +82,11 @@ class S4DKernel(nn.Module):
     def recurrence(self) -> DiagonalRecurrence:
         a, dt = self._dynamics()
         A, B = discretize(a, torch.ones_like(a), dt, "zoh")
-        return DiagonalRecurrence(A, B, torch.view_as_complex(self.C.float())[None])
+        return DiagonalRecurrence(A, B, torch.view_as_complex(wide(self.C))[None])
 
     def _dynamics(self) -> tuple[Tensor, Tensor]:
-        """Complex a (H, n) and dt (H, 1); in float32 whatever the weights are stored in."""
-        return torch.complex(-self.log_A_real.float().exp(), self.A_imag.float()), self.log_dt.float().exp()[:, None]
+        """Complex a (H, n) and dt (H, 1); in float32 at least, whatever the weights are stored in."""
+        return torch.complex(-wide(self.log_A_real).exp(), wide(self.A_imag)), wide(self.log_dt).exp()[:, None]
 
 
 class S4D(nn.Module):
