@@ -493,12 +493,12 @@ def _forget_weights(module: nn.Module) -> dict[str, Tensor]:
     made: dict[str, Tensor] = {}
     moved: dict[int, nn.Parameter] = {}  # a parameter that several modules share stays one
     stored = dict(_state(module, ""))
-    tensors: dict[str, Any]
     for owner, each in module.named_modules():
-        for tensors in (each._parameters, each._buffers):
+        held: list[dict[str, Any]] = [each._parameters, each._buffers]
+        for tensors in held:
             for leaf, tensor in tensors.items():
                 name = f"{owner}.{leaf}" if owner else leaf
-                if tensor is None or tensor.is_meta or stored.get(name) is not tensor:
+                if not isinstance(tensor, Tensor) or tensor.is_meta or stored.get(name) is not tensor:
                     continue
                 if isinstance(tensor, nn.Parameter):
                     if id(tensor) not in moved:
