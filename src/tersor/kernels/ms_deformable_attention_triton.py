@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tersor.kernels.ms_deformable_attention import Shapes, levels
 
-BLOCK_Q = 32  # queries per program
+BLOCK_Q = 16  # queries per program: on an H200 as fast as 32 forward, a third faster backward
 
 
 def forward(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 State = dict[str, "Tensor"]
 
-_WRAPPERS = ("model", "state_dict", "model_state_dict", "model_state", "net")  # keys of training checkpoints
+# keys of training checkpoints
+_WRAPPERS = ("model", "state_dict", "model_state_dict", "model_state", "net", "params_ema", "params")
 _PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 _NAMES_SHOWN = 4
 
@@ -29,7 +30,7 @@ _NAMES_SHOWN = 4
 def load(name: str, checkpoint: str | Path | Mapping[str, Tensor], /, **overrides: Any) -> nn.Module:
     """The model `name` with a checkpoint's weights, in eval mode and float32.
 
-    checkpoint: a .safetensors, .pth, .pt or .bin file, a folder with such files, or the tensors by name.
+    checkpoint: a .safetensors, .pth, .pt, .bin or .pdparams file, a folder with such files, or the tensors by name.
     overrides: fields of the model's config, for checkpoints of another size than the published variant.
     """
     model = create(name, **overrides)
@@ -57,7 +58,9 @@ def read_state(path: str | Path) -> State:
         return _unwrap(load_file(path))
     if path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
         return _unwrap(_unpickle(path))
-    raise TersorError(f"{path.name}: checkpoints end in .safetensors, .pth, .pt, .bin or .ckpt")
+    if path.suffix == ".pdparams":
+        return _read_paddle(path)
+    raise TersorError(f"{path.name}: checkpoints end in .safetensors, .pth, .pt, .bin, .ckpt or .pdparams")
 
 
 def _shards_of(index: Path) -> list[str]:
@@ -105,6 +108,31 @@ def _unpickle(path: Path) -> Any:
             f"{path.name} holds Python objects beside tensors and is not opened, for they could run code; "
             "if you trust it, load it yourself, torch.save the tensors alone and load that file"
         ) from error
+
+
+def _read_paddle(path: Path) -> State:
+    """PaddlePaddle's pickle of {name: array, or (name, array)}. Only what makes NumPy arrays is allowed in it."""
+    import io
+
+    import torch
+
+    class ArraysOnly(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            makers = ("_reconstruct", "scalar", "ndarray", "dtype", "_frombuffer")
+            if module.split(".")[0] == "numpy" and name in makers:
+                return super().find_class(module, name)
+            if (module, name) in (("builtins", "tuple"), ("collections", "OrderedDict"), ("_codecs", "encode")):
+                return super().find_class(module, name)
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+    try:
+        state = ArraysOnly(io.BytesIO(path.read_bytes()), encoding="latin1").load()
+    except Exception as error:  # a pickle that is cut off or foreign fails in many ways
+        raise TersorError(f"{path.name} is not a PaddlePaddle checkpoint of arrays: {error}") from error
+    if not isinstance(state, Mapping):
+        raise TersorError(f"{path.name} holds no tensors by name, but {_kind(state)}")
+    arrays = {key: value[1] if isinstance(value, tuple) else value for key, value in state.items()}
+    return {key: torch.tensor(value) for key, value in arrays.items() if hasattr(value, "dtype")}
 
 
 def _unwrap(state: Any) -> State:
