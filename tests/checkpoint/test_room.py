@@ -12,7 +12,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tersor.checkpoint.room import RESULT_FILE, appearing, own_names, remove_own, replacing, strangers, write_record
+from tersor.checkpoint.hashes import Seen
+from tersor.checkpoint.room import (
+    OWN_IN_JOB,
+    RESULT_FILE,
+    appearing,
+    own_names,
+    remove_own,
+    replacing,
+    strangers,
+    write_record,
+)
+from tersor.checkpoint.source import Checkpoint
+from tersor.checkpoint.writer import Job
 from tersor.errors import TersorError
 
 NAMES = st.sampled_from(
@@ -114,6 +126,31 @@ def test_what_is_removed_is_named_and_never_a_link(tree: dict[str, str], own: se
             assert name in own or (before[name] == "directory")
             assert not (root / name).is_symlink()
         assert all(name in after for name in strange)
+
+
+@given(tree=TREES, overwrite=st.booleans(), marked=st.booleans())
+def test_a_job_writes_over_nothing_but_its_own(tree: dict[str, str], overwrite: bool, marked: bool) -> None:
+    """Whatever lies in its output directory: all stays, or all that goes was of an earlier result or job."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        (root / "elsewhere" / "folder").mkdir(parents=True)
+        (root / "elsewhere" / "file").write_text("the user's, elsewhere")
+        out = root / "out"
+        if marked:
+            result(out)
+        else:
+            out.mkdir()
+        grow(out, tree, root / "elsewhere")
+        before, own = everything(root), own_names(out) | {*OWN_IN_JOB, "processor"}
+        job = Job(out, Checkpoint(root / "elsewhere", {}, {}, seen=Seen()), blocks=["model.layers.0"])
+        try:
+            job.start({"model": "this one"}, overwrite=overwrite)
+            went = own if overwrite else {*OWN_IN_JOB}
+        except TersorError:
+            went = set()
+        after = everything(root)
+        for name, what in before.items():
+            assert after.get(name) == what or name.removeprefix("out/") in went
 
 
 def test_a_result_is_replaced_as_a_whole(tmp_path: Path) -> None:

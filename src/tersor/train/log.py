@@ -13,14 +13,19 @@ COLUMNS = ("step", "epoch", "lr", "loss", "grad_norm", "validation", "seconds")
 
 
 class RunLog:
-    """`log.csv` in a run's folder, and TensorBoard in `tensorboard/`. Rows after `step`, of a killed run, go."""
+    """`log.csv` in a run's folder, and TensorBoard in `tensorboard/`. Rows after `step`, of a killed run, and broken ones go."""
 
     def __init__(self, folder: Path, *, step: int) -> None:
         path = folder / LOG_FILE
         kept: list[dict[str, Any]] = []
         if path.exists():
-            with path.open(newline="") as file:
-                kept = [row for row in csv.DictReader(file) if row["step"] and int(row["step"]) <= step]
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            before = [
+                dict(zip(COLUMNS, line.split(","), strict=False))
+                for line in lines
+                if line.count(",") + 1 == len(COLUMNS)
+            ]
+            kept = [row for row in before if row["step"].isdecimal() and int(row["step"]) <= step]
         with replacing(path) as partial, partial.open("w", newline="") as file:
             rows = csv.DictWriter(file, COLUMNS)
             rows.writeheader()
