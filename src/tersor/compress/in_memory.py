@@ -11,10 +11,11 @@ from torch import nn
 from tersor.calibrate.batches import call, without_cache
 from tersor.compress.block import Block, LayerReport
 from tersor.compress.describe import quantization_config
+from tersor.compress.first_run import prepare
 from tersor.compress.plan import make_plan
 from tersor.compress.result import Compressed, Summary, Timer, loss_of, peak_memory
-from tersor.compress.settings import Settings, Size, check_reached, samples_of
-from tersor.compress.walk import Hooks, called_only, first_tensor, trace, walk, walk_without_samples
+from tersor.compress.settings import Settings, Size, samples_of
+from tersor.compress.walk import Hooks, first_tensor, walk, walk_without_samples
 from tersor.formats.grid import Stored
 from tersor.formats.layouts import write
 from tersor.layers.experts import stored_name
@@ -49,13 +50,12 @@ def compress_module(model: nn.Module, job: Settings) -> Compressed:
     hooks = Hooks(lambda unit: None, lambda unit: None, lambda block: False, finished, job.progress)
     before = after = None
     with torch.no_grad(), without_cache(module):
-        if probe is None:
+        prepared = prepare(module, plan, job.calibration, batches, probe, hooks)
+        plan, batches, probe, first = prepared.plan, prepared.batches, prepared.probe, prepared.traced
+        if probe is None or first is None:
             walk_without_samples(module, plan, stored, hessian_dtype, hooks)
         else:
-            first = trace(module, probe, hooks)
             before = first_tensor(first.output)
-            plan = called_only(plan, first)
-            check_reached(plan, first.visits)
             walk(module, plan, batches, probe, first, stored, hessian_dtype, job.experts, hooks)
             after = first_tensor(call(module, probe))
     described = {}

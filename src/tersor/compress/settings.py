@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from tersor.calibrate.batches import Batch, Calibration, make_batches, probe_of, to_device, without_target
 from tersor.calibrate.images import image_batches
+from tersor.calibrate.padding import shown_only
 from tersor.calibrate.routing import Routing
+from tersor.checkpoint.positions import positions_of
 from tersor.checkpoint.preprocessing import image_settings
 from tersor.checkpoint.source import Checkpoint
 from tersor.compress.method import Progress
@@ -63,13 +65,27 @@ def samples_of(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[list[Batch], Batch | None]:
-    """The calibration samples and the probe, on the device. A recipe that needs no samples gets none."""
-    needed = any(method.needs_samples for method in plan.methods.values())
-    by_default = calibration is None or (isinstance(calibration, str) and calibration == "builtin")
-    if by_default and tokenizer is None and not needed:
+    """The calibration samples and the probe, on the device. A recipe that needs no samples gets none, and a probe where one
+    can be had."""
+    needed = needs_samples(plan)
+    if not (needed or asked_for_samples(calibration)) and tokenizer is None:
         return [], None
-    moved = [without_target(batch) for batch in read_samples(job, calibration, module, tokenizer, device, dtype)]
+    try:
+        moved = [without_target(batch) for batch in read_samples(job, calibration, module, tokenizer, device, dtype)]
+    except TersorError:
+        if needed or asked_for_samples(calibration):
+            raise
+        return [], None
     return (moved if needed else []), probe_of(moved[0])
+
+
+def needs_samples(plan: Plan) -> bool:
+    return any(method.needs_samples for method in plan.methods.values())
+
+
+def asked_for_samples(calibration: Calibration) -> bool:
+    """Whether the user named samples: the built-in text is what everybody gets."""
+    return not (calibration is None or (isinstance(calibration, str) and calibration == "builtin"))
 
 
 def read_samples(
@@ -82,9 +98,11 @@ def read_samples(
         samples=job.samples,
         seq_len=job.seq_len,
         seed=job.seed,
-        max_positions=getattr(getattr(module, "config", None), "max_position_embeddings", None),
+        max_positions=positions_of(module),
     )
-    return [to_device(_named_for(module, batch), device, dtype) for batch in batches]
+    two_texts = bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
+    rows = [row for n, batch in enumerate(batches) for row in shown_only(batch, n, encoder_decoder=two_texts)]
+    return [to_device(_named_for(module, row), device, dtype) for row in rows]
 
 
 def _named_for(module: nn.Module, batch: Batch) -> Batch:

@@ -33,17 +33,16 @@ from tersor.checkpoint.source import open_checkpoint, torch_dtype
 from tersor.checkpoint.writer import Job, model_fingerprint
 from tersor.compress.block import Block, LayerReport
 from tersor.compress.describe import quantization_config
+from tersor.compress.first_run import prepare
 from tersor.compress.forecast import forecast
 from tersor.compress.plan import Plan, make_plan
 from tersor.compress.result import Compressed, Summary, Timer, loss_of, peak_memory
-from tersor.compress.settings import Settings, Size, check_reached, samples_by_path, samples_of
+from tersor.compress.settings import Settings, Size, samples_by_path, samples_of
 from tersor.compress.shared_job import follow, lead, open_job
 from tersor.compress.walk import (
     Hooks,
-    called_only,
     first_tensor,
     run,
-    trace,
     units_of,
     walk,
     walk_without_samples,
@@ -103,26 +102,24 @@ def compress_checkpoint(name: str, job: Settings) -> Compressed:
     config = quantization_config(lazy.module, plan, job.recipe, layout, published)
     blocks = _Blocks(lazy, writer, layout, parse_config(config))
     hooks = Hooks(lazy.load, lazy.release, blocks.restore, blocks.finished, job.progress, job.activations)
-    before = after = None
+    after = None
     with torch.no_grad(), without_cache(lazy.module), blocks:
         lazy.load_rest([unit.module for unit in units_of(lazy.module)])
-        if probe is not None:
-            try:
-                first = trace(lazy.module, probe, hooks)
-            except NotFiniteError:
-                if not may_widen:
-                    raise
-                return _in_float32(name, job)
-            before = first_tensor(first.output)
-            plan = called_only(plan, first)
-            check_reached(plan, first.visits)
+        try:
+            prepared = prepare(lazy.module, plan, job.calibration, batches, probe, hooks)
+        except NotFiniteError:
+            if not may_widen:
+                raise
+            return _in_float32(name, job)
+        plan, batches, probe, first = prepared.plan, prepared.batches, prepared.probe, prepared.traced
+        before = None if first is None else first_tensor(first.output)
         again = _blocks_to_redo(plan, job.redo)
         writer.start(marks, overwrite=job.overwrite, redo=bool(job.redo))
         if job.redo:
             writer.redo(again, _stems_of(plan, published))
         job.progress(forecast(lazy, plan, batches, job.device, job.activations).text(), 0, 0)
         blocks.timer.lap("")
-        if probe is None:
+        if probe is None or first is None:
             walk_without_samples(lazy.module, plan, stored, hessian_dtype, hooks)
         else:
             try:
@@ -144,7 +141,7 @@ def compress_checkpoint(name: str, job: Settings) -> Compressed:
             extra["quantize_config.json"] = config
         replaced = {key for linear in plan.all_linears() for key in lazy.keys_of_map(linear)}
         writer.place(checkpoint, replaced, {**lazy.config(), "quantization_config": config}, extra)
-        if probe is not None and after is not None:
+        if probe is not None and first is not None and after is not None:
             read = _read_back(target, probe, first.units, dtype, job.device)
             if max(first.visits.values()) == 1:
                 _check_equal(target, read, after)

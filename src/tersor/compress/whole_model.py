@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from tersor.calibrate.batches import call, without_cache, without_target
+from tersor.calibrate.batches import Batch, call, without_cache, without_target
 from tersor.checkpoint.lazy_model import compute_dtype
 from tersor.checkpoint.load import load, load_tokenizer
 from tersor.checkpoint.preprocessing import PREPROCESSOR, image_settings, preprocessor_config
 from tersor.checkpoint.room import check_free, inputs_of
 from tersor.checkpoint.source import open_checkpoint, torch_dtype
+from tersor.compress.first_run import UNFIT, completed, lacks_second_text
 from tersor.compress.method import Work
 from tersor.compress.result import Compressed, Summary, loss_of, peak_memory
 from tersor.compress.save import PLAIN, save_plain
@@ -62,13 +63,15 @@ def _compress(module: nn.Module, job: Settings, stored: torch.dtype) -> Compress
     first, samples = next(module.parameters()), []
     if method.needs_samples or job.calibration is not None:
         samples = read_samples(job, job.calibration, module, job.tokenizer, first.device, first.dtype)
-    work = Work(samples, lambda name: _is_wanted(job, name), job.progress)
     size = _parameters_of(module)
     probe = without_target(samples[0]) if samples else None
     module.eval()
     with without_cache(module):
         with torch.no_grad():
+            if probe and lacks_second_text(module, probe):
+                samples, probe = _with_second_text(module, samples, probe)
             before = first_tensor(call(module, probe)) if probe else None
+        work = Work(samples, lambda name: _is_wanted(job, name), job.progress)
         compressed = method.compress_model(module, work).eval()
         for parameter in compressed.parameters():
             parameter.data = parameter.data.to(stored).to(parameter.dtype)
@@ -90,6 +93,15 @@ def _compress(module: nn.Module, job: Settings, stored: torch.dtype) -> Compress
         **loss_of(before, after),
     )
     return Compressed(summary, None, compressed)
+
+
+def _with_second_text(module: nn.Module, samples: list[Batch], probe: Batch) -> tuple[list[Batch], Batch]:
+    """With decoder inputs, where the model does not run without."""
+    try:
+        call(module, probe)
+    except UNFIT:
+        *samples, probe = completed(module, [*samples, probe])
+    return samples, probe
 
 
 def _parameters_of(module: nn.Module) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.checkpoint.load import load, load_tokenizer
+from tersor.checkpoint.positions import positions_of
 from tersor.checkpoint.source import resolve
 from tersor.data.text import builtin_text, read_text
 from tersor.errors import TersorError
@@ -55,7 +56,7 @@ def perplexity(
             tokenizer = load_tokenizer(directory)
         module = load(directory, dtype=dtype, device=device)
     ids = text if isinstance(text, Tensor) else _tokens(text, tokenizer)
-    positions = getattr(getattr(module, "config", None), "max_position_embeddings", None)
+    positions = positions_of(module)
     if positions is not None and seq_len > positions:
         raise TersorError(f"seq_len {seq_len} is more than the {positions} positions that the model has")
     if seq_len < 2:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.checkpoint.load import load, load_tokenizer, pick_device
+from tersor.checkpoint.positions import positions_of
 from tersor.checkpoint.source import open_checkpoint, torch_dtype
 from tersor.errors import TersorError
 from tersor.layers.quantized_linear import prepare_layers
@@ -54,15 +55,9 @@ def load_module(model: str | Path, *, dtype: str = "auto", device: str = "auto")
     return load(model, dtype=dtype, device=device)
 
 
-def positions(module: nn.Module) -> int | None:
-    """How many tokens the model has positions for, or None where it does not say."""
-    found = getattr(getattr(module, "config", None), "max_position_embeddings", None)
-    return found if isinstance(found, int) else None
-
-
 def check_length(module: nn.Module, prompt: int, new: int) -> None:
     """Raise TersorError where prompt and new tokens are more than the model has positions for."""
-    most = positions(module)
+    most = positions_of(module)
     if most is not None and prompt + new > most:
         raise TersorError(f"a prompt of {prompt} tokens and {new} new ones are more than the model's {most} positions")
 
