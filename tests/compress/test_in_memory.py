@@ -62,6 +62,30 @@ def test_a_plain_module_is_saved_and_loaded_into_a_fresh_one(tmp_path: Path, for
         assert torch.equal(fresh(*samples[0]), expected)
 
 
+class Named(nn.Module):
+    """Its layers have the names of parts of packed convolutions and packed experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Linear(32, 32)
+        self.linears = nn.ModuleList([nn.Linear(32, 32)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linears[0](torch.tanh(self.matrix(x)))
+        return y
+
+
+def test_layers_of_any_name_are_saved_packed(tmp_path: Path) -> None:
+    samples = [torch.randn(4, 32) for _ in range(3)]
+    result = tersor.compress(nn.Sequential(Named()), GPTQ(group_size=32), calibration=samples, format="gptq")
+    result.save(tmp_path / "saved")
+    again = tersor.load(tmp_path / "saved", into=nn.Sequential(Named()).eval())
+    assert isinstance(again.get_submodule("0.linears.0"), QuantizedLinear)
+    assert isinstance(again.get_submodule("0.matrix"), QuantizedLinear)
+    with torch.no_grad():
+        assert torch.equal(again(samples[0]), result.model(samples[0]))
+
+
 @pytest.mark.parametrize(
     ("samples", "why"),
     [([], "the calibration is empty"), ([3], "calibration sample 0 is a int"), ([("a",)], "calibration sample 0")],

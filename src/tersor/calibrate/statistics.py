@@ -17,7 +17,7 @@ from tersor.calibrate.lockstep import Call
 from tersor.calibrate.routing import Rows
 from tersor.errors import TersorError
 from tersor.layers.experts import ExpertCalls, ExpertMap
-from tersor.layers.linear_map import LinearMap, columns_of, input_matrix
+from tersor.layers.linear_map import LinearMap, columns_of, input_matrix, window_of
 
 
 class NotFiniteError(TersorError):
@@ -95,7 +95,8 @@ def gather_hessians(
     once: bool,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Hessian]:
-    """The Hessian of each linear map over all calls; maps that are called with one tensor (queries, keys, values) share one.
+    """The Hessian of each linear map over all calls; maps that are called with one tensor (queries, keys, values) share one,
+    convolutions where they read the same windows of it.
 
     rows: how much an expert's rows count (see `routing.py`). `once` promises that no map is called twice a pass, so that a pass
     ends with the last map. Maps that no call reaches have a Hessian of zeros. Raises NotFiniteError naming the module and the
@@ -110,7 +111,8 @@ def gather_hessians(
     def note(name: str, x: Tensor) -> None:
         nonlocal previous
         if name not in owner:
-            owner[name] = owner[previous[0]] if previous[1] is x else name
+            alike = previous[1] is x and window_of(linears[previous[0]]) == window_of(linears[name])
+            owner[name] = owner[previous[0]] if alike else name
             if owner[name] == name:
                 hessians[name] = Hessian(columns_of(linears[name]), device=x.device, dtype=dtype)
         if owner[name] == name:

@@ -43,15 +43,17 @@ def save_module(module: nn.Module, summary: Summary, target: Path, *, overwrite:
         )
     layout, quantization = layout_named(summary.format), parse_config(summary.quantization)
     tensors: dict[str, Tensor] = {}
-    packed: list[str] = []
+    packed: set[str] = set()
     for name, each in module.named_modules():
+        if any(name[:end] in packed for end, letter in enumerate(name) if letter == "."):
+            continue  # a part of a packed convolution or of packed experts
         found = _packed_layers(name, each)
         for stem, linear in found.items():
             tensors |= {
                 f"{stem}.{s}": t for s, t in write(linear.packed, layout, sym=quantization.for_layer(stem).sym).items()
             }
         if found:
-            packed.append(name)
+            packed.add(name)
             if isinstance(getattr(each, "bias", None), Tensor):
                 tensors[f"{name}.bias"] = each.bias
     inside = tuple(f"{name}." for name in packed)
@@ -132,5 +134,4 @@ def _packed_layers(name: str, module: nn.Module) -> dict[str, QuantizedLinear | 
         }
     if isinstance(module, QuantizedConv2d):
         return {name: module.matrix}
-    inner = name.endswith(".matrix") or ".linears." in name  # parts of the two above
-    return {name: module} if isinstance(module, QuantizedLinear | QuantizedEmbedding) and not inner else {}
+    return {name: module} if isinstance(module, QuantizedLinear | QuantizedEmbedding) else {}

@@ -90,6 +90,13 @@ def input_matrix(module: LinearMap, x: Tensor) -> tuple[Tensor, int]:
     return x.reshape(-1, x.shape[-1]), samples
 
 
+def window_of(module: LinearMap) -> tuple[object, ...]:
+    """What of its input a row of `input_matrix` holds: two maps with equal windows see the same matrix of one input."""
+    if not isinstance(module, nn.Conv2d):
+        return ()
+    return (module.kernel_size, module.stride, module.padding, module.dilation)
+
+
 def call_with_matrix(module: LinearMap, x: Tensor, matrix: Tensor) -> Tensor:
     """What the module would compute of x, were its weight matrix this one [out, in]."""
     bias = getattr(module, "bias", None)
