@@ -54,7 +54,8 @@ class TokenEmbedding(nn.Module):
         self.tokenConv = CircularConv(variates, d_model, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.tokenConv(x)
+        y: Tensor = self.tokenConv(x)
+        return y
 
 
 class CircularConv(nn.Conv1d):
@@ -95,7 +96,8 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, marks: Tensor) -> Tensor:
         if not self.columns:
-            return self.embed(marks)
+            time: Tensor = self.embed(marks)
+            return time
         return torch.stack([self._table(name)(marks[..., n].long()) for n, name in enumerate(self.columns)]).sum(0)
 
     def _table(self, name: str) -> nn.Module:
