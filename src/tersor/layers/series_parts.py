@@ -54,8 +54,8 @@ class TokenEmbedding(nn.Module):
         self.tokenConv = CircularConv(variates, d_model, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens: Tensor = self.tokenConv(x)
-        return tokens
+        y: Tensor = self.tokenConv(x)
+        return y
 
 
 class CircularConv(nn.Conv1d):
@@ -96,8 +96,8 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, marks: Tensor) -> Tensor:
         if not self.columns:
-            embedded: Tensor = self.embed(marks)
-            return embedded
+            time: Tensor = self.embed(marks)
+            return time
         return torch.stack([self._table(name)(marks[..., n].long()) for n, name in enumerate(self.columns)]).sum(0)
 
     def _table(self, name: str) -> nn.Module:
