@@ -21,6 +21,7 @@ def long_convolution(x: Tensor, kernel: Tensor, *, backward_kernel: Tensor | Non
     length, total = x.shape[-1], x.shape[-1] + kernel.shape[-1]
     if backward_kernel is not None:
         kernel = F.pad(kernel, (0, length)) + F.pad(backward_kernel.flip(-1), (length, 0))
-    spectrum = torch.fft.rfft(x.float(), n=total) * torch.fft.rfft(kernel.float(), n=total)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    spectrum = torch.fft.rfft(x.to(wide), n=total) * torch.fft.rfft(kernel.to(wide), n=total)
     y: Tensor = torch.fft.irfft(spectrum, n=total)
     return y[..., :length].to(x.dtype)
