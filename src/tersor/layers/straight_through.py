@@ -7,7 +7,7 @@ from torch import Tensor
 
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
     """The values of `hard`, the gradient of `soft`."""
-    return soft + (hard - soft).detach()
+    return hard.detach() + (soft - soft.detach())  # in this order the sum is `hard` to the bit
 
 
 def round_through(x: Tensor) -> Tensor:
