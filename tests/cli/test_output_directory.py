@@ -121,6 +121,13 @@ def test_a_result_may_be_called_like_a_model_of_the_package(
     assert json.loads(ran.out)["size_after"] == (tmp_path / "demo-vit" / "model.safetensors").stat().st_size
 
 
+def test_the_demo_refuses_a_directory_that_is_taken_before_it_starts(tersor_command: Command, tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("Dear friend,")
+    ran = tersor_command("demo", "--out", tmp_path)
+    refused(ran, "exists and is not empty")
+    assert ran.out == ""
+
+
 def test_a_sweep_writes_over_no_file_that_is_not_a_sweeps(
     tersor_command: Command, small_source: Path, tmp_path: Path
 ) -> None:

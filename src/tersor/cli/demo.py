@@ -11,7 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tersor.checkpoint.source import open_checkpoint
+from tersor.checkpoint.room import check_free
+from tersor.checkpoint.source import JOB_FOLDER, open_checkpoint
 from tersor.cli.options import Samples
 from tersor.cli.progress import Report, progress_bar
 from tersor.compress import GPTQ, RTN, Method, compress
@@ -33,6 +34,8 @@ def demo(
     windows: Annotated[int, typer.Option(help="Windows of text to evaluate on.")] = 16,
 ) -> None:
     """Quantize the built-in model by rounding and by GPTQ, compare both with the original, and let the result write."""
+    if out is not None and not (out / JOB_FOLDER).exists():  # an unfinished job goes on
+        check_free(out, overwrite=False)
     console = Console()
     table = Table(box=None, pad_edge=False)
     for column in ("", "size on disk", "bits a weight", "perplexity", "seconds"):
