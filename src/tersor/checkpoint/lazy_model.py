@@ -465,7 +465,7 @@ def _forget_weights(module: nn.Module) -> dict[str, Tensor]:
         for tensors in (each._parameters, each._buffers):
             for leaf, tensor in tensors.items():
                 name = f"{owner}.{leaf}" if owner else leaf
-                if tensor is None or tensor.is_meta or stored.get(name) is not tensor:
+                if tensor is None or tensor.is_meta or id(stored.get(name)) != id(tensor):
                     continue
                 if isinstance(tensor, nn.Parameter):
                     if id(tensor) not in moved:

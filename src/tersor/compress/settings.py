@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tersor.calibrate.batches import Batch, Calibration, make_batches, probe_of, to_device, without_target
 from tersor.calibrate.images import image_batches
 from tersor.calibrate.routing import Routing
+from tersor.checkpoint.load import check_tokens
 from tersor.checkpoint.preprocessing import image_settings
 from tersor.checkpoint.source import Checkpoint
 from tersor.compress.method import Progress
@@ -84,6 +85,9 @@ def read_samples(
         seed=job.seed,
         max_positions=getattr(getattr(module, "config", None), "max_position_embeddings", None),
     )
+    for batch in batches:
+        if isinstance(ids := batch.get("input_ids"), Tensor):
+            check_tokens(module, ids, tokenizer)
     return [to_device(_named_for(module, batch), device, dtype) for batch in batches]
 
 

@@ -47,8 +47,11 @@ def load_tokens(path: str | Path, config: TextConfig) -> TokenWindows:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
-    except (OSError, ValueError) as error:
-        raise TersorError(f"no tokenizer at {config.tokenizer!r}: {str(error).splitlines()[0]}") from None
+    except (
+        Exception
+    ) as error:  # the tokenizers package raises bare Exceptions, and a broken config whatever it leads to
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise TersorError(f"no tokenizer at {config.tokenizer!r}: {reason}") from None
     tokens = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0]
     return TokenWindows(tokens, seq_len=config.seq_len)
 
