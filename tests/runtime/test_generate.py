@@ -24,7 +24,7 @@ from tersor.runtime import bench, generate
 from tersor.runtime.bench import Turn
 from tersor.runtime.generate import load_module, stream, stream_tokens
 from tersor.runtime.llama_cpu import LlamaCPU
-from tersor.runtime.sampling import Sampling, choose, probabilities
+from tersor.runtime.sampling import Sampling, choose, penalize, probabilities
 
 
 class Recited:
@@ -229,3 +229,58 @@ def test_models_take_turns_and_ratios_are_those_of_the_same_turn() -> None:
     assert found["prefill"].median == pytest.approx((12 / 1 + 12 / 3) / 2)
     assert found["decode"].median == pytest.approx(2 * 3 / 1.0)
     assert found["first_token"].median == pytest.approx(2.0)
+
+
+# ---- generation_config.json
+
+
+def said(model: Path, **values: object) -> Path:
+    (model / "generation_config.json").write_text(json.dumps(values))
+    return model
+
+
+def test_every_end_token_of_the_generation_config_ends_a_text(small: Path) -> None:
+    module = load_module(said(small, eos_token_id=[2, 7]))
+    assert generate.end_tokens(module, None) == {2, 7}
+    assert generate.end_tokens(load_module(said(small, eos_token_id=5)), None) == {5}
+
+
+def test_sampling_is_as_the_generation_config_says_where_the_user_says_nothing(small: Path) -> None:
+    values = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1}
+    module = load_module(said(small, **values))
+    found = generate.sampling_of(module, {})
+    assert found == Sampling(temperature=0.6, top_k=50, top_p=0.9, repetition_penalty=1.1)
+    given = {"temperature": 0.2, "top_k": 0, "repetition_penalty": 1.0}
+    assert generate.sampling_of(module, given, seed=3) == Sampling(temperature=0.2, top_p=0.9, seed=3)
+    greedy = load_module(said(small, do_sample=False, top_p=0.9))
+    assert generate.sampling_of(greedy, {}).temperature == 0
+
+
+def test_what_the_generation_config_asks_for_in_vain_is_said(tersor_command: Callable[..., Ran], small: Path) -> None:
+    said(small, num_beams=4, no_repeat_ngram_size=0)
+    ran = tersor_command("generate", small, "--prompt", "a", "--max-new-tokens", 2)
+    assert ran.status == 0, ran.err
+    assert ran.err == "generation_config.json asks for num_beams, which tersor does not do\n"
+
+
+@pytest.mark.parametrize("content", ["{", '{"eos_token_id": "stop"}'])
+def test_a_broken_generation_config_is_one_line(tersor_command: Callable[..., Ran], small: Path, content: str) -> None:
+    (small / "generation_config.json").write_text(content)
+    ran = tersor_command("generate", small, "--prompt", "a", "--max-new-tokens", 2)
+    assert ran.status == 2
+    assert "generation_config.json" in ran.err
+    assert ran.err.count("\n") == 1
+
+
+def test_repetition_is_penalized_as_in_transformers() -> None:
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    logits, ids = torch.randn(1, 20), torch.tensor([[3, 5, 3, 7]])
+    right = RepetitionPenaltyLogitsProcessor(1.3)(ids, logits.clone())
+    torch.testing.assert_close(penalize(logits, ids, 1.3), right)
+
+
+def test_min_p_keeps_what_is_near_the_likeliest() -> None:
+    logits = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log()
+    kept = probabilities(logits, Sampling(temperature=1, min_p=0.4))[0]
+    torch.testing.assert_close(kept, torch.tensor([0.5, 0.25, 0.0, 0.0]) / 0.75)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,8 +27,8 @@ def make_batches(
 
     A text ("builtin", None, "hf:NAME" or a file's path) is tokenized as one string, of which `samples` windows of `seq_len`
     tokens are drawn, one at a random place in each equal part; of a list of strings each is one sample, cut at `seq_len`
-    tokens; anything else is taken as the model's own inputs: dictionaries, tensors (the first argument) or tuples (the
-    arguments). At most `samples` are used.
+    tokens; anything else is taken as the model's own inputs: dictionaries (of tensors, arrays or lists of numbers; tokens
+    without a batch axis get one), tensors (the first argument) or tuples (the arguments). At most `samples` are used.
     """
     length = min(seq_len, max_positions or seq_len)
     if calibration is None or isinstance(calibration, str | Path):
@@ -157,14 +158,45 @@ def _windows(tokens: Tensor, origin: str, *, samples: int, length: int, seed: in
 
 def _as_batch(value: Any, n: int) -> Batch:
     if isinstance(value, Mapping):
-        return dict(value)
+        found = {name: _as_tensor(each, str(name), n) for name, each in value.items()}
+        ids = found.get("input_ids")
+        length = len(ids) if isinstance(ids, Tensor) and ids.dim() == 1 else None
+        return {name: _with_batch(each, str(name), length) for name, each in found.items()}
     if isinstance(value, Tensor):
-        return {"args": (value,)}
+        return {"args": (value[None] if value.dim() == 1 and not value.is_floating_point() else value,)}
     if isinstance(value, tuple | list) and all(isinstance(each, Tensor) for each in value):
         return {"args": tuple(value)}
     raise TersorError(
         f"calibration sample {n} is a {type(value).__name__}; give dictionaries, tensors or tuples of tensors"
     )
+
+
+def _as_tensor(value: Any, name: str, n: int) -> Any:
+    """Arrays, and lists of numbers as tokenizers return them, as tensors; anything else as it is."""
+    if isinstance(value, np.ndarray) or (isinstance(value, list | tuple) and value and _holds_numbers(value)):
+        try:
+            found = torch.from_numpy(np.array(value))
+        except (ValueError, TypeError) as error:
+            raise TersorError(
+                f"calibration sample {n}: the rows of {name} are of several lengths, or hold no numbers ({error})"
+            ) from None
+        return found.float() if found.dtype == torch.float64 and not isinstance(value, np.ndarray) else found
+    return value
+
+
+def _holds_numbers(value: Any) -> bool:
+    first = value
+    while isinstance(first, list | tuple) and first:
+        first = first[0]
+    return isinstance(first, bool | int | float | np.ndarray | np.generic)
+
+
+def _with_batch(value: Any, name: str, length: int | None) -> Any:
+    """One text's tokens, and what goes with each of them, as a batch of one."""
+    if not isinstance(value, Tensor) or value.dim() != 1:
+        return value
+    of_tokens = name.endswith(("input_ids", "attention_mask", "token_type_ids", "position_ids"))
+    return value[None] if of_tokens or (length is not None and len(value) == length) else value
 
 
 @contextmanager

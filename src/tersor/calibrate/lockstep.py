@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from tersor.calibrate.activations import Activations
 from tersor.calibrate.blocks import Unit
+from tersor.calibrate.draws import PROBE, State, drawing, state
 from tersor.layers.linear_map import is_linear_map
 
 
@@ -31,6 +32,7 @@ class Call:
     """One pass's call to a unit. `run` calls the unit as it is now; `output` is what the pass goes on with.
 
     sample: the number of the pass. numbers: those of the calibration samples that run in it, among all that there are.
+    drawn: where the pass's random numbers stand before the call, from which every run of it starts; after: at the last run's end.
     """
 
     sample: int
@@ -39,18 +41,23 @@ class Call:
     kwargs: dict[str, Any]
     forward: Callable[..., Any]
     store: Activations
+    drawn: State = field(default_factory=state)
     output: Any = None
+    after: State | None = None
 
     def run(self) -> Any:
         self.store.get((self.args, self.kwargs))
         try:
-            return self.forward(*self.args, **self.kwargs)
+            with drawing(self.drawn):
+                output = self.forward(*self.args, **self.kwargs)
+                self.after = state()
+            return output
         finally:
             self.store.put((self.args, self.kwargs))
 
     def again(self) -> Call:
         """The same call, for another run after this one has let its inputs go."""
-        return Call(self.sample, self.numbers, self.args, self.kwargs, self.forward, self.store)
+        return Call(self.sample, self.numbers, self.args, self.kwargs, self.forward, self.store, self.drawn)
 
 
 @dataclass
@@ -82,9 +89,10 @@ class _Abandoned(BaseException):
 
 @dataclass
 class _Pass:
-    """One sample's forward pass in its thread."""
+    """One sample's forward pass in its thread. seed: of what it draws."""
 
     sample: int
+    seed: int
     go: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     arrived: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     waiting: tuple[Unit, Call] | None = None
@@ -107,11 +115,13 @@ class _Pass:
     def resume(self) -> None:
         """Let the pass run until it stops again or ends."""
         assert self.thread is not None
-        if not self.thread.is_alive():
-            self.thread.start()
-        else:
-            self.go.release()
-        self.arrived.acquire()
+        call = None if self.waiting is None else self.waiting[1]
+        with drawing(self.seed if call is None else call.after or call.drawn):  # nothing else runs meanwhile
+            if not self.thread.is_alive():
+                self.thread.start()
+            else:
+                self.go.release()
+            self.arrived.acquire()
         if self.error is not None:
             raise self.error
 
@@ -121,7 +131,7 @@ class Lockstep:
 
     Whoever iterates must set the output of every call of a stop (`stop.run()`) before going on. `outputs[sample]` is what the
     forward pass returned, for those that ran to their end. numbers: of the calibration samples in each of `samples`, where
-    these are not one each.
+    these are not one each. seeds: of the random numbers that the model draws for each of them.
     """
 
     def __init__(
@@ -132,11 +142,12 @@ class Lockstep:
         forward: Callable[[Any], Any],
         activations: str = "device",
         numbers: Sequence[tuple[int, ...]] | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> None:
         self._store = Activations(activations)
         self._numbers = numbers or [(n,) for n in range(len(samples))]
         self._units, self._forward = list(units), forward
-        self._passes = [_Pass(n) for n in range(len(samples))]
+        self._passes = [_Pass(n, PROBE if seeds is None else seeds[n]) for n in range(len(samples))]
         self._samples = samples
         self._local = threading.local()
         self._visits: dict[str, list[int]] = {}
@@ -219,7 +230,7 @@ class Lockstep:
                 raise WeightsElsewhereError(f"{unit.name} got an input that was made from weights not in memory (meta)")
             self._store.put((args, kwargs))
             numbers = self._numbers[current.sample]
-            return current.stop_at(unit, Call(current.sample, numbers, args, kwargs, seen, self._store))
+            return current.stop_at(unit, Call(current.sample, numbers, args, kwargs, seen, self._store, state()))
 
         return gate
 

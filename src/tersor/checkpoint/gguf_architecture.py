@@ -244,9 +244,16 @@ def config_of(fields: Mapping[str, Any], tensors: Iterable[str], divisors: Tenso
         "attention_bias": "blk.0.attn_q.bias" in names,
         "mlp_bias": "blk.0.ffn_up.bias" in names,
         "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": fields.get("tokenizer.ggml.eos_token_id"),
+        "eos_token_id": _ends(fields),
         "pad_token_id": fields.get("tokenizer.ggml.padding_token_id"),
     }
+
+
+def _ends(fields: Mapping[str, Any]) -> int | list[int] | None:
+    """The tokens that end a text, a turn or a message: llama.cpp stops at each."""
+    found = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    ends = list(dict.fromkeys(int(each) for each in found if each is not None))
+    return ends[0] if len(ends) == 1 else ends or None
 
 
 def _rope_of(

@@ -498,7 +498,7 @@ def _forget_weights(module: nn.Module) -> dict[str, Tensor]:
         for tensors in held:
             for leaf, tensor in tensors.items():
                 name = f"{owner}.{leaf}" if owner else leaf
-                if not isinstance(tensor, Tensor) or tensor.is_meta or stored.get(name) is not tensor:
+                if not isinstance(tensor, Tensor) or tensor.is_meta or id(stored.get(name)) != id(tensor):
                     continue
                 if isinstance(tensor, nn.Parameter):
                     if id(tensor) not in moved:

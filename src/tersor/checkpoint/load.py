@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tersor.checkpoint.gguf_read import open_gguf
 from tersor.checkpoint.gguf_tokenizer import tokenizer_from
@@ -43,7 +43,57 @@ def load(model: str | Path, *, dtype: str = "auto", device: str = "auto", into: 
     lazy = LazyModel(checkpoint, dtype=compute_dtype(checkpoint, where, dtype), device=where, packed=True)
     module = lazy.load_all().to(where)  # with computed buffers, which no checkpoint holds
     prepare_layers(module)
+    _read_generation_config(checkpoint.directory, module)
     return module
+
+
+def _read_generation_config(directory: Path, module: Any) -> None:
+    """How the model's makers want text to be made with it: end tokens, sampling."""
+    path = directory / "generation_config.json"
+    if not path.is_file() or getattr(module, "generation_config", None) is None:
+        return
+    from transformers import GenerationConfig
+
+    try:
+        found = GenerationConfig.from_pretrained(directory)
+    except Exception as error:  # whatever comes of what is in the file
+        raise TersorError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+    ends = found.eos_token_id
+    if ends is None:
+        found.eos_token_id = module.generation_config.eos_token_id
+    elif not all(isinstance(each, int) for each in (ends if isinstance(ends, list) else [ends])):
+        raise TersorError(f"{path}: eos_token_id is {ends!r}; expected a token's number or a list of them")
+    module.generation_config = found
+
+
+def check_tokens(module: Any, ids: Tensor, tokenizer: Any = None) -> None:
+    """Raise TersorError, naming it, where a token has no row in the model's embedding. Tokens of images and sound, which the
+    model replaces, may have none."""
+    try:
+        embedding: Any = module.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # of a model that is no transformers model, or has none
+        return
+    rows = getattr(embedding, "num_embeddings", None)
+    if not isinstance(rows, int) or not ids.numel() or ids.is_floating_point():
+        return
+    outside = sorted(set(ids[(ids < 0) | (ids >= rows)].tolist()))
+    if not outside:
+        return
+    config: Any = getattr(module, "config", None)
+    said = config.to_dict() if hasattr(config, "to_dict") else {}
+    replaced = {
+        value
+        for key, value in said.items()
+        if key.startswith(("image", "video", "audio", "boi", "eoi")) and key.endswith(("_token_id", "_token_index"))
+    }
+    for token in outside:
+        if token not in replaced:
+            name = None if tokenizer is None or token < 0 else tokenizer.convert_ids_to_tokens(int(token))
+            called = f"token {token}" if name is None else f"token {token} ({name!r})"
+            raise TersorError(
+                f"{called} has no row in the model's embedding of {rows} rows: the tokenizer is another model's, or the "
+                "embedding was not resized when tokens were added (resize_token_embeddings in transformers)"
+            )
 
 
 def load_tokenizer(directory: Path) -> Any:

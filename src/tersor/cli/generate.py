@@ -17,16 +17,25 @@ def generate(
     prompt: Annotated[str | None, typer.Option(help="The text to continue; `-` reads standard input.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="A file with the text to continue.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Draw from so many likeliest tokens only; 0: from all.")] = 0,
+    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token every time.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from so many likeliest tokens only; 0: from all.")] = None,
     top_p: Annotated[
-        float, typer.Option(help="Draw from the fewest tokens that have this probability together.")
-    ] = 1.0,
+        float | None, typer.Option(help="Draw from the fewest tokens that have this probability together.")
+    ] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Draw from tokens with this share of the likeliest one's probability.")
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Makes tokens that were there already less likely; 1 does nothing.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Device = "auto",
 ) -> None:
-    """Continue a prompt, token by token as they come. Ctrl-C ends the text where it is."""
+    """Continue a prompt, token by token as they come. Ctrl-C ends the text where it is.
+
+    Sampling that is not asked for is as the model's generation_config.json says, or off.
+    """
     from tersor.runtime.generate import stream
 
     if max_new_tokens < 1:
@@ -39,9 +48,12 @@ def generate(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
         seed=seed,
         dtype=dtype,
         device=device,
+        notice=lambda line: typer.echo(line, err=True),
     )
     first = next(pieces, "")  # what is wrong with the model or the prompt shows before anything is printed
     _print(text + first)

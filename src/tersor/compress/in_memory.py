@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tersor.calibrate.batches import call, without_cache
+from tersor.calibrate.draws import PROBE, drawing
 from tersor.compress.block import Block, LayerReport
 from tersor.compress.describe import quantization_config
 from tersor.compress.first_run import prepare
@@ -57,7 +58,8 @@ def compress_module(model: nn.Module, job: Settings) -> Compressed:
         else:
             before = first_tensor(first.output)
             walk(module, plan, batches, probe, first, stored, hessian_dtype, job.experts, hooks)
-            after = first_tensor(call(module, probe))
+            with drawing(PROBE):
+                after = first_tensor(call(module, probe))
     described = {}
     if job.layout is not None:
         described = quantization_config(

@@ -17,6 +17,7 @@ from tersor.calibrate.batches import Batch, Calibration, make_batches, probe_of,
 from tersor.calibrate.images import image_batches
 from tersor.calibrate.padding import shown_only
 from tersor.calibrate.routing import Routing
+from tersor.checkpoint.load import check_tokens
 from tersor.checkpoint.positions import positions_of
 from tersor.checkpoint.preprocessing import image_settings
 from tersor.checkpoint.source import Checkpoint
@@ -100,6 +101,9 @@ def read_samples(
         seed=job.seed,
         max_positions=positions_of(module),
     )
+    for batch in batches:
+        if isinstance(ids := batch.get("input_ids"), Tensor):
+            check_tokens(module, ids, tokenizer)
     two_texts = bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
     rows = [row for n, batch in enumerate(batches) for row in shown_only(batch, n, encoder_decoder=two_texts)]
     return [to_device(_named_for(module, row), device, dtype) for row in rows]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tersor.calibrate.batches import Batch, bundles, call, joined
 from tersor.calibrate.blocks import Unit, find_units
+from tersor.calibrate.draws import PROBE
 from tersor.calibrate.lockstep import Call, Lockstep, Stop
 from tersor.calibrate.parallel import sample_number, share
 from tersor.calibrate.routing import Routing
@@ -156,6 +157,7 @@ def walk(
         lambda batch: call(model, batch),
         hooks.activations,
         [*numbers, (sample_number(len(mine)),)],
+        [*(1 + each[0] for each in numbers), PROBE],
     ) as passes:
         for stop in passes:
             name = stop.unit.name

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from tersor.calibrate.batches import Batch, call, without_cache, without_target
+from tersor.calibrate.draws import PROBE, drawing
 from tersor.checkpoint.lazy_model import compute_dtype
 from tersor.checkpoint.load import load, load_tokenizer
 from tersor.checkpoint.preprocessing import PREPROCESSOR, image_settings, preprocessor_config
@@ -67,7 +68,7 @@ def _compress(module: nn.Module, job: Settings, stored: torch.dtype) -> Compress
     probe = without_target(samples[0]) if samples else None
     module.eval()
     with without_cache(module):
-        with torch.no_grad():
+        with torch.no_grad(), drawing(PROBE):
             if probe and lacks_second_text(module, probe):
                 samples, probe = _with_second_text(module, samples, probe)
             before = first_tensor(call(module, probe)) if probe else None
@@ -75,7 +76,7 @@ def _compress(module: nn.Module, job: Settings, stored: torch.dtype) -> Compress
         compressed = method.compress_model(module, work).eval()
         for parameter in compressed.parameters():
             parameter.data = parameter.data.to(stored).to(parameter.dtype)
-        with torch.no_grad():
+        with torch.no_grad(), drawing(PROBE):
             after = first_tensor(call(compressed, probe)) if probe else None
     summary = Summary(
         model=type(module).__name__,

@@ -11,11 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersor.checkpoint.load import load, load_tokenizer
+from tersor.checkpoint.load import check_tokens, load, load_tokenizer
 from tersor.checkpoint.positions import positions_of
 from tersor.checkpoint.source import resolve
 from tersor.data.text import builtin_text, read_text
 from tersor.errors import TersorError
+
+_PROBE = 32  # tokens that are run twice, with other tokens in the second half, to see whether the model is causal
+# Of the logits' spread: what other tokens in the same call may change by rounding (experts that are visited with others).
+_TOLERANCE, _TOLERANCE_HALF = 1e-3, 5e-2
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,8 @@ def perplexity(
     dropped); in each window tokens 2 .. n are predicted. This is the GPTQ paper's protocol, there with 2048 tokens.
 
     model: a name or directory, or a module that returns `.logits`. text: a path to a text file (.gz too), "builtin" (also None),
-    or token ids [tokens]. A module needs `tokenizer` unless ids are given. Raises TersorError where the text is too short.
+    or token ids [tokens]. A module needs `tokenizer` unless ids are given. Raises TersorError where the text is too short,
+    or the model is not causal: it is tried whether earlier predictions change with later tokens.
     """
     if isinstance(model, nn.Module):
         module = model
@@ -55,6 +60,8 @@ def perplexity(
         if not isinstance(text, Tensor) and tokenizer is None:
             tokenizer = load_tokenizer(directory)
         module = load(directory, dtype=dtype, device=device)
+    if reason := why_not_causal(module):
+        raise TersorError(f"perplexity needs a causal language model: {reason}")
     ids = text if isinstance(text, Tensor) else _tokens(text, tokenizer)
     positions = positions_of(module)
     if positions is not None and seq_len > positions:
@@ -70,21 +77,75 @@ def perplexity(
         count = min(count, max_windows)
     windows = ids[: count * seq_len].view(count, seq_len)
     where = next(module.parameters(), torch.empty(0)).device
+    check_tokens(module, windows, tokenizer)
     total = 0.0
     module.eval()
     with torch.no_grad():
+        _check_causal(module, windows[0][:_PROBE].to(where), int(windows.max()))
         for n, window in enumerate(windows):
             inputs = window[None].to(where)
-            output = module(input_ids=inputs)
-            logits = getattr(output, "logits", output)
-            if not isinstance(logits, Tensor) or logits.shape[:2] != inputs.shape:
-                raise TersorError("perplexity needs a causal language model that returns logits for every token")
+            logits = _logits(module, inputs)
             total += float(nn.functional.cross_entropy(logits[0, :-1].float(), inputs[0, 1:], reduction="sum"))
             if progress is not None:
                 progress("evaluating", n + 1, count)
     predicted = count * (seq_len - 1)
     mean = total / predicted
     return Perplexity(math.exp(mean) if mean < 700 else math.inf, predicted, count, seq_len)
+
+
+def why_not_causal(module: nn.Module) -> str | None:
+    """Why a model of transformers is, by its class and config, none that predicts the next token from text alone, or None."""
+    if not hasattr(module, "can_generate"):
+        return None  # another library's, or one of ours: it is tried
+    config: Any = getattr(module, "config", None)
+    kind = type(module).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        return f"{kind} is an encoder and a decoder, which predicts one sequence from another"
+    if not module.can_generate():  # type: ignore[operator]
+        return f"{kind} has no output head that predicts the next token"
+    if getattr(module, "main_input_name", "input_ids") != "input_ids":
+        return f"{kind} takes {module.main_input_name}, not text alone"
+    return None
+
+
+def _logits(module: nn.Module, inputs: Tensor) -> Tensor:
+    """[1, tokens, vocabulary]. Raises TersorError where the model gives something else."""
+    try:
+        output = module(input_ids=inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError, NotImplementedError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise TersorError(
+            f"perplexity needs a causal language model: {type(module).__name__} does not run on tokens alone ({reason})"
+        ) from None
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != inputs.shape:
+        raise TersorError("perplexity needs a causal language model that returns logits for every token")
+    return logits
+
+
+def _check_causal(module: nn.Module, window: Tensor, largest: int) -> None:
+    """Raise TersorError where logits depend on later tokens, or are no prediction of tokens. window: tokens [n]."""
+    half = (len(window) + 1) // 2
+    other = window[window != window[0]]
+    swapped = other[0] if len(other) else (window[0] - 1).abs()
+    changed = window.clone()
+    changed[half:] = torch.where(window[half:] == window[0], swapped, window[0])
+    first, second = (_logits(module, ids[None]).float() for ids in (window, changed))
+    if first.shape[-1] <= largest:
+        raise TersorError(
+            f"perplexity needs a causal language model: {type(module).__name__} tells {first.shape[-1]} classes apart, and the "
+            f"text has a token {largest}"
+        )
+    parameter = next(module.parameters(), torch.empty(0))
+    tolerance = _TOLERANCE if parameter.dtype in (torch.float32, torch.float64) else _TOLERANCE_HALF
+    spread = (first - first.mean(-1, keepdim=True)).abs().max().clamp(min=1e-12)
+    if float((first - second)[:, :half].abs().max() / spread) > tolerance:
+        raise TersorError(
+            f"perplexity needs a causal language model: what {type(module).__name__} predicts for a token depends on the tokens "
+            "after it"
+        )
 
 
 def _tokens(text: str | Path | None, tokenizer: Any) -> Tensor:

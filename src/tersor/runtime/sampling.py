@@ -13,12 +13,16 @@ from tersor.errors import TersorError
 @dataclass(frozen=True)
 class Sampling:
     """temperature: 0 takes the likeliest token. top_k: draw from the k likeliest only, 0 from all. top_p: draw from the fewest
-    tokens whose probabilities sum to p at least (Holtzman et al., arXiv 1904.09751)."""
+    tokens whose probabilities sum to p at least (Holtzman et al., arXiv 1904.09751). min_p: draw from tokens that have this share
+    of the likeliest one's probability. repetition_penalty: positive logits of tokens that were there already are divided by it,
+    negative ones multiplied (Keskar et al., arXiv 1909.05858); 1 changes nothing."""
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -27,6 +31,10 @@ class Sampling:
             raise TersorError(f"top_k {self.top_k} must be 0 (all tokens) or above")
         if not 0 < self.top_p <= 1:
             raise TersorError(f"top_p {self.top_p} must be above 0 and at most 1")
+        if not 0 <= self.min_p <= 1:
+            raise TersorError(f"min_p {self.min_p} must be between 0 and 1")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise TersorError(f"repetition_penalty {self.repetition_penalty} must be above 0")
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -40,7 +48,15 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
         ordered, order = p.sort(dim=-1, descending=True, stable=True)
         before = ordered.cumsum(dim=-1) - ordered  # a token stays where those before it do not reach top_p yet
         p = torch.zeros_like(p).scatter(-1, order, ordered.masked_fill(before >= sampling.top_p, 0.0))
+    if sampling.min_p > 0:
+        p = p.masked_fill(p < sampling.min_p * p.amax(dim=-1, keepdim=True), 0.0)
     return p / p.sum(dim=-1, keepdim=True)
+
+
+def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Logits [batch, vocabulary] with those of the tokens seen [batch, tokens] made less likely."""
+    found = logits.gather(1, seen)
+    return logits.scatter(1, seen, torch.where(found < 0, found * penalty, found / penalty))
 
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:

@@ -1,0 +1,62 @@
+"""Perplexity is of causal language models only, found by class, by config and by trying."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from zoo.tiny_models import VOCABULARY, build
+
+import tersor
+from tersor.errors import TersorError
+
+TOKENS = torch.randint(4, VOCABULARY, (64,), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", ["bert", "t5", "bart", "whisper", "vit", "siglip"])
+def test_other_models_are_refused(name: str) -> None:
+    with pytest.raises(TersorError, match="perplexity needs a causal language model"):
+        tersor.perplexity(build(name), TOKENS, seq_len=32)
+
+
+@pytest.mark.parametrize("name", ["llama", "mamba", "mixtral", "gemma3"])
+def test_causal_models_are_not(name: str) -> None:
+    assert tersor.perplexity(build(name), TOKENS, seq_len=32).perplexity > 1
+
+
+def test_a_decoder_class_that_sees_all_tokens_is_found_by_trying() -> None:
+    from transformers import BertConfig, BertLMHeadModel
+
+    config = BertConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    torch.manual_seed(0)
+    with pytest.raises(TersorError, match="depends on the tokens after it"):
+        tersor.perplexity(BertLMHeadModel(config).eval(), TOKENS, seq_len=32)
+
+
+def test_a_linformer_is_found_by_trying() -> None:
+    model = tersor.models.create("linformer_lm", dim=32, seq_len=32, depth=1, k=8, heads=2, num_tokens=VOCABULARY)
+    with pytest.raises(TersorError, match="depends on the tokens after it"):
+        tersor.perplexity(model, TOKENS, seq_len=32)
+
+
+class Tagger(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Embedding(VOCABULARY, 5)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.head(input_ids)
+
+
+def test_classes_are_no_tokens() -> None:
+    with pytest.raises(TersorError, match="tells 5 classes apart"):
+        tersor.perplexity(Tagger(), TOKENS, seq_len=32)
+
+
+def test_a_token_without_a_row_is_named() -> None:
+    with pytest.raises(
+        TersorError, match=f"token {VOCABULARY} has no row in the model's embedding of {VOCABULARY} rows"
+    ):
+        tersor.perplexity(build("llama"), torch.full((64,), VOCABULARY), seq_len=32)
