@@ -20,7 +20,16 @@ from torch import Tensor, nn
 
 from tersor.errors import TersorError
 
-_OWN_RATE = ("inv_dt", "log_dt", "A_real", "log_A_real", "A_imag", "B", "P")  # parameters of the dynamics; C is not
+_OWN_RATE = (
+    "inv_dt",
+    "log_dt",
+    "A_real",
+    "log_A_real",
+    "inv_A_real",
+    "A_imag",
+    "B",
+    "P",
+)  # parameters of the dynamics; C is not
 
 
 @dataclass(frozen=True)
