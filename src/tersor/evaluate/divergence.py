@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from tersor.checkpoint.load import load, load_tokenizer
 from tersor.checkpoint.source import resolve
-from tersor.data.text import builtin_text, read_text
 from tersor.errors import TersorError
+from tersor.evaluate.perplexity import causal_windows, logits_of, tokens_of
 
 BUCKETS = 5
 OVERLAP = 10  # of the k likeliest tokens
@@ -124,7 +124,9 @@ def divergence(
         each.eval() if isinstance(each, nn.Module) else load(each, dtype=dtype, device=device).eval()
         for each in (against, model)
     )
-    windows = _windows(ids, seq_len, max_windows, (base, other))
+    how: dict[str, Any] = {"seq_len": seq_len, "max_windows": max_windows, "tokenizer": tokenizer}
+    windows = causal_windows(base, ids, **how)
+    causal_windows(other, ids, **how)
     kept = _Tokens()
     for number, window in enumerate(windows):
         p, q = _log_probabilities(base, window), _log_probabilities(other, window)
@@ -167,10 +169,7 @@ def _log_probabilities(module: nn.Module, window: Tensor, *, rounded: bool = Fal
     """[tokens - 1, vocabulary] in float64, of what follows each token. rounded: with products in bfloat16."""
     where = next(module.parameters(), torch.empty(0)).device
     with torch.autocast(where.type, torch.bfloat16, enabled=rounded):
-        output = module(input_ids=window[None].to(where))
-    logits = getattr(output, "logits", output)
-    if not isinstance(logits, Tensor) or logits.shape[:2] != (1, len(window)):
-        raise TersorError("a comparison needs causal language models that return logits for every token")
+        logits = logits_of(module, window[None].to(where))
     if not bool(torch.isfinite(logits).all()):
         raise TersorError(
             f"{type(module).__name__} gives logits that are not finite; nothing can be compared with them"
@@ -244,22 +243,6 @@ def _passages(kl: Sequence[Tensor], windows: Tensor, decode: Callable[[list[int]
     return sorted(found, key=lambda each: -each.kl)[:SHOWN]
 
 
-def _windows(ids: Tensor, seq_len: int, most: int | None, modules: Sequence[nn.Module]) -> Tensor:
-    """[windows, seq_len] without overlap; what is left over is dropped."""
-    for module in modules:
-        positions = getattr(getattr(module, "config", None), "max_position_embeddings", None)
-        if positions is not None and seq_len > positions:
-            raise TersorError(f"seq_len {seq_len} is more than the {positions} positions that the model has")
-    if seq_len < 2:
-        raise TersorError(f"seq_len {seq_len} leaves nothing to predict; use at least 2")
-    if most is not None and most < 1:
-        raise TersorError(f"max_windows {most} leaves nothing to evaluate; use at least 1")
-    count = min(len(ids) // seq_len, most or len(ids))
-    if count == 0:
-        raise TersorError(f"the text has {len(ids)} tokens, less than one window of {seq_len}; use a shorter seq_len")
-    return ids[: count * seq_len].view(count, seq_len)
-
-
 def _ids(
     model: str | Path | nn.Module, text: str | Path | Tensor | None, tokenizer: Any
 ) -> tuple[Tensor, Callable[[list[int]], str] | None]:
@@ -269,6 +252,4 @@ def _ids(
         tokenizer = load_tokenizer(resolve(model))
     if tokenizer is None:
         raise TersorError("the original has no tokenizer: give token ids as a tensor")
-    content = builtin_text("evaluation") if text is None or text == "builtin" else read_text(text)
-    ids: Tensor = tokenizer(content, return_tensors="pt", verbose=False)["input_ids"][0]
-    return ids, tokenizer.decode
+    return tokens_of(text, tokenizer), tokenizer.decode

@@ -60,37 +60,49 @@ def perplexity(
         if not isinstance(text, Tensor) and tokenizer is None:
             tokenizer = load_tokenizer(directory)
         module = load(directory, dtype=dtype, device=device)
-    if reason := why_not_causal(module):
-        raise TersorError(f"perplexity needs a causal language model: {reason}")
-    ids = text if isinstance(text, Tensor) else _tokens(text, tokenizer)
-    positions = positions_of(module)
-    if positions is not None and seq_len > positions:
-        raise TersorError(f"seq_len {seq_len} is more than the {positions} positions that the model has")
-    if seq_len < 2:
-        raise TersorError(f"seq_len {seq_len} leaves nothing to predict; use at least 2")
-    count = len(ids) // seq_len
-    if count == 0:
-        raise TersorError(f"the text has {len(ids)} tokens, less than one window of {seq_len}; use a shorter seq_len")
-    if max_windows is not None and max_windows < 1:
-        raise TersorError(f"max_windows {max_windows} leaves nothing to evaluate; use at least 1")
-    if max_windows is not None:
-        count = min(count, max_windows)
-    windows = ids[: count * seq_len].view(count, seq_len)
+    ids = text if isinstance(text, Tensor) else tokens_of(text, tokenizer)
+    windows = causal_windows(module, ids, seq_len=seq_len, max_windows=max_windows, tokenizer=tokenizer)
     where = next(module.parameters(), torch.empty(0)).device
-    check_tokens(module, windows, tokenizer)
-    total = 0.0
-    module.eval()
+    count, total = len(windows), 0.0
     with torch.no_grad():
-        _check_causal(module, windows[0][:_PROBE].to(where), int(windows.max()))
         for n, window in enumerate(windows):
             inputs = window[None].to(where)
-            logits = _logits(module, inputs)
+            logits = logits_of(module, inputs)
             total += float(nn.functional.cross_entropy(logits[0, :-1].float(), inputs[0, 1:], reduction="sum"))
             if progress is not None:
                 progress("evaluating", n + 1, count)
     predicted = count * (seq_len - 1)
     mean = total / predicted
     return Perplexity(math.exp(mean) if mean < 700 else math.inf, predicted, count, seq_len)
+
+
+@torch.no_grad()
+def causal_windows(
+    module: nn.Module, ids: Tensor, *, seq_len: int, max_windows: int | None = None, tokenizer: Any = None
+) -> Tensor:
+    """The tokens in windows without overlap, [windows, seq_len]; what is left over is dropped. The module is put in eval mode.
+
+    Raises TersorError where a window does not fit the model, the text is too short, tokens have no row in the embedding, or
+    the model is not causal.
+    """
+    if reason := why_not_causal(module):
+        raise TersorError(f"perplexity needs a causal language model: {reason}")
+    positions = positions_of(module)
+    if positions is not None and seq_len > positions:
+        raise TersorError(f"seq_len {seq_len} is more than the {positions} positions that the model has")
+    if seq_len < 2:
+        raise TersorError(f"seq_len {seq_len} leaves nothing to predict; use at least 2")
+    if max_windows is not None and max_windows < 1:
+        raise TersorError(f"max_windows {max_windows} leaves nothing to evaluate; use at least 1")
+    count = len(ids) // seq_len
+    if count == 0:
+        raise TersorError(f"the text has {len(ids)} tokens, less than one window of {seq_len}; use a shorter seq_len")
+    count = min(count, max_windows or count)
+    windows = ids[: count * seq_len].view(count, seq_len)
+    check_tokens(module, windows, tokenizer)
+    where = next(module.parameters(), torch.empty(0)).device
+    _check_causal(module.eval(), windows[0][:_PROBE].to(where), int(windows.max()))
+    return windows
 
 
 def why_not_causal(module: nn.Module) -> str | None:
@@ -108,7 +120,7 @@ def why_not_causal(module: nn.Module) -> str | None:
     return None
 
 
-def _logits(module: nn.Module, inputs: Tensor) -> Tensor:
+def logits_of(module: nn.Module, inputs: Tensor) -> Tensor:
     """[1, tokens, vocabulary]. Raises TersorError where the model gives something else."""
     try:
         output = module(input_ids=inputs)
@@ -132,7 +144,7 @@ def _check_causal(module: nn.Module, window: Tensor, largest: int) -> None:
     swapped = other[0] if len(other) else (window[0] - 1).abs()
     changed = window.clone()
     changed[half:] = torch.where(window[half:] == window[0], swapped, window[0])
-    first, second = (_logits(module, ids[None]).float() for ids in (window, changed))
+    first, second = (logits_of(module, ids[None]).float() for ids in (window, changed))
     if first.shape[-1] <= largest:
         raise TersorError(
             f"perplexity needs a causal language model: {type(module).__name__} tells {first.shape[-1]} classes apart, and the "
@@ -148,7 +160,7 @@ def _check_causal(module: nn.Module, window: Tensor, largest: int) -> None:
         )
 
 
-def _tokens(text: str | Path | None, tokenizer: Any) -> Tensor:
+def tokens_of(text: str | Path | None, tokenizer: Any) -> Tensor:
     if tokenizer is None:
         raise TersorError(
             "the model has no tokenizer: give token ids as a tensor, or images to a classifier (--images)"
