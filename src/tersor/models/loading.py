@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tersor.errors import TersorError
 from tersor.models.registry import create
+from tersor.untrusted import first_words, readable, regular_file
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -41,17 +42,24 @@ def load(name: str, checkpoint: str | Path | Mapping[str, Tensor], /, **override
 def read_state(path: str | Path) -> State:
     """The tensors of a checkpoint file or folder. Pickles are read with weights_only=True: nothing in them runs."""
     path = Path(path)
-    if path.is_dir():
+    with readable(path):
+        is_folder, exists = path.is_dir(), path.exists()
+    if is_folder:
         shards = sorted(path.glob("*.safetensors"))
         if not shards:
             raise TersorError(f"{path} holds no .safetensors file")
         return {key: tensor for shard in shards for key, tensor in read_state(shard).items()}
-    if not path.is_file():
+    if not exists:
         raise TersorError(f"there is no checkpoint {path}")
+    regular_file(path)
     if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        return _unwrap(load_file(path))
+        try:
+            return _unwrap(load_file(path))
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            raise TersorError(f"{path} cannot be read as safetensors: {first_words(error)}") from None
     if path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
         return _unwrap(_unpickle(path))
     raise TersorError(f"{path.name}: checkpoints end in .safetensors, .pth, .pt, .bin or .ckpt")
@@ -90,11 +98,13 @@ def _unpickle(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals([Namespace]):  # training scripts store their arguments beside the weights
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, AttributeError) as error:
         raise TersorError(
             f"{path.name} holds Python objects beside tensors and is not opened, for they could run code; "
             "if you trust it, load it yourself, torch.save the tensors alone and load that file"
         ) from error
+    except Exception as error:  # bytes that are no pickle raise errors of any kind
+        raise TersorError(f"{path} cannot be read as a checkpoint: {first_words(error)}") from error
 
 
 def _unwrap(state: Any) -> State:
@@ -107,6 +117,9 @@ def _unwrap(state: Any) -> State:
     if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
         raise TersorError(f"the checkpoint holds no tensors by name, but {_kind(state)}")
     tensors = {str(key): value for key, value in state.items() if isinstance(value, Tensor)}
+    for key, tensor in tensors.items():
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise TersorError(f"{key} says it is {tuple(tensor.shape)}; the file holds fewer values")
     for prefix in _PREFIXES:
         if all(key.startswith(prefix) for key in tensors):
             tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}

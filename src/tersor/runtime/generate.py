@@ -24,6 +24,7 @@ from tersor.runtime.llama_gpu import LlamaGPU
 from tersor.runtime.sampling import Sampling, choose
 
 Engine = LlamaCPU | LlamaGPU | CachedModule
+NEW_TOKENS = 1 << 24
 _CONTEXT = 8  # tokens decoded again with a new one: its text depends on them (spaces, characters of several tokens)
 
 
@@ -84,6 +85,8 @@ def stream(
     Ends at the model's end-of-text token. Raises TersorError where the model cannot generate, has no tokenizer, or the prompt
     leaves no room.
     """
+    if max_new_tokens > NEW_TOKENS:
+        raise TersorError(f"max_new_tokens {max_new_tokens} is more than the {NEW_TOKENS:,} that a text may have")
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     directory = open_checkpoint(model).directory
     tokenizer = load_tokenizer(directory)
