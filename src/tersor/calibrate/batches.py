@@ -16,6 +16,7 @@ from tersor.data.text import builtin_text, hub_text, read_text
 from tersor.errors import TersorError
 
 Batch = dict[str, Any]
+SAMPLES_OF_A_SHORT_TEXT = 4096  # may be drawn from any text, although some are then alike
 TOKENS_AT_ONCE = 8192  # that run through a block together, on a GPU
 Calibration = str | Path | Sequence[str] | Iterable[Any] | None
 
@@ -144,6 +145,9 @@ def _windows(tokens: Tensor, origin: str, *, samples: int, length: int, seed: in
         raise TersorError(
             f"{origin} has {len(tokens)} tokens, less than one sample of {length}; use a longer text or --seq-len {len(tokens)}"
         )
+    different = len(tokens) - length + 1
+    if samples > max(different, SAMPLES_OF_A_SHORT_TEXT):
+        raise TersorError(f"samples={samples} are more than the {different} of {length} tokens that {origin} has")
     generator = torch.Generator().manual_seed(seed)
     # One window at a random place in each of `samples` equal parts: texts are collections, and this visits all of one. No two
     # overlap, where the text is long enough.

@@ -219,8 +219,19 @@ def config_of(fields: Mapping[str, Any], tensors: Iterable[str], divisors: Tenso
             raise TersorError(f"the GGUF file lacks {name}.{key}")
         if isinstance(value, list):
             raise TersorError(f"the GGUF file has {name}.{key} per layer; tersor reads models whose layers are alike")
+        fraction = key in ("rope.freq_base", "attention.layer_norm_rms_epsilon")
+        if isinstance(value, bool) or not isinstance(value, (int, float) if fraction else int):
+            raise TersorError(f"the GGUF file has {name}.{key} {value!r}; a number is expected")
+        if not 0 < value < math.inf:
+            raise TersorError(f"the GGUF file has {name}.{key} {value}; it must be positive")
         return value
 
+    for key in ("bos", "eos", "padding"):
+        token = fields.get(f"tokenizer.ggml.{key}_token_id")
+        if token is not None and (isinstance(token, bool) or not isinstance(token, int)):
+            raise TersorError(
+                f"the GGUF file has tokenizer.ggml.{key}_token_id {token!r}; a token's number is expected"
+            )
     names, heads = set(tensors), number("attention.head_count")
     hidden = number("embedding_length")
     head_dim = number("attention.key_length", hidden // heads)

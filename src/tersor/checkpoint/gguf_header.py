@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from tersor.errors import TersorError
+from tersor.untrusted import regular_file
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _FLOAT32, _STRING, _ARRAY = 6, 8, 9
@@ -46,9 +47,10 @@ def gguf_package() -> ModuleType:
 
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Place]]:
     """Metadata and tensors by name. Raises TersorError where the file is no whole GGUF file."""
+    regular_file(path)
     try:
         return _parse(np.memmap(path, mode="r"))
-    except (ValueError, struct.error, OverflowError, OSError) as error:  # also UnicodeDecodeError
+    except (ValueError, TypeError, struct.error, OverflowError, OSError, RecursionError, MemoryError) as error:
         raise TersorError(f"{path} cannot be read as a GGUF file: {error}") from None
 
 
@@ -67,13 +69,21 @@ def _parse(data: Any) -> tuple[dict[str, Any], dict[str, Place]]:
     found = []
     for _ in range(tensors):
         name, (dimensions,) = reader.string(), reader.take("I")
+        if not 1 <= dimensions <= 4:
+            raise ValueError(f"its tensor {name} has {dimensions} dimensions")
         shape = reader.take(f"{dimensions}Q")
         found.append((name, tuple(reversed(shape)), *reader.take("IQ")))
-    alignment = int(said.get("general.alignment", 32))
+    alignment = said.get("general.alignment", 32)
+    if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 20:
+        raise ValueError(f"its alignment is {alignment!r}")
     begin = -(-reader.at // alignment) * alignment
     places = {}
     for name, shape, number, offset in found:
         kind, block, size = _type(number)
+        if name in places:
+            raise ValueError(f"it has two tensors {name}")
+        if min(shape) < 1 or shape[-1] % block:
+            raise ValueError(f"its tensor {name} of {kind} is {shape}, which are no whole blocks of {block}")
         start = begin + offset
         stop = start + prod(shape) // block * size
         if stop > len(data):

@@ -27,6 +27,7 @@ from tersor.checkpoint.gguf_architecture import (
 from tersor.checkpoint.gguf_header import Place, gguf_package, read_header
 from tersor.errors import TersorError
 from tersor.formats.gguf_blocks import BLOCK, BLOCK_TYPES, dequantize_blocks, on_grid
+from tersor.untrusted import check_config
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NOT_LINEAR = ("model.embed_tokens.weight",)
@@ -84,17 +85,23 @@ class GGUFFile:
 def open_gguf(path: Path) -> GGUFFile:
     """Read the header of a file. Raises TersorError where it is damaged, or holds what tersor does not read."""
     fields, places = read_header(path)
-    if int(fields.get("split.count", 0)) > 1:
+    if fields.get("split.count", 0) not in (0, 1):
         raise TersorError(
-            f"{path} is one of {fields['split.count']} parts; merge them with llama.cpp's llama-gguf-split"
+            f"{path} is one of {fields['split.count']!r} parts; merge them with llama.cpp's llama-gguf-split"
         )
     data, divisors = np.memmap(path, mode="r"), None
     if FREQUENCIES in places:
+        if places[FREQUENCIES].kind not in PLAIN:
+            raise TersorError(
+                f"{path}: {FREQUENCIES} is of the type {places[FREQUENCIES].kind}; expected plain numbers"
+            )
         divisors = GGUFTensor(data, places.pop(FREQUENCIES), packed=False, heads=None)[...]
     try:
         config = config_of(fields, places, divisors)
-    except TersorError as error:
-        raise TersorError(f"{path}: {error}") from None
+    except (TersorError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        said = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise TersorError(f"{path}: {said}") from None
+    check_config(path, config, tensors=len(places), size=path.stat().st_size)
     tensors = _named(path, data, places, config)
     embedding = tensors.get("model.embed_tokens.weight")
     if embedding is None:
@@ -117,6 +124,8 @@ def _named(path: Path, data: Any, places: dict[str, Place], config: dict[str, An
     for short, place in places.items():
         name = name_from_file(short) or short  # what is unknown is reported as such by whoever builds the model
         heads = heads_permuted(name, config["num_attention_heads"], config["num_key_value_heads"]) if permuted else None
+        if heads is not None and place.shape[0] % (2 * heads):
+            raise TersorError(f"{path}: {short} has {place.shape[0]} rows, which {heads} heads do not share")
         kind = place.kind
         if kind not in PLAIN and kind not in BLOCK_TYPES and not _dequantizable(place.number):
             raise TersorError(f"{path}: {short} is of the type {kind}, which tersor does not read")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from tersor.checkpoint.lazy_model import classes_of, read_layer
+from tersor.checkpoint.lazy_model import check_finite, check_layer, classes_of, read_layer
 from tersor.checkpoint.quantization_config import read_config
 from tersor.checkpoint.source import Checkpoint
 from tersor.errors import TersorError
@@ -37,7 +37,9 @@ def load_into(checkpoint: Checkpoint, module: nn.Module) -> nn.Module:
             raise TersorError(f"{name} is {checkpoint.shape(name)}; the module's is {tuple(tensor.shape)}")
     with torch.no_grad(), checkpoint.tensors(sorted(plain)) as slices:
         for name, piece in slices.items():
-            own[name].copy_(piece[...])
+            values = piece[...]
+            check_finite(name, values)
+            own[name].copy_(values)
     place_packed(module, maps, packed)
     return module.eval()
 
@@ -55,8 +57,12 @@ def _packed(checkpoint: Checkpoint, linears: dict[str, str], module: nn.Module) 
         name = linears[stem]
         out_features, in_features = matrix_shape(maps[name])
         keys = [key for key in checkpoint.shard_of if _stem_of_packed(checkpoint, key) == stem]
+        with checkpoint.tensors(keys) as slices:
+            headers = {key: (piece.get_dtype(), tuple(piece.get_shape())) for key, piece in slices.items()}
+        own = config.for_layer(stem, name, classes=classes_of(maps[name]))
+        check_layer(stem, headers, in_features, own)
         tensors = {key.rpartition(".")[2]: tensor for key, tensor in checkpoint.read(keys).items()}
-        weight = read_layer(stem, tensors, in_features, config.for_layer(stem, name, classes=classes_of(maps[name])))
+        weight = read_layer(stem, tensors, in_features, own)
         if weight.out_features != out_features:
             raise TersorError(f"{stem} has {weight.out_features} outputs; the module's layer has {out_features}")
         found[name] = weight.to(device)

@@ -19,6 +19,7 @@ from tersor.checkpoint.quantization_config import QuantizationConfig, read_confi
 from tersor.checkpoint.source import Checkpoint, torch_dtype
 from tersor.errors import TersorError
 from tersor.formats.gguf_blocks import BLOCK_TYPES, unpack_blocks
+from tersor.formats.layout_check import Header, check_headers
 from tersor.formats.layouts import PACKED_SUFFIXES, read_awq, read_compressed, read_gptq
 from tersor.formats.quantized_weight import QuantizedWeight
 from tersor.layers.exchange import EXCHANGED, exchange, exchangeable_kinds
@@ -59,12 +60,13 @@ class LazyModel:
         self._sort_keys()
         self._check_nothing_is_missing()
         self._keep_both_of_untied()
+        self._check_packed()
         if packed:
             self._make_room_for_packed()
 
     def load(self, module: nn.Module) -> None:
         """Bring every parameter and persistent buffer of `module` into memory."""
-        prefix = self._name_of(module)
+        prefix, before = self._name_of(module), {id(tensor) for _, tensor in _state(module, "") if not tensor.is_meta}
         names = [name for name, tensor in _state(module, prefix) if tensor.is_meta]
         packed = [linear for linear in self.quantized if _is_under(linear, prefix)]
         apart = {self.parameter_of(linear) for linear in packed}
@@ -72,6 +74,9 @@ class LazyModel:
         if not self.packed:  # packed layers were read when room was made for them
             self._load_dequantized(packed)
         self._tie()
+        for name, parameter in module.named_parameters(prefix=prefix):
+            if id(parameter) not in before:
+                check_finite(name, parameter)
 
     def release(self, module: nn.Module) -> None:
         """Let the tensors of `module` go; its parameters are on the meta device again."""
@@ -223,6 +228,17 @@ class LazyModel:
                 return False
             return torch.equal(a[...], b[...])
 
+    def _check_packed(self) -> None:
+        """Raise TersorError where a packed layer's tensors are not what the quantization config says."""
+        stems = [(stem, linear) for linear, parts in self.quantized.items() for stem in parts]
+        keys = [f"{s}.{suffix}" for s, _ in stems for suffix in PACKED_SUFFIXES]
+        with self.checkpoint.tensors(key for key in keys if key in self.checkpoint.shard_of) as slices:
+            headers = {key: (piece.get_dtype(), tuple(piece.get_shape())) for key, piece in slices.items()}
+        for stem, linear in stems:
+            found, config = self.maps[linear], self.quantization
+            own = None if config is None else config.for_layer(stem, linear, classes=classes_of(found))
+            check_layer(stem, headers, matrix_shape(found)[1], own)
+
     def _make_room_for_packed(self) -> None:
         """Replace every dense layer that is stored packed, so that its dense weight is never allocated."""
         for name in self.quantized:
@@ -278,6 +294,14 @@ class LazyModel:
             if each is module:
                 return str(name)
         raise ValueError(f"{type(module).__name__} is not part of this model")
+
+
+def check_layer(name: str, headers: dict[str, Header], in_features: int, config: QuantizationConfig | None) -> None:
+    """Raise TersorError where the headers of one packed layer, published as `name`, do not go with what holds for it."""
+    if config is None:
+        raise TersorError(f"{name} is packed, and the checkpoint has no quantization config")
+    found = {s: headers[f"{name}.{s}"] for s in PACKED_SUFFIXES if f"{name}.{s}" in headers}
+    check_headers(name, found, in_features, layout=config.layout, bits=config.bits, group_size=config.group_size)
 
 
 def read_layer(name: str, tensors: dict[str, Tensor], in_features: int, config: QuantizationConfig) -> QuantizedWeight:
@@ -475,6 +499,14 @@ class _KeyMap:
         if info.conversion_errors:
             name, reason = sorted(info.conversion_errors.items())[0]
             raise TersorError(f"{name} cannot be made from the checkpoint's tensors: {reason}")
+
+
+def check_finite(name: str, weight: Tensor) -> None:
+    """Raise TersorError where a weight holds NaN or Inf. Its sum tells at the speed of memory, unless the sum overflows."""
+    if not weight.is_floating_point() or weight.is_meta:
+        return
+    if not bool(torch.isfinite(weight.detach().sum(dtype=torch.float32))) and not bool(torch.isfinite(weight).all()):
+        raise TersorError(f"the weight {name} is not finite (NaN or Inf)")
 
 
 def _state(module: nn.Module, prefix: str) -> list[tuple[str, Tensor]]:

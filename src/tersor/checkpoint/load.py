@@ -15,7 +15,7 @@ from tersor.checkpoint.lazy_model import LazyModel, compute_dtype
 from tersor.checkpoint.source import open_checkpoint
 from tersor.errors import TersorError
 from tersor.layers.quantized_linear import prepare_layers
-from tersor.untrusted import pretrained
+from tersor.untrusted import first_words, pretrained
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -99,7 +99,13 @@ def check_tokens(module: Any, ids: Tensor, tokenizer: Any = None) -> None:
 def load_tokenizer(directory: Path) -> Any:
     """The tokenizer in a model directory or GGUF file, or None where it has none."""
     if directory.suffix == ".gguf" and directory.is_file():
-        return tokenizer_from(open_gguf(directory).fields, str(directory))
+        fields = open_gguf(directory).fields
+        try:
+            return tokenizer_from(fields, str(directory))
+        except TersorError:
+            raise
+        except Exception as error:  # the tokenizers library raises Rust's errors as a bare Exception
+            raise TersorError(f"the tokenizer of {directory} cannot be loaded: {first_words(error)}") from error
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
         return None
     from transformers import AutoTokenizer

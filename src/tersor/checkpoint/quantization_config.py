@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from typing import Any
 
 from tersor.errors import TersorError
 from tersor.formats.layouts import LAYOUTS
+from tersor.untrusted import matches, read_json
 
 LAYER_KEYS = ("bits", "group_size", "sym", "desc_act")  # what may differ from layer to layer
 CONFIG_FILES = ("quantize_config.json", "quant_config.json")  # older writers keep it beside config.json
@@ -37,7 +37,7 @@ class QuantizationConfig:
         patterns = [(target.removeprefix("re:"), changes) for target, changes in self.overrides if _is_pattern(target)]
         exact = [(target, changes) for target, changes in self.overrides if not _is_pattern(target)]
         found = [changes for target, changes in exact if target in names]
-        found += [changes for pattern, changes in patterns if any(re.match(pattern, name) for name in names)]
+        found += [changes for pattern, changes in patterns if any(matches(pattern, name) for name in names)]
         found += [changes for target, changes in exact if target in classes]
         return replace(self, **found[0]) if found else self
 
@@ -53,12 +53,30 @@ def read_config(directory: Path, config: Mapping[str, Any]) -> QuantizationConfi
         if found is None:
             for name in CONFIG_FILES:
                 if (directory / name).is_file():
-                    found = json.loads((directory / name).read_text(encoding="utf-8"))
+                    found = read_json(directory / name)
                     break
-        return parse_config(found) if found else None
+        if not found:
+            return None
+        parsed = parse_config(found)
+        _check(parsed)
+        return parsed
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise TersorError(f"{directory}: its quantization config cannot be read: {reason}") from None
+
+
+def _check(config: QuantizationConfig) -> None:
+    """Raise ValueError where a number is none that any layout has."""
+    for where, each in (("", config.__dict__), *((f" of {name}", changes) for name, changes in config.overrides)):
+        bits, group_size = each.get("bits", config.bits), each.get("group_size", config.group_size)
+        if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
+            raise ValueError(f"bits{where} is {bits!r}; 1 to 8 are read")
+        whole = isinstance(group_size, int) and not isinstance(group_size, bool)
+        if not whole or not (group_size == -1 or 1 <= group_size < 2**31):
+            raise ValueError(f"group_size{where} is {group_size!r}; a positive number or -1 is expected")
+        for flag in ("sym", "desc_act"):
+            if not isinstance(each.get(flag, False), bool):
+                raise ValueError(f"{flag}{where} is {each[flag]!r}; true or false is expected")
 
 
 def parse_config(found: Mapping[str, Any]) -> QuantizationConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,6 +19,16 @@ from tersor.checkpoint.gguf_read import GGUFFile, open_gguf
 from tersor.checkpoint.hashes import Seen, bytes_of, tensor_hash
 from tersor.errors import TersorError
 from tersor.formats.weight_files import PICKLE_ENDINGS, SAFETENSORS, weight_files
+from tersor.untrusted import (
+    check_config,
+    first_words,
+    inside,
+    no_special_files,
+    read_json,
+    read_json_object,
+    readable,
+    regular_file,
+)
 
 BUILTIN = ("demo", "demo-vit")  # models that come with the package, under tersor/assets
 JOB_FOLDER = ".tersor-job"  # what an unfinished compression leaves in its output directory
@@ -47,7 +56,10 @@ class _Slice:
         self.get_shape, self.get_dtype, self._piece = piece.get_shape, piece.get_dtype, piece
 
     def __getitem__(self, index: Any) -> Tensor:
-        values: Tensor = self._piece[index].clone()
+        try:
+            values: Tensor = self._piece[index].clone()
+        except (SafetensorError, RuntimeError, ValueError, AttributeError) as error:
+            raise TersorError(f"a tensor of {self.get_dtype()} cannot be read: {first_words(error)}") from None
         return values
 
 
@@ -178,25 +190,25 @@ def open_checkpoint(model: str | Path, *, allow_pickle: bool = False, unfinished
     if (directory / JOB_FOLDER / "journal.json").exists() and not unfinished:
         raise TersorError(f"{directory} holds an unfinished job; run its command again to finish it")
     config_file = directory / "config.json"
+    no_special_files(directory)
     if not config_file.is_file():
         raise TersorError(f"{directory} is not a model: it has no config.json")
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise TersorError(f"{config_file} is not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise TersorError(f"{config_file} holds no object but {type(config).__name__}")
-    return Checkpoint(directory, config, _shards(directory, config, allow_pickle))
+    config = read_json_object(config_file)
+    checkpoint = Checkpoint(directory, config, _shards(directory, config, allow_pickle))
+    check_config(config_file, config, tensors=len(checkpoint.shard_of), size=checkpoint.size())
+    return checkpoint
 
 
 def resolve(model: str | Path, *, allow_pickle: bool = False) -> Path:
     """The local directory of a model, or its GGUF file; downloads a hub repository where the name has that form."""
     if str(model) in BUILTIN:
         return Path(str(files("tersor") / "assets" / str(model)))
-    path = Path(model).expanduser()
-    if path.is_dir() or _is_gguf(path):
-        return path
-    if path.exists():
+    with readable(model):
+        path = Path(model).expanduser()
+        if path.is_dir() or _is_gguf(path):
+            return path
+        exists = path.exists()
+    if exists:
         raise TersorError(f"{path} is a file; give the directory that holds the model's config.json, or a .gguf file")
     if not _is_hub_name(str(model)):
         raise TersorError(
@@ -250,14 +262,14 @@ def _shards(directory: Path, config: dict[str, Any], allow_pickle: bool) -> dict
             "--allow-pickle reads them without running any, or save the model as safetensors first"
         )
     weight_map = {} if chosen.index is None else _read_index(chosen.index)
-    paths = chosen.files if chosen.index is None else sorted({directory / name for name in weight_map.values()})
+    paths = chosen.files if chosen.index is None else sorted({inside(directory, name) for name in weight_map.values()})
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
         raise TersorError(f"{directory} lacks {', '.join(missing)}, which its index names")
     shard_of: dict[str, Path] = {}
     for path in paths:
         for name in _names_in(path):
-            if name in weight_map and directory / weight_map[name] != path:
+            if name in weight_map and inside(directory, weight_map[name]) != path:
                 continue  # an old tensor, where the index knows a newer one
             if name in shard_of:
                 raise TersorError(
@@ -274,38 +286,54 @@ def _shards(directory: Path, config: dict[str, Any], allow_pickle: bool) -> dict
 def _read_index(path: Path) -> dict[str, str]:
     """{tensor: the shard that holds it}"""
     try:
-        weight_map = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"].items())
+        weight_map = dict(read_json(path)["weight_map"].items())
         if not all(isinstance(file, str) for file in weight_map.values()):
             raise TypeError("weight_map does not name files")
         return weight_map
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (TersorError, KeyError, TypeError, AttributeError) as error:
         raise TersorError(f"{path} is not a {path.name.split('.')[1]} index: {error}") from None
 
 
 def _names_in(path: Path) -> list[str]:
     if _is_pickle(path):
         return list(_unpickled(path))
+    regular_file(path)
     try:
         with safe_open(path, framework="pt") as shard:
             return list(shard.keys())
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise TersorError(f"{path} cannot be read as safetensors: {error}") from None
 
 
 def _unpickled(path: Path) -> dict[str, Tensor]:
     """The tensors of a pickled file, mapped rather than read where its format allows."""
+    regular_file(path)
     try:
         try:
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # the format of before torch 1.6 cannot be mapped
             found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise TersorError(f"{path} cannot be read as weights only: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # bytes that are no pickle raise errors of any kind
+        kind = "" if isinstance(error, pickle.UnpicklingError) else f"{type(error).__name__}: "
+        raise TersorError(f"{path} cannot be read as weights only: {kind}{first_words(error)}") from None
     if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
         found = found["state_dict"]
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise TersorError(f"{path} holds something else than tensors by name")
+    if (bad := next((name for name in found if not isinstance(name, str)), None)) is not None:
+        raise TersorError(f"{path} holds a tensor under {bad!r}, which is no name")
+    for name, tensor in found.items():
+        check_dense(tensor, f"{name} of {path}")
     return found
+
+
+def check_dense(tensor: Tensor, what: str) -> None:
+    """Raise TersorError for a pickled tensor of a kind that weights do not have, or which says that it is larger than the
+    memory behind it: a few bytes can claim any size."""
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta or tensor.dtype not in NAMES:
+        raise TersorError(f"{what} is {tensor.dtype}, {tensor.layout} on {tensor.device}: no plain tensor")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise TersorError(f"{what} says it is {tuple(tensor.shape)}; the file holds fewer values")
 
 
 def _is_pickle(path: Path) -> bool:
@@ -316,7 +344,8 @@ def torch_dtype(config: dict[str, Any]) -> torch.dtype:
     """The dtype that a config says its weights have (float32 where it says none)."""
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
     name = config.get("dtype") or config.get("torch_dtype") or (text or {}).get("dtype") or "float32"
-    dtype = getattr(torch, str(name), None)
-    if not isinstance(dtype, torch.dtype):
-        raise TersorError(f"config.json names an unknown dtype {name!r}")
+    known = {str(each).removeprefix("torch."): each for each in NAMES if each.is_floating_point}
+    dtype = known.get(str(name).removeprefix("torch."))
+    if dtype is None:
+        raise TersorError(f"config.json names an unknown dtype {name!r}; known: {', '.join(known)}")
     return dtype

@@ -20,6 +20,7 @@ from tersor.runtime import bench as runtime
 from tersor.runtime.bench import Spread, Turn
 from tersor.runtime.cached_module import CachedModule
 from tersor.runtime.generate import Engine, check_length, load_module, make_engine
+from tersor.untrusted import check_at_once
 
 
 def bench(
@@ -43,6 +44,7 @@ def bench(
     if threads is not None:
         if threads < 1:
             raise TersorError(f"--threads {threads} must be positive")
+        check_at_once("--threads", threads)
         torch.set_num_threads(threads)
     runners: dict[str, Callable[[], Turn]] = {}
     engines: dict[str, Engine] = {}

@@ -10,6 +10,7 @@ import typer
 
 from tersor.cli.options import Device
 from tersor.errors import TersorError
+from tersor.untrusted import read_bytes
 
 
 def generate(
@@ -69,10 +70,14 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
     if (prompt is None) == (file is None):
         raise TersorError("give the text to continue by either --prompt or --prompt-file")
     if file is None:
-        return sys.stdin.read() if prompt == "-" else str(prompt)
+        try:
+            return sys.stdin.read() if prompt == "-" else str(prompt)
+        except UnicodeDecodeError as error:
+            raise TersorError(f"standard input is not UTF-8 text: {error}") from None
+    content = read_bytes(file)
     try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
         raise TersorError(f"--prompt-file {file} cannot be read: {error}") from None
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +21,7 @@ from tersor.tasks import task_named
 from tersor.train.config import TrainConfig
 from tersor.train.trainer import train as run_training
 from tersor.train.trainer import validate
+from tersor.untrusted import read_json, read_toml, readable
 
 SECTIONS = ("model", "data", "train")
 
@@ -97,7 +97,14 @@ def _build(name: str, checkpoint: Path | None, overrides: dict[str, Any]) -> nn.
         if checkpoint is not None:
             return tersor.models.load(name, checkpoint, **overrides)
         return tersor.models.create(name, **overrides)
-    except (TypeError, ValueError, RuntimeError) as error:  # a config that no __post_init__ caught
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+        ArithmeticError,
+        LookupError,
+        AttributeError,
+    ) as error:  # a config that no __post_init__ caught
         raise TersorError(f"{name} cannot be built with {overrides}: {error}") from None
 
 
@@ -105,12 +112,10 @@ def _tables(path: Path | None, entries: list[str]) -> dict[str, dict[str, Any]]:
     """The config file's three tables, and what --set changes in them."""
     tables: dict[str, Any] = {}
     if path is not None:
-        try:
-            tables = tomllib.loads(path.read_text()) if path.suffix == ".toml" else json.loads(path.read_text())
-        except OSError:
-            raise TersorError(f"no config file at {path}") from None
-        except ValueError as error:
-            raise TersorError(f"{path} is not valid {path.suffix[1:].upper() or 'JSON'}: {error}") from None
+        with readable(path):
+            if not path.exists():
+                raise TersorError(f"no config file at {path}")
+        tables = read_toml(path) if path.suffix == ".toml" else read_json(path)
     if not isinstance(tables, dict) or any(not isinstance(table, dict) for table in tables.values()):
         raise TersorError(f"{path}: a config has the tables {', '.join(SECTIONS)}, and its entries in them")
     for entry in entries:
@@ -120,7 +125,7 @@ def _tables(path: Path | None, entries: list[str]) -> dict[str, dict[str, Any]]:
             raise TersorError(f"--set {entry}: SECTION.NAME=VALUE is expected, such as model.pred_len=192")
         try:
             value = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             value = text  # a string without quotes
         tables.setdefault(section, {})[option] = value
     if unknown := tables.keys() - SECTIONS:

@@ -21,6 +21,9 @@ from tersor.compress.stream import compress_checkpoint
 from tersor.compress.whole_model import compress_whole_checkpoint, compress_whole_module
 from tersor.errors import TersorError
 from tersor.formats.layouts import layout_named
+from tersor.untrusted import check_seed
+
+SAMPLES, TOKENS = 1 << 20, 1 << 30  # at most
 
 
 def compress(
@@ -73,6 +76,11 @@ def compress(
     """
     if samples < 1 or seq_len < 1:
         raise TersorError(f"samples={samples} and seq_len={seq_len} must be positive")
+    if samples > SAMPLES or seq_len > TOKENS:
+        raise TersorError(
+            f"samples={samples} and seq_len={seq_len} are more than any calibration has: {SAMPLES}, {TOKENS}"
+        )
+    check_seed(seed)
     if activations not in PLACES:
         raise TersorError(f"activations={activations!r} is not one of {', '.join(PLACES)}")
     if target_tp < 1:

@@ -109,7 +109,7 @@ def methods() -> dict[str, type[Method]]:
 def from_options(name: str, options: Mapping[str, Any]) -> Method:
     """Make a method from its name and options. Raises TersorError naming what is unknown."""
     known = methods()
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise TersorError(f"unknown method {name!r}; known: {', '.join(known)}")
     fields = {f.name for f in dataclasses.fields(known[name])}
     unknown = sorted(set(options) - fields)
@@ -138,5 +138,21 @@ def check_options(method: Method) -> None:
     """Called from `__post_init__`: every option against its own check. Raises TersorError with the offending value."""
     for each in dataclasses.fields(method):
         check, value = each.metadata.get("check"), getattr(method, each.name)
-        if check is not None and not check(value):
+        if not _is_like(value, each.default) and not each.metadata.get("word"):
+            allowed = each.metadata.get("allowed") or f"a value such as {each.default!r}"
+            raise TersorError(f"{each.name}={value!r} is not allowed: {allowed}")
+        try:
+            allowed = check is None or bool(check(value))
+        except (TypeError, ValueError, AttributeError):  # a list where a number belongs
+            allowed = False
+        if not allowed:
             raise TersorError(f"{each.name}={value!r} is not allowed: {each.metadata['allowed']}")
+
+
+def _is_like(value: Any, default: Any) -> bool:
+    """Whether an option's value is of its default's kind; a default of None says nothing."""
+    if isinstance(default, bool) or isinstance(value, bool):
+        return default is None or (isinstance(default, bool) and isinstance(value, bool))
+    if isinstance(default, float):
+        return isinstance(value, int | float)
+    return not isinstance(default, int | str) or isinstance(value, type(default))

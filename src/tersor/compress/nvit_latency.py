@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from tersor.errors import TersorError
+from tersor.untrusted import read_json
 
 AXES = ("emb", "heads", "qk", "v", "mlp")
 FULL_BLOCK = 0.0808  # seconds that the published table gives to a full block: the scale of its weight against saliency
@@ -56,10 +57,10 @@ class LatencyTable:
 def read_table(path: str | Path) -> LatencyTable:
     """A table as `save` writes it: JSON with `grid` (five lists) and `seconds` (nested lists)."""
     try:
-        found = json.loads(Path(path).expanduser().read_text())
+        found = read_json(Path(path).expanduser())
         grid = tuple(tuple(int(each) for each in points) for points in found["grid"])
         return LatencyTable(grid, torch.tensor(found["seconds"], dtype=torch.float64))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (TersorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise TersorError(f"{path} is no latency table (JSON with grid and seconds): {error}") from None
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from tersor.compress.method import Method, from_options
 from tersor.errors import TersorError
+from tersor.untrusted import read_yaml, readable
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,12 @@ def make_rules(rules: Sequence[Mapping[str, Any] | Rule]) -> tuple[Rule, ...]:
             raise TersorError(
                 f"rule {n}, for {rule['match']!r}, changes nothing; give it an option, a method or skip: true"
             )
+        if not isinstance(rule.get("skip", False), bool):
+            raise TersorError(f"rule {n}, for {rule['match']!r}, has skip {rule['skip']!r}; true or false is expected")
+        if not isinstance(rule.get("method"), str | None):
+            raise TersorError(
+                f"rule {n}, for {rule['match']!r}, has the method {rule['method']!r}; one name is expected"
+            )
         made.append(Rule(rule["match"], options, rule.get("method"), bool(rule.get("skip", False))))
     return tuple(made)
 
@@ -90,15 +97,11 @@ def read_recipe(path: str | Path) -> Recipe:
 
 def recipe_content(path: str | Path, *, wanted: str) -> dict[str, Any]:
     """What a recipe file says. Raises TersorError where it is missing, no YAML, or no mapping, and then says what is wanted."""
-    import yaml
-
     path = Path(path).expanduser()
-    if not path.is_file():
-        raise TersorError(f"no recipe file at {path}")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise TersorError(f"{path} is not valid YAML: {error}") from None
+    with readable(path):
+        if not path.is_file():
+            raise TersorError(f"no recipe file at {path}")
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise TersorError(f"{path} holds no recipe but {type(content).__name__}; give {wanted}")
     return content

@@ -19,7 +19,7 @@ from tersor.calibrate.padding import shown_only
 from tersor.calibrate.routing import Routing
 from tersor.checkpoint.load import check_tokens
 from tersor.checkpoint.positions import positions_of
-from tersor.checkpoint.preprocessing import image_settings
+from tersor.checkpoint.preprocessing import class_names, image_processor, image_settings
 from tersor.checkpoint.source import Checkpoint
 from tersor.compress.method import Progress
 from tersor.compress.plan import Plan
@@ -123,7 +123,15 @@ def samples_by_path(checkpoint: Checkpoint, job: Settings) -> Calibration:
     given = job.calibration
     if not isinstance(given, str | Path) or not (Path(given).is_dir() or Path(given).suffix == ".npz"):
         return given
-    return image_batches(given, image_settings(checkpoint), samples=job.samples, seed=job.seed)
+    prepare = image_processor(checkpoint)
+    return image_batches(
+        given,
+        {} if prepare is not None else image_settings(checkpoint),
+        samples=job.samples,
+        seed=job.seed,
+        prepare=prepare,
+        classes=class_names(checkpoint),
+    )
 
 
 def check_reached(plan: Plan, visits: Counter[str]) -> None:

@@ -6,7 +6,11 @@
 Folder: one subfolder a class, CLASS/*.jpg (or .jpeg, .png, .webp, .bmp), classes numbered in alphabetical order.
 Packed: an .npz with `bytes` (the encoded files one after the other, uint8), `offsets` (n + 1) and `labels` (n).
 
-Every image is made RGB, its shorter side scaled to `size` (bicubic), its centre cut out and normalised per channel.
+Hidden folders and files, and `__MACOSX`, are no classes and no images. Where the model has names for its classes and the
+folders have the same names, the model's numbers are the labels.
+
+Every image is made RGB (16 bits scaled to 8), its shorter side scaled to `size` (bicubic), its centre cut out and normalised
+per channel; a model whose preprocessor says otherwise gives a `prepare` of its own.
 With `augment` it is also mirrored or not and shifted by up to an eighth, by chance that depends on the seed, the epoch
 and the image alone: an interrupted training goes on with the same images, with any number of workers.
 """
@@ -16,7 +20,9 @@ from __future__ import annotations
 import importlib
 import io
 import itertools
-from collections.abc import Sequence
+import math
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +35,15 @@ from torch.utils.data import Dataset
 
 from tersor.data.seeding import mixed_seed
 from tersor.errors import TersorError
+from tersor.untrusted import check_seed, first_words, read_npz, readable
 
+PIXELS = 1 << 26  # of one image: more is no photograph
+SIDES = 100  # the longer side may be so many times the shorter: scaling it would take what the picture has not
+SIZE = 1 << 13
+LABELS = 1 << 20
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # no others are tried, whatever a file is called
+FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # in the order of Pillow's numbers
+Prepare = Callable[[Any], Tensor]  # an RGB image of Pillow -> (3, H, W)
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
@@ -40,13 +54,22 @@ class ImageConfig:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     augment: bool = False
     seed: int = 0
+    resize: int | tuple[int, ...] | None = None  # the shorter side, or both (H, W); None: the shorter to `size`
+    filter: str = "bicubic"  # nearest, bilinear, bicubic, lanczos, box or hamming
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise TersorError(f"the size of images is {self.size}, it must be positive")
+        if not 1 <= self.size <= SIZE:
+            raise TersorError(f"the size of images is {self.size}, it must be positive and at most {SIZE}")
+        sides = self.resize if isinstance(self.resize, tuple) else (self.resize or self.size,)
+        if len(sides) > 2 or not all(isinstance(side, int) and self.size <= side <= 2 * SIZE for side in sides):
+            raise TersorError(f"images are resized to {self.resize}; from {self.size} to {2 * SIZE} pixels can be cut")
+        if self.filter not in FILTERS:
+            raise TersorError(f"the filter of images is {self.filter!r}, not one of {', '.join(FILTERS)}")
+        check_seed(self.seed)
         if self.seed < 0:
             raise TersorError(f"the seed of images is {self.seed}, it must not be negative")
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+        numbers = all(isinstance(each, int | float) and math.isfinite(each) for each in (*self.mean, *self.std))
+        if len(self.mean) != 3 or len(self.std) != 3 or not numbers or min(self.std) <= 0:
             raise TersorError(f"images need three means and three positive stds, not {self.mean} and {self.std}")
 
 
@@ -54,9 +77,15 @@ class Images(Dataset[dict[str, Tensor]]):
     """Encoded images (paths, or the bytes themselves) and their labels; decoded when asked for."""
 
     def __init__(
-        self, encoded: Sequence[Path | bytes], labels: Sequence[int], classes: Sequence[str], config: ImageConfig
+        self,
+        encoded: Sequence[Path | bytes],
+        labels: Sequence[int],
+        classes: Sequence[str],
+        config: ImageConfig,
+        prepare: Prepare | None = None,
     ) -> None:
         self.encoded, self.labels, self.classes, self.config = encoded, labels, tuple(classes), config
+        self.prepare: Prepare = prepare or (lambda image: prepared(image, config))
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -67,39 +96,74 @@ class Images(Dataset[dict[str, Tensor]]):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        image = self._decode(self.encoded[index])
+        image = self.prepare(open_image(self.encoded[index]))
         if self.config.augment:
             chance = torch.Generator().manual_seed(mixed_seed(self.config.seed, self.epoch, index))
             image = flip_and_shift(image, chance)
         return {"image": image, "target": torch.tensor(self.labels[index])}
 
-    def _decode(self, encoded: Path | bytes) -> Tensor:
-        image_module = _pillow()
-        size = self.config.size
-        try:
-            with image_module.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as opened:
-                image = opened.convert("RGB")
-        except OSError as error:  # also Pillow's UnidentifiedImageError
-            name = encoded if isinstance(encoded, Path) else "an image of the packed file"
-            raise TersorError(f"{name} cannot be decoded: {error}") from None
-        if min(image.size) != size:
-            scale = size / min(image.size)
-            width, height = (max(size, round(side * scale)) for side in image.size)
-            image = image.resize((width, height), image_module.Resampling.BICUBIC)
-        left, top = (image.width - size) // 2, (image.height - size) // 2
-        pixels = np.array(image.crop((left, top, left + size, top + size)), np.float32) / 255  # (H, W, 3)
-        pixels = (pixels - np.array(self.config.mean, np.float32)) / np.array(self.config.std, np.float32)
-        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+def open_image(encoded: Path | bytes) -> Any:
+    """An RGB image of Pillow. Raises TersorError where the file is no image, or says that it is larger than any photograph."""
+    image_module = _pillow()
+    name = encoded if isinstance(encoded, Path) else "an image of the packed file"
+    source = io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's words on large images: below they are refused
+            with image_module.open(source, formats=FORMATS) as opened:
+                width, height = opened.size
+                if width * height > PIXELS or max(width, height) > SIDES * min(width, height):
+                    raise TersorError(f"{name} says it is {width} x {height} pixels, which is no picture to classify")
+                return _to_rgb(opened)
+    except TersorError:
+        raise
+    except Exception as error:  # decoders raise errors of all kinds
+        raise TersorError(f"{name} cannot be decoded: {first_words(error)}") from None
 
 
-def load_images(path: str | Path, config: ImageConfig | None = None) -> Images:
-    """Open a folder of classes or a packed .npz. Raises TersorError where there are no images."""
+def _to_rgb(image: Any) -> Any:
+    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow's own conversion clips at 255
+        values = np.asarray(image).astype(np.int64).clip(0, 65535)
+        image = _pillow().fromarray(((values + 128) // 257).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def prepared(image: Any, config: ImageConfig) -> Tensor:
+    """An RGB image of Pillow, resized, cut and normalised: (3, size, size)."""
+    size, resize = config.size, config.resize or config.size
+    if isinstance(resize, int):
+        scale = resize / min(image.size)
+        width, height = (max(resize, int(side * scale + 1e-9)) for side in image.size)
+    else:
+        height, width = resize
+    if image.size != (width, height):
+        image = image.resize((width, height), FILTERS.index(config.filter))
+    left, top = (round((side - size) / 2) for side in image.size)
+    pixels = np.array(image.crop((left, top, left + size, top + size)), np.float32) / 255  # (H, W, 3)
+    pixels = (pixels - np.array(config.mean, np.float32)) / np.array(config.std, np.float32)
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def load_images(
+    path: str | Path,
+    config: ImageConfig | None = None,
+    *,
+    prepare: Prepare | None = None,
+    classes: Sequence[str] | None = None,
+) -> Images:
+    """Open a folder of classes or a packed .npz. Raises TersorError where there are no images.
+
+    prepare: makes a tensor of an image, in place of what `config` says. classes: the model's names, by number.
+    """
     path, config = Path(path).expanduser(), config or ImageConfig()
     _pillow()
-    if path.is_dir():
-        return _open_folder(path, config)
-    if path.suffix == ".npz" and path.is_file():
-        return _open_packed(path, config)
+    with readable(path):
+        if path.is_dir():
+            return _open_folder(path, config, prepare, classes)
+        is_file = path.is_file()
+    if path.suffix == ".npz" and is_file:
+        return _open_packed(path, config, prepare)
     raise TersorError(f"no images at {path}: neither a folder with one subfolder a class nor an .npz file")
 
 
@@ -114,29 +178,72 @@ def flip_and_shift(image: Tensor, chance: torch.Generator) -> Tensor:
     return F.pad(image, (wide, wide, high, high))[:, top : top + H, left : left + W]
 
 
-def _open_folder(path: Path, config: ImageConfig) -> Images:
-    classes = sorted(each.name for each in path.iterdir() if each.is_dir())
+def _open_folder(path: Path, config: ImageConfig, prepare: Prepare | None, classes: Sequence[str] | None) -> Images:
+    names = sorted(each.name for each in path.iterdir() if each.is_dir() and not _is_hidden(each.name))
+    numbers = _numbers(path, names, classes)
     files = [
-        (file, label)
-        for label, name in enumerate(classes)
+        (file, numbers[name])
+        for name in names
         for file in sorted((path / name).rglob("*"))
-        if file.suffix.lower() in SUFFIXES
+        if file.suffix.lower() in SUFFIXES and file.is_file() and not any(map(_is_hidden, file.relative_to(path).parts))
     ]
     if not files:
         raise TersorError(f"{path} holds no images: one subfolder a class is expected, with .jpg or .png files in it")
-    return Images([file for file, _ in files], [label for _, label in files], classes, config)
+    return Images([file for file, _ in files], [label for _, label in files], classes or names, config, prepare)
 
 
-def _open_packed(path: Path, config: ImageConfig) -> Images:
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _numbers(path: Path, names: Sequence[str], classes: Sequence[str] | None) -> dict[str, int]:
+    """The label of each folder: the model's own where it has these names, else in alphabetical order.
+
+    Raises TersorError where only some of the names are the model's, or the folders are too few for the order to be the model's.
+    """
+    in_order = {name: n for n, name in enumerate(names)}
+    if not classes:
+        return in_order
+    known: dict[str, int] = {}
+    for n, said in enumerate(classes):  # "tench, Tinca tinca" is one class by either name
+        for each in (said, *said.split(",")):
+            known.setdefault(_plain(each), n)
+    found = {name: known[_plain(name)] for name in names if _plain(name) in known}
+    if len(found) == len(names):
+        return found
+    if all(name.isdecimal() and int(name) < len(classes) for name in names):
+        return {name: int(name) for name in names}
+    if found or len(names) != len(classes):
+        odd = next(name for name in names if name not in found)
+        raise TersorError(
+            f"{path} has a folder {odd}, which is none of the model's {len(classes)} classes ({', '.join(classes[:4])}, ...); "
+            "name the folders after them, or after their numbers"
+        )
+    return in_order
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.replace("_", " ").replace("-", " ").casefold().split())
+
+
+def _open_packed(path: Path, config: ImageConfig, prepare: Prepare | None) -> Images:
     try:
-        with np.load(path) as arrays:
-            data, offsets, labels = (arrays[name] for name in ("bytes", "offsets", "labels"))
-    except (KeyError, OSError, ValueError) as error:
+        data, offsets, labels = read_npz(path, ("bytes", "offsets", "labels")).values()
+    except TersorError as error:
         raise TersorError(f"{path} is not a packed image file (bytes, offsets, labels): {error}") from None
+    if any(each.ndim != 1 for each in (data, offsets, labels)) or data.dtype != np.uint8:
+        raise TersorError(f"{path}: bytes must be uint8, and bytes, offsets and labels of one dimension")
+    if offsets.dtype.kind not in "iu" or labels.dtype.kind not in "iu":
+        raise TersorError(f"{path}: offsets are {offsets.dtype} and labels {labels.dtype}; whole numbers are expected")
     if len(offsets) != len(labels) + 1 or len(labels) == 0 or offsets[-1] != len(data):
         raise TersorError(f"{path}: {len(labels)} labels and {len(data)} bytes do not go with {len(offsets)} offsets")
-    encoded = [data[begin:end].tobytes() for begin, end in itertools.pairwise(offsets)]
-    return Images(encoded, labels.tolist(), [str(n) for n in range(int(labels.max()) + 1)], config)
+    if offsets[0] != 0 or bool((offsets[1:] < offsets[:-1]).any()):
+        raise TersorError(f"{path}: its offsets do not rise from 0")
+    if int(labels.min()) < 0 or int(labels.max()) >= LABELS:
+        raise TersorError(f"{path}: its labels reach from {labels.min()} to {labels.max()}; 0 to {LABELS - 1} are read")
+    encoded = [data[begin:end].tobytes() for begin, end in itertools.pairwise(offsets.tolist())]
+    names = [str(n) for n in range(int(labels.max()) + 1)]
+    return Images(encoded, labels.tolist(), names, config, prepare)
 
 
 def _pillow() -> Any:

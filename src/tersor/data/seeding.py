@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from tersor.untrusted import check_seed
+
 
 def mixed_seed(*numbers: int) -> int:
+    for number in numbers:
+        check_seed(number)
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])

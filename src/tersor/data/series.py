@@ -19,7 +19,6 @@ ones even for the 15-minute ETTm.
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import math
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tersor.errors import TersorError
+from tersor.untrusted import read_bytes, readable
 
 ETT_COLUMNS = ("HUFL", "HULL", "MUFL", "MULL", "LUFL", "LULL", "OT")
 ETT_MONTHS = (12, 4, 4)
@@ -52,6 +52,8 @@ class SeriesConfig:
         for name in ("seq_len", "pred_len", "step_hours"):
             if getattr(self, name) <= 0:
                 raise TersorError(f"{name} of a series is {getattr(self, name)}, it must be positive")
+        if not self.step_hours < 1e6:
+            raise TersorError(f"step_hours of a series is {self.step_hours}, more than a century")
         if self.split not in ("auto", "ett", "fractions"):
             raise TersorError(f"split is 'auto', 'ett' or 'fractions', not {self.split!r}")
         if self.marks not in ("hours", "minutes", "none"):
@@ -119,9 +121,16 @@ def split_table(table: Table, config: SeriesConfig) -> Parts:
         times = np.datetime64(_time(config.start), "s") + steps.astype("timedelta64[s]")
     train_rows, validation_end, test_end = _ends(table.names, times, len(table.values), config)
     train = table.values[:train_rows]
-    mean, std = train.mean(0), train.std(0)
+    if not len(train):
+        raise TersorError(f"a series of {len(table.values)} rows has no training part")
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean, std = train.mean(0), train.std(0)
     std = np.where(std == 0, 1.0, std)  # a variate that never moves stays 0
-    values = torch.from_numpy(((table.values - mean) / std).astype(np.float32))
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = torch.from_numpy(((table.values - mean) / std).astype(np.float32))
+    if not bool(torch.isfinite(values).all()):
+        row, column = (int(n) for n in (~torch.isfinite(values)).nonzero()[0])
+        raise TersorError(f"row {row + 1}: {table.names[column]} is too large to be scaled")
     marks = None
     if times is not None and config.marks != "none":
         marks = torch.from_numpy(time_marks(times, minutes=config.marks == "minutes"))
@@ -158,12 +167,13 @@ def time_marks(times: np.ndarray, *, minutes: bool = False) -> np.ndarray:
 def read_table(path: str | Path) -> Table:
     """A comma-separated file: a header or none, dates in the first column or none, numbers elsewhere."""
     path = Path(path).expanduser()
-    if not path.is_file():
-        raise TersorError(f"no series file at {path}")
+    with readable(path):
+        if not path.is_file():
+            raise TersorError(f"no series file at {path}")
+    data = read_bytes(path)
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         rows = [row for row in csv.reader(io.StringIO(data.decode("utf-8-sig"))) if row]
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+    except (UnicodeDecodeError, csv.Error) as error:
         raise TersorError(f"{path} cannot be read as comma-separated text: {error}") from None
     header = rows.pop(0) if rows and not _is_number(rows[0][-1]) else None
     if len(rows) < 2:
@@ -194,7 +204,10 @@ def _ends(names: tuple[str, ...], times: np.ndarray | None, rows: int, config: S
     if config.split == "ett" or (config.split == "auto" and names == ETT_COLUMNS):
         if times is None:
             raise TersorError("the ETT split counts months, but the file has no dates")
-        month = int(np.timedelta64(30, "D") / (times[1] - times[0]))
+        step = times[1] - times[0]
+        if step <= np.timedelta64(0, "s"):
+            raise TersorError(f"the ETT split counts months, but the second row, {times[1]}, is not after the first")
+        month = int(np.timedelta64(30, "D") / step)
         train, validation, test = (sum(ETT_MONTHS[: n + 1]) * month for n in range(3))
         if test > rows:
             raise TersorError(f"the ETT split needs {test} rows (20 months), the file has {rows}")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.checkpoint.load import load
-from tersor.checkpoint.preprocessing import image_settings
+from tersor.checkpoint.preprocessing import class_names, image_processor, image_settings
 from tersor.checkpoint.source import open_checkpoint
 from tersor.data.images import ImageConfig, load_images
 from tersor.errors import TersorError
@@ -77,7 +77,10 @@ def read_images(model: str | Path, images: str | Path, *, limit: int | None = No
     """Images as the model wants them, [n, 3, H, W], and their labels [n]."""
     if limit is not None and limit < 1:
         raise TersorError(f"max_images {limit} leaves nothing to evaluate; use at least 1")
-    data = load_images(images, ImageConfig(**image_settings(open_checkpoint(model))))
+    checkpoint = open_checkpoint(model)
+    prepare = image_processor(checkpoint)
+    config = ImageConfig() if prepare is not None else ImageConfig(**image_settings(checkpoint))
+    data = load_images(images, config, prepare=prepare, classes=class_names(checkpoint))
     items: list[dict[str, Any]] = [data[n] for n in range(min(len(data), limit or len(data)))]
     return torch.stack([item["image"] for item in items]), torch.stack([item["target"] for item in items])
 

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import multiprocessing
 import os
+import re
+import socket
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -29,9 +32,11 @@ from tersor.compress.method import from_options
 from tersor.errors import TersorError
 from tersor.evaluate.perplexity import perplexity
 from tersor.evaluate.sweep_recipes import SweepJob
+from tersor.untrusted import check_at_once, first_words, read_json_object, readable
 
 Progress = Callable[[str, int, int], None]
 TABLE, CSV_TABLE = "sweep.json", "sweep.csv"
+SECONDS_FOR_RAY = 5.0
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,13 @@ def sweep(
     Raises TersorError where a directory in `out` was made from another recipe. What an interruption leaves, the next call goes on
     with.
     """
-    out = Path(out).expanduser().resolve()
+    check_at_once("jobs at a time", processes)
+    if not (0 < cpus < math.inf and 0 <= gpus < math.inf):
+        raise TersorError(f"a job cannot take {cpus} cores and {gpus} GPUs")
+    if ray is not None:
+        _check_answers(ray)
+    with readable(out):
+        out = Path(out).expanduser().resolve()
     with disk_errors(out):
         _check_table(out)
         for job in jobs:
@@ -202,8 +213,8 @@ def _run_on_ray(
         raise TersorError("--ray needs Ray: pip install 'tersor[ray]'") from None
     try:
         ray.init(address=address, log_to_driver=False, include_dashboard=False, logging_level="ERROR")
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise TersorError(f"no Ray cluster at {address}: {error}") from None
+    except Exception as error:  # Ray raises its own and those of its transport
+        raise TersorError(f"no Ray cluster at {address}: {first_words(error)}") from error
     # A fresh process for each job, as on this machine; a job is not tried twice by itself.
     work = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0, max_calls=1)(attempt)
     pending: dict[Any, SweepJob] = {}
@@ -223,6 +234,19 @@ def _run_on_ray(
         for each in pending:
             ray.cancel(each, force=True)
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Raise TersorError where nobody listens at HOST:PORT; Ray itself would try for minutes."""
+    found = re.fullmatch(r"(?:ray://)?(?P<host>[^/:\s]+|\[[0-9a-fA-F:]+\]):(?P<port>\d{1,5})", address)
+    if found is None:
+        if address in ("local", "auto"):
+            return
+        raise TersorError(f"{address!r} is no address of a Ray cluster; use HOST:PORT, ray://HOST:PORT, auto or local")
+    try:
+        socket.create_connection((found["host"].strip("[]"), int(found["port"])), timeout=SECONDS_FOR_RAY).close()
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise TersorError(f"no Ray cluster at {address}: {error}") from None
 
 
 def _with_whole_paths(job: SweepJob) -> SweepJob:
@@ -271,7 +295,10 @@ def _check_same(job: SweepJob, folder: Path) -> None:
 def _outcome(job: SweepJob, folder: Path, error: str | None = None) -> Row:
     result = folder / "result.json"
     if error is None and result.exists():
-        return Row(**json.loads(result.read_text(encoding="utf-8")))
+        try:
+            return Row(**read_json_object(result))
+        except TypeError as reason:
+            raise TersorError(f"{result} is no result of a sweep's job: {reason}; remove it") from None
     options = job.options()
     return Row(
         job.name,

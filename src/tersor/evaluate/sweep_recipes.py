@@ -19,6 +19,7 @@ import dataclasses
 import difflib
 import inspect
 import itertools
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from tersor.compress.method import from_options, methods
 from tersor.compress.recipe import make_rules, recipe_content
 from tersor.errors import TersorError
 
+JOBS = 10_000  # of one recipe: more is a mistake
 LISTS = ("include", "exclude", "rules")  # a list is one value of these
 
 
@@ -77,6 +79,8 @@ def jobs_of(name: str, recipe: Mapping[str, Any], where: str) -> list[SweepJob]:
     choices = {key: _choices(key, value) for key, value in recipe.items()}
     chosen = [str(each) for each in choices.get("method", ["gptq"])]
     _check_keys(recipe, chosen, where)
+    if (count := math.prod(map(len, choices.values()))) > JOBS:
+        raise TersorError(f"{where}: the grid has {count:,} jobs; at most {JOBS:,} are run")
     varied = [key for key, values in choices.items() if len(values) > 1]
     jobs: dict[str, SweepJob] = {}
     for indices in itertools.product(*(range(len(values)) for values in choices.values())):
@@ -116,11 +120,25 @@ def _check_keys(recipe: Mapping[str, Any], chosen: Sequence[str], where: str) ->
             raise TersorError(f"{where}: {key} is an empty list")
         default = _settings()[key].default if key in _settings() else None
         for value in values:
-            if default is not None and not isinstance(value, list if key in LISTS else type(default)):
+            mistaken = isinstance(value, bool) != isinstance(default, bool) and key not in LISTS
+            if default is not None and (mistaken or not isinstance(value, list if key in LISTS else type(default))):
                 raise TersorError(f"{where}: {key}={value!r} must be a {type(default).__name__}, such as {default!r}")
+    for key in ("model", "method", "calibration"):
+        if (
+            odd := next((v for v in _choices(key, recipe.get(key, "")) if not isinstance(v, str | None)), None)
+        ) is not None:
+            raise TersorError(f"{where}: {key}={odd!r} must be a name")
+    for key in ("include", "exclude"):
+        for value in _choices(key, recipe.get(key, [])):
+            if (odd := next((each for each in value if not isinstance(each, str)), None)) is not None:
+                raise TersorError(f"{where}: {key} holds {odd!r}; patterns of layer names are expected")
     asked = recipe.get("eval")
     if isinstance(asked, Mapping):
-        _check_known(asked, {"text", "seq_len", "max_windows", "dtype", "device"}, f"{where}, eval")
+        kinds = {"text": str, "seq_len": int, "max_windows": int, "dtype": str, "device": str}
+        _check_known(asked, set(kinds), f"{where}, eval")
+        for key, value in asked.items():
+            if not isinstance(value, kinds[key]) or isinstance(value, bool):
+                raise TersorError(f"{where}, eval: {key}={value!r} must be a {kinds[key].__name__}")
     elif asked is not None and not isinstance(asked, str):
         raise TersorError(f"{where}: eval={asked!r} must be a text file, `builtin`, or options of `tersor eval`")
 

@@ -103,6 +103,10 @@ def unpack_blocks(name: str, blocks: Tensor, kind: BlockType, in_features: int) 
             f"{name} has rows of {blocks.shape[-1]} bytes; {in_features} inputs in {kind.name} need {columns}"
         )
     scales, minimum, codes = _split(blocks, kind)
+    for values in (scales, minimum):
+        if values is not None and not bool(torch.isfinite(values).all()):
+            row, block = (int(n) for n in (~torch.isfinite(values)).nonzero()[0])
+            raise TersorError(f"{name}: the step of output {row}, block {block} is not finite (NaN or Inf)")
     if kind.name == "Q4_0":
         zeros, bits = torch.full_like(scales, 8), 4
     elif kind.name == "Q8_0":

@@ -213,7 +213,7 @@ def _weight(
     group_size: int,
     in_features: int,
 ) -> QuantizedWeight:
-    bad = ~torch.isfinite(scales.float()) | (scales == 0)
+    bad = ~torch.isfinite(scales.float()) | (scales <= 0)
     if bool(bad.any()):
         group, output = (int(n) for n in bad.nonzero()[0])
         raise TersorError(

@@ -6,7 +6,6 @@ reading the file, taking the weights out of a training checkpoint, and comparing
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tersor.errors import TersorError
 from tersor.formats.weight_files import weight_files
 from tersor.models.registry import create
+from tersor.untrusted import first_words, inside, read_json, readable, regular_file
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -44,18 +44,25 @@ def load(name: str, checkpoint: str | Path | Mapping[str, Tensor], /, **override
 def read_state(path: str | Path) -> State:
     """The tensors of a checkpoint file or folder. Pickles are read with weights_only=True: nothing in them runs."""
     path = Path(path)
-    if path.is_dir():
+    with readable(path):
+        is_folder, exists = path.is_dir(), path.exists()
+    if is_folder:
         chosen = weight_files(path)
         if chosen is None:
             raise TersorError(f"{path} holds no .safetensors file")
         names = [each.name for each in chosen.files] if chosen.index is None else _shards_of(chosen.index)
-        return {key: tensor for name in names for key, tensor in read_state(path / name).items()}
-    if not path.is_file():
+        return {key: tensor for name in names for key, tensor in read_state(inside(path, name)).items()}
+    if not exists:
         raise TersorError(f"there is no checkpoint {path}")
+    regular_file(path)
     if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        return _unwrap(load_file(path))
+        try:
+            return _unwrap(load_file(path))
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            raise TersorError(f"{path} cannot be read as safetensors: {first_words(error)}") from None
     if path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
         return _unwrap(_unpickle(path))
     if path.suffix == ".pdparams":
@@ -65,8 +72,8 @@ def read_state(path: str | Path) -> State:
 
 def _shards_of(index: Path) -> list[str]:
     try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return sorted(set(read_json(index)["weight_map"].values()))
+    except (TersorError, KeyError, TypeError, AttributeError) as error:
         raise TersorError(f"{index} is not an index of shards: {error}") from None
 
 
@@ -103,11 +110,13 @@ def _unpickle(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals([Namespace]):  # training scripts store their arguments beside the weights
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, AttributeError) as error:
         raise TersorError(
             f"{path.name} holds Python objects beside tensors and is not opened, for they could run code; "
             "if you trust it, load it yourself, torch.save the tensors alone and load that file"
         ) from error
+    except Exception as error:  # bytes that are no pickle raise errors of any kind
+        raise TersorError(f"{path} cannot be read as a checkpoint: {first_words(error)}") from error
 
 
 def _read_paddle(path: Path) -> State:
@@ -145,6 +154,9 @@ def _unwrap(state: Any) -> State:
     if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
         raise TersorError(f"the checkpoint holds no tensors by name, but {_kind(state)}")
     tensors = {str(key): value for key, value in state.items() if isinstance(value, Tensor)}
+    for key, tensor in tensors.items():
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise TersorError(f"{key} says it is {tuple(tensor.shape)}; the file holds fewer values")
     for prefix in _PREFIXES:
         if all(key.startswith(prefix) for key in tensors):
             tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}

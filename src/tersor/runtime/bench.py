@@ -13,6 +13,7 @@ from tersor.errors import TersorError
 from tersor.runtime.generate import Engine
 
 Report = Callable[[str, int, int], None]
+TOKENS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,10 @@ def check_sizes(*, prompt_tokens: int, new_tokens: int, batch: int, repeats: int
     for what, number in sizes.items():
         if number < 1:
             raise TersorError(f"{number} {what}: at least 1 is needed")
+    if (prompt_tokens + new_tokens) * batch > TOKENS or repeats > TOKENS:
+        raise TersorError(
+            f"{batch} x {prompt_tokens + new_tokens} tokens, {repeats} times: at most {TOKENS:,} are measured"
+        )
     if new_tokens < 2:
         raise TersorError(f"{new_tokens} new tokens: at least 2 are needed, as the first comes with the prompt")
 

@@ -52,6 +52,7 @@ _NOT_DONE: dict[str, tuple[Any, ...]] = {
     "stop_strings": ([],),
     "watermarking_config": (),
 }
+NEW_TOKENS = 1 << 24
 
 
 def make_engine(module: nn.Module, *, capacity: int, batch: int = 1, take_over: bool = False) -> Engine:
@@ -109,6 +110,8 @@ def stream(
     with a line where that file asks for more than tersor does. Raises TersorError where the model cannot generate, has no
     tokenizer, or the prompt leaves no room.
     """
+    if max_new_tokens > NEW_TOKENS:
+        raise TersorError(f"max_new_tokens {max_new_tokens} is more than the {NEW_TOKENS:,} that a text may have")
     asked = {
         "temperature": temperature,
         "top_k": top_k,

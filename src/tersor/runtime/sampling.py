@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from tersor.errors import TersorError
+from tersor.untrusted import check_seed
+
+COLDEST = 1e-4  # below it differences of logits are beyond float32's range
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,10 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
             raise TersorError(f"temperature {self.temperature} must be 0 or above")
+        if 0 < self.temperature < COLDEST:
+            raise TersorError(
+                f"temperature {self.temperature} must be at least {COLDEST}, or 0, which takes the likeliest token"
+            )
         if self.top_k < 0:
             raise TersorError(f"top_k {self.top_k} must be 0 (all tokens) or above")
         if not 0 < self.top_p <= 1:
@@ -35,11 +42,12 @@ class Sampling:
             raise TersorError(f"min_p {self.min_p} must be between 0 and 1")
         if not 0 < self.repetition_penalty < float("inf"):
             raise TersorError(f"repetition_penalty {self.repetition_penalty} must be above 0")
+        check_seed(self.seed)
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     """What tokens are drawn with, [batch, vocabulary], for a temperature above 0. top-k comes before top-p."""
-    scaled = logits.float() / sampling.temperature
+    scaled = (logits.float() - logits.float().amax(-1, keepdim=True)) / sampling.temperature  # so that none overflows
     if 0 < sampling.top_k < scaled.shape[-1]:
         least = scaled.topk(sampling.top_k, dim=-1).values[..., -1:]
         scaled = scaled.masked_fill(scaled < least, float("-inf"))
@@ -60,7 +68,11 @@ def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """The next token of each sequence, int64 [batch, 1], from logits [batch, vocabulary]."""
+    """The next token of each sequence, int64 [batch, 1], from logits [batch, vocabulary]. Raises TersorError for NaN or Inf."""
+    if not bool(torch.isfinite(logits.amax(-1)).all()):
+        raise TersorError(
+            "the model's logits are not finite (NaN or Inf); its activations overflow: try --dtype float32"
+        )
     if sampling.temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     return torch.multinomial(probabilities(logits, sampling), 1, generator=generator)

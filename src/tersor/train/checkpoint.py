@@ -13,14 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from tersor.checkpoint.room import replacing
 from tersor.errors import TersorError
 from tersor.models import config_of
 from tersor.train.log import LOG_FILE
+from tersor.untrusted import first_words, regular_file
 
+RUN_NUMBERS = {  # what a run says of itself, and of which kinds
+    "step": (int,),
+    "best": (int, float),
+    "best_step": (int,),
+    "since_best": (int,),
+    "validation": (dict,),
+}
 RUN_FILE, MODEL_FILE = "last.pt", "model.safetensors"
 
 
@@ -55,15 +64,54 @@ def load_run(folder: Path, parts: dict[str, Any], settings: dict[str, Any], devi
             if (folder / name).exists():
                 raise TersorError(f"{folder} holds {name}, which no training left there; choose another folder")
         return {}
-    state = torch.load(folder / RUN_FILE, map_location=device, weights_only=True)
+    file = folder / RUN_FILE
+    regular_file(file)
+    try:
+        state = torch.load(file, map_location=device, weights_only=True)
+    except Exception as error:  # bytes that are no pickle raise errors of any kind
+        raise TersorError(f"{file} is no run that can go on: {first_words(error)}; choose another folder") from error
+    _check_run(file, state, parts)
     for name, value in settings.items():
         before = state["settings"].get(name)
         if before != value:
             raise TersorError(f"{folder} holds a run with {name} {before}, now it is {value}; choose another folder")
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    except Exception as error:  # each part has its own ways not to fit
+        raise TersorError(f"{file} does not fit this training: {first_words(error)}; choose another folder") from error
     run: dict[str, Any] = state["run"]
     return run
+
+
+def load_best(model: nn.Module, folder: Path, device: torch.device) -> None:
+    """The weights that `save_model` kept."""
+    try:
+        model.load_state_dict(load_file(folder / MODEL_FILE, device=str(device)))
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise TersorError(f"{folder / MODEL_FILE} does not hold the run's weights: {first_words(error)}") from error
+
+
+def _check_run(file: Path, state: Any, parts: dict[str, Any]) -> None:
+    """Raise TersorError where a file is no run of this trainer, or its weights are not those of this model."""
+    wanted = {"settings", "run", *parts}
+    if not isinstance(state, dict) or not all(isinstance(state.get(name), dict) for name in wanted):
+        raise TersorError(f"{file} was not left by a training with {', '.join(sorted(wanted))}; choose another folder")
+    if state["run"].keys() != RUN_NUMBERS.keys():
+        raise TersorError(f"{file} does not say how far its run is; choose another folder")
+    for name, kinds in RUN_NUMBERS.items():
+        value = state["run"][name]
+        if isinstance(value, bool) or not isinstance(value, kinds) or (isinstance(value, int) and value < 0):
+            raise TersorError(f"{file} says {name} is {value!r}; choose another folder")
+    if not all(isinstance(value, int | float) for value in state["run"]["validation"].values()):
+        raise TersorError(f"{file} holds validation scores that are no numbers; choose another folder")
+    for part in ("model", "averaged"):
+        for name, tensor in state.get(part, {}).items():
+            broken = (
+                isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
+            )
+            if broken and part in parts:
+                raise TersorError(f"{file}: {part} {name} is not finite (NaN or Inf); choose another folder")
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 
 from tersor.errors import TersorError
+from tersor.untrusted import check_at_once, check_seed
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SCHEDULES = ("cosine", "constant", "halving")
@@ -54,6 +55,12 @@ class TrainConfig:
         for name in ("beta1", "beta2", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise TersorError(f"{name} is {getattr(self, name)}, it must be at least 0 and below 1")
+        check_seed(self.seed)
+        check_at_once("workers", self.workers)
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, int) and not -(2**63) <= value < 2**63 and each.name != "seed":
+                raise TersorError(f"{each.name} is {value}, which is no number to count with")
         if self.schedule not in SCHEDULES:
             raise TersorError(f"schedule is one of {', '.join(SCHEDULES)}, not {self.schedule!r}")
         if self.precision not in PRECISIONS:

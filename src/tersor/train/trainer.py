@@ -36,7 +36,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -44,7 +43,7 @@ from torch.utils.data import DataLoader
 from tersor.checkpoint.load import pick_device
 from tersor.data.seeding import mixed_seed
 from tersor.errors import TersorError
-from tersor.train.checkpoint import MODEL_FILE, load_run, save_model, save_run
+from tersor.train.checkpoint import load_best, load_run, save_model, save_run
 from tersor.train.config import PRECISIONS, TrainConfig, learning_rate
 from tersor.train.log import RunLog
 from tersor.train.objectives import Batch, Objective
@@ -187,7 +186,7 @@ def train(
     if log is not None:
         log.close()
     _wait()  # for rank 0's files
-    model.load_state_dict(load_file(out / MODEL_FILE, device=str(device)))
+    load_best(model, out, device)
     return Trained(steps=run.step, best_step=run.best_step, validation=run.validation)
 
 

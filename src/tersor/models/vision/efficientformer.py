@@ -244,6 +244,12 @@ class EfficientFormer(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, image: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        wanted = self.config.resolution
+        if any(-(-side // 32) != -(-wanted // 32) for side in image.shape[-2:]):
+            found = " x ".join(map(str, image.shape[-2:]))
+            raise TersorError(
+                f"the model takes images of {wanted} x {wanted} pixels, not {found}; resolution sets another size"
+            )
         x = self.patch_embed(image)
         for stage in self.network:
             x = stage(x)

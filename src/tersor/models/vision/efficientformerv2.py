@@ -322,6 +322,12 @@ class EfficientFormerV2(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, image: Tensor) -> Tensor | tuple[Tensor, Tensor] | list[Tensor]:
+        wanted = self.config.resolution
+        if any(-(-side // 16) != -(-wanted // 16) for side in image.shape[-2:]):
+            found = " x ".join(map(str, image.shape[-2:]))
+            raise TersorError(
+                f"the model takes images of {wanted} x {wanted} pixels, not {found}; resolution sets another size"
+            )
         x, maps = self.patch_embed(image), []
         for stage in self.network:
             x = stage(x)
