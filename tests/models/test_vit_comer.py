@@ -11,7 +11,15 @@ from torch import nn
 import tersor.models
 from tersor.errors import TersorError
 
-SMALL = tersor.models.list("vit_comer_t")[0].small
+SMALL = {
+    **tersor.models.list("vit_comer_t")[0].small,
+    "version": "segmentation",
+    "depth": 4,
+    "window_attn": (True, False, False, False),
+    "interaction_indexes": ((0, 0), (1, 1), (2, 2), (3, 3)),
+    "use_CTI_toV": (True, False, False, True),
+    "dim_ratio": 1.0,
+}
 
 
 def small(**overrides: Any) -> nn.Module:

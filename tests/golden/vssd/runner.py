@@ -29,11 +29,13 @@ def run(case: Case) -> dict[str, Tensor]:
 
 def operator(case: Case) -> dict[str, Tensor]:
     V, dt, A_log, B, C, D = (case.inputs()[name] for name in ("V", "dt", "A_log", "B", "C", "D"))
-    groups = {"y": case.config.get("ngroups", 1), "y_groups2": 2}
-    return {
-        name: non_causal(V, dt * A_log.exp(), *(each.unflatten(-1, (groups[name], -1)) for each in (B, C)), D=D)
-        for name in case.outputs
-    }
+    sign = 1 if case.config.get("ssd_positve_dA", True) else -1
+
+    def y(groups: int) -> Tensor:
+        B_, C_ = (each.unflatten(-1, (groups, -1)) for each in (B, C))
+        return non_causal(V, sign * dt * A_log.exp(), B_, C_, D=D)
+
+    return {name: y(int(name.removeprefix("y").removeprefix("_groups") or 1)) for name in case.outputs}
 
 
 def tokens(x: Tensor) -> Tensor:

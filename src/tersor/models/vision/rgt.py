@@ -94,10 +94,7 @@ class OffsetBias(nn.Module):
         self.pos1 = nn.Sequential(nn.LayerNorm(hidden), nn.ReLU(), nn.Linear(hidden, hidden))
         self.pos2 = nn.Sequential(nn.LayerNorm(hidden), nn.ReLU(), nn.Linear(hidden, hidden))
         self.pos3 = nn.Sequential(nn.LayerNorm(hidden), nn.ReLU(), nn.Linear(hidden, heads))
-        rows, columns = (torch.arange(1 - side, side, device="cpu") for side in window)
-        offsets = torch.cartesian_prod(rows, columns).float()  # a row for each offset, the column fastest
-        with torch.device("cpu"):
-            index = windows.relative_index(window)
+        offsets, index = offset_table(window)
         self.register_buffer("offsets", offsets, persistent=False)
         self.register_buffer("index", index, persistent=False)
 
@@ -308,7 +305,7 @@ class Group(nn.Module):
             },
         ),
     },
-    small={"embed_dim": 32, "depth": (3, 1), "num_heads": (2, 2), "mlp_ratio": 2.0, "split_size": (4, 8)},
+    small={"embed_dim": 32, "depth": (1, 2), "num_heads": (2, 2), "mlp_ratio": 2.0, "split_size": (4, 8)},
 )
 class RGT(nn.Module):
     """image (B, C, H, W) -> (B, C, upscale H, upscale W)."""
@@ -370,6 +367,13 @@ class ToLast(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.permute(0, 2, 3, 1)
+
+
+def offset_table(window: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Every offset between two pixels of a window, the column fastest, and which of them each pair has. On the CPU."""
+    with torch.device("cpu"):
+        rows, columns = (torch.arange(1 - side, side) for side in window)
+        return torch.cartesian_prod(rows, columns).float(), windows.relative_index(window)
 
 
 def on_map(conv: nn.Module, x: Tensor) -> Tensor:
