@@ -503,12 +503,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Sound:
     return make_sound_files(tmp_path_factory.mktemp("sound"))
 
 
-OPEN = {"tokenizer", "recipe", "packed images", "training"}  # whose readers still let damage through as it comes
-
-
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[pytest.mark.xfail(strict=False)] if kind in OPEN else []) for kind in KINDS]
-)
+@pytest.mark.parametrize("kind", KINDS)
 def test_bad_input_is_one_line(sound: Sound, kind: str) -> None:
     _search(kind, sound, EXAMPLES, number=0)
 

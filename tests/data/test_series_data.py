@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tersor.data.series import SeriesConfig, load_series, read_table, time_marks
+from tersor.data.series import SeriesConfig, SingleVariates, load_series, read_table, time_marks
 from tersor.errors import TersorError
 
 SHORT = SeriesConfig(seq_len=4, pred_len=2)
@@ -127,3 +127,22 @@ def test_exchange_is_cut_as_published(data: Path) -> None:
     parts = load_series(data / "exchange" / "exchange_rate.txt.gz")
     rows = [len(part.values) for part in (parts.train, parts.validation, parts.test)]
     assert rows == [5311, 760 + 96, 1517 + 96]
+
+
+def test_a_decoder_is_given_the_end_of_the_look_back_and_the_marks_of_the_horizon(tmp_path: Path) -> None:
+    parts = load_series(write(tmp_path / "x.csv", 100), SeriesConfig(seq_len=4, pred_len=2, label_len=3))
+    window, later = parts.train[5], parts.train[7]
+    assert torch.equal(window["x_dec"], torch.cat((window["x_enc"][1:], torch.zeros(2, 2))))
+    assert torch.equal(window["x_mark_dec"][:3], window["x_mark_enc"][1:])
+    assert torch.equal(window["x_mark_dec"][3:], later["x_mark_enc"][2:])
+    with pytest.raises(TersorError, match="label_len of a series is 5, it must be from 0 to seq_len 4"):
+        SeriesConfig(seq_len=4, pred_len=2, label_len=5)
+
+
+def test_single_variates_are_each_window_once_a_variate(tmp_path: Path) -> None:
+    windows = load_series(write(tmp_path / "x.csv", 100), SHORT).train
+    single = SingleVariates(windows)
+    assert len(single) == 2 * len(windows)
+    assert torch.equal(single[7]["x_enc"], windows[3]["x_enc"][:, 1:])
+    assert torch.equal(single[6]["target"], windows[3]["target"][:, :1])
+    assert torch.equal(single[7]["x_mark_enc"], windows[3]["x_mark_enc"])

@@ -11,6 +11,10 @@ window looks back into the part before.
     "ett"        12, 4 and 4 months of 30 days; later rows are unused       for the four ETT files
     "fractions"  70 %, 10 % and 20 % of the rows, int() of the first and last  for everything else
 
+Models with a decoder (`label_len` above 0) are also given x_dec, the last label_len rows of the look-back and zeros for the
+horizon, and x_mark_dec, the marks of these label_len + pred_len rows, known in advance. `SingleVariates` makes a sample of
+each variate of each window, for models of one series; of several sets, torch's ConcatDataset makes a mixture.
+
 Marks tell the model the time of a row, each in [-0.5, 0.5]: hour / 23, weekday / 6 (Monday is 0), (day - 1) / 30 and
 (day of year - 1) / 365, minus 0.5 each; marks="minutes" puts minute / 59 in front. The papers' runs use the four hourly
 ones even for the 15-minute ETTm.
@@ -43,6 +47,7 @@ DATE_FORMATS = ("%Y/%m/%d %H:%M", "%Y/%m/%d %H:%M:%S", "%Y/%m/%d", "%d.%m.%Y %H:
 class SeriesConfig:
     seq_len: int = 96  # look-back
     pred_len: int = 96  # horizon
+    label_len: int = 0  # rows of the look-back that a decoder is given again; 0: no decoder
     split: str = "auto"  # "ett", "fractions"; "auto": by the names of the columns
     marks: str = "hours"  # "minutes", "none"; a file without dates has none, unless `start` is given
     start: str = ""  # time of the first row, such as 1990-01-01, where the file has no dates
@@ -54,6 +59,8 @@ class SeriesConfig:
                 raise TersorError(f"{name} of a series is {getattr(self, name)}, it must be positive")
         if not self.step_hours < 1e6:
             raise TersorError(f"step_hours of a series is {self.step_hours}, more than a century")
+        if not 0 <= self.label_len <= self.seq_len:
+            raise TersorError(f"label_len of a series is {self.label_len}, it must be from 0 to seq_len {self.seq_len}")
         if self.split not in ("auto", "ett", "fractions"):
             raise TersorError(f"split is 'auto', 'ett' or 'fractions', not {self.split!r}")
         if self.marks not in ("hours", "minutes", "none"):
@@ -70,10 +77,21 @@ class Table:
 
 
 class Windows(Dataset[dict[str, Tensor]]):
-    """Every seq_len + pred_len rows in a row of one part: x_enc and x_mark_enc, and as target the rows after them."""
+    """Every seq_len + pred_len rows in a row of one part: x_enc and x_mark_enc, and as target the rows after them.
 
-    def __init__(self, values: Tensor, marks: Tensor | None, *, seq_len: int, pred_len: int) -> None:
-        self.values, self.marks, self.seq_len, self.pred_len = values, marks, seq_len, pred_len
+    With a label_len also x_dec and x_mark_dec.
+    """
+
+    def __init__(
+        self, values: Tensor, marks: Tensor | None, *, seq_len: int, pred_len: int, label_len: int = 0
+    ) -> None:
+        self.values, self.marks, self.seq_len, self.pred_len, self.label_len = (
+            values,
+            marks,
+            seq_len,
+            pred_len,
+            label_len,
+        )
         if len(self) < 1:
             raise TersorError(
                 f"a part of the series has {len(values)} rows, too few for look-back {seq_len} and horizon {pred_len}"
@@ -89,7 +107,27 @@ class Windows(Dataset[dict[str, Tensor]]):
         window = {"x_enc": self.values[index:now], "target": self.values[now : now + self.pred_len]}
         if self.marks is not None:
             window["x_mark_enc"] = self.marks[index:now]
+        if self.label_len:
+            known = self.values[now - self.label_len : now]
+            window["x_dec"] = torch.cat((known, known.new_zeros(self.pred_len, known.shape[1])))
+            if self.marks is not None:
+                window["x_mark_dec"] = self.marks[now - self.label_len : now + self.pred_len]
         return window
+
+
+class SingleVariates(Dataset[dict[str, Tensor]]):
+    """Windows of N variates as N times as many of one variate; sample i is variate i mod N of window i // N."""
+
+    def __init__(self, windows: Windows) -> None:
+        self.windows, self.variates = windows, windows.values.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.windows) * self.variates
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        start, variate = divmod(index, self.variates)
+        window = self.windows[start]
+        return {name: value if "mark" in name else value[:, variate : variate + 1] for name, value in window.items()}
 
 
 @dataclass(frozen=True)
@@ -138,7 +176,11 @@ def split_table(table: Table, config: SeriesConfig) -> Parts:
     def part(begin: int, end: int) -> Windows:
         rows = slice(max(begin, 0), end)
         return Windows(
-            values[rows], None if marks is None else marks[rows], seq_len=config.seq_len, pred_len=config.pred_len
+            values[rows],
+            None if marks is None else marks[rows],
+            seq_len=config.seq_len,
+            pred_len=config.pred_len,
+            label_len=config.label_len,
         )
 
     return Parts(

@@ -23,6 +23,10 @@ def load_data(model: Any, data: Path, validation: Path | None, table: Mapping[st
     lengths = {name: getattr(model.config, name) for name in shared}
     config = checked_config(SeriesConfig, {**lengths, **table}, "data")
     parts = load_series(data, config)
+    variates = getattr(model.config, "enc_in", len(parts.names))
+    if variates != len(parts.names):
+        found = len(parts.names)
+        raise TersorError(f"{data} holds {found} variates, the model takes {variates}; --set model.enc_in={found}")
     preprocessing = {
         "columns": list(parts.names),
         "mean": parts.mean.tolist(),

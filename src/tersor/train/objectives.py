@@ -20,9 +20,15 @@ Objective = Callable[[nn.Module, Batch], dict[str, Tensor]]
 
 
 def forecasting(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """Mean squared error of the forecast (B, H, N) over all samples, steps and variates."""
+    """Mean squared error of the forecast (B, H, N) over all samples, steps and variates.
+
+    A model that in training also says the steps before the horizon gives more than H: its last ones are the horizon, those
+    before are compared with the look-back x_enc.
+    """
     inputs, target = _split(batch)
     forecast = _only(model(**inputs)).float()
+    if forecast.shape[1] > target.shape[1]:
+        target = torch.cat((batch["x_enc"], target), 1)[:, -forecast.shape[1] :]
     return {"loss": F.mse_loss(forecast, target), "mae": F.l1_loss(forecast, target)}
 
 
