@@ -44,11 +44,11 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.scale = config.lora_alpha / config.lora_r
         self.base_layer = nn.Linear(inputs, outputs)
-        self.lora_A = nn.ModuleDict({"default": nn.Linear(inputs, config.lora_r, bias=False)})
-        self.lora_B = nn.ModuleDict({"default": nn.Linear(config.lora_r, outputs, bias=False)})
+        A, B = nn.Linear(inputs, config.lora_r, bias=False), nn.Linear(config.lora_r, outputs, bias=False)
+        self.lora_A, self.lora_B = nn.ModuleDict({"default": A}), nn.ModuleDict({"default": B})
         self.dropout = nn.Dropout(config.lora_dropout)
-        nn.init.kaiming_uniform_(self.lora_A["default"].weight, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B["default"].weight)
+        nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
+        nn.init.zeros_(B.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base_layer(x) + self.scale * self.lora_B["default"](self.lora_A["default"](self.dropout(x)))
@@ -57,8 +57,8 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def merge(self) -> None:
         """Add the low-rank part to W, and set it to zero: the results stay as they are."""
-        B = self.lora_B["default"].weight
-        self.base_layer.weight += self.scale * B @ self.lora_A["default"].weight
+        A, B = self.get_parameter("lora_A.default.weight"), self.get_parameter("lora_B.default.weight")
+        self.base_layer.weight += self.scale * B @ A
         B.zero_()
 
 
@@ -74,7 +74,8 @@ class Attention(nn.Module):
         q, k, v = (each.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for each in self.c_attn(x).chunk(3, -1))
         dropout = self.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)  # (B, h, L, D / h)
-        return F.dropout(self.c_proj(mixed.transpose(1, 2).flatten(2)), self.dropout, self.training)
+        projected: Tensor = self.c_proj(mixed.transpose(1, 2).flatten(2))
+        return F.dropout(projected, p=self.dropout, training=self.training)
 
 
 class MLP(nn.Module):

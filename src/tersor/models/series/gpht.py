@@ -136,6 +136,8 @@ class Encoder(nn.Module):
 class PatchEmbedding(nn.Module):
     """tokens (B N, P, T / r) -> (B N, P, D)."""
 
+    positions: Tensor
+
     def __init__(self, patch_len: int, d_model: int, dropout: float) -> None:
         super().__init__()
         self.value_embedding = nn.Linear(patch_len, d_model, bias=False)

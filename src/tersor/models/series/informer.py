@@ -258,6 +258,8 @@ class Decoder(nn.Module):
 class Embedding(nn.Module):
     """Values, positions and marks of each step."""
 
+    positions: Tensor
+
     def __init__(self, config: InformerConfig, variates: int) -> None:
         super().__init__()
         self.value_embedding = TokenEmbedding(variates, config.d_model, bias=True)

@@ -327,7 +327,8 @@ def likelihood_loss(parameters: tuple[Tensor, ...], target: Tensor) -> Tensor:
     if len(parameters) == 3:
         mu, sigma, nu = parameters
         student = torch.distributions.StudentT(nu, mu, sigma, validate_args=False)
-        return -student.log_prob(target).mean()
+        likelihood: Tensor = student.log_prob(target)  # type: ignore[no-untyped-call]
+        return -likelihood.mean()
     mu, alpha = parameters  # variance mu + alpha mu^2
     count = 1 / alpha
     counts = torch.lgamma(target + count) - torch.lgamma(count) - torch.lgamma(target + 1)
