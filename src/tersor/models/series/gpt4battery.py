@@ -223,6 +223,22 @@ class TransformerSOH(_SOH):
         return self._example(self.config, batch_size)
 
 
+class LSTM(nn.Module):
+    """nn.LSTM with its keys, x (B, L, D) -> (B, L, D), as a function of its weights: torch.compile refuses the module."""
+
+    def __init__(self, D: int, layers: int) -> None:
+        super().__init__()
+        self.D, self.layers = D, layers
+        for name, weight in nn.LSTM(D, D, layers).named_parameters():
+            self.register_parameter(name, weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        start = x.new_zeros(self.layers, x.shape[0], self.D)
+        weights = [getattr(self, f"{name}_l{n}") for n in range(self.layers) for name in LSTM_WEIGHTS]
+        hidden, _, _ = torch.lstm(x, (start, start), weights, True, self.layers, 0.0, False, False, True)
+        return hidden
+
+
 @register(
     "gpt4battery_lstm",
     task="regress",
@@ -237,16 +253,11 @@ class LSTMSOH(_SOH):
     def __init__(self, config: LSTMSOHConfig) -> None:
         super().__init__(config, config.embed_dim)
         self.config = config
-        self.lstm = nn.LSTM(config.embed_dim, config.embed_dim, config.num_layers, batch_first=True)
+        self.lstm = LSTM(config.embed_dim, config.num_layers)
 
     def forward(self, src: Tensor) -> tuple[Tensor, Tensor]:
         scale = InstanceScale.of(src)
-        z = self._prompted(self.input_linear(scale.apply(src)))
-        start = z.new_zeros(self.config.num_layers, z.shape[0], self.config.embed_dim)
-        names = [f"{name}_l{n}" for n in range(self.config.num_layers) for name in LSTM_WEIGHTS]
-        weights = [self.lstm.get_parameter(name) for name in names]
-        # the function, not the module, which torch.compile cannot take
-        hidden, _, _ = torch.lstm(z, (start, start), weights, True, self.config.num_layers, 0.0, False, False, True)
+        hidden = self.lstm(self._prompted(self.input_linear(scale.apply(src))))
         return self._results(scale, hidden[:, self.prompt_len :], hidden[:, -1])  # the top layer's last state
 
     def example_inputs(self, batch_size: int = 2) -> dict[str, Tensor]:
