@@ -54,15 +54,17 @@ def test_stripes_are_strongest_in_the_band_of_their_direction():
     assert one != other
 
 
-def test_training_gives_token_logits_and_a_box_and_the_loss_takes_them():
+def test_token_outputs_are_logits_and_a_box_and_the_loss_takes_them():
     model = small().train()
     image = model.example_inputs(4)["image"]
-    outputs = model(image)
+    outputs = model.token_outputs(image)
     assert outputs[0].shape == (4, 3)
     assert outputs[1].shape == (4, 1, 3)
     loss = token_label_loss(outputs, torch.rand(4, 3, 3).softmax(1))
     loss.backward()
     assert model.aux_head.weight.grad.abs().sum() > 0
+    with pytest.raises(TersorError, match="token_label=True"):
+        small(token_label=False).token_outputs(image)
 
 
 def test_eval_adds_half_of_the_strongest_token():

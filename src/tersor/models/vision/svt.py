@@ -22,9 +22,12 @@ convolution, the other half the above with a second complex net of the same form
 row); the halves are interleaved.
 
 Behind the last stage, a class token (the mean) attends once to all tokens. With `token_label` (published) there is a head
-for the tokens too: logits = head(class) + 0.5 max over tokens of aux_head(token), and in training the result is
-(class logits, token logits [B, N, classes], box) of images mixed with those of the flipped batch in a random box;
-`token_label_loss` takes it with soft labels of tokens. Train on class labels alone with token_label=False.
+for the tokens too: logits = head(class) + 0.5 max over tokens of aux_head(token). For training with soft labels of tokens,
+
+    loss = token_label_loss(model.token_outputs(image), target)
+
+mixes the images with those of the flipped batch in a random box. The published model does that by itself in training
+mode; here forward is the same in both modes, so that class labels alone train it too.
 
 Published weights are tied to 224 x 224. Here other sizes work too, multiples of 8 from 32: complex_weight_ll is resized
 (bicubic) to the map, with "channel" mixing only.
@@ -94,7 +97,7 @@ class SVTConfig:
 def token_label_loss(
     outputs: tuple[Tensor, Tensor, Box], target: Tensor, *, cls_weight: float = 1.0, dense_weight: float = 0.5
 ) -> Tensor:
-    """outputs: (class logits (B, K), token logits (B, N, K), box), as the model returns them in training.
+    """outputs: (class logits (B, K), token logits (B, N, K), box), from `token_outputs`.
 
     target: soft labels (B, K), for the image and each of its tokens, or (B, K, 2 + N): the true class, the image's
     label, and the tokens' labels. Where the box covers a share s of the tokens, the image's label becomes (1 - s) times
@@ -353,7 +356,7 @@ class Downsample(nn.Module):
     },
 )
 class SVT(nn.Module):
-    """image (B, C, H, W) -> logits (B, num_classes); in training with token_label, what `token_label_loss` takes."""
+    """image (B, C, H, W) -> logits (B, num_classes)."""
 
     def __init__(self, config: SVTConfig) -> None:
         super().__init__()
@@ -396,20 +399,32 @@ class SVT(nn.Module):
             maps.append(x)
         return maps, box
 
-    def forward(self, image: Tensor) -> Tensor | tuple[Tensor, Tensor, Box]:
-        token_label = self.config.token_label and self.config.num_classes > 0
-        maps, box = self._stages(image, mixed=token_label and self.training)
-        H, W = maps[-1].shape[-2:]
-        x = to_tokens(maps[-1])
-        x = self.post_network[0](torch.cat((x.mean(1, keepdim=True), x), 1))
-        x = self.get_submodule(f"norm{len(self.config.embed_dims)}")(x)
+    def forward(self, image: Tensor) -> Tensor:
+        x = self._read_out(self._stages(image)[0][-1])
         logits = self.head(x[:, 0])
-        if not token_label:
-            return logits
+        return logits + 0.5 * self.aux_head(x[:, 1:]).amax(1) if self._has_token_head else logits
+
+    def token_outputs(self, image: Tensor) -> tuple[Tensor, Tensor, Box]:
+        """What `token_label_loss` takes: class logits, token logits (B, N, classes) and the box of the mixed images."""
+        if not self._has_token_head:
+            raise TersorError(
+                "this svt has no head for tokens; create it with token_label=True and num_classes above 0"
+            )
+        maps, box = self._stages(image, mixed=True)
+        H, W = maps[-1].shape[-2:]
+        x = self._read_out(maps[-1])
         aux = self.aux_head(x[:, 1:])  # (B, N, classes)
-        if not self.training:
-            return logits + 0.5 * aux.amax(1)
-        return logits, exchange(aux.reshape(len(aux), H, W, -1), box).flatten(1, 2), box
+        return self.head(x[:, 0]), exchange(aux.reshape(len(aux), H, W, -1), box).flatten(1, 2), box
+
+    @property
+    def _has_token_head(self) -> bool:
+        return self.config.token_label and self.config.num_classes > 0
+
+    def _read_out(self, x: Tensor) -> Tensor:
+        """The last map -> normed tokens (B, 1 + N, C), the class token first."""
+        tokens = to_tokens(x)
+        tokens = self.post_network[0](torch.cat((tokens.mean(1, keepdim=True), tokens), 1))
+        return self.get_submodule(f"norm{len(self.config.embed_dims)}")(tokens)
 
     def example_inputs(self, batch_size: int = 2) -> dict[str, Tensor]:
         side = self.config.img_size
