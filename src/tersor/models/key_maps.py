@@ -9,7 +9,7 @@ state = split(state, r"(.*)\\.qkv\\.(weight|bias)$", (r"\\1.q.\\2", r"\\1.k.\\2"
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 State = dict[str, Tensor]
 
 
-def rename(state: Mapping[str, Tensor], *rules: tuple[str, str]) -> State:
+def rename(state: Mapping[str, Tensor], *rules: tuple[str, str | Callable[[re.Match[str]], str]]) -> State:
     """Every rule (pattern, replacement), in order, on every key, as re.sub."""
     renamed: State = {}
     for key, value in state.items():

@@ -13,10 +13,10 @@ A batch is flat, as in torch_geometric: nodes x [N, ·], edges edge_index [2, E]
     h_M = Norm(h + MPNN(h, e)),   h_T = Norm(h + Attention(h within each graph))
     h   = h_M + h_T;   h = Norm(h + W2 act(W1 h))            W1: d -> 2d
 
-Norm is BatchNorm over the nodes of the whole batch, or LayerNorm over all nodes and channels of a graph. A node encoder
-"TypeDictNode+RWSE" concatenates an embedding of width d - p and the encodings of width p. Every encoding's statistics
-come as a keyword argument: pestat_RWSE, pestat_HKdiagSE, pestat_ElstaticSE; EigVals and EigVecs (LapPE); eigvals_sn and
-eigvecs_sn (SignNet).
+The global part DSVN has DeepSets in attention's place (deepsets.py). Norm is BatchNorm over the nodes of the whole batch,
+or LayerNorm over all nodes and channels of a graph. A node encoder "TypeDictNode+RWSE" concatenates an embedding of width
+d - p and the encodings of width p. Every encoding's statistics come as a keyword argument: pestat_RWSE, pestat_HKdiagSE,
+pestat_ElstaticSE; EigVals and EigVecs (LapPE); eigvals_sn and eigvecs_sn (SignNet).
 
 Origin: rampasek/GraphGPS at 2801570, MIT; key names are ours but for attention's packed in_proj_weight, which is a
 Linear here, and the "model." before all of them in training checkpoints. Quirks: GatedGCN has its residual, norm and
@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from einops import rearrange
@@ -47,6 +47,7 @@ from torch_geometric.nn import global_mean_pool as mean_pool
 from torch_geometric.utils import to_dense_batch
 
 from tersor.errors import TersorError
+from tersor.models.graph.deepsets import DeepSets, DeepSetsConfig
 from tersor.models.graph.encoders import (
     ACTIVATIONS,
     ATOM_TYPES,
@@ -66,7 +67,7 @@ from tersor.models.graph.encoders import (
 from tersor.models.registry import register
 
 LOCAL = ("CustomGatedGCN", "GINE", "GIN", "GCN", "GENConv", "GAT", "PNA", "None")
-GLOBAL = ("Transformer", "BiasedTransformer", "Performer", "None")
+GLOBAL = ("Transformer", "BiasedTransformer", "Performer", "DSVN", "None")
 _POOLS = {"add": add_pool, "mean": mean_pool, "max": max_pool}
 
 
@@ -83,6 +84,7 @@ class GPSLayerConfig:
     batch_norm: bool = True
     pna_degrees: tuple[int, ...] = ()  # how many nodes of the training set have 0, 1, 2, ... neighbours
     equivstable_pe: bool = False
+    dsvn: DeepSetsConfig = field(default_factory=DeepSetsConfig)
 
     def __post_init__(self) -> None:
         one_of("local_gnn_type", self.local_gnn_type, LOCAL)
@@ -90,7 +92,7 @@ class GPSLayerConfig:
         one_of("act", self.act, ACTIVATIONS)
         if self.layer_norm and self.batch_norm:
             raise TersorError("graphgps has layer_norm or batch_norm, not both")
-        if self.dim_h % self.num_heads and self.global_model_type != "Performer":
+        if self.dim_h % self.num_heads and self.global_model_type not in ("Performer", "DSVN"):
             raise TersorError(f"graphgps' {self.num_heads} heads do not divide the width {self.dim_h}")
         if self.equivstable_pe and self.local_gnn_type not in ("CustomGatedGCN", "GINE"):
             raise TersorError(f"graphgps' equivstable_pe is for CustomGatedGCN and GINE, not {self.local_gnn_type}")
@@ -121,6 +123,7 @@ class GraphGPSConfig:
     batch_norm: bool = True
     act: str = "relu"
     pna_degrees: tuple[int, ...] = ()
+    dsvn: DeepSetsConfig = field(default_factory=DeepSetsConfig)  # of the global part DSVN
     head: str = "san_graph"  # or "graph", "inductive_node"
     pooling: str = "add"  # or "mean", "max"
     layers_post_mp: int = 1  # of the heads other than san_graph
@@ -154,6 +157,7 @@ class GraphGPSConfig:
             layer_norm=self.layer_norm,
             batch_norm=self.batch_norm,
             pna_degrees=self.pna_degrees,
+            dsvn=self.dsvn,
         )
 
 
@@ -174,9 +178,9 @@ class Closeness(nn.Sequential):
 class GatedGCN(nn.Module):
     """Also returns the edges: e_ij = D x_i + E x_j + C e_ij gates the messages B x_j."""
 
-    def __init__(self, config: GPSLayerConfig) -> None:
+    def __init__(self, config: GPSLayerConfig, *, residual: bool = True) -> None:
         super().__init__()
-        d = config.dim_h
+        d, self.residual = config.dim_h, residual
         self.A, self.B, self.C, self.D, self.E = (nn.Linear(d, d) for _ in range(5))
         self.bn_node_x, self.bn_edge_e = nn.BatchNorm1d(d), nn.BatchNorm1d(d)
         self.act_fn_x, self.act_fn_e = ACTIVATIONS[config.act](), ACTIVATIONS[config.act]()
@@ -193,7 +197,8 @@ class GatedGCN(nn.Module):
         gated = sum_at(target, gate * self.B(x)[source], len(x))
         y = self.A(x) + gated / (sum_at(target, gate, len(x)) + 1e-6)
         y = self.dropout(self.act_fn_x(self.bn_node_x(y)))
-        return x + y, edges + self.dropout(self.act_fn_e(self.bn_edge_e(e)))
+        e = self.dropout(self.act_fn_e(self.bn_edge_e(e)))
+        return (x + y, edges + e) if self.residual else (y, e)
 
 
 class GINE(nn.Module):
@@ -308,8 +313,11 @@ class GPSLayer(nn.Module):
         self.config = config
         d = config.dim_h
         self.local_model = make_local(config)
+        self.self_attn: nn.Module | None = None
         if config.global_model_type == "None":
-            self.self_attn = None
+            pass
+        elif config.global_model_type == "DSVN":
+            self.self_attn = DeepSets(d, config.dsvn)
         else:
             self.self_attn = (Performer if config.global_model_type == "Performer" else Attention)(config)
         self.norm1_local = _norm(config) if self.local_model is not None else None
@@ -600,44 +608,52 @@ class GraphGPS(nn.Module):
         return self.post_mp(x, batch)
 
     def example_inputs(self, batch_size: int = 2) -> dict[str, Tensor]:
-        """Rings of 6, 7, 8, 6, ... nodes with random features and statistics."""
-        config = self.config
-        sizes = [6 + i % 3 for i in range(batch_size)]
-        batch = torch.repeat_interleave(torch.arange(batch_size), torch.tensor(sizes))
-        first = torch.cat([torch.arange(n) for n in sizes])
-        offset = torch.arange(len(batch)) - first
-        there = torch.stack((offset + first, offset + (first + 1) % torch.tensor(sizes)[batch]))
-        edge_index = torch.cat((there, there.flip(0)), 1)
-        kind, nodes, edges = config.node_encoder.split("+")[0], len(batch), edge_index.shape[1]
-        inputs = {
-            "x": _example_features(nodes, kind, ATOM_TYPES, config.node_types, config.dim_in),
-            "edge_index": edge_index,
-            "edge_attr": _example_features(edges, config.edge_encoder, BOND_TYPES, config.edge_types, config.dim_edge),
-            "batch": batch,
-        }
-        for name in ("RWSE", "HKdiagSE", "ElstaticSE"):
-            if (encoding := getattr(config, f"posenc_{name}")) is not None:
-                inputs[f"pestat_{name}"] = torch.rand(nodes, encoding.statistics)
-        for name, values, vectors in (("LapPE", "EigVals", "EigVecs"), ("SignNet", "eigvals_sn", "eigvecs_sn")):
-            if (encoding := getattr(config, f"posenc_{name}")) is not None:
-                absent = torch.arange(encoding.max_freqs) >= torch.tensor(sizes)[batch][:, None]
-                inputs[vectors] = torch.randn(absent.shape).masked_fill(absent, torch.nan)
-                inputs[values] = torch.rand(absent.shape).masked_fill(absent, torch.nan)[..., None]
-        return inputs
+        return example_graphs(self.config, batch_size)
 
     def convert_checkpoint(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        if state and all(key.startswith("model.") for key in state):
-            state = {key.removeprefix("model."): value for key, value in state.items()}
-        alone = isinstance(self.encoder.node_encoder, EncodingAlone)
-        converted = {}
-        for key, value in _layers_renamed(state).items():
-            place = "encoder.node_encoder."
-            if alone and key.startswith(place) and not key.startswith((f"{place}linear_x", f"{place}encoding")):
-                key = f"{place}encoding.{key.removeprefix(place)}"
-            if key.endswith("atom_embedding_list.1.weight") and len(value) == ATOM_TYPES[1] - 1:
-                value = F.pad(value, (0, 0, 0, 1))  # the older vocabulary has no fifth kind of chirality
-            converted[key] = value
-        return converted
+        return _layers_renamed(encoder_keys(state, self.encoder))
+
+
+def encoder_keys(state: dict[str, Tensor], encoder: FeatureEncoder) -> dict[str, Tensor]:
+    """A checkpoint's keys without a training run's prefix, and with the encoder's as they are here."""
+    if state and all(key.startswith("model.") for key in state):
+        state = {key.removeprefix("model."): value for key, value in state.items()}
+    alone = isinstance(encoder.node_encoder, EncodingAlone)
+    converted = {}
+    for key, value in state.items():
+        place = "encoder.node_encoder."
+        if alone and key.startswith(place) and not key.startswith((f"{place}linear_x", f"{place}encoding")):
+            key = f"{place}encoding.{key.removeprefix(place)}"
+        if key.endswith("atom_embedding_list.1.weight") and len(value) == ATOM_TYPES[1] - 1:
+            value = F.pad(value, (0, 0, 0, 1))  # the older vocabulary has no fifth kind of chirality
+        converted[key] = value
+    return converted
+
+
+def example_graphs(config: GraphGPSConfig, batch_size: int) -> dict[str, Tensor]:
+    """Rings of 6, 7, 8, 6, ... nodes with random features and statistics."""
+    sizes = [6 + i % 3 for i in range(batch_size)]
+    batch = torch.repeat_interleave(torch.arange(batch_size), torch.tensor(sizes))
+    first = torch.cat([torch.arange(n) for n in sizes])
+    offset = torch.arange(len(batch)) - first
+    there = torch.stack((offset + first, offset + (first + 1) % torch.tensor(sizes)[batch]))
+    edge_index = torch.cat((there, there.flip(0)), 1)
+    kind, nodes, edges = config.node_encoder.split("+")[0], len(batch), edge_index.shape[1]
+    inputs = {
+        "x": _example_features(nodes, kind, ATOM_TYPES, config.node_types, config.dim_in),
+        "edge_index": edge_index,
+        "edge_attr": _example_features(edges, config.edge_encoder, BOND_TYPES, config.edge_types, config.dim_edge),
+        "batch": batch,
+    }
+    for name in ("RWSE", "HKdiagSE", "ElstaticSE"):
+        if (encoding := getattr(config, f"posenc_{name}")) is not None:
+            inputs[f"pestat_{name}"] = torch.rand(nodes, encoding.statistics)
+    for name, values, vectors in (("LapPE", "EigVals", "EigVecs"), ("SignNet", "eigvals_sn", "eigvecs_sn")):
+        if (encoding := getattr(config, f"posenc_{name}")) is not None:
+            absent = torch.arange(encoding.max_freqs) >= torch.tensor(sizes)[batch][:, None]
+            inputs[vectors] = torch.randn(absent.shape).masked_fill(absent, torch.nan)
+            inputs[values] = torch.rand(absent.shape).masked_fill(absent, torch.nan)[..., None]
+    return inputs
 
 
 def _layers_renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
