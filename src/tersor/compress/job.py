@@ -20,7 +20,7 @@ from tersor.compress.settings import Settings
 from tersor.compress.stream import compress_checkpoint
 from tersor.compress.whole_model import compress_whole_checkpoint, compress_whole_module
 from tersor.errors import TersorError
-from tersor.formats.layouts import layout_named
+from tersor.formats.layouts import AUTO, layout_named
 
 
 def compress(
@@ -34,7 +34,7 @@ def compress(
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
-    format: str | None = "gptq",
+    format: str | None = AUTO,
     out: str | Path | None = None,
     overwrite: bool = False,
     redo: Sequence[str] = (),
@@ -54,8 +54,8 @@ def compress(
     model: a directory, a hub name or a built-in name, which is read block by block and written to `out` (a temporary directory
         where none is given) as blocks are finished; or a module in memory, of which a compressed copy is made.
     calibration: a text file, "builtin" (also None), "hf:NAME", a list of strings, or an iterable of the model's own inputs.
-    format: how the result is stored, which also bounds its precision: "gptq", "gptq_v2" or "compressed-tensors"; None keeps
-        exact numbers, for a module in memory only.
+    format: how the result is stored, which also bounds its precision: "gptq", "gptq_v2" or "compressed-tensors"; "auto" is
+        "gptq" where it holds every layer, else "compressed-tensors"; None keeps exact numbers, for a module in memory only.
     rules: what is different for some layers (see `recipe.py`), such as {"match": "*.down_proj", "bits": 8}; the last that
         matches wins.
     include, exclude: patterns of linear layers, such as "*.mlp.*". head: compress the output head too. embeddings: the token
@@ -79,7 +79,8 @@ def compress(
         raise TersorError(f"target_tp={target_tp} must be positive")
     job = Settings(
         recipe=Recipe(method, make_rules(rules)),
-        layout=None if format is None else layout_named(format),
+        layout=None if format is None else layout_named("gptq" if format == AUTO else format),
+        may_pad=format == AUTO,
         calibration=calibration,
         samples=samples,
         seq_len=seq_len,
