@@ -15,8 +15,8 @@ from tersor.cli.progress import progress_bar
 from tersor.cli.summary import print_summary
 from tersor.cli.torchrun import together
 from tersor.compress import compress
+from tersor.compress.layout_choice import AUTO
 from tersor.compress.method import methods
-from tersor.formats.layouts import AUTO
 
 
 def _quantize(

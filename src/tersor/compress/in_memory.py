@@ -14,7 +14,7 @@ from tersor.compress.block import Block, LayerReport
 from tersor.compress.describe import quantization_config
 from tersor.compress.plan import make_plan
 from tersor.compress.result import Compressed, Summary, Timer, loss_of, peak_memory
-from tersor.compress.settings import Settings, Size, check_reached, samples_of, with_fitting_layout
+from tersor.compress.settings import Settings, Size, check_reached, samples_of
 from tersor.compress.walk import Hooks, called_only, first_tensor, trace, walk, walk_without_samples
 from tersor.formats.grid import Stored
 from tersor.formats.layouts import write
@@ -30,7 +30,6 @@ def compress_module(model: nn.Module, job: Settings) -> Compressed:
     if hasattr(module, "set_experts_implementation"):
         # the plain loop is the one whose products with single experts can be seen
         module.set_experts_implementation("eager")  # type: ignore[operator]
-    job = with_fitting_layout(module, job)
     plan = make_plan(module, job)
     maps = packable_maps(module)
     first_parameter = next(module.parameters())

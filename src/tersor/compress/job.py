@@ -13,6 +13,7 @@ from tersor.calibrate.batches import Calibration
 from tersor.calibrate.routing import parse_routing
 from tersor.checkpoint.load import pick_device
 from tersor.compress.in_memory import compress_module
+from tersor.compress.layout_choice import AUTO, with_fitting_layout
 from tersor.compress.method import Method, Progress
 from tersor.compress.recipe import Recipe, Rule, make_rules
 from tersor.compress.result import Compressed
@@ -20,7 +21,7 @@ from tersor.compress.settings import Settings
 from tersor.compress.stream import compress_checkpoint
 from tersor.compress.whole_model import compress_whole_checkpoint, compress_whole_module
 from tersor.errors import TersorError
-from tersor.formats.layouts import AUTO, layout_named
+from tersor.formats.layouts import layout_named
 
 
 def compress(
@@ -115,4 +116,4 @@ def compress(
         return compress_whole_checkpoint(str(model), job)
     if not isinstance(model, nn.Module):
         return compress_checkpoint(str(model), job)
-    return compress_module(model, job)
+    return compress_module(model, with_fitting_layout(model, job))

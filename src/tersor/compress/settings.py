@@ -6,7 +6,7 @@ import inspect
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,11 @@ from tersor.checkpoint.load import check_tokens
 from tersor.checkpoint.preprocessing import image_settings
 from tersor.checkpoint.source import Checkpoint
 from tersor.compress.method import Progress
-from tersor.compress.plan import Plan, make_plan
+from tersor.compress.plan import Plan
 from tersor.compress.recipe import Recipe
 from tersor.errors import TersorError
-from tersor.formats.layouts import LAYOUTS, Layout
+from tersor.formats.layouts import Layout
 from tersor.formats.quantized_weight import QuantizedWeight
-from tersor.layers.linear_map import is_conv1d, matrix_shape
 
 
 @dataclass(frozen=True)
@@ -55,24 +54,6 @@ class Settings:
     tokenizer: Any
     progress: Progress
     started: float = field(default_factory=time.perf_counter)
-
-
-def with_fitting_layout(model: nn.Module, job: Settings) -> Settings:
-    """The job with another layout where it leaves the choice to us and its own does not hold every layer. Conv1D layers
-    keep it: readers of compressed-tensors draw them at random."""
-    if job.layout is None or not job.may_pad:
-        return job
-    taken = make_plan(model, replace(job, layout=None)).all_linears()
-    if any(map(is_conv1d, taken.values())):
-        return job
-    for name, module in taken.items():
-        found = job.layout.misfit(*matrix_shape(module))
-        if isinstance(module, nn.Embedding) and not job.layout.embeddings:
-            found = "an embedding's rows"
-        if found:
-            job.progress(f"format compressed-tensors: {name} has {found}, which {job.layout.name} does not hold", 0, 0)
-            return replace(job, layout=LAYOUTS["compressed-tensors"], may_pad=False)
-    return job
 
 
 def samples_of(

@@ -32,9 +32,10 @@ from tersor.checkpoint.writer import RESULT_FILE, Job, model_fingerprint
 from tersor.compress.block import Block, LayerReport
 from tersor.compress.describe import quantization_config
 from tersor.compress.forecast import forecast
+from tersor.compress.layout_choice import with_fitting_layout
 from tersor.compress.plan import Plan, make_plan
 from tersor.compress.result import Compressed, Summary, Timer, loss_of, peak_memory
-from tersor.compress.settings import Settings, Size, check_reached, samples_by_path, samples_of, with_fitting_layout
+from tersor.compress.settings import Settings, Size, check_reached, samples_by_path, samples_of
 from tersor.compress.shared_job import follow, lead, open_job
 from tersor.compress.walk import (
     Hooks,

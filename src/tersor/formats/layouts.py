@@ -64,8 +64,6 @@ class Layout:
         return f"{out_features} outputs" if out_features % self.word_rows else None
 
 
-AUTO = "auto"  # gptq where it holds every layer of the model, else compressed-tensors
-
 LAYOUTS = {
     # v1 stores z - 1: a zero point of 0 wraps, and three writers and their readers disagree on how
     "gptq": Layout("gptq", torch.float16, min_zero=1, word_columns=WORD, word_rows=WORD, embeddings=False),
@@ -76,7 +74,7 @@ LAYOUTS = {
 
 def layout_named(name: str) -> Layout:
     if name not in LAYOUTS:
-        raise TersorError(f"unknown format {name!r}; known: {', '.join(LAYOUTS)}, {AUTO}")
+        raise TersorError(f"unknown format {name!r}; known: {', '.join(LAYOUTS)}, auto")
     return LAYOUTS[name]
 
 
