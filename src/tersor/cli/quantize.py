@@ -15,6 +15,7 @@ from tersor.cli.progress import progress_bar
 from tersor.cli.summary import print_summary
 from tersor.cli.torchrun import together
 from tersor.compress import compress
+from tersor.compress.layout_choice import AUTO
 from tersor.compress.method import methods
 
 
@@ -40,12 +41,17 @@ def _quantize(
     dtype: Annotated[
         str, typer.Option(help="Precision of the forward passes: auto, float32, bfloat16, float16.")
     ] = "auto",
-    format: Annotated[str, typer.Option(help="gptq, gptq_v2 or compressed-tensors.")] = "gptq",
+    format: Annotated[
+        str,
+        typer.Option(
+            help="gptq, gptq_v2, compressed-tensors, or auto: gptq where it holds every layer, else compressed-tensors."
+        ),
+    ] = AUTO,
     include: Include = None,
     exclude: Exclude = None,
     head: Annotated[bool, typer.Option("--head", help="Quantize the output head too.")] = False,
     embeddings: Annotated[
-        bool, typer.Option("--embeddings", help="Quantize the token embedding too; needs --format compressed-tensors.")
+        bool, typer.Option("--embeddings", help="Quantize the token embedding too, in format compressed-tensors.")
     ] = False,
     target_tp: Annotated[int, typer.Option(help="Check that the layers split over so many devices when served.")] = 1,
     experts: Annotated[

@@ -13,6 +13,7 @@ from tersor.calibrate.batches import Calibration
 from tersor.calibrate.routing import parse_routing
 from tersor.checkpoint.load import pick_device
 from tersor.compress.in_memory import compress_module
+from tersor.compress.layout_choice import AUTO, with_fitting_layout
 from tersor.compress.method import Method, Progress
 from tersor.compress.recipe import Recipe, Rule, make_rules
 from tersor.compress.result import Compressed
@@ -37,7 +38,7 @@ def compress(
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
-    format: str | None = "gptq",
+    format: str | None = AUTO,
     out: str | Path | None = None,
     overwrite: bool = False,
     redo: Sequence[str] = (),
@@ -57,8 +58,8 @@ def compress(
     model: a directory, a hub name or a built-in name, which is read block by block and written to `out` (a temporary directory
         where none is given) as blocks are finished; or a module in memory, of which a compressed copy is made.
     calibration: a text file, "builtin" (also None), "hf:NAME", a list of strings, or an iterable of the model's own inputs.
-    format: how the result is stored, which also bounds its precision: "gptq", "gptq_v2" or "compressed-tensors"; None keeps
-        exact numbers, for a module in memory only.
+    format: how the result is stored, which also bounds its precision: "gptq", "gptq_v2" or "compressed-tensors"; "auto" is
+        "gptq" where it holds every layer, else "compressed-tensors"; None keeps exact numbers, for a module in memory only.
     rules: what is different for some layers (see `recipe.py`), such as {"match": "*.down_proj", "bits": 8}; the last that
         matches wins.
     include, exclude: patterns of linear layers, such as "*.mlp.*". head: compress the output head too. embeddings: the token
@@ -87,7 +88,8 @@ def compress(
         raise TersorError(f"target_tp={target_tp} must be positive")
     job = Settings(
         recipe=Recipe(method, make_rules(rules)),
-        layout=None if format is None else layout_named(format),
+        layout=None if format is None else layout_named("gptq" if format == AUTO else format),
+        may_pad=format == AUTO,
         calibration=calibration,
         samples=samples,
         seq_len=seq_len,
@@ -122,4 +124,4 @@ def compress(
         return compress_whole_checkpoint(str(model), job)
     if not isinstance(model, nn.Module):
         return compress_checkpoint(str(model), job)
-    return compress_module(model, job)
+    return compress_module(model, with_fitting_layout(model, job))

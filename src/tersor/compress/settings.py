@@ -35,6 +35,7 @@ class Settings:
 
     recipe: Recipe
     layout: Layout | None
+    may_pad: bool  # whether compressed-tensors takes the place of `layout` where a layer does not fit it
     calibration: Calibration
     samples: int
     seq_len: int

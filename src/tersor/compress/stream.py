@@ -35,6 +35,7 @@ from tersor.compress.block import Block, LayerReport
 from tersor.compress.describe import quantization_config
 from tersor.compress.first_run import prepare
 from tersor.compress.forecast import forecast
+from tersor.compress.layout_choice import with_fitting_layout
 from tersor.compress.plan import Plan, make_plan
 from tersor.compress.result import Compressed, Summary, Timer, loss_of, peak_memory
 from tersor.compress.settings import Settings, Size, samples_by_path, samples_of
@@ -68,8 +69,7 @@ def compress_checkpoint(name: str, job: Settings) -> Compressed:
     target = agree(target)
     if target.resolve() == checkpoint.directory.resolve():
         raise TersorError(f"{target} is the model itself; give another output directory")
-    layout = job.layout
-    if layout is None:
+    if job.layout is None:
         raise TersorError("a model given by name is written as it is compressed: format=None is for modules in memory")
 
     dtype = compute_dtype(checkpoint, job.device, job.dtype)
@@ -77,6 +77,9 @@ def compress_checkpoint(name: str, job: Settings) -> Compressed:
     if may_widen and open_job(target, checkpoint).mark("dtype") == str(torch.float32):
         return _in_float32(name, job)  # as an earlier run of this command decided
     lazy = LazyModel(checkpoint, dtype=dtype, device=job.device)
+    job = with_fitting_layout(lazy.module, job)
+    layout = job.layout
+    assert layout is not None
     plan = make_plan(lazy.module, job)
     writer = open_job(
         target,

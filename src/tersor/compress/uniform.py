@@ -7,6 +7,7 @@ from typing import Any
 from tersor.errors import TersorError
 from tersor.formats.grid import Bits
 from tersor.formats.layouts import BITS, Layout
+from tersor.formats.packing import WORD
 
 BITS_HELP = "2, 3, 4, 8 or ternary"
 GROUP_HELP = "input columns that share a step and a zero point; -1 for one group a row"
@@ -40,12 +41,8 @@ def check_grid(
         return
     if bits == "ternary" and not sym:
         raise TersorError("ternary levels of two magnitudes (--asym) fit no file format; use --sym")
-    for what, count, words in (
-        ("inputs", in_features, layout.word_columns),
-        ("outputs", out_features, layout.word_rows),
-    ):
-        if count % words:
-            raise TersorError(
-                f"{name} has {count} {what}; format {layout.name} stores whole words of {words}: "
-                f"use --format compressed-tensors, which pads, or --exclude '{name}'"
-            )
+    if found := layout.misfit(out_features, in_features):
+        raise TersorError(
+            f"{name} has {found}; format {layout.name} stores whole words of {WORD}: "
+            f"use --format compressed-tensors, which pads, or --exclude '{name}'"
+        )

@@ -57,6 +57,12 @@ class Layout:
     word_rows: int
     embeddings: bool
 
+    def misfit(self, out_features: int, in_features: int) -> str | None:
+        """The size of a layer that fills no whole words, such as "80 outputs"; None where the layer fits."""
+        if in_features % self.word_columns:
+            return f"{in_features} inputs"
+        return f"{out_features} outputs" if out_features % self.word_rows else None
+
 
 LAYOUTS = {
     # v1 stores z - 1: a zero point of 0 wraps, and three writers and their readers disagree on how
@@ -68,7 +74,7 @@ LAYOUTS = {
 
 def layout_named(name: str) -> Layout:
     if name not in LAYOUTS:
-        raise TersorError(f"unknown format {name!r}; known: {', '.join(LAYOUTS)}")
+        raise TersorError(f"unknown format {name!r}; known: {', '.join(LAYOUTS)}, auto")
     return LAYOUTS[name]
 
 
