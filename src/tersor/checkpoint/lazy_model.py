@@ -119,19 +119,29 @@ class LazyModel:
     def pieces(self, linear: str) -> list[tuple[str, int]]:
         """The published layers that a map consists of, with their numbers of outputs: several where transformers fuses them.
 
-        Experts that are published in one stack are called `<experts>.<number>.<stack>`, as other tools do.
+        Experts that are published in one stack are called `<experts>.<number>.<stack>`, as other tools do; by the module's
+        names where the stack is published under another.
         """
         found, keys = self.maps[linear], self.keys_of_map(linear)
         out_features = matrix_shape(found)[0]
         if not isinstance(found, ExpertMap):
             published = len(keys) == 1 and keys[0].endswith(".weight")
             return [(keys[0].removesuffix(".weight") if published else linear, out_features)]
-        if not found.transposed and keys and all(key.endswith(".weight") for key in keys):
-            rows = [self.checkpoint.shape(key)[0] for key in keys]
-            if sum(rows) == out_features:
-                return [(key.removesuffix(".weight"), n) for key, n in zip(keys, rows, strict=True)]
-        owner = keys[0].rpartition(".")[0] if len(keys) == 1 else linear.rsplit(".", 2)[0]
+        if named := self.named_pieces(linear):
+            return named
+        published = len(keys) == 1 and keys[0].rpartition(".")[2] == found.stack
+        owner = keys[0].rpartition(".")[0] if published else linear.rsplit(".", 2)[0]
         return [(f"{owner}.{found.index}.{found.stack}", out_features)]
+
+    def named_pieces(self, linear: str) -> list[tuple[str, int]]:
+        """The same of an expert whose parts are published each under a name of its own; none where they are not."""
+        found, keys = self.maps[linear], self.keys_of_map(linear)
+        if not isinstance(found, ExpertMap) or found.transposed or not all(key.endswith(".weight") for key in keys):
+            return []
+        shapes = [self.checkpoint.shape(key) for key in keys]
+        if any(len(shape) != 2 for shape in shapes) or sum(rows for rows, _ in shapes) != matrix_shape(found)[0]:
+            return []
+        return [(key.removesuffix(".weight"), rows) for key, (rows, _) in zip(keys, shapes, strict=True)]
 
     def _belongs(self, key: str, linear: str) -> bool:
         found = self.maps[linear]

@@ -35,7 +35,7 @@ from tersor.compress.block import Block, LayerReport
 from tersor.compress.describe import quantization_config
 from tersor.compress.first_run import prepare
 from tersor.compress.forecast import forecast
-from tersor.compress.plan import Plan, make_plan
+from tersor.compress.plan import STACKS_STAY, Plan, make_plan, without_stacks
 from tersor.compress.result import Compressed, Summary, Timer, loss_of, peak_memory
 from tersor.compress.settings import Settings, Size, samples_by_path, samples_of
 from tersor.compress.shared_job import follow, lead, open_job
@@ -51,6 +51,7 @@ from tersor.errors import TersorError
 from tersor.formats.grid import Stored
 from tersor.formats.layouts import Layout, write
 from tersor.formats.quantized_weight import QuantizedWeight
+from tersor.layers.experts import ExpertMap
 from tersor.layers.linear_map import columns_of, set_weight_matrix
 
 
@@ -78,6 +79,8 @@ def compress_checkpoint(name: str, job: Settings) -> Compressed:
         return _in_float32(name, job)  # as an earlier run of this command decided
     lazy = LazyModel(checkpoint, dtype=dtype, device=job.device)
     plan = make_plan(lazy.module, job)
+    if layout.name == "compressed-tensors":
+        plan = _without_stacks(plan, lazy, job)
     writer = open_job(
         target,
         checkpoint,
@@ -166,6 +169,13 @@ def compress_checkpoint(name: str, job: Settings) -> Compressed:
         **loss_of(before, after),
     )
     return lead(Compressed(summary, target, _folder=folder))
+
+
+def _without_stacks(plan: Plan, lazy: LazyModel, job: Settings) -> Plan:
+    stacked = [n for n, each in plan.all_linears().items() if isinstance(each, ExpertMap) and not lazy.named_pieces(n)]
+    if stacked:
+        job.progress(STACKS_STAY.format(count=len(stacked)), 0, 0)
+    return without_stacks(plan, stacked, job.include)
 
 
 def _in_float32(name: str, job: Settings) -> Compressed:
