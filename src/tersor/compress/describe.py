@@ -23,7 +23,7 @@ def quantization_config(
     module: readers look for one or the other. published: the names of a linear map on disk."""
     base = recipe.method.quantization()
     modules = dict(model.named_modules())
-    dense = _dense_linears(model, plan)
+    dense = _dense_linears(model, plan)  # which have no other name that is known
 
     def names_of(name: str) -> list[str]:
         stems = [] if name in dense else published(name)

@@ -12,7 +12,7 @@ from tersor.calibrate.batches import call, without_cache
 from tersor.compress.block import Block, LayerReport
 from tersor.compress.describe import quantization_config
 from tersor.compress.first_run import prepare
-from tersor.compress.plan import STACKS_STAY, make_plan, without_stacks
+from tersor.compress.plan import make_plan, without_stacks
 from tersor.compress.result import Compressed, Summary, Timer, loss_of, peak_memory
 from tersor.compress.settings import Settings, Size, samples_of
 from tersor.compress.walk import Hooks, first_tensor, walk, walk_without_samples
@@ -34,9 +34,7 @@ def compress_module(model: nn.Module, job: Settings) -> Compressed:
     if job.layout is not None and job.layout.name == "compressed-tensors" and hasattr(module, "base_model_prefix"):
         # saved under the module's own names, where transformers looks for whole stacks
         stacked = [name for name, each in plan.all_linears().items() if isinstance(each, ExpertMap)]
-        if stacked:
-            job.progress(STACKS_STAY.format(count=len(stacked)), 0, 0)
-        plan = without_stacks(plan, stacked, job.include)
+        plan = without_stacks(plan, stacked, include=job.include, progress=job.progress)
     maps = packable_maps(module)
     first_parameter = next(module.parameters())
     dtype, device = first_parameter.dtype, first_parameter.device

@@ -14,7 +14,7 @@ from torch import nn
 from tersor.calibrate.blocks import Unit, find_blocks
 from tersor.calibrate.routing import Routing, check_routing
 from tersor.calibrate.statistics import is_expert
-from tersor.compress.method import Method
+from tersor.compress.method import Method, Progress
 from tersor.compress.recipe import Recipe
 from tersor.errors import TersorError
 from tersor.formats.layouts import Layout
@@ -28,8 +28,6 @@ ROUTERS = re.compile(r"(^|\.)(router(_\w+)?(\..+)?|gate|shared_expert_gate|wg)$"
 
 # Layers that servers split along their inputs, by the names that transformers gives them.
 ROW_PARALLEL = re.compile(r"(^|\.)(o_proj|out_proj|down_proj|c_proj|dense|dense_4h_to_h|fc2|fc_out|w2|wo)(\.\d+)?$")
-
-STACKS_STAY = "{count} experts stay as they are: other readers of compressed-tensors would not find them packed"
 
 
 class Choice(Protocol):
@@ -177,9 +175,9 @@ def without(plan: Plan, names: set[str]) -> Plan:
     )
 
 
-def without_stacks(plan: Plan, stacked: Sequence[str], include: Sequence[str]) -> Plan:
+def without_stacks(plan: Plan, stacked: Sequence[str], *, include: Sequence[str], progress: Progress) -> Plan:
     """The plan without experts that transformers would draw at random: those whose checkpoint has no name for each of them,
-    under which it would look for packed ones.
+    under which it would look for packed ones. Said in one line.
 
     stacked: those experts. Raises TersorError where `include` asks for them, or nothing else is left to compress.
     """
@@ -192,6 +190,8 @@ def without_stacks(plan: Plan, stacked: Sequence[str], include: Sequence[str]) -
             f"{stacked[0]} lies in one tensor with the other experts, and readers of compressed-tensors, which do not find it "
             "packed, draw it at random; use --format gptq"
         )
+    why = "readers of compressed-tensors find no packed ones in one stack; --format gptq packs them"
+    progress(f"{len(stacked)} experts stay as they are: {why}", 0, 0)
     return reduced
 
 

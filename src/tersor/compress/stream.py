@@ -35,7 +35,7 @@ from tersor.compress.block import Block, LayerReport
 from tersor.compress.describe import quantization_config
 from tersor.compress.first_run import prepare
 from tersor.compress.forecast import forecast
-from tersor.compress.plan import STACKS_STAY, Plan, make_plan, without_stacks
+from tersor.compress.plan import Plan, make_plan, without_stacks
 from tersor.compress.result import Compressed, Summary, Timer, loss_of, peak_memory
 from tersor.compress.settings import Settings, Size, samples_by_path, samples_of
 from tersor.compress.shared_job import follow, lead, open_job
@@ -80,7 +80,9 @@ def compress_checkpoint(name: str, job: Settings) -> Compressed:
     lazy = LazyModel(checkpoint, dtype=dtype, device=job.device)
     plan = make_plan(lazy.module, job)
     if layout.name == "compressed-tensors":
-        plan = _without_stacks(plan, lazy, job)
+        experts = [name for name, each in plan.all_linears().items() if isinstance(each, ExpertMap)]
+        stacked = [name for name in experts if not lazy.named_pieces(name)]
+        plan = without_stacks(plan, stacked, include=job.include, progress=job.progress)
     writer = open_job(
         target,
         checkpoint,
@@ -169,13 +171,6 @@ def compress_checkpoint(name: str, job: Settings) -> Compressed:
         **loss_of(before, after),
     )
     return lead(Compressed(summary, target, _folder=folder))
-
-
-def _without_stacks(plan: Plan, lazy: LazyModel, job: Settings) -> Plan:
-    stacked = [n for n, each in plan.all_linears().items() if isinstance(each, ExpertMap) and not lazy.named_pieces(n)]
-    if stacked:
-        job.progress(STACKS_STAY.format(count=len(stacked)), 0, 0)
-    return without_stacks(plan, stacked, job.include)
 
 
 def _in_float32(name: str, job: Settings) -> Compressed:
