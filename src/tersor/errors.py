@@ -1,4 +1,4 @@
-"""The one exception that users are meant to see."""
+"""The exceptions that users are meant to see."""
 
 
 class TersorError(Exception):
@@ -6,3 +6,7 @@ class TersorError(Exception):
 
     The command line prints it as one line and exits with status 2.
     """
+
+
+class BrokenWeightError(TersorError):
+    """A weight of the model holds NaN or Inf: no way around it, whatever else could be done without."""

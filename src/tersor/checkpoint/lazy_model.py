@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tersor.checkpoint.quantization_config import QuantizationConfig, read_config
 from tersor.checkpoint.source import Checkpoint, torch_dtype
-from tersor.errors import TersorError
+from tersor.errors import BrokenWeightError, TersorError
 from tersor.formats.gguf_blocks import BLOCK_TYPES, unpack_blocks
 from tersor.formats.layout_check import Header, check_headers
 from tersor.formats.layouts import PACKED_SUFFIXES, read_awq, read_compressed, read_gptq
@@ -124,19 +124,29 @@ class LazyModel:
     def pieces(self, linear: str) -> list[tuple[str, int]]:
         """The published layers that a map consists of, with their numbers of outputs: several where transformers fuses them.
 
-        Experts that are published in one stack are called `<experts>.<number>.<stack>`, as other tools do.
+        Experts that are published in one stack are called `<experts>.<number>.<stack>`, as other tools do; by the module's
+        names where the stack is published under another.
         """
         found, keys = self.maps[linear], self.keys_of_map(linear)
         out_features = matrix_shape(found)[0]
         if not isinstance(found, ExpertMap):
             published = len(keys) == 1 and keys[0].endswith(".weight")
             return [(keys[0].removesuffix(".weight") if published else linear, out_features)]
-        if not found.transposed and keys and all(key.endswith(".weight") for key in keys):
-            rows = [self.checkpoint.shape(key)[0] for key in keys]
-            if sum(rows) == out_features:
-                return [(key.removesuffix(".weight"), n) for key, n in zip(keys, rows, strict=True)]
-        owner = keys[0].rpartition(".")[0] if len(keys) == 1 else linear.rsplit(".", 2)[0]
+        if named := self.named_pieces(linear):
+            return named
+        published = len(keys) == 1 and keys[0].rpartition(".")[2] == found.stack
+        owner = keys[0].rpartition(".")[0] if published else linear.rsplit(".", 2)[0]
         return [(f"{owner}.{found.index}.{found.stack}", out_features)]
+
+    def named_pieces(self, linear: str) -> list[tuple[str, int]]:
+        """The same of an expert whose parts are published each under a name of its own; none where they are not."""
+        found, keys = self.maps[linear], self.keys_of_map(linear)
+        if not isinstance(found, ExpertMap) or found.transposed or not all(key.endswith(".weight") for key in keys):
+            return []
+        shapes = [self.checkpoint.shape(key) for key in keys]
+        if any(len(shape) != 2 for shape in shapes) or sum(rows for rows, _ in shapes) != matrix_shape(found)[0]:
+            return []
+        return [(key.removesuffix(".weight"), rows) for key, (rows, _) in zip(keys, shapes, strict=True)]
 
     def _belongs(self, key: str, linear: str) -> bool:
         found = self.maps[linear]
@@ -502,11 +512,11 @@ class _KeyMap:
 
 
 def check_finite(name: str, weight: Tensor) -> None:
-    """Raise TersorError where a weight holds NaN or Inf. Its sum tells at the speed of memory, unless the sum overflows."""
+    """Raise BrokenWeightError where a weight holds NaN or Inf. Its sum tells at the speed of memory, unless the sum overflows."""
     if not weight.is_floating_point() or weight.is_meta:
         return
     if not bool(torch.isfinite(weight.detach().sum(dtype=torch.float32))) and not bool(torch.isfinite(weight).all()):
-        raise TersorError(f"the weight {name} is not finite (NaN or Inf)")
+        raise BrokenWeightError(f"the weight {name} is not finite (NaN or Inf)")
 
 
 def _state(module: nn.Module, prefix: str) -> list[tuple[str, Tensor]]:

@@ -287,8 +287,8 @@ def _read_index(path: Path) -> dict[str, str]:
     """{tensor: the shard that holds it}"""
     try:
         weight_map = dict(read_json(path)["weight_map"].items())
-        if not all(isinstance(file, str) for file in weight_map.values()):
-            raise TypeError("weight_map does not name files")
+        for file in weight_map.values():
+            inside(path.parent, file)
         return weight_map
     except (TersorError, KeyError, TypeError, AttributeError) as error:
         raise TersorError(f"{path} is not a {path.name.split('.')[1]} index: {error}") from None

@@ -19,18 +19,25 @@ from tersor.layers.linear_map import embeddings
 def quantization_config(
     model: nn.Module, plan: Plan, recipe: Recipe, layout: Layout, published: Callable[[str], list[str]]
 ) -> dict[str, Any]:
-    """The recipe's method, layers that differ from it, and layers left as they are. published: the names of a linear map on
-    disk."""
+    """The recipe's method, layers that differ from it, and layers left as they are, each by its names on disk and by that of the
+    module: readers look for one or the other. published: the names of a linear map on disk."""
     base = recipe.method.quantization()
+    modules = dict(model.named_modules())
+    dense = _dense_linears(model, plan)  # which have no other name that is known
+
+    def names_of(name: str) -> list[str]:
+        stems = [] if name in dense else published(name)
+        return list(dict.fromkeys([*stems, *([name] if name in modules else [])]))
+
     tables = {name for name, found in plan.all_linears().items() if isinstance(found, nn.Embedding)}
     changed = {
         stem: method.quantization()
         for name, method in plan.methods.items()
         if method.quantization() != base and name not in tables  # whose grids are the recipe's, as the plan made sure
-        for stem in published(name)
+        for stem in names_of(name)
     }
     other_tables = [name for name in embeddings(model) if tables and name not in tables]
-    ignored = [stem for name in dict.fromkeys((*plan.left, *other_tables)) for stem in published(name)]
+    ignored = [stem for name in dict.fromkeys((*plan.left, *other_tables, *dense)) for stem in names_of(name)]
     head = getattr(model, "get_output_embeddings", lambda: None)()
     config = make_config(
         layout.name,
@@ -43,9 +50,19 @@ def quantization_config(
     )
     inside = [name for name in plan.left if any(name.startswith(f"{unit.name}.") for unit in plan.blocks)]
     if layout.name != "compressed-tensors" and inside:
-        left: dict[str, Any] = {f"-:^{re.escape(stem)}$": {} for name in inside for stem in published(name)}
+        left: dict[str, Any] = {f"-:^{re.escape(stem)}$": {} for name in inside for stem in names_of(name)}
         config["dynamic"] = {**left, **config.get("dynamic", {})}
         unit = next(unit for unit in plan.blocks if plan.linears[unit.name])
         names = [name.removeprefix(f"{unit.name}.") for name in plan.linears[unit.name]]
         config["modules_in_block_to_quantize"] = [names]
     return config
+
+
+def _dense_linears(model: nn.Module, plan: Plan) -> list[str]:
+    """Modules that readers take for linear layers and tersor does not, such as the output map inside nn.MultiheadAttention."""
+    known = {*plan.left, *plan.all_linears()}
+    return [
+        name
+        for name, each in model.named_modules()
+        if name not in known and any(kind.__name__ == "Linear" for kind in type(each).__mro__)
+    ]

@@ -14,7 +14,7 @@ from tersor.calibrate.statistics import NotFiniteError
 from tersor.compress.plan import Plan, without
 from tersor.compress.settings import asked_for_samples, check_reached, needs_samples
 from tersor.compress.walk import Hooks, Trace, called_only, trace
-from tersor.errors import TersorError
+from tersor.errors import BrokenWeightError, TersorError
 
 # What models raise where a sample is not what they take.
 UNFIT = (TersorError, ValueError, TypeError, AttributeError, LookupError, RuntimeError, AssertionError)
@@ -40,7 +40,7 @@ def prepare(
     optional = not (needs_samples(plan) or asked_for_samples(calibration))
     try:
         traced, batches, probe = _run(model, batches, probe, hooks)
-    except NotFiniteError:
+    except (NotFiniteError, BrokenWeightError):
         raise
     except UNFIT as error:
         if not optional:

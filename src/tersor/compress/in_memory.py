@@ -13,13 +13,13 @@ from tersor.calibrate.draws import PROBE, drawing
 from tersor.compress.block import Block, LayerReport
 from tersor.compress.describe import quantization_config
 from tersor.compress.first_run import prepare
-from tersor.compress.plan import make_plan
+from tersor.compress.plan import make_plan, without_stacks
 from tersor.compress.result import Compressed, Summary, Timer, loss_of, peak_memory
 from tersor.compress.settings import Settings, Size, samples_of
 from tersor.compress.walk import Hooks, first_tensor, walk, walk_without_samples
 from tersor.formats.grid import Stored
 from tersor.formats.layouts import write
-from tersor.layers.experts import stored_name
+from tersor.layers.experts import ExpertMap, stored_name
 from tersor.layers.linear_map import packable_maps
 from tersor.layers.quantized_linear import place_packed
 
@@ -32,6 +32,10 @@ def compress_module(model: nn.Module, job: Settings) -> Compressed:
         # the plain loop is the one whose products with single experts can be seen
         module.set_experts_implementation("eager")  # type: ignore[operator]
     plan = make_plan(module, job)
+    if job.layout is not None and job.layout.name == "compressed-tensors" and hasattr(module, "base_model_prefix"):
+        # saved under the module's own names, where transformers looks for whole stacks
+        stacked = [name for name, each in plan.all_linears().items() if isinstance(each, ExpertMap)]
+        plan = without_stacks(plan, stacked, include=job.include, progress=job.progress)
     maps = packable_maps(module)
     first_parameter = next(module.parameters())
     dtype, device = first_parameter.dtype, first_parameter.device

@@ -14,16 +14,17 @@ from torch import nn
 from tersor.calibrate.blocks import Unit, find_blocks
 from tersor.calibrate.routing import Routing, check_routing
 from tersor.calibrate.statistics import is_expert
-from tersor.compress.method import Method
+from tersor.compress.method import Method, Progress
 from tersor.compress.recipe import Recipe
 from tersor.errors import TersorError
 from tersor.formats.layouts import Layout
 from tersor.layers.experts import ExpertMap
 from tersor.layers.linear_map import LinearMap, is_conv1d, linear_maps, matrix_shape
 from tersor.layers.quantized_embedding import why_not_packed
+from tersor.layers.routers import router_maps
 
-# A few outputs that choose experts: kept as they are.
-ROUTERS = re.compile(r"(^|\.)(router|gate|shared_expert_gate|wg)$")
+# A few outputs that choose experts: kept as they are. These names say so; other routers are told by what stands beside them.
+ROUTERS = re.compile(r"(^|\.)(router(_\w+)?(\..+)?|gate|shared_expert_gate|wg)$")
 
 # Layers that servers split along their inputs, by the names that transformers gives them.
 ROW_PARALLEL = re.compile(r"(^|\.)(o_proj|out_proj|down_proj|c_proj|dense|dense_4h_to_h|fc2|fc_out|w2|wo)(\.\d+)?$")
@@ -85,7 +86,7 @@ def make_plan(model: nn.Module, job: Choice) -> Plan:
     for pattern in (*include, *exclude):
         if not any(fnmatchcase(name, pattern) for name in everything):
             raise TersorError(f"the pattern {pattern!r} matches none of the {len(everything)} linear layers")
-    tied, towers = _tied_weights(model), () if include else _towers(model)
+    tied, towers, routers = _tied_weights(model), () if include else _towers(model), router_maps(model)
     chosen: dict[str, dict[str, LinearMap]] = {}
     for block in blocks:
         found = {"": block.module} if block in embedding else linear_maps(block.module)
@@ -93,7 +94,7 @@ def make_plan(model: nn.Module, job: Choice) -> Plan:
         chosen[block.name] = {
             name: module
             for name, module in inside.items()
-            if not ROUTERS.search(name)
+            if not (ROUTERS.search(name) or name in routers)
             and not (isinstance(module, nn.Module) and id(module.weight) in tied)
             and not block.name.startswith(towers)
             and (not include or any(fnmatchcase(name, pattern) for pattern in include))
@@ -172,6 +173,26 @@ def without(plan: Plan, names: set[str]) -> Plan:
     return Plan(
         plan.blocks, linears, plan.methods, [*plan.left, *(name for name in plan.all_linears() if name in names)]
     )
+
+
+def without_stacks(plan: Plan, stacked: Sequence[str], *, include: Sequence[str], progress: Progress) -> Plan:
+    """The plan without experts that transformers would draw at random: those whose checkpoint has no name for each of them,
+    under which it would look for packed ones. Said in one line.
+
+    stacked: those experts. Raises TersorError where `include` asks for them, or nothing else is left to compress.
+    """
+    if not stacked:
+        return plan
+    reduced = without(plan, set(stacked))
+    asked = any(fnmatchcase(name, pattern) for name in stacked for pattern in include)
+    if asked or not reduced.all_linears():
+        raise TersorError(
+            f"{stacked[0]} lies in one tensor with the other experts, and readers of compressed-tensors, which do not find it "
+            "packed, draw it at random; use --format gptq"
+        )
+    why = "readers of compressed-tensors find no packed ones in one stack; --format gptq packs them"
+    progress(f"{len(stacked)} experts stay as they are: {why}", 0, 0)
+    return reduced
 
 
 def _head(model: nn.Module) -> Unit:

@@ -36,7 +36,7 @@ from tersor.compress.describe import quantization_config
 from tersor.compress.first_run import prepare
 from tersor.compress.forecast import forecast
 from tersor.compress.layout_choice import with_fitting_layout
-from tersor.compress.plan import Plan, make_plan
+from tersor.compress.plan import Plan, make_plan, without_stacks
 from tersor.compress.result import Compressed, Summary, Timer, loss_of, peak_memory
 from tersor.compress.settings import Settings, Size, samples_by_path, samples_of
 from tersor.compress.shared_job import follow, lead, open_job
@@ -52,6 +52,7 @@ from tersor.errors import TersorError
 from tersor.formats.grid import Stored
 from tersor.formats.layouts import Layout, write
 from tersor.formats.quantized_weight import QuantizedWeight
+from tersor.layers.experts import ExpertMap
 from tersor.layers.linear_map import columns_of, set_weight_matrix
 
 
@@ -81,6 +82,10 @@ def compress_checkpoint(name: str, job: Settings) -> Compressed:
     layout = job.layout
     assert layout is not None
     plan = make_plan(lazy.module, job)
+    if layout.name == "compressed-tensors":
+        experts = [name for name, each in plan.all_linears().items() if isinstance(each, ExpertMap)]
+        stacked = [name for name in experts if not lazy.named_pieces(name)]
+        plan = without_stacks(plan, stacked, include=job.include, progress=job.progress)
     writer = open_job(
         target,
         checkpoint,
