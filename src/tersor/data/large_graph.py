@@ -6,8 +6,8 @@
     seq = hop_tokens(ids, (x, *hops))                         # [B, 150, in]
 
 `Neighbours` holds two integer arrays, which may be memory-mapped files; so may x and its hops. Sampling needs memory in
-proportion to the neighbours of the targets' neighbours alone, at most B (1 + most) most entries where `most` is given, and
-the hop features a block of rows at a time beside their results.
+proportion to the neighbours of the targets' neighbours alone, at most B (1 + most) most entries where `most` is given,
+and the hop features a block of rows at a time beside their results.
 """
 
 from __future__ import annotations
