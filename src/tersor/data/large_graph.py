@@ -53,8 +53,10 @@ class Neighbours:
             kept, wide = np.minimum(counts, most), np.flatnonzero(counts > most)
             owner, place = _counted(kept)
             place += first[owner]
-            for row in wide:  # few: the hubs of a batch
-                place[owner == row] = first[row] + np.sort(random.choice(counts[row], most, replace=False))
+            begins = np.cumsum(kept) - kept
+            for row in wide:  # the hubs
+                chosen = np.sort(random.choice(counts[row], most, replace=False))
+                place[begins[row] : begins[row] + most] = first[row] + chosen
             return owner, self.nodes[place].astype(np.int64)
         owner, place = _counted(counts)
         return owner, self.nodes[place + first[owner]].astype(np.int64)
