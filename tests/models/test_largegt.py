@@ -1,4 +1,4 @@
-"""LargeGT beyond its golden cases: the codebook's and the tokens' properties, and neighbours sampled within two hops."""
+"""LargeGT beyond its golden cases: properties of codebook and tokens, neighbours sampled within two hops."""
 
 from __future__ import annotations
 

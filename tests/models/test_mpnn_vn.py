@@ -1,4 +1,4 @@
-"""MPNN+VN beyond its golden cases: reach, graphs by themselves, linear attention by a virtual node, DeepSets' options."""
+"""MPNN+VN beyond its golden cases: reach, graphs by themselves, linear attention by a virtual node, DeepSets."""
 
 from __future__ import annotations
 

@@ -6,8 +6,8 @@
     seq = hop_tokens(ids, (x, *hops))                         # [B, 150, in]
 
 `Neighbours` holds two integer arrays, which may be memory-mapped files; so may x and its hops. Sampling needs memory in
-proportion to the neighbours of the targets' neighbours alone, at most B (1 + most) most entries where `most` is given, and
-the hop features a block of rows at a time beside their results.
+proportion to the neighbours of the targets' neighbours alone, at most B (1 + most) most entries where `most` is given,
+and the hop features a block of rows at a time beside their results.
 """
 
 from __future__ import annotations
@@ -53,8 +53,10 @@ class Neighbours:
             kept, wide = np.minimum(counts, most), np.flatnonzero(counts > most)
             owner, place = _counted(kept)
             place += first[owner]
-            for row in wide:  # few: the hubs of a batch
-                place[owner == row] = first[row] + np.sort(random.choice(counts[row], most, replace=False))
+            begins = np.cumsum(kept) - kept
+            for row in wide:  # the hubs
+                chosen = np.sort(random.choice(counts[row], most, replace=False))
+                place[begins[row] : begins[row] + most] = first[row] + chosen
             return owner, self.nodes[place].astype(np.int64)
         owner, place = _counted(counts)
         return owner, self.nodes[place + first[owner]].astype(np.int64)

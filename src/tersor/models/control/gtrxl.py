@@ -1,7 +1,7 @@
 """GTrXL, a Transformer-XL that reinforcement learning can train (Parisotto et al., ICML 2020, arXiv 1910.06764).
 
-What it is for: the memory of an agent. Every step attends to what was seen in the current segment and in the memory, so that
-what mattered long ago can still decide. Policy and value heads are the learner's.
+What it is for: the memory of an agent. Every step attends to what was seen in the current segment and in the memory, so
+that what mattered long ago can still decide. Policy and value heads are the learner's.
 
     model = tersor.models.create("gtrxl", d_model=64, layers=2, heads=2, d_head=32, d_ff=128, memory_len=200)
     y, memory = model.stream(x, None)                          # x (T, B, d_model) -> (T, B, d_model)
@@ -13,10 +13,11 @@ A layer, with the segment E [T, B, D], its memory M [n, B, D] of the inputs this
     logit_ij = ((q_i + u) k_j + (q_i + v) W_p R_{i-j}) / sqrt(d_head),  keys j up to the query's own step;  R sinusoids
     gate(x, y), GRU: r = s(W_r y + U_r x), z = s(W_z y + U_z x - b), h = tanh(W_g y + U_g (r x));  (1 - z) x + z h
 
-u, v [heads, d_head] are shared by all layers. The paper's other gates: input s(Wx) x + y; output x + s(Wx - b) y; highway
-s(Wx + b) x + (1 - s(Wx + b)) y; sigtanh x + s(Wy - b) tanh(Uy); none x + y (TrXL-I).
+u, v [heads, d_head] are shared by all layers. The paper's other gates: input s(Wx) x + y; output x + s(Wx - b) y;
+highway s(Wx + b) x + (1 - s(Wx + b)) y; sigtanh x + s(Wy - b) tanh(Uy); none x + y (TrXL-I).
 
-No code of the paper is public. Two re-implementations are, and their checkpoints load into the variants named after them:
+No code of the paper is public. Two re-implementations are, and their checkpoints load into the variants named after
+them:
 
     gtrxl_transformers_rl   memory not normalised, biases in the gates beside a constant b = 0.1, no ReLU before gates.
                             A sequence in pieces therefore differs from the whole; memory_norm=True mends it.
@@ -25,9 +26,9 @@ No code of the paper is public. Two re-implementations are, and their checkpoint
 
 Origin: dhruvramani/Transformers-RL at 85e64e0, MIT; opendilab/DI-engine at d0b21d0, Apache-2.0.
 
-Proven: the golden cases of both re-implementations and of the mended one, the first one's parameter count; streams equal to
-the whole, causality, no gradient into memory, the identity behind closed gates. Not proven: any return of the paper; the
-paper's width of the MLP (1024) and the start b = 2 are what others report of it.
+Proven: the golden cases of both re-implementations and of the mended one, the first one's parameter count; streams
+equal to the whole, causality, no gradient into memory, the identity behind closed gates. Not proven: any return of the
+paper; the paper's width of the MLP (1024) and the start b = 2 are what others report of it.
 """
 
 from __future__ import annotations

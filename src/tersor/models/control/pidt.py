@@ -25,7 +25,8 @@ the environment.
 Proven: the golden cases of the published backbone, its parameter count, left padding, causality, zero probability of
 what is not feasible, (tersor.data.restoration) that no violated limit is let through, and on a feeder of 8 cells that a
 PIDT trained on random runs restores the optimum when asked for it. Not proven: any result of the paper, feeders of real
-size."""
+size.
+"""
 
 from __future__ import annotations
 

@@ -40,7 +40,6 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tersor.data.morphology import limb_places, limb_relation
 from tersor.errors import TersorError
 from tersor.layers.checks import at_least, one_of
 from tersor.models.registry import register
@@ -229,15 +228,16 @@ class SGRL(nn.Module):
         return vectors, src[..., 3 * _VECTORS :], vectors[..., 1:3]
 
     def example_inputs(self, batch_size: int = 2) -> dict[str, Tensor]:
-        """A torso with two legs, standing."""
-        parents, config = [-1, 0, 1, 0, 3], self.config
-        src = torch.randn(len(parents), batch_size, config.feature_size)
+        """A chain of five limbs, facing x."""
+        config, limbs = self.config, torch.arange(5)
+        src = torch.randn(len(limbs), batch_size, config.feature_size)
         src[..., 3:9] = torch.tensor([0, 0, -9.81, 1, 0, 0])
-        places = limb_places(parents)
+        there, back = limbs.expand(config.num_positions, -1), limbs.flip(0)
+        apart = (limbs[:, None] - limbs).abs()[..., None]
         return {
             "src": src,
-            "traversals": places[torch.arange(config.num_positions) % len(places)],
-            "relation": limb_relation(parents)[..., torch.arange(config.rel_size) % 3],
+            "traversals": torch.where(torch.arange(config.num_positions)[:, None] == 0, there, back),
+            "relation": (apart / len(limbs)).expand(-1, -1, config.rel_size),
         }
 
     def convert_checkpoint(self, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,10 +13,10 @@ A batch is flat, as in torch_geometric: nodes x [N, ·], edges edge_index [2, E]
     h_M = Norm(h + MPNN(h, e)),   h_T = Norm(h + Attention(h within each graph))
     h   = h_M + h_T;   h = Norm(h + W2 act(W1 h))            W1: d -> 2d
 
-The global part DSVN has DeepSets in attention's place (deepsets.py). Norm is BatchNorm over the nodes of the whole batch,
-or LayerNorm over all nodes and channels of a graph. A node encoder "TypeDictNode+RWSE" concatenates an embedding of width
-d - p and the encodings of width p. Every encoding's statistics come as a keyword argument: pestat_RWSE, pestat_HKdiagSE,
-pestat_ElstaticSE; EigVals and EigVecs (LapPE); eigvals_sn and eigvecs_sn (SignNet).
+The global part DSVN has DeepSets in attention's place (deepsets.py). Norm is BatchNorm over the nodes of the whole
+batch, or LayerNorm over all nodes and channels of a graph. A node encoder "TypeDictNode+RWSE" concatenates an embedding
+of width d - p and the encodings of width p. Every encoding's statistics come as a keyword argument: pestat_RWSE,
+pestat_HKdiagSE, pestat_ElstaticSE; EigVals and EigVecs (LapPE); eigvals_sn and eigvecs_sn (SignNet).
 
 Origin: rampasek/GraphGPS at 2801570, MIT; key names are ours but for attention's packed in_proj_weight, which is a
 Linear here, and the "model." before all of them in training checkpoints. Quirks: GatedGCN has its residual, norm and

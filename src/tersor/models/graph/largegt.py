@@ -1,30 +1,30 @@
 """LargeGT, a graph transformer for one graph of millions of nodes (Dwivedi et al., 2023, arXiv 2312.11109).
 
-What it is for: classifying the nodes of a large graph. A target sees K nodes sampled within two hops, each as three tokens
-(its features and those propagated over one and two hops: four hops in all), and a codebook of the whole graph.
+What it is for: classifying the nodes of a large graph. A target sees K nodes sampled within two hops, each as three
+tokens (its features and those propagated over one and two hops: four hops in all), and a codebook of the whole graph.
 
     model = tersor.models.create("largegt", num_nodes=n, in_channels=100, out_channels=47)
     seq = hop_tokens(sample_nodes(graph, batch_idx, 100, random), (x, *hops))       # tersor.data.large_graph
     logits = model(seq, x[batch_idx], pos_enc[batch_idx], batch_idx)                # (B, out_channels)
 
-seq [B, 3K, in], x [B, in], pos_enc [B, g] (a fixed embedding of nodes, node2vec as published), batch_idx [B]. Every head
-has the full width d. t = fc_in_seq(seq), h = fc_in(x), both MLPs in -> d:
+seq [B, 3K, in], x [B, in], pos_enc [B, g] (a fixed embedding of nodes, node2vec as published), batch_idx [B]. Every
+head has the full width d. t = fc_in_seq(seq), h = fc_in(x), both MLPs in -> d:
 
     local   u = LN(res_proj(t') + MHA(LN(t')));  t' = W t;   u_0 + sum_j softmax_j(w [u_0; u_j]) u_j            [B, Hd]
     global  q = W_q [W h; pos_enc], k = W_k E, v = W_v E[:, :g];  softmax(q k^T / sqrt(d) + log count) v         [B, Hd]
     logits  fc_out(ff([local, global]))
 
-E [C, 2g] is the codebook, count_c how many nodes of the graph the buffer c_idx assigns to code c; a code without nodes is
-left out. In training, after it is used, the codebook follows [W h; pos_enc] by moving averages, normalised by running
-statistics, and c_idx of the batch becomes the nearest codes. No gradient reaches it.
+E [C, 2g] is the codebook, count_c how many nodes of the graph the buffer c_idx assigns to code c; a code without nodes
+is left out. In training, after it is used, the codebook follows [W h; pos_enc] by moving averages, normalised by
+running statistics, and c_idx of the batch becomes the nearest codes. No gradient reaches it.
 
-Origin: snap-research/LargeGT at 5323269, MIT, whose key names these are, with weights that nothing uses (lin_key, lin_query,
-lin_value, lin_skip, out_proj) and c_idx (int16, so at most 32,767 codes). Published quirk not kept: a batch of one node
-loses its batch axis. The published option `skip` is without effect.
+Origin: snap-research/LargeGT at 5323269, MIT, whose key names these are, with weights that nothing uses (lin_key,
+lin_query, lin_value, lin_skip, out_proj) and c_idx (int16, so at most 32,767 codes). Published quirk not kept: a batch
+of one node loses its batch axis. The published option `skip` is without effect.
 
-Proven: the golden cases of the published code (both sizes, three codebook updates, hop features), its parameter count, the
-properties of the codebook and of the order of tokens, sampled nodes against lists made by hand. Not proven: published
-accuracies, speed on a graph of millions of nodes.
+Proven: the golden cases of the published code (both sizes, three codebook updates, hop features), its parameter count,
+the properties of the codebook and of the order of tokens, sampled nodes against lists made by hand. Not proven:
+published accuracies, speed on a graph of millions of nodes.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ class LargeGTLayer(nn.Module):
         return rearrange(y, "h n d -> n (h d)")
 
     def counts(self) -> Tensor:
-        """[C]: how many nodes of the graph have each code. Kept between training steps, so that no step reads all nodes."""
+        """[C]: how many nodes of the graph have each code. Kept between training steps: none reads all nodes."""
         if self.training and self._counted is not None:
             of, version, counts = self._counted
             if of is self.c_idx and version == self.c_idx._version:

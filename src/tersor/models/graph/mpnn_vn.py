@@ -1,6 +1,7 @@
 """MPNN+VN: message passing with a virtual node in the place of attention (Cai et al., ICML 2023, arXiv 2301.11956).
 
-What it is for: predictions about graphs and their nodes where distant nodes matter, at a cost linear in nodes and edges.
+What it is for: predictions about graphs and their nodes where distant nodes matter, at a cost linear in nodes and
+edges.
 
     model = tersor.models.create("mpnn_vn", dim_inner=96, layers_mp=5, dim_out=1)      # needs tersor[graphs]
     y = model(x, edge_index, edge_attr, batch)                                         # (graphs, dim_out)
@@ -20,8 +21,8 @@ C. `virtual_node="none"`, and the node in the data: tersor.data.virtual_node.add
 
 MPNN_l: GatedGCN (as in GraphGPS), or dropout(ReLU(GINE or GCN)), with a residual unless residual=False.
 
-Origin: Chen-Cai-OSU/MPNN-GT-Connection at 659c7b2, no licence stated (GraphGPS and LRGB, which it extends, are MIT). Key
-names are the published ones.
+Origin: Chen-Cai-OSU/MPNN-GT-Connection at 659c7b2, no licence stated (GraphGPS and LRGB, which it extends, are MIT).
+Key names are the published ones.
 
 Proven: the golden cases of the published code (A with GatedGCN and GINE, B, C's transform), parameter counts equal to
 LRGB's rounded ones, no influence between graphs, reach of all nodes without edges, and that a virtual node computes
