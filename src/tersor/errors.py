@@ -6,3 +6,7 @@ class TersorError(Exception):
 
     The command line prints it as one line and exits with status 2.
     """
+
+
+class NotFiniteError(TersorError):
+    """NaN or Inf in a weight or in what a part of the model computes."""

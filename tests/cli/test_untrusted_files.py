@@ -103,8 +103,22 @@ def test_json_that_is_none_or_too_deep(tmp_path: Path, content: bytes) -> None:
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../other/model.safetensors", "a/../../b", "", 3, None, "a\0b", ["a"]])
 def test_an_index_may_only_name_files_of_its_directory(tersor_command: Command, small: Path, name: Any) -> None:
+    (small / "model.safetensors").unlink()
     (small / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
     one_line(tersor_command("inspect", small), "is not a safetensors index")
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../other/model.safetensors"])
+def test_a_config_may_only_name_weights_of_its_directory(tersor_command: Command, small: Path, name: str) -> None:
+    change_json(small / "config.json", transformers_weights=name)
+    one_line(tersor_command("inspect", small), f"names the file '{name}', which lies outside of it")
+
+
+@pytest.mark.parametrize("start", ["{", "[", "- ", "? "])
+def test_yaml_that_is_nested_without_end_is_given_up_at_once(tmp_path: Path, start: str) -> None:
+    (tmp_path / "a.yaml").write_text(start * 100_000)
+    with pytest.raises(TersorError, match=r"a\.yaml (is nested more than 64 deep|is not valid YAML)"):
+        read_yaml(tmp_path / "a.yaml")
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model-00002.safetensors", "generation_config.json"])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tersor.checkpoint.quantization_config import QuantizationConfig, read_config
 from tersor.checkpoint.source import Checkpoint, torch_dtype
-from tersor.errors import TersorError
+from tersor.errors import NotFiniteError, TersorError
 from tersor.formats.gguf_blocks import BLOCK_TYPES, unpack_blocks
 from tersor.formats.layout_check import Header, check_headers
 from tersor.formats.layouts import PACKED_SUFFIXES, read_awq, read_compressed, read_gptq
@@ -506,7 +506,7 @@ def check_finite(name: str, weight: Tensor) -> None:
     if not weight.is_floating_point() or weight.is_meta:
         return
     if not bool(torch.isfinite(weight.detach().sum(dtype=torch.float32))) and not bool(torch.isfinite(weight).all()):
-        raise TersorError(f"the weight {name} is not finite (NaN or Inf)")
+        raise NotFiniteError(f"the weight {name} is not finite (NaN or Inf)")
 
 
 def _state(module: nn.Module, prefix: str) -> list[tuple[str, Tensor]]:

@@ -252,6 +252,8 @@ def _download(name: str, allow_pickle: bool) -> Path:
 def _shards(directory: Path, config: dict[str, Any], allow_pickle: bool) -> dict[str, Path]:
     """The file that holds each tensor of the model."""
     named = config.get("transformers_weights")
+    if isinstance(named, str):
+        inside(directory, named)
     chosen = weight_files(directory, explicit=named if isinstance(named, str) else None)
     if chosen is None:
         raise TersorError(f"{directory} holds no *.safetensors file and no pickled weights ({', '.join(PICKLES)})")
@@ -287,8 +289,8 @@ def _read_index(path: Path) -> dict[str, str]:
     """{tensor: the shard that holds it}"""
     try:
         weight_map = dict(read_json(path)["weight_map"].items())
-        if not all(isinstance(file, str) for file in weight_map.values()):
-            raise TypeError("weight_map does not name files")
+        for file in weight_map.values():
+            inside(path.parent, file)
         return weight_map
     except (TersorError, KeyError, TypeError, AttributeError) as error:
         raise TersorError(f"{path} is not a {path.name.split('.')[1]} index: {error}") from None
