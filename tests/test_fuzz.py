@@ -33,7 +33,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 SECONDS, BYTES = 10, 3 * 2**30  # of one command: time, and memory beyond what the process had before
-EXAMPLES = 3  # of each kind, with the other tests
+EXAMPLES, DEAR = 2, {"journal": 1}  # of each kind, with the other tests; of those whose examples run whole jobs
 
 Draw = Callable[[Any], Any]
 
@@ -276,7 +276,7 @@ def make_sound_files(root: Path) -> Sound:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(resolve("demo") / name, root / "model" / name)
     keys = ["model.embed_tokens.weight", "model.norm.weight"]
-    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(keys, "model.safetensors")}
+    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(keys, "model-00001-of-00001.safetensors")}
     (root / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
     run("quantize", root / "model", "--out", root / "quantized", "--method", "rtn", "--group-size", 16, *FEW)
     run("export", root / "model", "--out", root / "model.gguf")
@@ -338,6 +338,8 @@ def _damaged_model(name: str, change: Callable[[Draw, bytes], bytes], *, quantiz
         if name != "model.safetensors.index.json":
             (model / "model.safetensors.index.json").unlink(missing_ok=True)
         (model / name).write_bytes(change(draw, (model / name).read_bytes()))
+        if name.endswith(".index.json"):  # which is read where no file has the published name
+            (model / "model.safetensors").rename(model / "model-00001-of-00001.safetensors")
         return _on_a_model(draw, model, folder)
 
     return kind
@@ -505,7 +507,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Sound:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bad_input_is_one_line(sound: Sound, kind: str) -> None:
-    _search(kind, sound, EXAMPLES, number=0)
+    _search(kind, sound, DEAR.get(kind, EXAMPLES), number=0)
 
 
 def _search(

@@ -10,3 +10,7 @@ class TersorError(Exception):
 
 class BrokenWeightError(TersorError):
     """A weight of the model holds NaN or Inf: no way around it, whatever else could be done without."""
+
+
+class NotFiniteError(TersorError):
+    """NaN or Inf in a weight or in what a part of the model computes."""

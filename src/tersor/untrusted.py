@@ -140,7 +140,13 @@ def read_yaml(path: Path) -> Any:
     import yaml
 
     try:
-        found = yaml.safe_load(read_bytes(path, most=JSON_BYTES).decode("utf-8"))
+        text = read_bytes(path, most=JSON_BYTES).decode("utf-8")
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):  # which takes the square of the depth, so it is stopped
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEPTH:
+                raise TersorError(f"{path} is nested more than {DEPTH} deep, contains itself, or says too much")
+        found = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise TersorError(f"{path} is not valid YAML: {error}") from None  # ValueError: a date that is none
     check_depth(path, found, nodes=NODES)

@@ -214,7 +214,18 @@ def test_widths_that_fill_no_words_name_the_layer_and_the_way_out(tersor_command
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "odd")
     refused(
-        tersor_command("quantize", tmp_path / "odd", "--out", tmp_path / "out", "--group-size", -1, "--method", "rtn"),
+        tersor_command(
+            "quantize",
+            tmp_path / "odd",
+            "--out",
+            tmp_path / "out",
+            "--group-size",
+            -1,
+            "--method",
+            "rtn",
+            "--format",
+            "gptq",
+        ),
         "model.layers.0.self_attn.q_proj has 48 inputs",
         "use --format compressed-tensors",
     )

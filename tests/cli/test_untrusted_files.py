@@ -108,6 +108,19 @@ def test_an_index_may_only_name_files_of_its_directory(tersor_command: Command, 
     one_line(tersor_command("inspect", small), "is not a safetensors index")
 
 
+@pytest.mark.parametrize("name", ["/etc/passwd", "../other/model.safetensors"])
+def test_a_config_may_only_name_weights_of_its_directory(tersor_command: Command, small: Path, name: str) -> None:
+    change_json(small / "config.json", transformers_weights=name)
+    one_line(tersor_command("inspect", small), f"names the file '{name}', which lies outside of it")
+
+
+@pytest.mark.parametrize("start", ["{", "[", "- ", "? "])
+def test_yaml_that_is_nested_without_end_is_given_up_at_once(tmp_path: Path, start: str) -> None:
+    (tmp_path / "a.yaml").write_text(start * 100_000)
+    with pytest.raises(TersorError, match=r"a\.yaml (is nested more than 64 deep|is not valid YAML)"):
+        read_yaml(tmp_path / "a.yaml")
+
+
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model-00002.safetensors", "generation_config.json"])
 def test_a_fifo_does_not_hang(tersor_command: Command, small: Path, name: str) -> None:
     (small / name).unlink(missing_ok=True)

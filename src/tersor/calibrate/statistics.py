@@ -15,13 +15,9 @@ from torch import Tensor, nn
 from tersor.calibrate.hessian import Hessian
 from tersor.calibrate.lockstep import Call
 from tersor.calibrate.routing import Rows
-from tersor.errors import TersorError
+from tersor.errors import NotFiniteError
 from tersor.layers.experts import ExpertCalls, ExpertMap
 from tersor.layers.linear_map import LinearMap, columns_of, input_matrix, window_of
-
-
-class NotFiniteError(TersorError):
-    """NaN or Inf in a weight or in what a part of the model computes."""
 
 
 def kind_of(name: str) -> str:

@@ -252,6 +252,8 @@ def _download(name: str, allow_pickle: bool) -> Path:
 def _shards(directory: Path, config: dict[str, Any], allow_pickle: bool) -> dict[str, Path]:
     """The file that holds each tensor of the model."""
     named = config.get("transformers_weights")
+    if isinstance(named, str):
+        inside(directory, named)
     chosen = weight_files(directory, explicit=named if isinstance(named, str) else None)
     if chosen is None:
         raise TersorError(f"{directory} holds no *.safetensors file and no pickled weights ({', '.join(PICKLES)})")

@@ -23,7 +23,6 @@ import tersor
 from tersor.calibrate.batches import Batch, fingerprint, without_cache
 from tersor.calibrate.blocks import Unit
 from tersor.calibrate.parallel import agree, is_first, processes
-from tersor.calibrate.statistics import NotFiniteError
 from tersor.checkpoint.hashes import Seen
 from tersor.checkpoint.lazy_model import LazyModel, classes_of, compute_dtype, read_layer
 from tersor.checkpoint.load import load_tokenizer
@@ -48,7 +47,7 @@ from tersor.compress.walk import (
     walk,
     walk_without_samples,
 )
-from tersor.errors import TersorError
+from tersor.errors import NotFiniteError, TersorError
 from tersor.formats.grid import Stored
 from tersor.formats.layouts import Layout, write
 from tersor.formats.quantized_weight import QuantizedWeight

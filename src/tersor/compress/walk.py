@@ -17,11 +17,11 @@ from tersor.calibrate.draws import PROBE
 from tersor.calibrate.lockstep import Call, Lockstep, Stop
 from tersor.calibrate.parallel import sample_number, share
 from tersor.calibrate.routing import Routing
-from tersor.calibrate.statistics import NotFiniteError, kind_of, watch_inputs
+from tersor.calibrate.statistics import kind_of, watch_inputs
 from tersor.compress.block import Block
 from tersor.compress.method import Progress
 from tersor.compress.plan import Plan, without
-from tersor.errors import TersorError
+from tersor.errors import NotFiniteError, TersorError
 from tersor.formats.grid import Stored
 from tersor.layers.experts import ExpertMap
 from tersor.layers.linear_map import computes_its_own, packable_maps
