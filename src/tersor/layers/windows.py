@@ -54,11 +54,12 @@ def shift_mask(grid: Sequence[int], window: Sequence[int], shift: Sequence[int])
 
 
 def relative_index(window: Sequence[int]) -> Tensor:
-    """(tokens, tokens): the row of query minus key in a table that holds every offset, the last dimension fastest."""
-    axes = torch.meshgrid(*(torch.arange(w) for w in window), indexing="ij")
+    """(tokens, tokens): the row of query minus key in a table that holds every offset, the last dimension fastest. On the
+    CPU, whatever the device in force: a constant."""
+    axes = torch.meshgrid(*(torch.arange(w, device="cpu") for w in window), indexing="ij")
     places = torch.stack(axes).flatten(1)  # (n, tokens)
     offsets = places[:, :, None] - places[:, None, :]
-    index = torch.zeros(offsets.shape[1:], dtype=torch.int64)
+    index = torch.zeros(offsets.shape[1:], dtype=torch.int64, device="cpu")
     for offset, w in zip(offsets, window, strict=True):
         index = index * (2 * w - 1) + offset + w - 1
     return index

@@ -151,6 +151,7 @@ def _unwrap(state: Any) -> State:
     for key in _WRAPPERS:
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
+    state = _joined_parts(state)
     if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
         raise TersorError(f"the checkpoint holds no tensors by name, but {_kind(state)}")
     tensors = {str(key): value for key, value in state.items() if isinstance(value, Tensor)}
@@ -161,6 +162,21 @@ def _unwrap(state: Any) -> State:
         if all(key.startswith(prefix) for key in tensors):
             tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
     return tensors
+
+
+def _joined_parts(state: Any) -> Any:
+    """{"encoder_state_dict": weights, "decoder_state_dict": weights, ...} as one state with "encoder." and so on in front."""
+    from torch import Tensor
+
+    if not isinstance(state, Mapping) or any(isinstance(value, Tensor) for value in state.values()):
+        return state
+    joined = {}
+    for name, part in state.items():
+        is_part = isinstance(name, str) and name.endswith("_state_dict") and isinstance(part, Mapping)
+        if is_part and all(isinstance(value, Tensor) for value in part.values()):  # an optimizer's holds other things
+            for key, value in part.items():
+                joined[f"{name.removesuffix('_state_dict')}.{key.removeprefix('module.')}"] = value
+    return joined or state
 
 
 def _kind(state: Any) -> str:
