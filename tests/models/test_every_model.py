@@ -67,6 +67,10 @@ def test_learns_by_its_own_task(info: ModelInfo) -> None:
         batch["target"] = torch.arange(len(result)) % result.shape[1]
     elif info.task == "forecast":
         batch["target"] = torch.ones_like(result)
+    elif info.task == "restore":
+        batch["target"] = torch.full_like(result, 0.5)
+    elif info.task == "segment":
+        batch["target"] = torch.zeros_like(result[:, 0], dtype=torch.int64)
     optimizer = optimizer_for(model, TrainConfig(lr=1e-3))
     losses = []
     for _ in range(8):

@@ -109,6 +109,8 @@ def test_what_cannot_be_done_is_said_in_a_line(
         ((run, tmp_path / "none.png"), "there is no file"),
         ((run, tmp_path), "holds no file that ends in"),
         ((run, trained / "pictures", "--csv", "--json"), "exclude each other"),
+        ((run, trained / "pictures", "--out", tmp_path), "'classify' writes no files"),
+        ((run, trained / "pictures", "--reference", tmp_path), "'classify' compares nothing with a reference"),
         (("demo", "x.png"), "tersor generate"),
         (("nothing-here", "x.png"), "no model at nothing-here"),
     ):

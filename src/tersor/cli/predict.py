@@ -26,25 +26,33 @@ def predict(
     checkpoint: Annotated[
         Path | None, typer.Option(help="The official weights of the architecture: .pth, .pt, .bin or .safetensors.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for results that are files.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for results that are pictures.")] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            help="What an enlarged picture should be, for PSNR and SSIM: a file, or a folder with the same names."
+        ),
+    ] = None,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print one row a file.")] = False,
     as_json: AsJson = False,
     device: Device = "auto",
 ) -> None:
-    """Predict for files of your own, by the model's task: the five likeliest classes of each picture.
+    """Predict for files of your own, by the model's task: a picture's five likeliest classes, the picture enlarged, or the
+    classes of its pixels.
 
     A file that cannot be read is named on standard error and skipped; the exit status is then 1.
 
-    Examples: `tersor predict demo-vit photo.png`, `tersor predict my-run photos/ --csv`.
+    Examples: `tersor predict demo-vit photo.png`, `tersor predict my-run photos/ --csv`,
+    `tersor predict rgt_s_x4 photo.jpg --checkpoint RGT_S_x4.pth --out large`.
     """
     if as_csv and as_json:
         raise TersorError("--csv and --json exclude each other")
-    predictor = open_predictor(model, checkpoint=checkpoint, device=device)
+    predictor = open_predictor(model, checkpoint=checkpoint, device=device, out=out, reference=reference)
     files = input_files(inputs, predictor.task.suffixes)
     skipped, told = 0, []
     table = csv.writer(sys.stdout, lineterminator="\n")
     with progress_bar(quiet=len(files) == 1) as progress:
-        for number, (path, found) in enumerate(predictions(predictor, files, out=out), 1):
+        for number, (path, found) in enumerate(predictions(predictor, files), 1):
             progress(path.name, number, len(files))
             if isinstance(found, TersorError):
                 skipped += 1

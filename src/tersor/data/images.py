@@ -103,8 +103,35 @@ class Images(Dataset[dict[str, Tensor]]):
         return {"image": image, "target": torch.tensor(self.labels[index])}
 
 
-def open_image(encoded: Path | bytes) -> Any:
-    """An RGB image of Pillow. Raises TersorError where the file is no image, or says that it is larger than any photograph."""
+def open_image(encoded: Path | bytes, *, upright: bool = False) -> Any:
+    """An RGB image of Pillow. Raises TersorError where the file is no image, or says that it is larger than any photograph.
+
+    upright: turned as the camera says it was held; without, the pixels as they are stored.
+    """
+
+    def convert(opened: Any) -> Any:
+        return _to_rgb(importlib.import_module("PIL.ImageOps").exif_transpose(opened) if upright else opened)
+
+    return _opened(encoded, convert)
+
+
+def open_mask(path: Path) -> Any:
+    """The numbers of a picture of one channel as they are stored, of a palette the colours' numbers: (H, W), int64."""
+
+    def numbers(opened: Any) -> Any:
+        if len(opened.getbands()) != 1 or opened.mode == "F":
+            raise TersorError(f"{path} is a picture of {opened.mode}; a mask has one channel, of the classes' numbers")
+        return np.asarray(opened).astype(np.int64)
+
+    return _opened(path, numbers)
+
+
+def from_pixels(values: Any) -> Any:
+    """An image of Pillow of a numpy array (H, W, 3) or (H, W)."""
+    return _pillow().fromarray(values)
+
+
+def _opened(encoded: Path | bytes, convert: Callable[[Any], Any]) -> Any:
     image_module = _pillow()
     name = encoded if isinstance(encoded, Path) else "an image of the packed file"
     source = io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded
@@ -114,8 +141,8 @@ def open_image(encoded: Path | bytes) -> Any:
             with image_module.open(source, formats=FORMATS) as opened:
                 width, height = opened.size
                 if width * height > PIXELS or max(width, height) > SIDES * min(width, height):
-                    raise TersorError(f"{name} says it is {width} x {height} pixels, which is no picture to classify")
-                return _to_rgb(opened)
+                    raise TersorError(f"{name} says it is {width} x {height} pixels, which is no photograph")
+                return convert(opened)
     except TersorError:
         raise
     except Exception as error:  # decoders raise errors of all kinds
@@ -190,6 +217,17 @@ def _open_folder(path: Path, config: ImageConfig, prepare: Prepare | None, class
     if not files:
         raise TersorError(f"{path} holds no images: one subfolder a class is expected, with .jpg or .png files in it")
     return Images([file for file, _ in files], [label for _, label in files], classes or names, config, prepare)
+
+
+def picture_files(path: Path) -> list[Path]:
+    """The pictures in a folder and below it; what is hidden is passed over. Raises TersorError where there are none."""
+    with readable(path):
+        inside = sorted(path.rglob("*")) if path.is_dir() else []
+    shown = [each for each in inside if not any(map(_is_hidden, each.relative_to(path).parts))]
+    files = [each for each in shown if each.suffix.lower() in SUFFIXES and each.is_file()]
+    if not files:
+        raise TersorError(f"{path} is no folder with pictures ({', '.join(sorted(SUFFIXES))}) in it")
+    return files
 
 
 def _is_hidden(name: str) -> bool:

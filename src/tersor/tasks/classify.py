@@ -62,10 +62,14 @@ def load_data(model: Any, data: Path, validation: Path | None, table: Mapping[st
 
 @torch.no_grad()
 def predict(
-    module: nn.Module, path: Path, *, settings: Mapping[str, Any], labels: Mapping[int, str], out: Path | None
+    module: nn.Module,
+    path: Path,
+    *,
+    settings: Mapping[str, Any],
+    labels: Mapping[int, str],
+    out: Path | None,
+    reference: Path | None,
 ) -> Classes:
-    if out is not None:
-        raise TersorError("a classifier writes no files; leave --out out (--json and --csv print the predictions)")
     image = Images([path], [0], [""], ImageConfig(**settings))[0]["image"][None]
     first = next(module.parameters())
     output = module(image.to(first.device, first.dtype))

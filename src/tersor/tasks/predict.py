@@ -16,6 +16,7 @@ from tersor.checkpoint.preprocessing import image_settings
 from tersor.checkpoint.source import open_checkpoint
 from tersor.errors import TersorError
 from tersor.tasks import Prediction, Task, task_named
+from tersor.untrusted import readable
 
 # The end of a transformers class's name -> our task, for those that `tersor predict` shows.
 TASK_OF_CLASS = {"ForImageClassification": "classify"}
@@ -31,25 +32,46 @@ class Predictor:
     settings: Mapping[str, Any]  # how it wants its inputs
     labels: Mapping[int, str]  # the names of its classes, where it says any
 
-    def __call__(self, path: Path, *, out: Path | None = None) -> Prediction:
+    out: Path | None = None  # the folder for results that are files
+    reference: Path | None = None  # what they are compared with: a file, or a folder with files of the inputs' names
+
+    def __call__(self, path: Path) -> Prediction:
         assert self.task.predict is not None
-        return self.task.predict(self.module, path, settings=self.settings, labels=self.labels, out=out)
+        return self.task.predict(
+            self.module,
+            path,
+            settings=self.settings,
+            labels=self.labels,
+            out=self.out,
+            reference=None if self.reference is None else _reference_of(path, self.reference),
+        )
 
 
-def open_predictor(model: str, *, checkpoint: Path | None = None, device: str = "auto") -> Predictor:
+def open_predictor(
+    model: str,
+    *,
+    checkpoint: Path | None = None,
+    device: str = "auto",
+    out: Path | None = None,
+    reference: Path | None = None,
+) -> Predictor:
     """model: a directory, a hub name or a built-in, or with `checkpoint` an architecture whose official weights these are.
 
-    An official file does not say how it wants its images: they get the size of the architecture and ImageNet's mean and
-    standard deviation. Raises TersorError where the model's task shows no predictions.
+    An official file does not say how it wants its images: they get the size of the task or architecture, and ImageNet's
+    mean and standard deviation. Raises TersorError where the model's task shows no predictions, or has no such options.
     """
     if checkpoint is not None:
-        module = models.load(model, checkpoint).to(pick_device(device))
-        task = _shown(models.find(model).task)
-        size = module.example_inputs(1)["image"].shape[-1]  # type: ignore[operator]
-        return Predictor(module, task, {"size": size, **IMAGENET}, {})
+        task = _shown(models.find(model).task, out, reference)
+        module = models.load(model, checkpoint).to(pick_device(device)).eval()
+        settings: dict[str, Any] = {}
+        if task.normalises:
+            size = task.size or module.example_inputs(1)["image"].shape[-1]  # type: ignore[operator]
+            settings = {"size": size, **IMAGENET}
+        return Predictor(module, task, settings, {}, out, reference)
     opened = open_checkpoint(model)
-    task = _shown(_task_of(opened.config))
-    return Predictor(load(model, device=device).eval(), task, image_settings(opened), _labels_of(opened.config))
+    task = _shown(_task_of(opened.config), out, reference)
+    settings = image_settings(opened) if task.normalises else {}
+    return Predictor(load(model, device=device).eval(), task, settings, _labels_of(opened.config), out, reference)
 
 
 def input_files(inputs: Sequence[str], suffixes: frozenset[str]) -> list[Path]:
@@ -75,22 +97,57 @@ def input_files(inputs: Sequence[str], suffixes: frozenset[str]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def predictions(
-    predictor: Predictor, files: Sequence[Path], *, out: Path | None = None
-) -> Iterator[tuple[Path, Prediction | TersorError]]:
-    """One file after another; of a file that cannot be read, the error."""
+def predictions(predictor: Predictor, files: Sequence[Path]) -> Iterator[tuple[Path, Prediction | TersorError]]:
+    """One file after another; of a file that cannot be read, the error. Raises TersorError where two files would have their
+    results under one name, or be compared with one file."""
+    if len(files) > 1 and predictor.reference is not None and not predictor.reference.is_dir():
+        raise TersorError(
+            f"{len(files)} files are not compared with one, {predictor.reference}; --reference takes a folder"
+        )
+    if predictor.out is not None:
+        first: dict[str, Path] = {}
+        for path in files:
+            if (other := first.setdefault(path.stem, path)) != path:
+                raise TersorError(
+                    f"{other} and {path} have one name, {path.stem}, and so would their results; rename one"
+                )
+        with readable(predictor.out):
+            predictor.out.mkdir(parents=True, exist_ok=True)
     for path in files:
         try:
-            yield path, predictor(path, out=out)
+            yield path, predictor(path)
         except TersorError as error:
             yield path, error
 
 
-def _shown(name: str) -> Task:
+def _shown(name: str, out: Path | None, reference: Path | None) -> Task:
+    """The task, where it shows predictions and has these options."""
     task = task_named(name)
     if task.predict is None:
         raise TersorError(f"`tersor predict` does not show models of the task {name!r}")
+    if task.writes and out is None:
+        raise TersorError(f"the results of the task {name!r} are pictures; --out DIR says where to write them")
+    if out is not None and not task.writes:
+        raise TersorError(
+            f"the task {name!r} writes no files; leave --out out (--json and --csv print the predictions)"
+        )
+    if reference is not None and not task.compares:
+        raise TersorError(f"the task {name!r} compares nothing with a reference; leave --reference out")
+    if reference is not None and not reference.exists():
+        raise TersorError(f"there is no reference at {reference}")
     return task
+
+
+def _reference_of(path: Path, reference: Path) -> Path:
+    """The file itself, or the one in the folder that has the input's name, whatever it ends in."""
+    if not reference.is_dir():
+        return reference
+    found = sorted(each for each in reference.iterdir() if each.stem == path.stem and each.is_file())
+    if len(found) != 1:
+        raise TersorError(
+            f"{reference} holds {len(found)} files named {path.stem}; one is needed to compare {path} with"
+        )
+    return found[0]
 
 
 def _task_of(config: Mapping[str, Any]) -> str:

@@ -34,20 +34,34 @@ class Prediction(Protocol):
 
 
 class Predict(Protocol):
-    """One input file to a prediction. settings: the model's preprocessing; labels: its classes' names, by number; out: a
-    folder for results that are files."""
+    """One input file to a prediction. settings: the model's preprocessing; labels: its classes' names, by number; out: the
+    folder for results that are files, None where the task writes none; reference: what the result is compared with."""
 
     def __call__(
-        self, module: nn.Module, path: Path, *, settings: Mapping[str, Any], labels: Mapping[int, str], out: Path | None
+        self,
+        module: nn.Module,
+        path: Path,
+        *,
+        settings: Mapping[str, Any],
+        labels: Mapping[int, str],
+        out: Path | None,
+        reference: Path | None,
     ) -> Prediction: ...
 
 
 @dataclass(frozen=True)
 class Task:
     """objective: what training lowers. load_data: (model, data, validation data or None, the table `data` of the command)
-    -> Sets. predict: None where no verb shows predictions of this task yet. suffixes: of the files that it reads."""
+    -> Sets. predict: None where no verb shows predictions of this task yet. suffixes: of the files that it reads.
+    writes: its results are files. compares: they can be compared with a reference. normalises: its images are resized and
+    normalised as the model says; `size` is that of an official checkpoint, which says nothing (None: the architecture's).
+    """
 
     objective: Objective
     load_data: Callable[[Any, Path, Path | None, Mapping[str, Any]], Sets]
     predict: Predict | None = None
     suffixes: frozenset[str] = frozenset()
+    writes: bool = False
+    compares: bool = False
+    normalises: bool = True
+    size: int | None = None

@@ -46,6 +46,30 @@ def classification(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     return {"loss": loss, "accuracy": (logits.argmax(-1) == target).float().mean()}
 
 
+def restoration(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """L1 distance of the picture (B, C, H, W), in [0, 1], from what it should be; the PSNR of all channels in dB beside it."""
+    inputs, target = _split(batch)
+    picture = _only(model(**inputs)).float()
+    if picture.shape != target.shape:
+        raise TersorError(f"the model makes pictures {list(picture.shape)}, the data hold {list(target.shape)}")
+    errors = (picture.detach().clamp(0, 1) - target).square().flatten(1).mean(1)
+    return {"loss": F.l1_loss(picture, target), "psnr": -10 * errors.clamp_min(1e-10).log10().mean()}
+
+
+IGNORED = 255  # the number of pixels that no class was given to
+
+
+def segmentation(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """Cross-entropy of the logits (B, classes, H, W) with class numbers (B, H, W), over all pixels that have one."""
+    inputs, target = _split(batch)
+    logits = _only(model(**inputs))
+    if logits.dim() != 4:
+        raise TersorError(f"the model gives {list(logits.shape)}, logits [images, classes, height, width] are needed")
+    count = (target != IGNORED).sum().clamp_min(1)
+    loss = F.cross_entropy(logits.float(), target, ignore_index=IGNORED, reduction="sum") / count
+    return {"loss": loss, "accuracy": (logits.argmax(1) == target).sum() / count}
+
+
 def language_modelling(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     """Cross-entropy of token t + 1 given the tokens up to t: logits (B, L, V) of input_ids (B, L)."""
     logits = _only(model(**batch)).float()[:, :-1]
