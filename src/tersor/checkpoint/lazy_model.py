@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -241,9 +242,14 @@ class LazyModel:
     def _check_packed(self) -> None:
         """Raise TersorError where a packed layer's tensors are not what the quantization config says."""
         stems = [(stem, linear) for linear, parts in self.quantized.items() for stem in parts]
-        keys = [f"{s}.{suffix}" for s, _ in stems for suffix in PACKED_SUFFIXES]
-        with self.checkpoint.tensors(key for key in keys if key in self.checkpoint.shard_of) as slices:
-            headers = {key: (piece.get_dtype(), tuple(piece.get_shape())) for key, piece in slices.items()}
+        in_shard: dict[Path, list[str]] = defaultdict(list)
+        for key in (f"{stem}.{suffix}" for stem, _ in stems for suffix in PACKED_SUFFIXES):
+            if key in self.checkpoint.shard_of:
+                in_shard[self.checkpoint.shard_of[key]].append(key)
+        headers: dict[str, Header] = {}
+        for keys in in_shard.values():  # one file open at a time: all of them may be more than the memory
+            with self.checkpoint.tensors(keys) as slices:
+                headers |= {key: (piece.get_dtype(), tuple(piece.get_shape())) for key, piece in slices.items()}
         for stem, linear in stems:
             found, config = self.maps[linear], self.quantization
             own = None if config is None else config.for_layer(stem, linear, classes=classes_of(found))
