@@ -19,6 +19,14 @@ TOP = (
     "predictor_bias",
     "sampling_ratio",
 )
+DEFAULTS = {  # of the published constructor, where they are not ours
+    "ctc_weight": 0.5,
+    "lsm_weight": 0.0,
+    "length_normalized_loss": False,
+    "predictor_weight": 0.0,
+    "predictor_bias": 0,
+    "sampling_ratio": 0.2,
+}
 OF_ENCODER = ("output_size", "attention_heads", "linear_units", "num_blocks", "macaron_style", "use_cnn_module")
 OF_DECODER = {
     "attention_heads": "decoder_heads",
@@ -57,12 +65,13 @@ def ours(published: dict[str, Any]) -> dict[str, Any]:
     encoder, decoder = published["encoder_conf"], published["decoder_conf"]
     config = {name: published[name] for name in TOP if name in published}
     config |= {name: encoder[name] for name in OF_ENCODER if name in encoder}
-    config |= {"kernel_size": encoder.get("kernel_size", encoder.get("cnn_module_kernel", 11))}
-    config |= {"shift": encoder.get("sanm_shfit", 0), "dropout": encoder.get("dropout_rate", 0.1)}
+    sanm = published["encoder"] == "SANMEncoder"
+    config["kernel_size"] = encoder.get("kernel_size", 11) if sanm else encoder.get("cnn_module_kernel", 31)
+    config |= {"shift": encoder.get("sanm_shfit") or 0, "dropout": encoder.get("dropout_rate", 0.1)}
     config |= {name: decoder[key] for key, name in OF_DECODER.items() if decoder.get(key) is not None}
     config |= {name: published["predictor_conf"][name] for name in OF_PREDICTOR if name in published["predictor_conf"]}
     config |= {part: KINDS[published[part]] for part in ("encoder", "decoder", "predictor")}
-    return {"att_layer_num": decoder["num_blocks"], "predictor_bias": 0, **config}
+    return {"att_layer_num": decoder["num_blocks"], **DEFAULTS, **config}
 
 
 def front_end(case: Case) -> dict[str, Tensor]:
