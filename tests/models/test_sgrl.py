@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import tersor.models
-from tersor.data.morphology import limb_places, limb_relation
 from tersor.errors import TersorError
+from tersor.models.control.morphology import limb_places, limb_relation
 
 
 def build(**config: int) -> nn.Module:

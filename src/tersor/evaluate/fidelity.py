@@ -72,4 +72,5 @@ def _similarity(y: Tensor, y0: Tensor) -> Tensor:
     down = F.conv2d(maps, weights.view(1, 1, -1, 1))
     m, m0, s, s0, t = F.conv2d(down, weights.view(1, 1, 1, -1))[:, 0]
     v, v0, c = s - m * m, s0 - m0 * m0, t - m * m0
-    return (2 * m * m0 + c1) * (2 * c + c2) / ((m * m + m0 * m0 + c1) * (v + v0 + c2))
+    similarity: Tensor = (2 * m * m0 + c1) * (2 * c + c2) / ((m * m + m0 * m0 + c1) * (v + v0 + c2))
+    return similarity

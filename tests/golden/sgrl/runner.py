@@ -3,7 +3,7 @@ from golden.harness import Case, check_parameters
 from torch import Tensor
 
 import tersor.models
-from tersor.data.morphology import limb_places, limb_relation
+from tersor.models.control.morphology import limb_places, limb_relation
 
 WITHOUT_EFFECT = ("dropout", "graph", "parents", "traversal_types")  # dropout is always off
 

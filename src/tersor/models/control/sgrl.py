@@ -5,7 +5,7 @@ What it is for: control in three dimensions. One actor moves hoppers, walkers an
 facing one way it knows facing any: turning the world about gravity changes no torque.
 
     actor = tersor.models.create("sgrl_actor")
-    out = actor(src, limb_places(parents), limb_relation(parents))     # tersor.data.morphology; (L, B, 41) -> (L, B, 3)
+    out = actor(src, limb_places(parents), limb_relation(parents))     # tersor.models.control.morphology; (L, B, 41) -> (L, B, 3)
     torques = actor.act(src, ...)                                      # max_action tanh(out)
 
 src [L, B, 41] (limbs first) holds eight vectors of each limb (position relative to the torso, gravity, target
