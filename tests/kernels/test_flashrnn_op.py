@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernels.triton_interpreter import run_interpreted
 from torch import Tensor, nn
 
 from tersor.errors import TersorError
@@ -152,3 +153,48 @@ def test_what_does_not_fit_is_refused() -> None:
         flashrnn(Wx, R, b, states[:1])
     with pytest.raises(TersorError, match="input_shape"):
         flashrnn(Wx, R, b, input_shape="BTHGD")
+
+
+def test_triton_interpreted() -> None:
+    """Fused and, at a width that does not fit on chip, alternating; a start of zeros and one that is given."""
+    run_interpreted(
+        """
+        from kernels.test_flashrnn_op import arguments
+        from tersor.kernels import flashrnn, flashrnn_triton
+        fused = flashrnn_triton.tiling
+        assert fused(64, 4, 16, 12) == {"TILE": 16, "WARPS": 4}
+        assert fused(64, 4, 512, 12) == {"TILE": 32, "WARPS": 8}  # fewer programs than would wait
+        assert fused(768, 4, 16, 1) is fused(64, 4, 16, 12, (101376, 84)) is None
+        for function, cell in flashrnn.CELLS.items():
+            for fresh in (False, True):
+                Wx, R, b, states = arguments(function, 3, 3, 2, 5, dtype=torch.float32)
+                Wx, R, b = Wx.permute(1, 3, 0, 2, 4).contiguous(), R.permute(1, 3, 0, 2).contiguous(), b.transpose(0, 1)
+                start = states[:, :, 0].transpose(1, 2) * (not fresh)
+                expected = flashrnn.in_torch(Wx, R, b, start, function)
+                grad = torch.randn_like(expected)
+                gates = torch.randn(3, 2, 3, cell.gates, 5)
+                back = flashrnn.walk_back(grad, R, expected, gates, function)
+                for tiling in (fused, lambda *_: None):
+                    flashrnn_triton.tiling = tiling
+                    got = flashrnn_triton.forward(Wx, R, b, start, function)
+                    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+                    got = flashrnn_triton.walk_back(grad, R, expected, gates, function)
+                    torch.testing.assert_close(got, back, rtol=1e-4, atol=1e-5)
+        """
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@each_cell
+@pytest.mark.parametrize(("B", "T", "N", "D"), [(16, 100, 3, 64), (37, 20, 2, 48), (3, 20, 1, 200)])
+def test_on_a_gpu(function: str, B: int, T: int, N: int, D: int) -> None:
+    torch.manual_seed(0)
+    inputs = [each.cuda().requires_grad_() for each in arguments(function, B, T, N, D, dtype=torch.float32)]
+    results = []
+    for each in (inputs, [each.detach().cpu().double().requires_grad_() for each in inputs]):
+        states, last = flashrnn(*each, function=function)
+        gradients = torch.autograd.grad(states.square().mean() + last.sin().mean(), each)
+        results.append([each.cpu().double() for each in (states, last, *gradients)])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())

@@ -21,7 +21,7 @@ Wx [B, T, G, N, D], R [G, N, D_out, D_in], b [G, N, D], states [S, B, 1, N, D]; 
 call: the op `tersor::flashrnn`, which works on [T, N, B, G, D], so that a step is one batched product. Its backward pass
 recomputes all gates by one large product from the stored states, walks back over the steps with the derivatives below
 (R^T times the gates' gradients is all that is serial), and sums the gradients of R by one large product again. Sums are
-float32 (float64 for float64), results have Wx's dtype.
+float32 (float64 for float64), results have Wx's dtype. On GPUs both walks are Triton's (flashrnn_triton.py).
 """
 
 from __future__ import annotations
@@ -198,6 +198,10 @@ def _check(name: str, tensor: Tensor, shape: Sequence[int], function: str) -> No
 @torch.library.custom_op("tersor::flashrnn", mutates_args=())
 def _flashrnn(Wx: Tensor, R: Tensor, b: Tensor, start: Tensor, function: str) -> Tensor:
     """Wx [T, N, B, G, D], R [N, D_in, G, D_out], b [N, G, D], start [S, N, B, D] -> [S, 1 + T, N, B, D], start first."""
+    return in_torch(Wx, R, b, start, function)
+
+
+def in_torch(Wx: Tensor, R: Tensor, b: Tensor, start: Tensor, function: str) -> Tensor:
     cell, (T, N, B, _, D) = CELLS[function], Wx.shape
     after = start.new_empty(len(start), 1 + T, N, B, D)
     after[:, 0] = start
@@ -209,10 +213,19 @@ def _flashrnn(Wx: Tensor, R: Tensor, b: Tensor, start: Tensor, function: str) ->
     return after
 
 
+@_flashrnn.register_kernel("cuda")
+def _(Wx: Tensor, R: Tensor, b: Tensor, start: Tensor, function: str) -> Tensor:
+    if start.dtype != torch.float32:
+        return in_torch(Wx, R, b, start, function)
+    from tersor.kernels import flashrnn_triton
+
+    return flashrnn_triton.forward(Wx, R, b, start, function)
+
+
 def with_input(Wx: Tensor, b: Tensor, cell: Cell) -> Tensor:
     """The gates without their recurrent part, [T, N, B, G, D]."""
     T, N, B, _, D = Wx.shape
-    gates = b[:, None].expand(T, N, B, cell.gates, D).clone()
+    gates = b[:, None].expand(T, N, B, cell.gates, D).clone(memory_format=torch.contiguous_format)
     gates[..., cell.inputs, :] += Wx
     return gates
 
@@ -232,7 +245,12 @@ def _flashrnn_backward(
     h = after[0, :-1]
     gates = with_input(Wx, b, cell)
     gates[..., cell.recurrents, :] += torch.einsum("tnbi,nigo->tnbgo", h, R)
-    d_gates, d_start = walk_back(grad, R, after, gates, function)
+    walk = walk_back
+    if grad.is_cuda and grad.dtype == torch.float32:
+        from tersor.kernels import flashrnn_triton
+
+        walk = flashrnn_triton.walk_back
+    d_gates, d_start = walk(grad, R, after, gates, function)
     d_R = torch.einsum("tnbi,tnbgo->nigo", h, d_gates[..., cell.recurrents, :])
     return d_gates[..., cell.inputs, :].contiguous(), d_R.contiguous(), d_gates.sum((0, 2)), d_start
 
