@@ -1,7 +1,7 @@
 from typing import Any
 
 import torch
-from golden.harness import Case, check_parameters
+from golden.harness import Case, capture, check_parameters
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,7 +25,27 @@ WITHOUT_EFFECT = ("residual_in_fp32", "fused_add_norm")  # all is float32
 
 @torch.no_grad()
 def run(case: Case) -> dict[str, Tensor]:
-    return scans(case) if "keep" in case.config else vim(case)
+    if "keep" in case.config:
+        return scans(case)
+    return plainmamba(case) if {"arch", "layer_cfgs"} & case.config.keys() else vim(case)
+
+
+def plainmamba(case: Case) -> dict[str, Tensor]:
+    config = dict(case.config)
+    arch = config.pop("arch", None)
+    name = "plainmamba" if arch is None else f"plainmamba_{arch.lower()}"
+    layer = config.pop("layer_cfgs", {})
+    mamba = layer.get("mamba_cfg", {})
+    assert not layer.get("use_rms_norm", False), f"{case.name}: RMSNorm is not built"
+    assert mamba.get("bias", True), f"{case.name}: projections without biases are not built"
+    assert mamba.get("conv_bias", True), f"{case.name}: a convolution without a bias is not built"
+    config |= {key: mamba[key] for key in ("d_state", "expand", "conv_size", "init_layer_scale") if key in mamba}
+    model = tersor.models.load(name, case.state_dict(), **config)
+    check_parameters(case, model)
+    image = case.inputs()["x"]
+    results = capture(model, ["backbone.patch_embed", ""], {"image": image})
+    patches = results["backbone.patch_embed"].flatten(2).transpose(1, 2)
+    return {"patches": patches, "tokens": model.tokens(image)[0], "logits": results[""]}
 
 
 def vim(case: Case) -> dict[str, Tensor]:
