@@ -164,8 +164,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         main(
             [
                 *("train", "dlgsanet", "--data", data, "--validation", data, "--out", str(folder / "run")),
-                *("--device", "cpu", "--epochs", "4", "--batch-size", "2", "--lr", "0.003", *sizes),
-                *("--set", "data.size=12", "--set", "data.crops=8"),
+                *("--device", "cpu", "--epochs", "1", "--batch-size", "2", "--lr", "0.003", *sizes),
+                *("--set", "data.size=12", "--set", "data.crops=32"),
             ]
         )
     assert ended.value.code == 0

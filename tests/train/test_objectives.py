@@ -8,7 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from tersor.errors import TersorError
-from tersor.train.objectives import classification, forecasting, language_modelling, masked_language_modelling
+from tersor.train.objectives import (
+    classification,
+    forecasting,
+    language_modelling,
+    masked_language_modelling,
+    restoration,
+    segmentation,
+)
 
 
 class Answers(nn.Module):
@@ -41,6 +48,26 @@ def test_language_modelling_predicts_the_next_token() -> None:
     logits = torch.full((1, 3, 3), -100.0)
     logits[0, 0, 0] = logits[0, 1, 1] = 100.0  # at 2 says 0, at 0 says 1; what it says at the last counts for nothing
     assert language_modelling(Answers(logits), {"input_ids": tokens})["loss"] == pytest.approx(0)
+
+
+def test_restoration_is_the_mean_absolute_error() -> None:
+    batch = {"target": torch.tensor([[[[0.5, 0.5]]]])}
+    scores = restoration(Answers(torch.tensor([[[[0.6, 0.4]]]])), batch)
+    assert scores["loss"] == pytest.approx(0.1)
+    assert scores["psnr"] == pytest.approx(20)
+    with pytest.raises(TersorError, match=r"makes pictures \[1, 1, 2, 2\], the data hold \[1, 1, 1, 2\]"):
+        restoration(Answers(torch.zeros(1, 1, 2, 2)), batch)
+
+
+def test_segmentation_is_the_cross_entropy_of_pixels_that_have_a_class() -> None:
+    logits = torch.tensor([[[[0.0, 0.0, 9.0]], [[math.log(3), 0.0, 0.0]]]])  # (1, 2 classes, 1, 3)
+    scores = segmentation(Answers(logits), {"target": torch.tensor([[[1, 1, 255]]])})
+    assert scores["loss"] == pytest.approx((math.log(4 / 3) + math.log(2)) / 2)
+    assert scores["accuracy"] == 0.5
+    nothing = segmentation(Answers(logits), {"target": torch.full((1, 1, 3), 255)})
+    assert nothing["loss"] == 0
+    with pytest.raises(TersorError, match=r"gives \[1, 1, 3\], logits"):
+        segmentation(Answers(torch.zeros(1, 1, 3)), {"target": torch.tensor([[[1, 1, 255]]])})
 
 
 def test_a_second_output_is_refused() -> None:
