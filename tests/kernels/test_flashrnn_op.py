@@ -57,7 +57,7 @@ def test_the_op_is_well_registered() -> None:
     Wx, R, b, states = arguments(function)
     inputs = (Wx.permute(1, 3, 0, 2, 4), R.permute(1, 3, 0, 2), b.transpose(0, 1), states[:, :, 0].transpose(1, 2))
     leaves = [each.contiguous().requires_grad_() for each in inputs]
-    torch.library.opcheck(torch.ops.tersor.flashrnn, (*leaves, function))
+    torch.library.opcheck(torch.ops.tersor.flashrnn, (*leaves, function, False))
 
 
 @each_cell
@@ -153,6 +153,8 @@ def test_what_does_not_fit_is_refused() -> None:
         flashrnn(Wx, R, b, states[:1])
     with pytest.raises(TersorError, match="input_shape"):
         flashrnn(Wx, R, b, input_shape="BTHGD")
+    with pytest.raises(TersorError, match=r"fused kernels take float32 on a GPU, not .* on cpu"):
+        flashrnn(Wx, R, b, fused=True)
 
 
 def test_triton_interpreted() -> None:
@@ -193,7 +195,7 @@ def test_on_a_gpu(function: str, B: int, T: int, N: int, D: int) -> None:
     inputs = [each.cuda().requires_grad_() for each in arguments(function, B, T, N, D, dtype=torch.float32)]
     results = []
     for each in (inputs, [each.detach().cpu().double().requires_grad_() for each in inputs]):
-        states, last = flashrnn(*each, function=function)
+        states, last = flashrnn(*each, function=function, fused=each[0].is_cuda)
         gradients = torch.autograd.grad(states.square().mean() + last.sin().mean(), each)
         results.append([each.cpu().double() for each in (states, last, *gradients)])
     for got, expected in zip(*results, strict=True):

@@ -36,10 +36,11 @@ def models(
     families = [info.family for info in found]
     if pattern is None:
         families = [next(info.family for info in found if info.system == row[0]) for row in rows]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    for family, members in groupby(zip(families, rows, strict=True), key=lambda pair: pair[0]):
+    for family, pairs in groupby(zip(families, rows, strict=True), key=lambda pair: pair[0]):
+        members = [row for _, row in pairs]
+        widths = [max(len(row[column]) for row in members) for column in range(3)]  # a family's own: 80 columns suffice
         typer.echo(family)
-        for _, (name, task, size, paper) in members:
+        for name, task, size, paper in members:
             typer.echo(f"  {name:{widths[0]}}  {task:{widths[1]}}  {size:>{widths[2]}}  {_short(paper)}".rstrip())
 
 

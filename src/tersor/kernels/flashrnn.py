@@ -21,7 +21,8 @@ Wx [B, T, G, N, D], R [G, N, D_out, D_in], b [G, N, D], states [S, B, 1, N, D]; 
 call: the op `tersor::flashrnn`, which works on [T, N, B, G, D], so that a step is one batched product. Its backward pass
 recomputes all gates by one large product from the stored states, walks back over the steps with the derivatives below
 (R^T times the gates' gradients is all that is serial), and sums the gradients of R by one large product again. Sums are
-float32 (float64 for float64), results have Wx's dtype. On GPUs both walks are Triton's (flashrnn_triton.py).
+float32 (float64 for float64), results have Wx's dtype. With `fused`, both walks are Triton's on a GPU (flashrnn_triton.py). These
+kernels are tested under Triton's interpreter and have not been timed on a GPU, so they are not the default.
 """
 
 from __future__ import annotations
@@ -146,8 +147,10 @@ def flashrnn(
     output_shape: str = "SBTHD",
     recurrent_shape: str = "GHDP",
     bias_shape: str = "GHD",
+    fused: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """As `reference`, fast; differentiable in every tensor. Axes: B batch, T time, G gates, H heads, D width, P width
+    """As `reference`, fast; differentiable in every tensor. fused: by Triton's kernels, for float32 on a GPU.
+    Axes: B batch, T time, G gates, H heads, D width, P width
     of the state before, S states; `states` has the order of the output."""
     _one_of("function", function, *CELLS)
     cell = CELLS[function]
@@ -165,8 +168,10 @@ def flashrnn(
     _check("R", R, (N, D, cell.recurrent_gates, D), function)
     _check("b", b, (N, cell.gates, D), function)
     wide = torch.promote_types(Wx.dtype, torch.float32)
+    if fused and (not Wx.is_cuda or wide != torch.float32):
+        raise TersorError(f"flashrnn's fused kernels take float32 on a GPU, not {wide} on {Wx.device}; leave fused out")
     tensors = [each.to(wide).contiguous() for each in (Wx, R, b, start)]
-    after = _flashrnn(tensors[0], tensors[1], tensors[2], tensors[3], function)
+    after = _flashrnn(tensors[0], tensors[1], tensors[2], tensors[3], function, fused)
     after = after.permute(0, 3, 1, 2, 4).to(Wx.dtype)  # [S, B, 1 + T, N, D]
     return _permuted(after[:, :, 1:], "SBTHD", output_shape), _permuted(after[:, :, -1:], "SBTHD", output_shape)
 
@@ -196,8 +201,12 @@ def _check(name: str, tensor: Tensor, shape: Sequence[int], function: str) -> No
 
 
 @torch.library.custom_op("tersor::flashrnn", mutates_args=())
-def _flashrnn(Wx: Tensor, R: Tensor, b: Tensor, start: Tensor, function: str) -> Tensor:
+def _flashrnn(Wx: Tensor, R: Tensor, b: Tensor, start: Tensor, function: str, fused: bool) -> Tensor:
     """Wx [T, N, B, G, D], R [N, D_in, G, D_out], b [N, G, D], start [S, N, B, D] -> [S, 1 + T, N, B, D], start first."""
+    if fused:
+        from tersor.kernels import flashrnn_triton
+
+        return flashrnn_triton.forward(Wx, R, b, start, function)
     return in_torch(Wx, R, b, start, function)
 
 
@@ -213,15 +222,6 @@ def in_torch(Wx: Tensor, R: Tensor, b: Tensor, start: Tensor, function: str) -> 
     return after
 
 
-@_flashrnn.register_kernel("cuda")
-def _(Wx: Tensor, R: Tensor, b: Tensor, start: Tensor, function: str) -> Tensor:
-    if start.dtype != torch.float32:
-        return in_torch(Wx, R, b, start, function)
-    from tersor.kernels import flashrnn_triton
-
-    return flashrnn_triton.forward(Wx, R, b, start, function)
-
-
 def with_input(Wx: Tensor, b: Tensor, cell: Cell) -> Tensor:
     """The gates without their recurrent part, [T, N, B, G, D]."""
     T, N, B, _, D = Wx.shape
@@ -231,14 +231,14 @@ def with_input(Wx: Tensor, b: Tensor, cell: Cell) -> Tensor:
 
 
 @_flashrnn.register_fake
-def _(Wx: Tensor, R: Tensor, b: Tensor, start: Tensor, function: str) -> Tensor:
+def _(Wx: Tensor, R: Tensor, b: Tensor, start: Tensor, function: str, fused: bool) -> Tensor:
     T, N, B, _, D = Wx.shape
     return start.new_empty(len(start), 1 + T, N, B, D)
 
 
 @torch.library.custom_op("tersor::flashrnn_backward", mutates_args=())
 def _flashrnn_backward(
-    grad: Tensor, Wx: Tensor, R: Tensor, b: Tensor, after: Tensor, function: str
+    grad: Tensor, Wx: Tensor, R: Tensor, b: Tensor, after: Tensor, function: str, fused: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of Wx, R, b and start from `grad`, that of `after`."""
     cell = CELLS[function]
@@ -246,7 +246,7 @@ def _flashrnn_backward(
     gates = with_input(Wx, b, cell)
     gates[..., cell.recurrents, :] += torch.einsum("tnbi,nigo->tnbgo", h, R)
     walk = walk_back
-    if grad.is_cuda and grad.dtype == torch.float32:
+    if fused:
         from tersor.kernels import flashrnn_triton
 
         walk = flashrnn_triton.walk_back
@@ -268,18 +268,18 @@ def walk_back(grad: Tensor, R: Tensor, after: Tensor, gates: Tensor, function: s
 
 @_flashrnn_backward.register_fake
 def _(
-    grad: Tensor, Wx: Tensor, R: Tensor, b: Tensor, after: Tensor, function: str
+    grad: Tensor, Wx: Tensor, R: Tensor, b: Tensor, after: Tensor, function: str, fused: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.empty_like(Wx), torch.empty_like(R), torch.empty_like(b), torch.empty_like(after[:, 0])
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    Wx, R, b, _, ctx.function = inputs
+    Wx, R, b, _, ctx.function, ctx.fused = inputs
     ctx.save_for_backward(Wx, R, b, output)
 
 
 def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-    return *_flashrnn_backward(grad.contiguous(), *ctx.saved_tensors, ctx.function), None
+    return *_flashrnn_backward(grad.contiguous(), *ctx.saved_tensors, ctx.function, ctx.fused), None, None
 
 
 _flashrnn.register_autograd(_backward, setup_context=_setup_context)
