@@ -11,7 +11,6 @@ from torch import nn
 from tersor.errors import TersorError
 from tersor.layers.activations import activation
 from tersor.layers.checks import at_least, divides, one_of, same_length
-from tersor.layers.codebook import Codebook, nearest
 from tersor.layers.conv_norm import fold
 from tersor.layers.patch_embed import check_image
 from tersor.layers.positions import resize_grid, rotary_table, rotate, sinusoids
@@ -85,25 +84,6 @@ def test_straight_through_gradients() -> None:
     soft = torch.tensor(1.0, requires_grad=True)
     straight_through(torch.tensor(7.0), soft).backward()
     assert soft.grad == 1
-
-
-def test_a_codebook_finds_the_nearest_and_follows_the_data() -> None:
-    torch.manual_seed(0)
-    centres = torch.tensor([[4.0, 0.0], [-4.0, 0.0], [0.0, 5.0]])
-    book = Codebook(3, 2, decay=0.8)
-    book.embed.copy_(centres * 0.5)
-    book.sums.copy_(book.embed)
-    for _ in range(60):
-        z = (centres[torch.randint(3, (64,))] + 0.1 * torch.randn(64, 2)).requires_grad_()
-        quantized = book(z)
-    torch.testing.assert_close(book.embed, centres, atol=0.15, rtol=0)
-    quantized.values.sum().backward()
-    assert z.grad is not None
-    assert z.grad.eq(1).all()
-    before = book.embed.clone()
-    book.eval()(z)
-    assert torch.equal(book.embed, before)
-    assert nearest(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.0], [0.9, 0.1]])).item() == 1
 
 
 def test_key_maps() -> None:
