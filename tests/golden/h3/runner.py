@@ -6,8 +6,8 @@ from torch.nn import functional as F
 from tersor.models.config import config_from_dict
 from tersor.models.text.h3 import H3Layer, H3LayerConfig
 
-# the 125M case's own float32 rounding: its logits are 6.2e-6 from those of this model in float64
-TOLERANCE = {"logits": 1.2e-5}
+# the 125M case's own float32 rounding: 6.2e-6 (logits) and 6.3e-6 (hidden) from this model in float64
+TOLERANCE = {"logits": 1.2e-5, "hidden": 1.2e-5}
 WITHOUT_EFFECT = ("layer_idx", "lr")
 
 
