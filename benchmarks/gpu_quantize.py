@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 
 import tersor
 from tersor.calibrate.hessian import Hessian
-from tersor.compress.gptq_solver import Solution, factorize, solve_factorized
+from tersor.methods.weights.gptq_solver import Solution, factorize, solve_factorized
 
 SAMPLES, TOKENS = 128, 2048
 LAYERS = ((4096, 4096), (4096, 14336), (12288, 12288), (12288, 49152))  # outputs, inputs

@@ -21,9 +21,9 @@ from torch import nn
 import tersor
 from tersor.checkpoint.load import load_tokenizer
 from tersor.checkpoint.source import resolve
-from tersor.compress.greenformers import Greenformers
 from tersor.data.text import read_text
 from tersor.evaluate.accuracy import read_images
+from tersor.methods.structure.greenformers import Greenformers
 
 SEQ_LEN, WINDOWS, IMAGES = 512, 4, 1000
 CHOICES: list[dict[str, float]] = [{"rank": 0.75}, {"budget": 0.81}, {"rank": 0.5}]

@@ -5,7 +5,7 @@
 
 All methods prune until the same latency table (measured at the start) says that the target is reached, and are then
 fine-tuned with the same steps, batches, rate and loss on the same 512 training images, mirrored and shifted. NViT also
-trains while it prunes; its published latency weight belongs to another scale of the loss (compress/nvit.py).
+trains while it prunes; its published latency weight belongs to another scale of the loss (methods/structure/nvit.py).
 
 "uniform, magnitude": the same share of every kind of unit in every block; those of the least sum of squares go. "random":
 the same share of every kind, any of them. Accuracy: top-1 on 1,000 CIFAR-10 test images (95 % interval: about +-2 to 3
@@ -32,11 +32,11 @@ import tersor
 from tersor.calibrate.images import image_batches
 from tersor.checkpoint.preprocessing import image_settings
 from tersor.checkpoint.source import open_checkpoint
-from tersor.compress import nvit_saliency as units
-from tersor.compress.method import Work
-from tersor.compress.nvit import Data, NViTPruning, dense, full_width, train
-from tersor.compress.nvit_latency import LatencyTable, measure_table, read_table
 from tersor.evaluate.accuracy import accuracy, read_images
+from tersor.methods.method import Work
+from tersor.methods.structure import nvit_saliency as units
+from tersor.methods.structure.nvit import Data, NViTPruning, dense, full_width, train
+from tersor.methods.structure.nvit_latency import LatencyTable, measure_table, read_table
 
 PUBLISHED_WEIGHT = "NViT, latency weight 5e-4"
 RESULT = Path(__file__).parent / "results" / "pruning.md"

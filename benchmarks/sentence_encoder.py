@@ -24,8 +24,8 @@ from transformers import AutoTokenizer
 
 import tersor
 from tersor import GPTQ, RTN
-from tersor.compress.method import Method
 from tersor.data.text import builtin_text
+from tersor.methods.method import Method
 
 RESULT = Path(__file__).parent / "results" / "sentence_encoder.md"
 

@@ -25,8 +25,8 @@ from side_by_side import data_folder, machine, speed_ratios
 from torch import Tensor
 
 import tersor
-from tersor.compress.ats import AdaptiveTokenSampling
 from tersor.evaluate.accuracy import read_images
+from tersor.methods.tokens.ats import AdaptiveTokenSampling
 
 RESULT = Path(__file__).parent / "results" / "token_sampling.md"
 BLOCK = 3  # where the yardsticks drop

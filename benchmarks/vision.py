@@ -6,7 +6,7 @@ demo-vit on 1,000 test images of CIFAR-10; grids are fitted on 32 training image
 seeds 1 and 2 where three numbers are given. WnAm: n bits a weight, m bits an activation (the image: 8 bits).
 
 "round to nearest": weights by rows and activations by tensors, from minimum to maximum, with no reparameterization. "RepQ-ViT":
-as published. "dual clipping" and "reconstruction": what RepQuant adds, as tersor.compress.repquant describes it. GPTQ leaves the
+as published. "dual clipping" and "reconstruction": what RepQuant adds, as its page describes it. GPTQ leaves the
 activations in float32. Half the width of the 95 % confidence interval of one accuracy is about 2 points; the rows share their
 images, so differences between them are surer than that. Size: of the saved
 model.safetensors; of the original in float32 (its file, in float16, has half of that).
@@ -28,13 +28,13 @@ from torch import Tensor, nn
 
 import tersor
 from tersor.calibrate.batches import call, without_target
-from tersor.compress.calibrated import InputGrid
-from tersor.compress.method import Method, Work
-from tersor.compress.repquant import RepQuant, freeze, one_batch, wrap
 from tersor.evaluate.accuracy import read_images
 from tersor.formats.activation_grid import grid_of_range
 from tersor.formats.grid import Grid
 from tersor.layers.linear_map import weight_matrix
+from tersor.methods.activations.calibrated import InputGrid
+from tersor.methods.activations.repquant import RepQuant, freeze, one_batch, wrap
+from tersor.methods.method import Method, ModelMethod, Work
 
 IMAGES = Path(os.environ.get("TERSOR_DATA", "../shared/data")) / "images"
 RESULT = Path(__file__).parent / "results" / "vision.md"
@@ -42,11 +42,10 @@ Labelled = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Nearest(Method):
+class Nearest(ModelMethod):
     """The plain baseline, on RepQuant's places."""
 
     name: ClassVar[str] = "nearest"
-    whole_model: ClassVar[bool] = True
     bits: int = 4
 
     def compress_model(self, model: nn.Module, work: Work) -> nn.Module:

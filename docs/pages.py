@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tersor import models
-from tersor.compress.method import Method, methods
+from tersor.methods.method import Method, ModelMethod, methods
 
 
 def pages() -> dict[str, str]:
@@ -40,7 +40,7 @@ def _methods_index(by_module: dict[str, list[type[Method]]]) -> str:
     for module, kinds in by_module.items():
         for kind in kinds:
             what = _escaped((kind.__doc__ or "").partition("\n")[0])
-            way = "on the whole model" if kind.whole_model else "block by block"
+            way = "on the whole model" if issubclass(kind, ModelMethod) else "block by block"
             rows.append(f"| [`{kind.name}`]({_stem(module)}.md) | {what} | {way} |")
     return "# Methods\n\n" + "\n".join(rows) + "\n"
 
@@ -108,7 +108,7 @@ def _escaped(line: str) -> str:
 
 
 def _options(kind: type[Method]) -> str:
-    verb = "compress" if kind.whole_model else "quantize"
+    verb = "compress" if issubclass(kind, ModelMethod) else "quantize"
     rows = ["| option | | default | allowed |", "| --- | --- | --- | --- |"]
     for each in dataclasses.fields(kind):
         about = {key: _escaped(str(each.metadata.get(key) or "")) for key in ("help", "allowed")}

@@ -23,7 +23,7 @@ import typer
 
 from tersor import models
 from tersor.cli.main import app, main
-from tersor.compress.method import methods
+from tersor.methods.method import methods
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -66,7 +66,7 @@ def test_code_blocks_run(page: Path, tmp_path: Path, terminal: dict[str, str], m
     monkeypatch.chdir(folder)
     namespace = types.ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", namespace)
-    monkeypatch.setattr("tersor.compress.method._METHODS", dict(methods()))  # methods that a page adds go with it
+    monkeypatch.setattr("tersor.methods.method._METHODS", dict(methods()))  # methods that a page adds go with it
     for block in blocks_of(page):
         where = f"{page.name}:{block.line + 1}"
         if block.language == "python":

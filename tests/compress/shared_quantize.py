@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from zoo.tiny_models import samples
 
-import tersor.compress.block as block
 import tersor.compress.settings as settings
+import tersor.methods.block as block
 from tersor.cli.main import main
 
 SECOND_BLOCK = 2

@@ -10,7 +10,7 @@ from zoo.tiny_models import MODELS, build, samples
 
 import tersor
 from tersor import GPTQ
-from tersor.compress.walk import first_tensor
+from tersor.calibrate.batches import first_tensor
 
 QUICK = ("llama", "gpt2", "mixtral", "bert", "whisper", "falcon_h1")
 

@@ -19,12 +19,12 @@ from zoo.tiny_models import MODELS, build, samples
 
 import tersor
 from tersor import GPTQ, RTN, TersorError
-from tersor.compress.repquant import RepQuant
-from tersor.compress.walk import first_tensor
+from tersor.calibrate.batches import first_tensor
 from tersor.formats.layouts import layout_named, write
 from tersor.formats.quantized_weight import QuantizedWeight
 from tersor.layers.quantized_embedding import QuantizedEmbedding
 from tersor.layers.quantized_linear import QuantizedLinear
+from tersor.methods.activations.repquant import RepQuant
 from tersor.runtime import llama_cpu
 
 BASE = GPTQ(bits=4, group_size=32)

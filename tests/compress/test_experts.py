@@ -131,7 +131,7 @@ def test_a_checkpoint_says_the_same_as_a_module_in_memory(tmp_path: Path, expert
 def test_experts_that_take_turns_are_solved_like_those_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """The mean that they are moved towards is that of the whole layer."""
     at_once = compressed("mixtral")
-    monkeypatch.setattr("tersor.compress.block.STATISTICS_MEMORY", 1)
+    monkeypatch.setattr("tersor.methods.block.STATISTICS_MEMORY", 1)
     in_turns = compressed("mixtral")
     for one, other in zip(at_once.summary.layers, in_turns.summary.layers, strict=True):
         assert (one.name, one.tokens) == (other.name, other.tokens)

@@ -11,8 +11,8 @@ from zoo import tiny_models
 
 import tersor
 from tersor import GPTQ, RTN
-from tersor.compress.ats import AdaptiveTokenSampling
 from tersor.layers.quantized_linear import QuantizedConv2d, QuantizedLinear
+from tersor.methods.tokens.ats import AdaptiveTokenSampling
 
 
 class Mixer(nn.Module):

@@ -13,9 +13,9 @@ from zoo.tiny_models import build, samples
 
 import tersor
 from tersor import GPTQ
-from tersor.compress.block import LayerReport
 from tersor.compress.result import Compressed
 from tersor.errors import NotFiniteError
+from tersor.methods.block import LayerReport
 
 
 def solved(x: torch.Tensor, damp: float) -> LayerReport:

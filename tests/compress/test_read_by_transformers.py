@@ -14,7 +14,7 @@ from zoo.tiny_models import LLAMA, MODELS, VIT, Tiny, build, samples
 
 import tersor
 from tersor import GPTQ, TersorError
-from tersor.compress.walk import first_tensor
+from tersor.calibrate.batches import first_tensor
 
 GPTQ32 = GPTQ(group_size=32)
 SLIDING = {**LLAMA, "sliding_window": 8}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import tersor
 from tersor import GPTQ, RTN
 from tersor.checkpoint.load import load_tokenizer
-from tersor.compress.method import Method
+from tersor.methods.method import Method
 
 pytestmark = pytest.mark.slow
 

@@ -12,9 +12,9 @@ from zoo.tiny_models import build, samples
 
 import tersor
 from tersor import GPTQ, RTN, TersorError
+from tersor.calibrate.batches import first_tensor
 from tersor.compress.recipe import Recipe, make_rules, read_recipe
 from tersor.compress.result import Compressed
-from tersor.compress.walk import first_tensor
 
 BASE = GPTQ(bits=4, group_size=32)
 

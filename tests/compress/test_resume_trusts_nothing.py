@@ -13,7 +13,7 @@ from conftest import TOKENIZER, Ran, change_tensors, files_of
 
 import tersor
 from tersor import GPTQ, RTN, TersorError
-from tersor.compress.method import Method
+from tersor.methods.method import Method
 
 FIRST, SECOND = "model.layers.0", "model.layers.1"
 ASKED = {"samples": 2, "seq_len": 32}

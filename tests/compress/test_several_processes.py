@@ -17,7 +17,7 @@ from zoo.tiny_models import build, samples
 
 import tersor
 from tersor import GPTQ
-from tersor.compress.parallel import assign
+from tersor.methods.solved_apart import assign
 
 SCRIPT = Path(__file__).with_name("shared_quantize.py")
 

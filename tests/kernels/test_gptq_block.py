@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tersor.compress import gptq_solver
-from tersor.compress.gptq_solver import Solution, factorize, solve_factorized, solve_rtn
 from tersor.formats.grid import Bits, ClipSearch, Stored
+from tersor.methods.weights import gptq_solver
+from tersor.methods.weights.gptq_solver import Solution, factorize, solve_factorized, solve_rtn
 
 pytestmark = [
     pytest.mark.gpu,

@@ -223,3 +223,14 @@ def call(model: Any, batch: Batch) -> Any:
     """model(*args, **rest): `args` holds positional inputs."""
     rest = {name: value for name, value in batch.items() if name != "args"}
     return model(*batch.get("args", ()), **rest)
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """The logits of a model output, else its first floating tensor."""
+    if isinstance(output, Tensor):
+        return output if output.is_floating_point() else None
+    logits = getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    values = output.values() if hasattr(output, "values") else output if isinstance(output, tuple | list) else ()
+    return next((found for value in values if (found := first_tensor(value)) is not None), None)

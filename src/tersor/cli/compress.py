@@ -13,9 +13,9 @@ from tersor.cli.options import AllowPickle, Device, Exclude, Include, Overwrite,
 from tersor.cli.progress import progress_bar
 from tersor.cli.summary import print_summary
 from tersor.compress import compress as compress_model
-from tersor.compress.method import from_options, methods
+from tersor.methods.method import ModelMethod, from_options, methods
 
-METHODS = {name: kind for name, kind in methods().items() if kind.whole_model}
+METHODS = {name: kind for name, kind in methods().items() if issubclass(kind, ModelMethod)}
 
 
 def _compress(
@@ -45,7 +45,7 @@ def _compress(
     The result is a model directory that `tersor eval`, `tersor.load` and further methods take. `tersor quantize` is for
     weights alone, on models of any size.
     """
-    refuse_others(method, whole_model=True)
+    refuse_others(method, ModelMethod)
     chosen = from_options(method, given_options(options))
     with progress_bar(quiet=as_json) as progress:
         result = compress_model(

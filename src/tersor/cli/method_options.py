@@ -11,9 +11,9 @@ from typing import Any
 
 import typer
 
-from tersor.compress.method import Method, from_options, methods
 from tersor.compress.recipe import Recipe, read_recipe
 from tersor.errors import TersorError
+from tersor.methods.method import Method, ModelMethod, from_options, methods
 
 
 def with_method_options(command: Callable[..., None], kinds: Mapping[str, type[Method]]) -> Callable[..., None]:
@@ -47,12 +47,12 @@ def chosen_recipe(path: Path | None, method: str | None, options: dict[str, Any]
     return read_recipe(path)
 
 
-def refuse_others(method: str, *, whole_model: bool) -> None:
+def refuse_others(method: str, wanted: type[Method]) -> None:
     """Raise TersorError where a method belongs to the other verb, `compress` or `quantize`."""
     kind = methods().get(method)
-    if kind is None or kind.whole_model == whole_model:
+    if kind is None or issubclass(kind, wanted):
         return
-    way, verb = ("on the whole model", "compress") if kind.whole_model else ("block by block", "quantize")
+    way, verb = ("on the whole model", "compress") if issubclass(kind, ModelMethod) else ("block by block", "quantize")
     raise TersorError(f"{method} works {way}: tersor {verb} --method {method}")
 
 

@@ -16,7 +16,7 @@ from tersor.cli.summary import print_summary
 from tersor.cli.torchrun import together
 from tersor.compress import compress
 from tersor.compress.layout_choice import AUTO
-from tersor.compress.method import methods
+from tersor.methods.method import BlockMethod, methods
 
 
 def _quantize(
@@ -71,9 +71,9 @@ def _quantize(
     The model is read and written block by block. A job that is interrupted goes on when the same command is given again.
     Started by torchrun, several processes share the work.
     """
-    refuse_others(method or "gptq", whole_model=False)
+    refuse_others(method or "gptq", BlockMethod)
     chosen = chosen_recipe(recipe, method, given_options(options), default="gptq")
-    refuse_others(chosen.method.name, whole_model=False)
+    refuse_others(chosen.method.name, BlockMethod)
     with together(device) as device, progress_bar(quiet=as_json or not is_first()) as progress:
         result = compress(
             model,
@@ -107,4 +107,6 @@ def _quantize(
         print_summary(result.summary, out)
 
 
-quantize = with_method_options(_quantize, {name: kind for name, kind in methods().items() if kind.layouts})
+quantize = with_method_options(
+    _quantize, {name: kind for name, kind in methods().items() if issubclass(kind, BlockMethod)}
+)

@@ -10,11 +10,11 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from tersor.compress.gptq import GPTQ
 from tersor.compress.job import compress
-from tersor.compress.method import Method, from_options, methods
 from tersor.compress.result import Compressed
-from tersor.compress.rtn import RTN
+from tersor.methods.method import Method, from_options, methods
+from tersor.methods.weights.gptq import GPTQ
+from tersor.methods.weights.rtn import RTN
 
 __all__ = ["GPTQ", "RTN", "Compressed", "Method", "compress", "from_options", "methods"]
 

@@ -14,6 +14,7 @@ from tersor.compress.plan import Plan
 from tersor.compress.recipe import Recipe
 from tersor.formats.layouts import Layout
 from tersor.layers.linear_map import embeddings
+from tersor.methods.method import BlockMethod
 
 
 def quantization_config(
@@ -21,6 +22,7 @@ def quantization_config(
 ) -> dict[str, Any]:
     """The recipe's method, layers that differ from it, and layers left as they are, each by its names on disk and by that of the
     module: readers look for one or the other. published: the names of a linear map on disk."""
+    assert isinstance(recipe.method, BlockMethod)  # others are saved as they are
     base = recipe.method.quantization()
     modules = dict(model.named_modules())
     dense = _dense_linears(model, plan)  # which have no other name that is known

@@ -15,10 +15,10 @@ from tersor.calibrate.statistics import is_expert
 from tersor.checkpoint.lazy_model import LazyModel
 from tersor.checkpoint.source import torch_dtype
 from tersor.checkpoint.writer import SINGLE_FILE_LIMIT
-from tersor.compress.block import STATISTICS_MEMORY
 from tersor.compress.plan import Plan
 from tersor.compress.result import peak_memory
 from tersor.layers.linear_map import matrix_shape
+from tersor.methods.block import STATISTICS_MEMORY
 
 PASSES = 3.5  # runs of a block: its call order, its statistics (true-sequential ones stop early), its outputs
 HESSIAN_BYTES = 12  # a number of a Hessian: its sum in float64, and the mean in float32

@@ -8,20 +8,20 @@ import time
 import torch
 from torch import nn
 
-from tersor.calibrate.batches import call, without_cache
+from tersor.calibrate.batches import call, first_tensor, without_cache
 from tersor.calibrate.draws import PROBE, drawing
-from tersor.compress.block import Block, LayerReport
 from tersor.compress.describe import quantization_config
 from tersor.compress.first_run import prepare
 from tersor.compress.plan import make_plan, without_stacks
 from tersor.compress.result import Compressed, Summary, Timer, loss_of, peak_memory
 from tersor.compress.settings import Settings, Size, samples_of
-from tersor.compress.walk import Hooks, first_tensor, walk, walk_without_samples
+from tersor.compress.walk import Hooks, walk, walk_without_samples
 from tersor.formats.grid import Stored
 from tersor.formats.layouts import write
 from tersor.layers.experts import ExpertMap, stored_name
 from tersor.layers.linear_map import packable_maps
 from tersor.layers.quantized_linear import place_packed
+from tersor.methods.block import Block, LayerReport
 
 
 def compress_module(model: nn.Module, job: Settings) -> Compressed:

@@ -14,7 +14,6 @@ from tersor.calibrate.routing import parse_routing
 from tersor.checkpoint.load import pick_device
 from tersor.compress.in_memory import compress_module
 from tersor.compress.layout_choice import AUTO, with_fitting_layout
-from tersor.compress.method import Method, Progress
 from tersor.compress.recipe import Recipe, Rule, make_rules
 from tersor.compress.result import Compressed
 from tersor.compress.settings import Settings
@@ -22,6 +21,7 @@ from tersor.compress.stream import compress_checkpoint
 from tersor.compress.whole_model import compress_whole_checkpoint, compress_whole_module
 from tersor.errors import TersorError
 from tersor.formats.layouts import layout_named
+from tersor.methods.method import Method, ModelMethod, Progress
 from tersor.untrusted import check_seed
 
 SAMPLES, TOKENS = 1 << 20, 1 << 30  # at most
@@ -112,9 +112,9 @@ def compress(
     )
     if isinstance(model, nn.Module) and out is not None:
         raise TersorError("a module in memory is compressed in memory: call save(directory) on the result, not out=")
-    if method.whole_model:
+    if isinstance(method, ModelMethod):
         if embeddings:
-            method.without_inputs()  # says that it cannot
+            raise TersorError(f"method {method.name} does not compress embeddings; leave --embeddings out")
         if head:
             raise TersorError(
                 f"method {method.name} works on the whole model and leaves the head to itself; leave head out"

@@ -14,17 +14,14 @@ from torch import nn
 from tersor.calibrate.blocks import Unit, find_blocks
 from tersor.calibrate.routing import Routing, check_routing
 from tersor.calibrate.statistics import is_expert
-from tersor.compress.method import Method, Progress
 from tersor.compress.recipe import Recipe
 from tersor.errors import TersorError
 from tersor.formats.layouts import Layout
 from tersor.layers.experts import ExpertMap
 from tersor.layers.linear_map import LinearMap, is_conv1d, linear_maps, matrix_shape
 from tersor.layers.quantized_embedding import why_not_packed
-from tersor.layers.routers import router_maps
-
-# A few outputs that choose experts: kept as they are. These names say so; other routers are told by what stands beside them.
-ROUTERS = re.compile(r"(^|\.)(router(_\w+)?(\..+)?|gate|shared_expert_gate|wg)$")
+from tersor.layers.routers import ROUTERS, router_maps
+from tersor.methods.method import BlockMethod, Progress
 
 # Layers that servers split along their inputs, by the names that transformers gives them.
 ROW_PARALLEL = re.compile(r"(^|\.)(o_proj|out_proj|down_proj|c_proj|dense|dense_4h_to_h|fc2|fc_out|w2|wo)(\.\d+)?$")
@@ -58,15 +55,15 @@ class Plan:
 
     blocks: list[Unit]
     linears: dict[str, dict[str, LinearMap]]
-    methods: dict[str, Method]
+    methods: dict[str, BlockMethod]
     left: list[str]
 
     def all_linears(self) -> dict[str, LinearMap]:
         return {name: module for each in self.linears.values() for name, module in each.items()}
 
-    def by_method(self, block: str) -> dict[Method, list[str]]:
+    def by_method(self, block: str) -> dict[BlockMethod, list[str]]:
         """The layers of a block that each method takes, in tree order."""
-        groups: dict[Method, list[str]] = {}
+        groups: dict[BlockMethod, list[str]] = {}
         for name in self.linears[block]:
             groups.setdefault(self.methods[name], []).append(name)
         return groups
@@ -101,9 +98,10 @@ def make_plan(model: nn.Module, job: Choice) -> Plan:
             and not any(fnmatchcase(name, pattern) for pattern in exclude)
             and recipe.method_for(name) is not None
         }
-    methods = {name: m for each in chosen.values() for name in each if (m := recipe.method_for(name)) is not None}
+    methods = {name: m for each in chosen.values() for name in each if (m := _method_for(recipe, name)) is not None}
     methods |= {unit.name: methods[unit.name].without_inputs() for unit in embedding if unit.name in methods}
     if layout is not None and any(unit.name in methods for unit in embedding):
+        assert isinstance(recipe.method, BlockMethod)
         _check_one_grid([recipe.method, *methods.values()])
     plan = Plan(blocks, chosen, methods, [])
     _check_stacks(plan, everything)
@@ -128,6 +126,14 @@ def make_plan(model: nn.Module, job: Choice) -> Plan:
     return Plan(blocks, chosen, methods, [name for name in everything if name not in taken])
 
 
+def _method_for(recipe: Recipe, layer: str) -> BlockMethod | None:
+    """Raises TersorError where a rule names a method that cannot take single layers."""
+    method = recipe.method_for(layer)
+    if method is None or isinstance(method, BlockMethod):
+        return method
+    raise TersorError(f"method {method.name} works on the whole model; no rule can choose it for {layer}")
+
+
 def _check_stacks(plan: Plan, everything: dict[str, LinearMap]) -> None:
     """Experts that share one parameter are compressed together."""
     taken = plan.all_linears()
@@ -140,7 +146,7 @@ def _check_stacks(plan: Plan, everything: dict[str, LinearMap]) -> None:
             )
 
 
-def check_split(name: str, out_features: int, in_features: int, method: Method, devices: int) -> None:
+def check_split(name: str, out_features: int, in_features: int, method: BlockMethod, devices: int) -> None:
     """Raise TersorError where a packed layer cannot be split over `devices` for tensor-parallel serving.
 
     Layers whose outputs are summed over the devices are split along their inputs, in whole groups; others along their
@@ -206,7 +212,7 @@ def _head(model: nn.Module) -> Unit:
     return Unit(name, found, True)
 
 
-def _check_one_grid(methods: Sequence[Method]) -> None:
+def _check_one_grid(methods: Sequence[BlockMethod]) -> None:
     """Raise TersorError where a checkpoint with a packed embedding would have layers on several kinds of grids: transformers,
     which unpacks such a checkpoint as it reads it, takes one kind for all."""
     kinds = {tuple(method.quantization().get(key) for key in ("bits", "group_size", "sym")) for method in methods}

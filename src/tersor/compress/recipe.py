@@ -20,8 +20,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from tersor.compress.method import Method, from_options
 from tersor.errors import TersorError
+from tersor.methods.method import Method, from_options
 from tersor.untrusted import read_yaml, readable
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.checkpoint.load import load
-from tersor.compress.method import Report
+from tersor.methods.method import Report
 
 
 @dataclass(frozen=True)

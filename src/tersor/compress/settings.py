@@ -21,12 +21,12 @@ from tersor.checkpoint.load import check_tokens
 from tersor.checkpoint.positions import positions_of
 from tersor.checkpoint.preprocessing import class_names, image_processor, image_settings
 from tersor.checkpoint.source import Checkpoint
-from tersor.compress.method import Progress
 from tersor.compress.plan import Plan
 from tersor.compress.recipe import Recipe
 from tersor.errors import TersorError
 from tersor.formats.layouts import Layout
 from tersor.formats.quantized_weight import QuantizedWeight
+from tersor.methods.method import Progress
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import tersor
-from tersor.calibrate.batches import Batch, fingerprint, without_cache
+from tersor.calibrate.batches import Batch, fingerprint, first_tensor, without_cache
 from tersor.calibrate.blocks import Unit
 from tersor.calibrate.parallel import agree, is_first, processes
 from tersor.checkpoint.hashes import Seen
@@ -30,7 +30,6 @@ from tersor.checkpoint.quantization_config import QuantizationConfig, parse_conf
 from tersor.checkpoint.room import RESULT_FILE, inputs_of
 from tersor.checkpoint.source import open_checkpoint, torch_dtype
 from tersor.checkpoint.writer import Job, model_fingerprint
-from tersor.compress.block import Block, LayerReport
 from tersor.compress.describe import quantization_config
 from tersor.compress.first_run import prepare
 from tersor.compress.forecast import forecast
@@ -41,7 +40,6 @@ from tersor.compress.settings import Settings, Size, samples_by_path, samples_of
 from tersor.compress.shared_job import follow, lead, open_job
 from tersor.compress.walk import (
     Hooks,
-    first_tensor,
     run,
     units_of,
     walk,
@@ -53,6 +51,7 @@ from tersor.formats.layouts import Layout, write
 from tersor.formats.quantized_weight import QuantizedWeight
 from tersor.layers.experts import ExpertMap
 from tersor.layers.linear_map import columns_of, set_weight_matrix
+from tersor.methods.block import Block, LayerReport
 
 
 def compress_checkpoint(name: str, job: Settings) -> Compressed:

@@ -11,21 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersor.calibrate.batches import Batch, bundles, call, joined
+from tersor.calibrate.batches import Batch, bundles, call, first_tensor, joined
 from tersor.calibrate.blocks import Unit, find_units
 from tersor.calibrate.draws import PROBE
 from tersor.calibrate.lockstep import Call, Lockstep, Stop
 from tersor.calibrate.parallel import sample_number, share
 from tersor.calibrate.routing import Routing
 from tersor.calibrate.statistics import kind_of, watch_inputs
-from tersor.compress.block import Block
-from tersor.compress.method import Progress
 from tersor.compress.plan import Plan, without
 from tersor.errors import NotFiniteError, TersorError
 from tersor.formats.grid import Stored
 from tersor.layers.experts import ExpertMap
 from tersor.layers.linear_map import computes_its_own, packable_maps
 from tersor.layers.quantized_embedding import looks_up, why_not_packed
+from tersor.methods.block import Block
+from tersor.methods.method import Progress
 
 
 @dataclass
@@ -224,17 +224,6 @@ def run(model: nn.Module, units: Sequence[Unit], batches: Sequence[Batch], hooks
             hooks.release(stop.unit.module)
             hooks.progress("running", n + 1, max(len(units), n + 1))
     return [passes.outputs.get(n) for n in range(len(batches))]
-
-
-def first_tensor(output: Any) -> Tensor | None:
-    """The logits of a model output, else its first floating tensor."""
-    if isinstance(output, Tensor):
-        return output if output.is_floating_point() else None
-    logits = getattr(output, "logits", None)
-    if isinstance(logits, Tensor):
-        return logits
-    values = output.values() if hasattr(output, "values") else output if isinstance(output, tuple | list) else ()
-    return next((found for value in values if (found := first_tensor(value)) is not None), None)
 
 
 def _check_weights(unit: Unit) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tersor.calibrate.batches import Batch, call, without_cache, without_target
+from tersor.calibrate.batches import Batch, call, first_tensor, without_cache, without_target
 from tersor.calibrate.draws import PROBE, drawing
 from tersor.checkpoint.lazy_model import compute_dtype
 from tersor.checkpoint.load import load, load_tokenizer
@@ -19,13 +19,12 @@ from tersor.checkpoint.preprocessing import PREPROCESSOR, image_settings, prepro
 from tersor.checkpoint.room import check_free, inputs_of
 from tersor.checkpoint.source import open_checkpoint, torch_dtype
 from tersor.compress.first_run import UNFIT, completed, lacks_second_text
-from tersor.compress.method import Work
 from tersor.compress.result import Compressed, Summary, loss_of, peak_memory
 from tersor.compress.save import PLAIN, save_plain
 from tersor.compress.settings import Settings, read_samples, samples_by_path
-from tersor.compress.walk import first_tensor
 from tersor.errors import TersorError
 from tersor.layers.linear_map import linear_maps
+from tersor.methods.method import ModelMethod, Work
 
 
 def compress_whole_checkpoint(name: str, job: Settings) -> Compressed:
@@ -60,6 +59,7 @@ def compress_whole_module(model: nn.Module, job: Settings) -> Compressed:
 def _compress(module: nn.Module, job: Settings, stored: torch.dtype) -> Compressed:
     """module: to be changed. stored: the dtype of the parameters on disk, to which the result's are rounded."""
     method = job.recipe.method
+    assert isinstance(method, ModelMethod)
     _check_patterns(job, list(linear_maps(module)))
     first, samples = next(module.parameters()), []
     if method.needs_samples or job.calibration is not None:

@@ -28,10 +28,10 @@ import torch
 from tersor.checkpoint.room import disk_errors, read_json, replacing
 from tersor.checkpoint.source import BUILTIN
 from tersor.compress.job import compress
-from tersor.compress.method import from_options
 from tersor.errors import TersorError
 from tersor.evaluate.perplexity import perplexity
 from tersor.evaluate.sweep_recipes import SweepJob
+from tersor.methods.method import from_options
 from tersor.untrusted import check_at_once, first_words, read_json_object, readable
 
 Progress = Callable[[str, int, int], None]

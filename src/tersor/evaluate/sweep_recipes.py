@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from tersor.compress.job import compress
-from tersor.compress.method import from_options, methods
 from tersor.compress.recipe import make_rules, recipe_content
 from tersor.errors import TersorError
+from tersor.methods.method import from_options, methods
 
 JOBS = 10_000  # of one recipe: more is a mistake
 LISTS = ("include", "exclude", "rules")  # a list is one value of these

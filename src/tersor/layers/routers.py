@@ -7,10 +7,15 @@ stands there, such as attention, ends with as many outputs as it has inputs.
 
 from __future__ import annotations
 
+import re
+
 from torch import nn
 
 from tersor.layers.experts import expert_maps
 from tersor.layers.linear_map import LinearMap, linear_maps, matrix_shape
+
+# A few outputs that choose experts: kept as they are. These names say so; other routers are told by what stands beside them.
+ROUTERS = re.compile(r"(^|\.)(router(_\w+)?(\..+)?|gate|shared_expert_gate|wg)$")
 
 
 def router_maps(model: nn.Module) -> set[str]:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import tersor
 from tersor import GPTQ, RTN
 from tersor.calibrate.hessian import Hessian
-from tersor.compress.gptq_solver import Solution, solve_gptq, solve_rtn
 from tersor.formats.grid import Bits, ClipSearch, fit_grid
 from tersor.layers.linear_map import columns_of, input_matrix, set_weight_matrix, weight_matrix
+from tersor.methods.weights.gptq_solver import Solution, solve_gptq, solve_rtn
 
 TOLERANCE = {"qweight": 0.0, "levels": 0.0, "perm": 0.0}
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from tersor.compress.factorize import factorize, nmf, snmf
 from tersor.layers.led import LED
+from tersor.methods.structure.factorize import factorize, nmf, snmf
 from tersor.models.text.linformer import Attention, LinformerConfig
 
 TOLERANCE = {

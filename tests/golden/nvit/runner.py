@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import tersor.models
-from tersor.compress import nvit_saliency as pruning
-from tersor.compress.nvit_latency import LatencyTable
+from tersor.methods.structure import nvit_saliency as pruning
+from tersor.methods.structure.nvit_latency import LatencyTable
 
 GRID = ((0, 256, 512, 768), (1, 3, 6, 9, 12), (1, 16, 32, 48, 64), (1, 16, 32, 48, 64), tuple(range(0, 3073, 128)))
 

@@ -7,9 +7,9 @@ from torch import Tensor
 
 import tersor
 from tersor.calibrate.batches import call
-from tersor.compress.repquant import RepQuant, fit_weights_again, reparameterize, wrap
 from tersor.formats.activation_grid import fit_logarithmic, fit_uniform
 from tersor.formats.grid import Grid
+from tersor.methods.activations.repquant import RepQuant, fit_weights_again, reparameterize, wrap
 
 EXACT = 5e-7  # what float32 keeps of the expected values; everything is computed in float64
 

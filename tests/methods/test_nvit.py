@@ -14,9 +14,9 @@ from torch import Tensor
 
 import tersor
 import tersor.models
-from tersor.compress import nvit_saliency as units
-from tersor.compress.nvit import NViTPruning, dense, full_width
-from tersor.compress.nvit_latency import FULL_BLOCK, LatencyTable, grid_of, measure_table, read_table
+from tersor.methods.structure import nvit_saliency as units
+from tersor.methods.structure.nvit import NViTPruning, dense, full_width
+from tersor.methods.structure.nvit_latency import FULL_BLOCK, LatencyTable, grid_of, measure_table, read_table
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 64, "depth": 3, "num_heads": 4, "num_classes": 5}
 

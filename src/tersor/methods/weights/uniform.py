@@ -27,6 +27,19 @@ def width_of(bits: Bits) -> int:
     return 2 if bits == "ternary" else bits
 
 
+def uniform_quantization(bits: Bits, *, group_size: int, sym: bool) -> dict[str, Any]:
+    """What a file's config says of plain uniform grids."""
+    return {
+        "bits": width_of(bits),
+        "group_size": group_size,
+        "sym": sym,
+        "desc_act": False,
+        "static_groups": False,
+        "true_sequential": False,
+        "damp": 0.01,
+    }
+
+
 def check_grid(
     name: str, bits: Bits, group_size: int, sym: bool, out_features: int, in_features: int, layout: Layout | None
 ) -> None:

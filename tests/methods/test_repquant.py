@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 import tersor
 from tersor.calibrate.batches import call
-from tersor.compress.calibrated import reconstructed_codes
-from tersor.compress.dual_clipping import clipped_grid, learn_clipping, output_error
-from tersor.compress.repquant import RepQuant, fit_weights_again, reparameterize, wrap
 from tersor.errors import TersorError
 from tersor.formats.activation_grid import QUANTILES, LogGrid, fit_logarithmic, fit_uniform, tail_quantiles
 from tersor.layers.quantized_map import QuantizedMap
 from tersor.layers.quantized_products import QuantizedProducts
+from tersor.methods.activations.calibrated import reconstructed_codes
+from tersor.methods.activations.dual_clipping import clipped_grid, learn_clipping, output_error
+from tersor.methods.activations.repquant import RepQuant, fit_weights_again, reparameterize, wrap
 
 PUBLISHED = {"dual_clipping": False, "reconstruct": False}
 EXTENDED = {"dual_clipping": True, "reconstruct": True}

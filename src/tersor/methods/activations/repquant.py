@@ -23,11 +23,11 @@ The defaults are RepQ-ViT as published (Li, Xiao, Yang, Gu, ICCV 2023, arXiv 221
 
 Of RepQuant (arXiv 2402.05628), whose code is not public, two additions are options, in our reading of the paper:
 
-- `dual_clipping` learns both ends of each channel's range after a LayerNorm (`compress/dual_clipping.py`).
+- `dual_clipping` learns both ends of each channel's range after a LayerNorm (`methods/activations/dual_clipping.py`).
 - `reconstruct` chooses, in the second pass, the codes of all weights on the same grids so that ‖(Q - W) x̂‖² is small on the
   quantized inputs x̂: by GPTQ's solver, and by rounding for those outputs where that is better.
 
-Where grids go is found by running the model, not by names: LayerNorms and their readers as `compress/norm_pairs.py` says,
+Where grids go is found by running the model, not by names: LayerNorms and their readers as `norm_pairs.py` says,
 products by `layers/products.py` (PyTorch's fused attention is computed step by step then). The final norm, outside the
 repeated blocks, is not touched. What cannot be quantized is listed with the reason: nn.MultiheadAttention, tied weights, layers
 that no image reaches. The table shows each part's error on the calibration images.
@@ -50,15 +50,15 @@ import torch
 from torch import Tensor, nn
 
 from tersor.calibrate.batches import Batch, call, without_target
-from tersor.compress.calibrated import CalibratedMap, CalibratedProducts, InputGrid, fit_operand
-from tersor.compress.dual_clipping import learn_clipping
-from tersor.compress.method import Method, Work, check_options, option, register
-from tersor.compress.norm_pairs import NormPair, find_norm_pairs
 from tersor.errors import TersorError
 from tersor.formats.activation_grid import at_least_float32, fit_uniform
 from tersor.formats.grid import Grid
 from tersor.layers.linear_map import computes_its_own, linear_maps, weight_matrix
 from tersor.layers.products import Products
+from tersor.methods.activations.calibrated import CalibratedMap, CalibratedProducts, InputGrid, fit_operand
+from tersor.methods.activations.dual_clipping import learn_clipping
+from tersor.methods.activations.norm_pairs import NormPair, find_norm_pairs
+from tersor.methods.method import ModelMethod, Work, check_options, option, register
 
 CONVOLUTION_BITS = 8  # of what the patch embedding reads: the image
 UNREACHED = "no calibration sample reached it"
@@ -83,11 +83,10 @@ class RepQuantReport:
 
 @register
 @dataclass(frozen=True)
-class RepQuant(Method):
+class RepQuant(ModelMethod):
     """Quantize weights and activations of a vision transformer after training, from 32 images."""
 
     name: ClassVar[str] = "repquant"
-    whole_model: ClassVar[bool] = True
 
     w_bits: int = option(4, "bits a weight", check=lambda v: v in range(2, 9), allowed="2 to 8")
     a_bits: int = option(4, "bits an activation", check=lambda v: v in range(2, 9), allowed="2 to 8")

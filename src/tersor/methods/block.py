@@ -17,12 +17,12 @@ from tersor.calibrate.lockstep import Call
 from tersor.calibrate.parallel import combine
 from tersor.calibrate.routing import Routing, routed
 from tersor.calibrate.statistics import CallOrder, call_order, gather_hessians, gather_means, is_expert, kind_of
-from tersor.compress.gptq_solver import Solution
-from tersor.compress.parallel import Solved, agree_on_order, solve_apart
 from tersor.formats.grid import Stored
 from tersor.formats.quantized_weight import QuantizedWeight
 from tersor.layers.experts import ExpertMap
 from tersor.layers.linear_map import LinearMap, columns_of, matrix_shape, set_weight_matrix, weight_matrix
+from tersor.methods.solved_apart import Solved, agree_on_order, solve_apart
+from tersor.methods.weights.gptq_solver import Solution
 
 STATISTICS_MEMORY = 8 * 2**30  # bytes of experts' Hessians that are gathered at once
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import tersor
-from tersor.compress.factorize import factorize, nmf, rank_of, snmf, svd
-from tersor.compress.greenformers import Greenformers, rank_by_energy, ranks_by_budget, spectrum
 from tersor.layers.ced import CED
 from tersor.layers.led import LED
+from tersor.methods.structure.factorize import factorize, nmf, rank_of, snmf, svd
+from tersor.methods.structure.greenformers import Greenformers, rank_by_energy, ranks_by_budget, spectrum
 
 
 class Net(nn.Module):

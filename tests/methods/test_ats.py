@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tersor
 import tersor.models
-from tersor.compress.ats import AdaptiveTokenSampling
+from tersor.methods.tokens.ats import AdaptiveTokenSampling
 from tersor.models.vision.ats import resize_positions, sample_tokens
 
 SMALL = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 10}

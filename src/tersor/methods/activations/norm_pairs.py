@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersor.calibrate.batches import Batch, call
+from tersor.calibrate.batches import Batch, call, first_tensor
 from tersor.calibrate.blocks import find_blocks
-from tersor.compress.walk import first_tensor
 from tersor.layers.linear_map import LinearMap
 
 

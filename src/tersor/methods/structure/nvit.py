@@ -5,7 +5,7 @@
     tersor eval pruned --images cifar10_test_1000.npz
 
 Five kinds of units compete in one list: channels of the embedding, heads, query/key channels, value channels (one index in all
-heads of a block), hidden units of the MLPs. Their worth (compress/nvit_saliency.py) is the squared first-order change of the
+heads of a block), hidden units of the MLPs. Their worth (nvit_saliency.py) is the squared first-order change of the
 loss, less what a unit of the kind costs in time. Every `interval` batches the groups of units that are worth least, all
 over the model, are set to zero; between, AdamW mends the rest. It stops when the latency, estimated from a table, has
 fallen to `latency_target` of the unpruned model's, and takes the zeros out: the result is the model `nvit`
@@ -42,11 +42,11 @@ from torch.nn import functional as F
 
 from tersor import models
 from tersor.calibrate.images import augmented
-from tersor.compress import nvit_saliency as units
-from tersor.compress.method import Method, Work, check_options, option, register
-from tersor.compress.nvit_latency import LatencyTable, measure_table, read_table
 from tersor.errors import TersorError
 from tersor.layers.linear_map import linear_maps
+from tersor.methods.method import ModelMethod, Work, check_options, option, register
+from tersor.methods.structure import nvit_saliency as units
+from tersor.methods.structure.nvit_latency import LatencyTable, measure_table, read_table
 from tersor.models.loading import load_state
 
 
@@ -63,11 +63,10 @@ class PrunedBlock:
 
 @register
 @dataclass(frozen=True)
-class NViTPruning(Method):
+class NViTPruning(ModelMethod):
     """Prune channels, heads and hidden units of a ViT together, by what they matter and what they cost."""
 
     name: ClassVar[str] = "nvit"
-    whole_model: ClassVar[bool] = True
 
     latency_target: float = option(
         0.7, "share of the unpruned latency to reach", check=lambda v: 0 < v < 1, allowed="above 0 and below 1"

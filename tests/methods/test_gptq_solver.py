@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tersor.compress.gptq_solver import Solution, factorize, solve_gptq, solve_rtn
 from tersor.errors import TersorError
 from tersor.formats.grid import Stored, dequantize, quantize
+from tersor.methods.weights.gptq_solver import Solution, factorize, solve_gptq, solve_rtn
 
 COLUMNS = 48
 

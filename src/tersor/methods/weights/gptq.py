@@ -14,20 +14,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tersor.compress.block import Block, Statistics
-from tersor.compress.gptq_solver import Factor, Solution, factorize, solve_factorized
-from tersor.compress.method import Method, check_options, option, register
-from tersor.compress.rtn import RTN
-from tersor.compress.uniform import BITS_HELP, GROUP_HELP, SYM_HELP, check_grid, is_bits, is_group_size, width_of
 from tersor.errors import TersorError
 from tersor.formats.grid import Bits, ClipSearch
 from tersor.formats.layouts import Layout
 from tersor.layers.linear_map import weight_matrix
+from tersor.methods.block import Block, Statistics
+from tersor.methods.method import BlockMethod, check_options, option, register
+from tersor.methods.weights.gptq_solver import Factor, Solution, factorize, solve_factorized
+from tersor.methods.weights.rtn import RTN
+from tersor.methods.weights.uniform import BITS_HELP, GROUP_HELP, SYM_HELP, check_grid, is_bits, is_group_size, width_of
 
 
 @register
 @dataclass(frozen=True)
-class GPTQ(Method):
+class GPTQ(BlockMethod):
     """Quantize to `bits` with error compensation from calibration samples."""
 
     name: ClassVar[str] = "gptq"

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersor.compress.nvit_latency import LatencyTable
+from tersor.methods.structure.nvit_latency import LatencyTable
 
 KINDS = ("emb", "head", "qk", "v", "mlp")
 GROUP = {"emb": 16, "head": 2, "qk": 8, "v": 8, "mlp": 16}

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tersor.calibrate import parallel
 from tersor.calibrate.statistics import CallOrder
-from tersor.compress.gptq_solver import Solution
 from tersor.errors import TersorError
+from tersor.methods.weights.gptq_solver import Solution
 
 
 @dataclass(frozen=True)

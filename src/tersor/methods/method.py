@@ -1,7 +1,8 @@
 """What a compression method is: one frozen dataclass whose fields are its options, and the code that applies it to a block.
 
-A method is one file in this folder. Register it with `@register`; the command line, the docs table and the recipe reader take
-its options from the dataclass fields, and nothing else in the tree names it.
+A method is one file in a folder beside this one (`weights`, `activations`, `structure`, `tokens`, `training`). Register it with
+`@register`; the command line, the docs table and the recipe reader take its options from the dataclass fields, and nothing
+else in the tree names it.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from tersor.errors import TersorError
 if TYPE_CHECKING:
     from torch import nn
 
-    from tersor.compress.block import Block
     from tersor.formats.layouts import Layout
+    from tersor.methods.block import Block
 
-# What is being done, how many steps are done, of how many; of none where it is news to be kept.
+# progress(what is being done, steps done, steps in all); a total of 0 makes `what` a line that stays on the screen.
 Progress = Callable[[str, int, int], None]
 
 
@@ -55,43 +56,49 @@ M = TypeVar("M", bound="type[Method]")
 
 @dataclass(frozen=True)
 class Method:
-    """Base of all methods. `name` is what `--method` takes; `layouts`: the formats on disk that can hold its result;
-    `needs_samples`: whether it looks at what the model computes.
-
-    A method works either block by block (`compress_block`), on models of any size, or on the whole model in memory
-    (`compress_model`, with `whole_model`), where it changes the structure or has to see everything at once.
-    """
+    """What all methods have. A method is a `BlockMethod` or a `ModelMethod`; `name` is what the command line takes."""
 
     name: ClassVar[str]
-    layouts: ClassVar[tuple[str, ...]] = ()
-    whole_model: ClassVar[bool] = False
 
     @property
     def needs_samples(self) -> bool:
+        """Whether it looks at what the model computes."""
         return True
+
+    def options(self) -> dict[str, Any]:
+        """The options as plain values, `name` first; `from_options` makes the method again."""
+        return {"name": self.name} | dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class BlockMethod(Method):
+    """Works block by block, on models of any size. `layouts`: the formats on disk that can hold its result."""
+
+    layouts: ClassVar[tuple[str, ...]]
 
     def compress_block(self, block: Block) -> None:
         """Compress the linear maps of one block: call `block.replace(name, ...)` for each of `block.linears`."""
-        raise TypeError(f"{type(self).__name__} does not say how it compresses a block")
+        raise NotImplementedError
 
-    def compress_model(self, model: nn.Module, work: Work) -> nn.Module:
-        """The compressed model: `model` changed in place, or another one. Call `work.report(...)` for each part."""
-        raise TypeError(f"{type(self).__name__} does not say how it compresses a whole model")
+    def quantization(self) -> Mapping[str, Any]:
+        """What `quantization_config` on disk says of this method."""
+        raise NotImplementedError
 
-    def without_inputs(self) -> Method:
+    def without_inputs(self) -> BlockMethod:
         """The method for a table of which rows are looked up: one that needs no inputs, of which it has none."""
         raise TersorError(f"method {self.name} does not compress embeddings; leave --embeddings out")
 
     def check_linear(self, name: str, out_features: int, in_features: int, layout: Layout | None) -> None:
         """Raise TersorError where the method cannot take this layer. Called for every layer before anything is done."""
 
-    def quantization(self) -> Mapping[str, Any]:
-        """What `quantization_config` on disk says of this method."""
-        return {}
 
-    def options(self) -> dict[str, Any]:
-        """The options as plain values, `name` first; `from_options` makes the method again."""
-        return {"name": self.name} | dataclasses.asdict(self)
+@dataclass(frozen=True)
+class ModelMethod(Method):
+    """Works on the whole model in memory: changes its structure, or has to see everything at once."""
+
+    def compress_model(self, model: nn.Module, work: Work) -> nn.Module:
+        """The compressed model: `model` changed in place, or another one. Call `work.report(...)` for each part."""
+        raise NotImplementedError
 
 
 def register(method: M) -> M:
@@ -101,8 +108,8 @@ def register(method: M) -> M:
 
 def methods() -> dict[str, type[Method]]:
     """All methods by name."""
-    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
-        importlib.import_module(f"tersor.compress.{module.name}")
+    for module in pkgutil.walk_packages([str(Path(__file__).parent)], "tersor.methods."):
+        importlib.import_module(module.name)
     return dict(sorted(_METHODS.items()))
 
 

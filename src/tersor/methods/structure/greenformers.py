@@ -60,8 +60,14 @@ from tersor.calibrate.batches import call, without_target
 from tersor.calibrate.lockstep import Call
 from tersor.calibrate.routing import Rows
 from tersor.calibrate.statistics import gather_hessians
-from tersor.compress.block import STATISTICS_MEMORY
-from tersor.compress.factorize import (
+from tersor.errors import TersorError
+from tersor.layers.ced import CED
+from tersor.layers.led import LED
+from tersor.layers.linear_map import is_linear_map, matrix_shape, weight_matrix
+from tersor.layers.routers import ROUTERS
+from tersor.methods.block import STATISTICS_MEMORY
+from tersor.methods.method import ModelMethod, Work, check_options, option, register
+from tersor.methods.structure.factorize import (
     CONVOLUTIONS,
     SOLVERS,
     is_factorizable,
@@ -70,12 +76,6 @@ from tersor.compress.factorize import (
     shared_layers,
     solve,
 )
-from tersor.compress.method import Method, Work, check_options, option, register
-from tersor.compress.plan import ROUTERS
-from tersor.errors import TersorError
-from tersor.layers.ced import CED
-from tersor.layers.led import LED
-from tersor.layers.linear_map import is_linear_map, matrix_shape, weight_matrix
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,10 @@ class Factorized:
 
 @register
 @dataclass(frozen=True)
-class Greenformers(Method):
+class Greenformers(ModelMethod):
     """Factorize linear maps and convolutions into two of lower rank."""
 
     name: ClassVar[str] = "greenformers"
-    whole_model: ClassVar[bool] = True
 
     rank: float | None = option(
         None,

@@ -6,18 +6,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from tersor.compress.block import Block
-from tersor.compress.gptq_solver import Solution, solve_rtn
-from tersor.compress.method import Method, check_options, option, register
-from tersor.compress.uniform import BITS_HELP, GROUP_HELP, SYM_HELP, check_grid, is_bits, is_group_size, width_of
 from tersor.formats.grid import Bits, ClipSearch
 from tersor.formats.layouts import Layout
 from tersor.layers.linear_map import weight_matrix
+from tersor.methods.block import Block
+from tersor.methods.method import BlockMethod, check_options, option, register
+from tersor.methods.weights.gptq_solver import Solution, solve_rtn
+from tersor.methods.weights.uniform import (
+    BITS_HELP,
+    GROUP_HELP,
+    SYM_HELP,
+    check_grid,
+    is_bits,
+    is_group_size,
+    uniform_quantization,
+)
 
 
 @register
 @dataclass(frozen=True)
-class RTN(Method):
+class RTN(BlockMethod):
     """Quantize to `bits` by rounding each weight to its nearest level; needs no calibration."""
 
     name: ClassVar[str] = "rtn"
@@ -53,12 +61,4 @@ class RTN(Method):
         block.solve(block.linears, solve, self.group_size, tokens={})
 
     def quantization(self) -> Mapping[str, Any]:
-        return {
-            "bits": width_of(self.bits),
-            "group_size": self.group_size,
-            "sym": self.sym,
-            "desc_act": False,
-            "static_groups": False,
-            "true_sequential": False,
-            "damp": 0.01,
-        }
+        return uniform_quantization(self.bits, group_size=self.group_size, sym=self.sym)

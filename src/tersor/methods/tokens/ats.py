@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from tersor import models
 from tersor.calibrate.batches import call, without_target
-from tersor.compress.method import Method, Work, check_options, option, register
 from tersor.errors import TersorError
+from tersor.methods.method import ModelMethod, Work, check_options, option, register
 from tersor.models.loading import load_state
 
 RANGE = re.compile(r"(\d+)(?:(-)(\d*))?")
@@ -44,12 +44,11 @@ class SampledBlock:
 
 @register
 @dataclass(frozen=True)
-class AdaptiveTokenSampling(Method):
+class AdaptiveTokenSampling(ModelMethod):
     """Drop, for each image, the tokens that matter least; no training, no calibration."""
 
     name: ClassVar[str] = "ats"
     needs_samples: ClassVar[bool] = False
-    whole_model: ClassVar[bool] = True
 
     ats_blocks: str = option(
         "3-",

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersor.compress.gptq_solver import solve_gptq
 from tersor.formats.activation_grid import LogGrid, at_least_float32, fit_logarithmic, fit_uniform
 from tersor.formats.grid import Grid
 from tersor.layers.linear_map import call_with_matrix, input_matrix, weight_matrix
 from tersor.layers.products import Products
 from tersor.layers.quantized_map import QuantizedMap
 from tersor.layers.quantized_products import QuantizedProducts
+from tersor.methods.weights.gptq_solver import solve_gptq
 
 Fit = Callable[[Tensor], Grid]  # an input to its grid
 
