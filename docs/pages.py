@@ -108,13 +108,19 @@ def _escaped(line: str) -> str:
 
 
 def _options(kind: type[Method]) -> str:
-    verb = "compress" if issubclass(kind, ModelMethod) else "quantize"
+    verbs = [
+        f"tersor compress {kind.name}",
+        *([] if issubclass(kind, ModelMethod) else [f"tersor quantize --method {kind.name}"]),
+    ]
     rows = ["| option | | default | allowed |", "| --- | --- | --- | --- |"]
     for each in dataclasses.fields(kind):
         about = {key: _escaped(str(each.metadata.get(key) or "")) for key in ("help", "allowed")}
         default = "not set" if each.default is None else f"`{each.default}`"
         rows.append(f"| `{each.name}` | {about['help']} | {default} | {about['allowed']} |")
-    return f"## Options\n\nOf `tersor {verb} --method {kind.name}` and of `{kind.__name__}(...)`.\n\n" + "\n".join(rows)
+    return (
+        f"## Options\n\nOf {' and '.join(f'`{each}`' for each in verbs)} and of `{kind.__name__}(...)`.\n\n"
+        + "\n".join(rows)
+    )
 
 
 def _variants(infos: list[models.ModelInfo]) -> str:

@@ -24,7 +24,7 @@ from tersor.checkpoint.room import (
     write_record,
 )
 from tersor.checkpoint.source import Checkpoint
-from tersor.checkpoint.writer import Job
+from tersor.checkpoint.writer import ResultWriter
 from tersor.errors import TersorError
 
 NAMES = st.sampled_from(
@@ -142,7 +142,7 @@ def test_a_job_writes_over_nothing_but_its_own(tree: dict[str, str], overwrite: 
             out.mkdir()
         grow(out, tree, root / "elsewhere")
         before, own = everything(root), own_names(out) | {*OWN_IN_JOB, "processor"}
-        job = Job(out, Checkpoint(root / "elsewhere", {}, {}, seen=Seen()), blocks=["model.layers.0"])
+        job = ResultWriter(out, Checkpoint(root / "elsewhere", {}, {}, seen=Seen()), blocks=["model.layers.0"])
         try:
             job.start({"model": "this one"}, overwrite=overwrite)
             went = own if overwrite else {*OWN_IN_JOB}

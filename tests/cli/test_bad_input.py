@@ -172,7 +172,7 @@ def test_a_group_size_that_does_not_divide_names_the_layer_and_sizes_that_would(
         (["--include", "*.attention.*"], "the pattern '*.attention.*' matches none of the"),
         (["--exclude", "*"], "no linear layer to compress"),
         (["--bits", "ternary", "--asym"], "fit no file format"),
-        (["--method", "greenformers"], "greenformers works on the whole model: tersor compress --method greenformers"),
+        (["--method", "greenformers"], "greenformers works on the whole model: tersor compress greenformers MODEL"),
     ],
 )
 def test_options_out_of_range(tersor_command: Command, small: Path, options: list[object], expected: str) -> None:

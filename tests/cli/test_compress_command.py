@@ -7,17 +7,36 @@ from pathlib import Path
 
 from conftest import Ran
 
+from tersor.methods.method import methods
 
-def test_a_method_of_the_other_verb(tersor_command: Callable[..., Ran], tmp_path: Path) -> None:
-    ran = tersor_command("compress", "demo-vit", "--method", "gptq", "--out", tmp_path / "out")
-    assert ran.status == 2
-    assert ran.err == "tersor: gptq works block by block: tersor quantize --method gptq\n"
+
+def test_every_method_is_a_command_of_its_own(tersor_command: Callable[..., Ran], tmp_path: Path) -> None:
+    ran = tersor_command("compress", "--help")
+    assert ran.status == 0
+    assert all(f" {name} " in ran.out for name in methods())
+    ran = tersor_command("compress", "ats", "--help")
+    assert "--num-tokens" in ran.out
+    assert "--rank" not in ran.out
+    assert "--format" not in ran.out  # does nothing for methods on the whole model
+    assert "--redo" in tersor_command("compress", "gptq", "--help").out
+
+
+def test_the_former_way_to_name_a_method_goes_on_working(tersor_command: Callable[..., Ran], tmp_path: Path) -> None:
+    ran = tersor_command("compress", "demo-vit", "--method", "ats", "--ats-blocks", "5", "--out", tmp_path / "out")
+    assert ran.status == 0, ran.err
+    assert (tmp_path / "out" / "config.json").exists()
 
 
 def test_an_option_of_another_method(tersor_command: Callable[..., Ran], tmp_path: Path) -> None:
-    ran = tersor_command("compress", "demo-vit", "--method", "ats", "--rank", "0.5", "--out", tmp_path / "out")
+    ran = tersor_command("compress", "ats", "demo-vit", "--rank", "0.5", "--out", tmp_path / "out")
     assert ran.status == 2
-    assert "method ats has no option 'rank'; it has ats_blocks" in ran.err
+    assert "No such option: --rank" in ran.err
+
+
+def test_an_unknown_method(tersor_command: Callable[..., Ran], tmp_path: Path) -> None:
+    ran = tersor_command("compress", "magic", "demo-vit", "--out", tmp_path / "out")
+    assert ran.status == 2
+    assert "No such command 'magic'" in ran.err
 
 
 def test_a_directory_that_is_taken_is_refused_at_once(tersor_command: Callable[..., Ran], tmp_path: Path) -> None:

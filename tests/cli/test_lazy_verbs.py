@@ -36,4 +36,5 @@ def test_every_verb_is_listed_with_the_first_line_of_its_own_help() -> None:
         function = getattr(importlib.import_module(f"tersor.cli.{name}"), name)
         (row,) = (line for line in listed if line.split()[:1] == [verb])
         shown = row.split(maxsplit=1)[1].removesuffix("...").rstrip(".")
-        assert " ".join(function.__doc__.split()).startswith(shown)
+        documented = function.registered_callback.callback if isinstance(function, typer.Typer) else function
+        assert " ".join(documented.__doc__.split()).startswith(shown)

@@ -321,7 +321,7 @@ def test_formats_whose_readers_know_no_packed_embedding_are_refused(format: str)
 
 
 def test_methods_that_have_no_use_for_it_refuse_it() -> None:
-    with pytest.raises(TersorError, match="method repquant does not compress embeddings"):
+    with pytest.raises(TersorError, match="embeddings=True does nothing for method repquant"):
         tersor.compress(build("vit"), RepQuant(), calibration=samples("vit", 2), embeddings=True)
 
 

@@ -178,7 +178,7 @@ def test_coverage_is_printed(
     tersor_command: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build("mixtral").save_pretrained(tmp_path / "model")
-    monkeypatch.setattr("tersor.compress.settings.make_batches", lambda *args, **kwargs: samples("mixtral", 4))
+    monkeypatch.setattr("tersor.compress.samples.make_batches", lambda *args, **kwargs: samples("mixtral", 4))
     command = ("quantize", tmp_path / "model", "--group-size", 32)
     ran = tersor_command(*command, "--out", tmp_path / "out", "--experts", "all")
     assert ran.status == 0, ran.err

@@ -109,7 +109,7 @@ def test_another_command_does_not_go_on_with_it(
 
     out = tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr("tersor.checkpoint.writer.Job.place", stop)
+        patched.setattr("tersor.checkpoint.writer.ResultWriter.place", stop)
         with pytest.raises(Stopped):
             tersor.compress(small_source, GPTQ(group_size=32), out=out, samples=2, seq_len=32)
     before = files_of(out)

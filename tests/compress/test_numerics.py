@@ -13,6 +13,7 @@ from zoo.tiny_models import build, samples
 
 import tersor
 from tersor import GPTQ
+from tersor.checkpoint.writer import ResultWriter
 from tersor.compress.result import Compressed
 from tersor.errors import NotFiniteError
 from tersor.methods.block import LayerReport
@@ -26,15 +27,22 @@ def solved(x: torch.Tensor, damp: float) -> LayerReport:
     return result.summary.layers[0]
 
 
+def twins() -> torch.Tensor:
+    """One token, whose first two inputs are 1 and the others 0: the second pivot is 1 - 1, exactly 0 on every processor."""
+    x = torch.zeros(1, 32)
+    x[:, :2] = 1
+    return x
+
+
 def test_damping_that_had_to_be_raised_is_reported_with_the_layer() -> None:
-    """One token of ones: every column is all others, and 1 + 1e-17 is 1 even in float64."""
-    layer = solved(torch.ones(1, 32), damp=1e-17)
+    """1 + 1e-17 is 1 even in float64."""
+    layer = solved(twins(), damp=1e-17)
     assert 1e-17 < layer.damp < 1e-13
     assert f"damping raised to {layer.damp:g}" in layer.note
 
 
 def test_a_layer_that_took_float64_is_reported() -> None:
-    layer = solved(torch.ones(1, 32), damp=1e-9)
+    layer = solved(twins(), damp=1e-9)
     assert (layer.note, layer.damp) == ("factorized in float64", 1e-9)
 
 
@@ -97,14 +105,12 @@ def test_an_interrupted_job_goes_on_in_the_precision_that_it_had_to_take(overflo
     class Killed(BaseException):
         pass
 
-    from tersor.checkpoint.writer import Job
-
     with pytest.MonkeyPatch.context() as patch:
 
         def place(*_: object) -> None:
             raise Killed
 
-        patch.setattr(Job, "place", place)
+        patch.setattr(ResultWriter, "place", place)
         with pytest.raises(Killed):
             quantize(overflowing, out, [], rare=True)
     result = quantize(overflowing, out, [], rare=True)

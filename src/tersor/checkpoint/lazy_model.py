@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.checkpoint.quantization_config import QuantizationConfig, read_config
-from tersor.checkpoint.source import Checkpoint, torch_dtype
+from tersor.checkpoint.source import STEPS, Checkpoint, torch_dtype
 from tersor.errors import BrokenWeightError, TersorError
 from tersor.formats.gguf_blocks import BLOCK_TYPES, unpack_blocks
 from tersor.formats.layout_check import Header, check_headers
@@ -361,7 +361,7 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
 
 
 def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
-    config = {k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", EXCHANGED)}
+    config = {k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", EXCHANGED, STEPS)}
     if "tersor_model" in config:
         config.pop("id2label", None)  # the classes' names: no option of the model
     if "tersor_model" in config or "architecture" in config:

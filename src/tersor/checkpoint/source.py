@@ -31,6 +31,7 @@ from tersor.untrusted import (
 )
 
 BUILTIN = ("demo", "demo-vit")  # models that come with the package, under tersor/assets
+STEPS = "tersor_steps"  # in config.json: the methods of a recipe of several steps
 JOB_FOLDER = ".tersor-job"  # what an unfinished compression leaves in its output directory
 INDEX = SAFETENSORS[1]
 PICKLES = tuple(f"*{ending}" for ending in PICKLE_ENDINGS)

@@ -46,7 +46,7 @@ from tersor.errors import TersorError
 SINGLE_FILE_LIMIT = 5 * 10**9  # larger results keep one shard a block
 
 
-class Job:
+class ResultWriter:
     """An unfinished result in `out`, of a source. `done` maps the blocks that are finished to what was reported of them.
 
     source: the model, whose `seen` notes the hashes of what is read. blocks: all that may be written. inputs: what else the job

@@ -1,73 +1,75 @@
-"""`tersor compress`: methods that change a model's structure, or quantize more than its weights."""
+"""`tersor compress METHOD MODEL`: every method, each a command with its own options; and recipes of several steps."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from tersor.cli.method_options import given_options, refuse_others, with_method_options
-from tersor.cli.options import AllowPickle, Device, Exclude, Include, Overwrite, Samples, SampleSeed, SummaryAsJson
-from tersor.cli.progress import progress_bar
-from tersor.cli.summary import print_summary
-from tersor.compress import compress as compress_model
-from tersor.methods.method import ModelMethod, from_options, methods
+from tersor.cli.job_options import run_job, split, with_options
+from tersor.cli.options import SummaryAsJson
+from tersor.compress.recipe import Recipe, read_steps
+from tersor.methods.method import Method, from_options, methods
 
-METHODS = {name: kind for name, kind in methods().items() if issubclass(kind, ModelMethod)}
+Model = Annotated[str, typer.Argument(help="A directory, a hub name such as org/name, `demo` or `demo-vit`.")]
+Out = Annotated[Path, typer.Option("--out", help="Directory to write; must not exist, or hold this job unfinished.")]
+METHODS = methods()
 
 
-def _compress(
-    model: Annotated[str, typer.Argument(help="A directory, a hub name such as org/name, `demo` or `demo-vit`.")],
-    out: Annotated[Path, typer.Option("--out", help="Directory to write; must not exist.")],
-    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")],
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            help="A text file (.gz too), `builtin`, `hf:NAME`; for images a folder of classes or a packed .npz."
-        ),
-    ] = None,
-    samples: Samples = 128,
-    seq_len: Annotated[int, typer.Option(help="Tokens a sample, of a text.")] = 2048,
-    seed: SampleSeed = 0,
-    device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="Precision of the forward passes: auto, float32, ...")] = "auto",
-    include: Include = None,
-    exclude: Exclude = None,
-    allow_pickle: AllowPickle = False,
-    overwrite: Overwrite = False,
-    as_json: SummaryAsJson = False,
-    **options: Any,
-) -> None:
-    """Compress a model that fits in memory: factorize, prune, drop tokens, or quantize weights and activations.
+class MethodFirst(TyperGroup):
+    """A group that also takes `MODEL --method METHOD`, as it was written before."""
 
-    The result is a model directory that `tersor eval`, `tersor.load` and further methods take. `tersor quantize` is for
-    weights alone, on models of any size.
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and "--method" in args[:-1]:
+            at = args.index("--method")
+            args = [args[at + 1], *args[:at], *args[at + 2 :]]
+        return super().parse_args(ctx, args)
+
+
+compress = typer.Typer(
+    cls=MethodFirst,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@compress.callback()
+def _compress() -> None:
+    """Compress a model: quantize, prune, factorize, fuse layers, drop tokens, or several of these in steps.
+
+    `tersor compress METHOD --help` shows a method's options. The result is a model directory that `tersor eval`, `tersor.load`
+    and further methods take. `tersor quantize` is the short way to weights in few bits.
+
+    tersor compress ats demo-vit --out fewer-tokens
     """
-    refuse_others(method, ModelMethod)
-    chosen = from_options(method, given_options(options))
-    with progress_bar(quiet=as_json) as progress:
-        result = compress_model(
-            model,
-            chosen,
-            calibration=calibration,
-            samples=samples,
-            seq_len=seq_len,
-            seed=seed,
-            device=device,
-            dtype=dtype,
-            out=out,
-            overwrite=overwrite,
-            include=include or (),
-            exclude=exclude or (),
-            allow_pickle=allow_pickle,
-            progress=progress,
-        )
-    if as_json:
-        typer.echo(json.dumps({"out": str(out), **result.summary.as_dict()}))
-    else:
-        print_summary(result.summary, out)
 
 
-compress = with_method_options(_compress, METHODS)
+def _command(name: str, kind: type[Method]) -> Callable[..., None]:
+    def run(model: Model, out: Out, as_json: SummaryAsJson = False, **given: Any) -> None:
+        settings, options = split(given)
+        run_job(model, out, [Recipe(from_options(name, options))], settings, as_json=as_json)
+
+    run.__doc__ = kind.__doc__
+    return with_options(run, {name: kind})
+
+
+def _recipe(
+    file: Annotated[Path, typer.Argument(help="A YAML file: a method, or `steps`, each with a method.")],
+    model: Model,
+    out: Out,
+    as_json: SummaryAsJson = False,
+    **given: Any,
+) -> None:
+    """The steps of a recipe, one after another, each on the result of the last; a job that is interrupted goes on."""
+    run_job(model, out, read_steps(file), split(given)[0], as_json=as_json)
+
+
+for _name, _kind in METHODS.items():
+    compress.command(_name)(_command(_name, _kind))
+compress.command("recipe")(with_options(_recipe, METHODS, method_options=False))

@@ -57,6 +57,8 @@ class LazyVerbs(TyperGroup):
             return TyperCommand(cmd_name, help=_summary(cmd_name))
         name = FUNCTIONS.get(cmd_name, cmd_name)
         verb = getattr(importlib.import_module(f"tersor.cli.{name}"), name)
+        if isinstance(verb, typer.Typer):
+            return typer.main.get_command(verb)
         alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
         alone.command(cmd_name)(verb)
         return typer.main.get_command(alone)

@@ -11,12 +11,13 @@ from types import ModuleType
 from typing import Any
 
 from tersor.compress.job import compress
+from tersor.compress.recipe import Recipe
 from tersor.compress.result import Compressed
 from tersor.methods.method import Method, from_options, methods
 from tersor.methods.weights.gptq import GPTQ
 from tersor.methods.weights.rtn import RTN
 
-__all__ = ["GPTQ", "RTN", "Compressed", "Method", "compress", "from_options", "methods"]
+__all__ = ["GPTQ", "RTN", "Compressed", "Method", "Recipe", "compress", "from_options", "methods"]
 
 
 class _CallableModule(ModuleType):

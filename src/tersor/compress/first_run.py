@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tersor.calibrate.batches import Batch, Calibration
 from tersor.calibrate.padding import decoder_inputs
 from tersor.compress.plan import Plan, without
-from tersor.compress.settings import asked_for_samples, check_reached, needs_samples
+from tersor.compress.samples import asked_for_samples, check_reached, needs_samples
 from tersor.compress.walk import Hooks, Trace, called_only, trace
 from tersor.errors import BrokenWeightError, NotFiniteError, TersorError
 

@@ -13,8 +13,9 @@ from tersor.calibrate.draws import PROBE, drawing
 from tersor.compress.describe import quantization_config
 from tersor.compress.first_run import prepare
 from tersor.compress.plan import make_plan, without_stacks
-from tersor.compress.result import Compressed, Summary, Timer, loss_of, peak_memory
-from tersor.compress.settings import Settings, Size, samples_of
+from tersor.compress.result import Compressed, Size, Summary, Timer, loss_of, peak_memory
+from tersor.compress.samples import samples_of
+from tersor.compress.settings import Job
 from tersor.compress.walk import Hooks, walk, walk_without_samples
 from tersor.formats.grid import Stored
 from tersor.formats.layouts import write
@@ -24,7 +25,7 @@ from tersor.layers.quantized_linear import place_packed
 from tersor.methods.block import Block, LayerReport
 
 
-def compress_module(model: nn.Module, job: Settings) -> Compressed:
+def compress_module(model: nn.Module, job: Job) -> Compressed:
     module = copy.deepcopy(model).eval()
     for parameter in module.parameters():
         parameter.requires_grad_(False)
@@ -61,7 +62,7 @@ def compress_module(model: nn.Module, job: Settings) -> Compressed:
             walk_without_samples(module, plan, stored, hessian_dtype, hooks)
         else:
             before = first_tensor(first.output)
-            walk(module, plan, batches, probe, first, stored, hessian_dtype, job.experts, hooks)
+            walk(module, plan, batches, probe, first, stored, hessian_dtype, job.routing, hooks)
             with drawing(PROBE):
                 after = first_tensor(call(module, probe))
     described = {}
@@ -82,4 +83,4 @@ def compress_module(model: nn.Module, job: Settings) -> Compressed:
         quantization=described,
         **loss_of(before, after),
     )
-    return Compressed(summary, None, module)
+    return Compressed(summary, None, before, after, _module=module)

@@ -7,14 +7,12 @@ from dataclasses import replace
 from torch import nn
 
 from tersor.compress.plan import make_plan
-from tersor.compress.settings import Settings
+from tersor.compress.settings import Job
 from tersor.formats.layouts import LAYOUTS
 from tersor.layers.linear_map import is_conv1d, matrix_shape
 
-AUTO = "auto"  # the name of that choice
 
-
-def with_fitting_layout(model: nn.Module, job: Settings) -> Settings:
+def with_fitting_layout(model: nn.Module, job: Job) -> Job:
     """The job with another layout where it leaves the choice to us and its own does not hold every layer. Conv1D layers
     keep it: readers of compressed-tensors draw them at random."""
     if job.layout is None or not job.may_pad:

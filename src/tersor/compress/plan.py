@@ -45,7 +45,7 @@ class Choice(Protocol):
     @property
     def target_tp(self) -> int: ...
     @property
-    def experts(self) -> Routing: ...
+    def routing(self) -> Routing: ...
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def make_plan(model: nn.Module, job: Choice) -> Plan:
             raise TersorError(f"method {method.name} cannot be stored as {layout.name}; it can as {can}")
     for block in blocks:
         if any(map(is_expert, chosen[block.name])):
-            check_routing(block.name, block.module, job.experts)
+            check_routing(block.name, block.module, job.routing)
     for name, module in taken.items():
         methods[name].check_linear(name, *matrix_shape(module), layout)
         if layout is not None and layout.name == "compressed-tensors" and is_conv1d(module):

@@ -10,6 +10,12 @@ rules:
     method: rtn                # another method, with options of its own
   - match: "*.layers.[01].mlp.*"
     skip: true                 # leave as it is
+
+or several steps, each on the result of the last:
+
+steps:
+  - {method: greenformers, rank: 0.75}
+  - {method: gptq, bits: 4}
 """
 
 from __future__ import annotations
@@ -88,11 +94,35 @@ def make_rules(rules: Sequence[Mapping[str, Any] | Rule]) -> tuple[Rule, ...]:
 def read_recipe(path: str | Path) -> Recipe:
     """A recipe file (YAML). Raises TersorError where it is missing, no YAML, or names what no method has."""
     content = recipe_content(path, wanted="`method: gptq` and its options")
+    if "steps" in content:
+        raise TersorError(f"{path} has several steps: tersor compress recipe {path} MODEL --out DIR")
+    return _recipe_of(content, str(path))
+
+
+def read_steps(path: str | Path) -> tuple[Recipe, ...]:
+    """The steps of a recipe file, of which a plain recipe has one. Raises TersorError naming file and step."""
+    content = recipe_content(path, wanted="`steps:`, a list of methods with their options")
+    if "steps" not in content:
+        return (read_recipe(path),)
+    steps, others = content["steps"], sorted(set(content) - {"steps"})
+    if others:
+        raise TersorError(f"{path}: {others[0]!r} stands beside `steps`; write it into the step that it is for")
+    if not isinstance(steps, list) or not steps:
+        raise TersorError(f"{path}: steps is no list of methods but {steps!r}")
+    made = []
+    for n, step in enumerate(steps, 1):
+        if not isinstance(step, dict) or "method" not in step:
+            raise TersorError(f"{path}: step {n} names no method; give `method: NAME` and its options")
+        made.append(_recipe_of(step, f"{path}, step {n}"))
+    return tuple(made)
+
+
+def _recipe_of(content: Mapping[str, Any], where: str) -> Recipe:
     options = {key: value for key, value in content.items() if key not in ("method", "rules")}
     try:
         return Recipe(from_options(content.get("method", "gptq"), options), make_rules(content.get("rules") or ()))
     except TersorError as error:
-        raise TersorError(f"{path}: {error}") from None
+        raise TersorError(f"{where}: {error}") from None
 
 
 def recipe_content(path: str | Path, *, wanted: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.checkpoint.load import load
+from tersor.formats.quantized_weight import QuantizedWeight
 from tersor.methods.method import Report
 
 
@@ -43,6 +44,7 @@ class Summary:
     resumed_blocks: int = 0
     parameters_before: int | None = None
     parameters_after: int | None = None
+    steps: Sequence[dict[str, Any]] = ()  # of a recipe of several: the methods, in order
 
     def as_dict(self) -> dict[str, Any]:
         return {**self.__dict__, "layers": [layer.row() for layer in self.layers]}
@@ -54,6 +56,8 @@ class Compressed:
 
     summary: Summary
     directory: Path | None = None
+    before: Tensor | None = None  # what the original computes of the probe, and the result
+    after: Tensor | None = None
     _module: nn.Module | None = None
     _folder: Any = None  # a temporary directory that lives as long as the result
 
@@ -72,6 +76,22 @@ class Compressed:
         if self.directory is not None:
             return copy_directory(self.directory, target, overwrite=overwrite)
         return save_module(self.model, self.summary, target, overwrite=overwrite)
+
+
+@dataclass
+class Size:
+    """Bits that the packed layers take, per weight in them."""
+
+    bits: int = 0
+    weights: int = 0
+
+    def add(self, tensors: Mapping[str, Tensor], weight: QuantizedWeight) -> None:
+        self.weights += weight.in_features * weight.out_features
+        self.bits += 8 * sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        return self.bits / max(self.weights, 1)
 
 
 class Timer:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tersor import models
 from tersor.checkpoint.quantization_config import parse_config
 from tersor.checkpoint.room import RESULT_FILE, Inputs, appearing, write_record
-from tersor.checkpoint.source import Checkpoint, torch_dtype
+from tersor.checkpoint.source import STEPS, Checkpoint, torch_dtype
 from tersor.compress.result import Summary
 from tersor.errors import TersorError
 from tersor.formats.layouts import layout_named, write
@@ -58,7 +58,13 @@ def save_module(module: nn.Module, summary: Summary, target: Path, *, overwrite:
                 tensors[f"{name}.bias"] = each.bias
     inside = tuple(f"{name}." for name in packed)
     tensors |= {n: t for n, t in _own_tensors(module).items() if not n.startswith(inside)}
-    config = {**config_of(module), EXCHANGED: exchanged_in(module), "quantization_config": summary.quantization}
+    steps = {STEPS: list(summary.steps)} if summary.steps else {}
+    config = {
+        **config_of(module),
+        EXCHANGED: exchanged_in(module),
+        **steps,
+        "quantization_config": summary.quantization,
+    }
     own = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     with appearing(target, overwrite=overwrite) as partial:
         save_file(own, partial / "model.safetensors", {"format": "pt"})
@@ -84,6 +90,8 @@ def save_plain(
     """
     stored = next(module.parameters()).dtype if source is None else torch_dtype(source.config)
     config = config_of(module) | {EXCHANGED: exchanged_in(module)}
+    if summary.steps:
+        config[STEPS] = list(summary.steps)
     if "dtype" in config or "tersor_model" not in config:
         config["dtype"] = str(stored).removeprefix("torch.")
     kept = {} if source is None else {path.relative_to(source.directory): path for path in source.other_files()}

@@ -1,160 +1,191 @@
-"""Everything that was asked of one compression job, and what all kinds of jobs do with it."""
+"""What a user can ask of a job beside its method: each setting is declared once, here.
+
+The arguments of `tersor.compress`, the options of `tersor quantize` and `tersor compress`, the keys of a sweep, the check of a
+resumed job and the table in the docs are made from these fields. A setting that does nothing for a job is refused.
+"""
 
 from __future__ import annotations
 
-import inspect
+import dataclasses
+import difflib
 import time
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from tersor.calibrate.batches import Batch, Calibration, make_batches, probe_of, to_device, without_target
-from tersor.calibrate.images import image_batches
-from tersor.calibrate.padding import shown_only
-from tersor.calibrate.routing import Routing
-from tersor.checkpoint.load import check_tokens
-from tersor.checkpoint.positions import positions_of
-from tersor.checkpoint.preprocessing import class_names, image_processor, image_settings
-from tersor.checkpoint.source import Checkpoint
-from tersor.compress.plan import Plan
+from tersor.calibrate.activations import PLACES
+from tersor.calibrate.batches import Calibration
+from tersor.calibrate.routing import Routing, parse_routing
+from tersor.checkpoint.load import pick_device
 from tersor.compress.recipe import Recipe
 from tersor.errors import TersorError
-from tersor.formats.layouts import Layout
-from tersor.formats.quantized_weight import QuantizedWeight
-from tersor.methods.method import Progress
+from tersor.formats.layouts import Layout, layout_named
+from tersor.methods.method import Method, ModelMethod, Progress
+from tersor.untrusted import check_seed
+
+AUTO = "auto"
+SAMPLES, TOKENS = 1 << 20, 1 << 30  # at most
 
 
-@dataclass(frozen=True)
+def setting(
+    default: Any,
+    help: str,
+    *,
+    blocks: bool = False,
+    by_name: bool = False,
+    decides: bool = False,
+    flag: str = "",
+    typed: type | None = None,
+) -> Any:
+    """A setting. blocks: only for methods that go block by block. by_name: only for a model given by name, not for a module in
+    memory. decides: whether it changes the bytes of the result by itself. flag: its name on the command line where that is not
+    simply its own. typed: what the command line takes, where the field takes more; `object` for nothing."""
+    about = {"help": help, "blocks": blocks, "by_name": by_name, "decides": decides, "flag": flag, "typed": typed}
+    return field(default=default, metadata=about)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The arguments of `tersor.compress`, where each is described."""
+    """Raises TersorError where a value is not allowed."""
+
+    calibration: Calibration = setting(
+        None,
+        "A text file (.gz too), `builtin`, or `hf:NAME`; for images a folder of classes or a packed .npz.",
+        typed=str,
+    )
+    samples: int = setting(128, "Calibration samples.")
+    seq_len: int = setting(2048, "Tokens a sample; at most what the model has positions for.")
+    seed: int = setting(0, "Seed of the choice of samples.")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...", by_name=True)
+    format: str | None = setting(
+        AUTO,
+        "gptq, gptq_v2, compressed-tensors, or auto: gptq where it holds every layer, else compressed-tensors.",
+        blocks=True,
+        decides=True,
+        typed=str,
+    )
+    dtype: str = setting(
+        "auto", "Precision of the forward passes: auto, float32, bfloat16, float16.", by_name=True, decides=True
+    )
+    out: Path | None = setting(
+        None, "Directory to write; must not exist, or hold this job unfinished.", by_name=True, typed=object
+    )
+    overwrite: bool = setting(False, "Replace what is in --out.", by_name=True)
+    redo: tuple[str, ...] = setting(
+        (), "Solve the blocks of layers that match again, in a finished result.", blocks=True, by_name=True
+    )
+    include: tuple[str, ...] = setting((), "Only layers that match, such as `*.mlp.*`.", decides=True)
+    exclude: tuple[str, ...] = setting((), "Not layers that match.", decides=True)
+    head: bool = setting(False, "Quantize the output head too.", blocks=True, decides=True)
+    embeddings: bool = setting(
+        False, "Quantize the token embedding too, in format compressed-tensors.", blocks=True, decides=True
+    )
+    target_tp: int = setting(1, "Check that the layers split over so many devices when served.", blocks=True)
+    experts: str = setting(
+        "as-is",
+        "Experts that calibrate with a token: as-is, top-k:N, or all, by the router's weight.",
+        blocks=True,
+        decides=True,
+    )
+    activations: str = setting(
+        "device", "Where samples wait between blocks: device, cpu or disk.", blocks=True, by_name=True
+    )
+    allow_pickle: bool = setting(False, "Read pickled weights (.bin) too.", by_name=True)
+    tokenizer: Any = setting(None, "The tokenizer of a text, where the model has none of its own.", typed=object)
+    progress: Progress = setting(lambda what, done, total: None, "Called as progress(what, done, total).", typed=object)
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.seq_len < 1:
+            raise TersorError(f"samples={self.samples} and seq_len={self.seq_len} must be positive")
+        if self.samples > SAMPLES or self.seq_len > TOKENS:
+            raise TersorError(
+                f"samples={self.samples} and seq_len={self.seq_len} are more than any calibration has: {SAMPLES}, {TOKENS}"
+            )
+        check_seed(self.seed)
+        if self.activations not in PLACES:
+            raise TersorError(f"activations={self.activations!r} is not one of {', '.join(PLACES)}")
+        if self.target_tp < 1:
+            raise TersorError(f"target_tp={self.target_tp} must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(Settings):
+    """Settings with what they mean: what a driver needs to know."""
 
     recipe: Recipe
-    layout: Layout | None
+    layout: Layout | None  # None: exact numbers, in memory only
     may_pad: bool  # whether compressed-tensors takes the place of `layout` where a layer does not fit it
-    calibration: Calibration
-    samples: int
-    seq_len: int
-    seed: int
-    device: torch.device
-    dtype: str
-    out: Path | None
-    overwrite: bool
-    redo: tuple[str, ...]
-    include: tuple[str, ...]
-    exclude: tuple[str, ...]
-    head: bool
-    embeddings: bool
-    target_tp: int
-    experts: Routing
-    activations: str
-    allow_pickle: bool
-    tokenizer: Any
-    progress: Progress
+    place: torch.device  # where the model runs
+    routing: Routing  # which experts the samples visit
+    history: tuple[Mapping[str, Any], ...] = ()  # the steps before this one, as their methods' options
     started: float = field(default_factory=time.perf_counter)
 
-
-def samples_of(
-    job: Settings,
-    calibration: Calibration,
-    plan: Plan,
-    module: nn.Module,
-    tokenizer: Any,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> tuple[list[Batch], Batch | None]:
-    """The calibration samples and the probe, on the device. A recipe that needs no samples gets none, and a probe where one
-    can be had."""
-    needed = needs_samples(plan)
-    if not (needed or asked_for_samples(calibration)) and tokenizer is None:
-        return [], None
-    try:
-        moved = [without_target(batch) for batch in read_samples(job, calibration, module, tokenizer, device, dtype)]
-    except TersorError:
-        if needed or asked_for_samples(calibration):
-            raise
-        return [], None
-    return (moved if needed else []), probe_of(moved[0])
-
-
-def needs_samples(plan: Plan) -> bool:
-    return any(method.needs_samples for method in plan.methods.values())
-
-
-def asked_for_samples(calibration: Calibration) -> bool:
-    """Whether the user named samples: the built-in text is what everybody gets."""
-    return not (calibration is None or (isinstance(calibration, str) and calibration == "builtin"))
-
-
-def read_samples(
-    job: Settings, calibration: Calibration, module: nn.Module, tokenizer: Any, device: torch.device, dtype: torch.dtype
-) -> list[Batch]:
-    """The calibration samples on the device, labels included."""
-    batches = make_batches(
-        calibration,
-        tokenizer,
-        samples=job.samples,
-        seq_len=job.seq_len,
-        seed=job.seed,
-        max_positions=positions_of(module),
-    )
-    for batch in batches:
-        if isinstance(ids := batch.get("input_ids"), Tensor):
-            check_tokens(module, ids, tokenizer)
-    two_texts = bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
-    rows = [row for n, batch in enumerate(batches) for row in shown_only(batch, n, encoder_decoder=two_texts)]
-    return [to_device(_named_for(module, row), device, dtype) for row in rows]
-
-
-def _named_for(module: nn.Module, batch: Batch) -> Batch:
-    """Images under the name that the model's own forward has for its first argument: transformers' models take pixel_values."""
-    arguments = inspect.signature(module.forward).parameters
-    if "image" in arguments:
-        return batch
-    first = next(iter(arguments), "image")
-    return {first if name == "image" else name: value for name, value in batch.items()}
-
-
-def samples_by_path(checkpoint: Checkpoint, job: Settings) -> Calibration:
-    """The job's calibration; the images at a path as batches of one image and its label."""
-    given = job.calibration
-    if not isinstance(given, str | Path) or not (Path(given).is_dir() or Path(given).suffix == ".npz"):
-        return given
-    prepare = image_processor(checkpoint)
-    return image_batches(
-        given,
-        {} if prepare is not None else image_settings(checkpoint),
-        samples=job.samples,
-        seed=job.seed,
-        prepare=prepare,
-        classes=class_names(checkpoint),
-    )
-
-
-def check_reached(plan: Plan, visits: Counter[str]) -> None:
-    lost = [unit.name for unit in plan.blocks if plan.linears[unit.name] and not visits[unit.name]]
-    if lost:
-        raise TersorError(
-            f"the calibration sample does not reach {lost[0]}{f' and {len(lost) - 1} more blocks' if len(lost) > 1 else ''}; "
-            "give samples with all of the model's inputs, or --exclude what should stay as it is"
-        )
-
-
-@dataclass
-class Size:
-    """Bits that the packed layers take, per weight in them."""
-
-    bits: int = 0
-    weights: int = 0
-
-    def add(self, tensors: Mapping[str, Tensor], weight: QuantizedWeight) -> None:
-        self.weights += weight.in_features * weight.out_features
-        self.bits += 8 * sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
     @property
-    def bits_per_weight(self) -> float:
-        return self.bits / max(self.weights, 1)
+    def steps(self) -> list[dict[str, Any]]:
+        """The methods of all steps up to this one; empty where there is only one."""
+        return [*map(dict, self.history), self.recipe.method.options()] if self.history else []
+
+
+def settings_of(given: Mapping[str, Any]) -> Settings:
+    """Raises TersorError where a name is unknown or a value not allowed. An argument of None is one that was not given."""
+    known = {each.name: each for each in dataclasses.fields(Settings)}
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+            raise TersorError(f"compress has no setting {name!r}; {hint}")
+    values = {name: value for name, value in given.items() if value is not None or name == "format"}
+    for name in ("redo", "include", "exclude"):
+        if name in values:
+            values[name] = _patterns(name, values[name])
+    if "out" in values:
+        values["out"] = Path(values["out"]).expanduser().absolute()  # `demo` is the user's directory here
+    return Settings(**values)
+
+
+def _patterns(name: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(each, str) for each in value):
+        raise TersorError(f"{name}={value!r} is no list of patterns; give one such as ['*.mlp.*']")
+    return tuple(value)
+
+
+def job_of(recipe: Recipe, settings: Settings, *, history: Sequence[Mapping[str, Any]] = ()) -> Job:
+    """Raises TersorError where a value is not allowed."""
+    format = settings.format
+    asked = {each.name: getattr(settings, each.name) for each in dataclasses.fields(Settings)}
+    return Job(
+        **asked,
+        recipe=recipe,
+        layout=None if format is None else layout_named("gptq" if format == AUTO else format),
+        may_pad=format == AUTO,
+        place=pick_device(settings.device),
+        routing=parse_routing(settings.experts),
+        history=tuple(history),
+    )
+
+
+def applies(each: dataclasses.Field[Any], methods: Sequence[type[Method]], *, by_name: bool) -> bool:
+    """Whether a setting does anything for a job of these methods."""
+    if each.metadata["blocks"] and all(issubclass(method, ModelMethod) for method in methods):
+        return False
+    return by_name or not each.metadata["by_name"]
+
+
+def refuse_idle(settings: Settings, methods: Sequence[Method], *, by_name: bool) -> None:
+    """Raise TersorError for a setting that was given and would do nothing."""
+    for each in dataclasses.fields(Settings):
+        value = getattr(settings, each.name)
+        if value == each.default or applies(each, [type(method) for method in methods], by_name=by_name):
+            continue
+        if each.name == "out":
+            raise TersorError(
+                "a module in memory is compressed in memory: call save(directory) on the result, not out="
+            )
+        if each.metadata["by_name"] and not by_name:
+            raise TersorError(f"{each.name}={value!r} does nothing for a module in memory; leave it out")
+        raise TersorError(
+            f"{each.name}={value!r} does nothing for method {methods[0].name}, which works on the whole model; leave it out"
+        )

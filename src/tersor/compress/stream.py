@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -28,16 +28,17 @@ from tersor.checkpoint.lazy_model import LazyModel, classes_of, compute_dtype, r
 from tersor.checkpoint.load import load_tokenizer
 from tersor.checkpoint.quantization_config import QuantizationConfig, parse_config
 from tersor.checkpoint.room import RESULT_FILE, inputs_of
-from tersor.checkpoint.source import open_checkpoint, torch_dtype
-from tersor.checkpoint.writer import Job, model_fingerprint
+from tersor.checkpoint.source import STEPS, open_checkpoint, torch_dtype
+from tersor.checkpoint.writer import ResultWriter, model_fingerprint
 from tersor.compress.describe import quantization_config
 from tersor.compress.first_run import prepare
 from tersor.compress.forecast import forecast
 from tersor.compress.layout_choice import with_fitting_layout
 from tersor.compress.plan import Plan, make_plan, without_stacks
-from tersor.compress.result import Compressed, Summary, Timer, loss_of, peak_memory
-from tersor.compress.settings import Settings, Size, samples_by_path, samples_of
-from tersor.compress.shared_job import follow, lead, open_job
+from tersor.compress.result import Compressed, Size, Summary, Timer, loss_of, peak_memory
+from tersor.compress.samples import samples_by_path, samples_of
+from tersor.compress.settings import Job, Settings
+from tersor.compress.shared_writer import follow, lead, open_writer
 from tersor.compress.walk import (
     Hooks,
     run,
@@ -54,7 +55,7 @@ from tersor.layers.linear_map import columns_of, set_weight_matrix
 from tersor.methods.block import Block, LayerReport
 
 
-def compress_checkpoint(name: str, job: Settings) -> Compressed:
+def compress_checkpoint(name: str, job: Job) -> Compressed:
     checkpoint = replace(open_checkpoint(name, allow_pickle=job.allow_pickle), seen=Seen())
     if checkpoint.gguf is not None:
         raise TersorError(
@@ -71,11 +72,11 @@ def compress_checkpoint(name: str, job: Settings) -> Compressed:
     if job.layout is None:
         raise TersorError("a model given by name is written as it is compressed: format=None is for modules in memory")
 
-    dtype = compute_dtype(checkpoint, job.device, job.dtype)
+    dtype = compute_dtype(checkpoint, job.place, job.dtype)
     may_widen = job.dtype == "auto" and dtype == torch.float16
-    if may_widen and open_job(target, checkpoint).mark("dtype") == str(torch.float32):
+    if may_widen and open_writer(target, checkpoint).mark("dtype") == str(torch.float32):
         return _in_float32(name, job)  # as an earlier run of this command decided
-    lazy = LazyModel(checkpoint, dtype=dtype, device=job.device)
+    lazy = LazyModel(checkpoint, dtype=dtype, device=job.place)
     job = with_fitting_layout(lazy.module, job)
     layout = job.layout
     assert layout is not None
@@ -84,7 +85,7 @@ def compress_checkpoint(name: str, job: Settings) -> Compressed:
         experts = [name for name, each in plan.all_linears().items() if isinstance(each, ExpertMap)]
         stacked = [name for name in experts if not lazy.named_pieces(name)]
         plan = without_stacks(plan, stacked, include=job.include, progress=job.progress)
-    writer = open_job(
+    writer = open_writer(
         target,
         checkpoint,
         blocks=[unit.name for unit in plan.blocks],
@@ -92,7 +93,7 @@ def compress_checkpoint(name: str, job: Settings) -> Compressed:
         tell=lambda line: job.progress(line, 0, 0),
     )
     tokenizer = job.tokenizer or load_tokenizer(checkpoint.directory)
-    batches, probe = samples_of(job, samples_by_path(checkpoint, job), plan, lazy.module, tokenizer, job.device, dtype)
+    batches, probe = samples_of(job, samples_by_path(checkpoint, job), plan, lazy.module, tokenizer, job.place, dtype)
     stored = Stored(layout.scale_dtype or torch_dtype(checkpoint.config), layout.min_zero)
     hessian_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     marks = {
@@ -123,13 +124,13 @@ def compress_checkpoint(name: str, job: Settings) -> Compressed:
         writer.start(marks, overwrite=job.overwrite, redo=bool(job.redo))
         if job.redo:
             writer.redo(again, _stems_of(plan, published))
-        job.progress(forecast(lazy, plan, batches, job.device, job.activations).text(), 0, 0)
+        job.progress(forecast(lazy, plan, batches, job.place, job.activations).text(), 0, 0)
         blocks.timer.lap("")
         if probe is None or first is None:
             walk_without_samples(lazy.module, plan, stored, hessian_dtype, hooks)
         else:
             try:
-                end = walk(lazy.module, plan, batches, probe, first, stored, hessian_dtype, job.experts, hooks)
+                end = walk(lazy.module, plan, batches, probe, first, stored, hessian_dtype, job.routing, hooks)
             except NotFiniteError:
                 if not may_widen or processes() > 1:  # the others do not know, and go on
                     raise
@@ -146,9 +147,10 @@ def compress_checkpoint(name: str, job: Settings) -> Compressed:
         if layout.name != "compressed-tensors":
             extra["quantize_config.json"] = config
         replaced = {key for linear in plan.all_linears() for key in lazy.keys_of_map(linear)}
-        writer.place(checkpoint, replaced, {**lazy.config(), "quantization_config": config}, extra)
+        described = {STEPS: list(job.steps)} if job.steps else {}
+        writer.place(checkpoint, replaced, {**lazy.config(), **described, "quantization_config": config}, extra)
         if probe is not None and first is not None and after is not None:
-            read = _read_back(target, probe, first.units, dtype, job.device)
+            read = _read_back(target, probe, first.units, dtype, job.place)
             if max(first.visits.values()) == 1:
                 _check_equal(target, read, after)
             after = read  # of a block that is used twice, the walk ran the original the first time
@@ -163,7 +165,7 @@ def compress_checkpoint(name: str, job: Settings) -> Compressed:
         left=plan.left,
         seconds=time.perf_counter() - job.started,
         seconds_per_block=blocks.timer.laps,
-        peak_memory=peak_memory(job.device),
+        peak_memory=peak_memory(job.place),
         bits_per_weight=blocks.size.bits_per_weight,
         quantization=config,
         size_before=checkpoint.size(),
@@ -171,28 +173,24 @@ def compress_checkpoint(name: str, job: Settings) -> Compressed:
         resumed_blocks=blocks.resumed,
         **loss_of(before, after),
     )
-    return lead(Compressed(summary, target, _folder=folder))
+    return lead(Compressed(summary, target, before, after, _folder=folder))
 
 
-def _in_float32(name: str, job: Settings) -> Compressed:
+def _in_float32(name: str, job: Job) -> Compressed:
     job.progress("float16 overflows: running in float32", 0, 0)
     return compress_checkpoint(name, replace(job, dtype="float32"))
 
 
-def _asked(job: Settings, layout: Layout, dtype: torch.dtype) -> dict[str, str]:
+def _asked(job: Job, layout: Layout, dtype: torch.dtype) -> dict[str, str]:
     """What decides the bytes of a result beside model and calibration, by the names under which the user gives it."""
     options = {("method" if key == "name" else key): value for key, value in job.recipe.method.options().items()}
-    asked = {
-        **options,
-        "rules": job.recipe.rules,
-        "format": layout.name,
-        "dtype": dtype,
-        "include": job.include,
-        "exclude": job.exclude,
-        "head": job.head,
-        "embeddings": job.embeddings,
-        "experts": job.experts,
+    meant = {"format": layout.name, "dtype": dtype, "experts": job.routing}
+    settings = {
+        each.name: meant.get(each.name, getattr(job, each.name))
+        for each in fields(Settings)
+        if each.metadata["decides"]
     }
+    asked = {**options, "rules": job.recipe.rules, **settings}
     return {key: str(value) for key, value in asked.items()}
 
 
@@ -203,7 +201,7 @@ class _Blocks:
     `wait`. Use as a context manager: nothing is written any more when it ends.
     """
 
-    def __init__(self, lazy: LazyModel, writer: Job, layout: Layout, config: QuantizationConfig) -> None:
+    def __init__(self, lazy: LazyModel, writer: ResultWriter, layout: Layout, config: QuantizationConfig) -> None:
         self.lazy, self.writer, self.layout, self.config = lazy, writer, layout, config
         self.timer, self.size = Timer(), Size()
         self.reports: list[LayerReport] = []
@@ -284,7 +282,7 @@ def _stems_of(plan: Plan, published: Callable[[str], list[str]]) -> dict[str, di
     return {block: {name: published(name) for name in linears} for block, linears in plan.linears.items() if linears}
 
 
-def _result(job: Settings, layout: Layout, marks: dict[str, str], reports: list[LayerReport]) -> dict[str, Any]:
+def _result(job: Job, layout: Layout, marks: dict[str, str], reports: list[LayerReport]) -> dict[str, Any]:
     """What is kept beside the checkpoint: no times, so that the same job gives the same bytes."""
     return {
         "method": job.recipe.method.options(),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tersor.calibrate.batches import Batch, call, first_tensor, without_cache, without_target
+from tersor.calibrate.batches import Batch, call, first_tensor, probe_of, without_cache, without_target
 from tersor.calibrate.draws import PROBE, drawing
 from tersor.checkpoint.lazy_model import compute_dtype
 from tersor.checkpoint.load import load, load_tokenizer
@@ -20,14 +20,15 @@ from tersor.checkpoint.room import check_free, inputs_of
 from tersor.checkpoint.source import open_checkpoint, torch_dtype
 from tersor.compress.first_run import UNFIT, completed, lacks_second_text
 from tersor.compress.result import Compressed, Summary, loss_of, peak_memory
+from tersor.compress.samples import read_samples, samples_by_path
 from tersor.compress.save import PLAIN, save_plain
-from tersor.compress.settings import Settings, read_samples, samples_by_path
+from tersor.compress.settings import Job
 from tersor.errors import TersorError
 from tersor.layers.linear_map import linear_maps
 from tersor.methods.method import ModelMethod, Work
 
 
-def compress_whole_checkpoint(name: str, job: Settings) -> Compressed:
+def compress_whole_checkpoint(name: str, job: Job) -> Compressed:
     """Load a model as it is, compress it, and write it to `job.out` where that is given. Nothing is left where it fails."""
     checkpoint = open_checkpoint(name, allow_pickle=job.allow_pickle)
     if "quantization_config" in checkpoint.config:
@@ -35,8 +36,8 @@ def compress_whole_checkpoint(name: str, job: Settings) -> Compressed:
     inputs = inputs_of(checkpoint, calibration=job.calibration)
     if job.out is not None:
         check_free(job.out, overwrite=job.overwrite, inputs=inputs)
-    dtype = compute_dtype(checkpoint, job.device, job.dtype)
-    module = load(name, dtype=str(dtype).removeprefix("torch."), device=str(job.device))
+    dtype = compute_dtype(checkpoint, job.place, job.dtype)
+    module = load(name, dtype=str(dtype).removeprefix("torch."), device=str(job.place))
     job = replace(job, tokenizer=job.tokenizer or load_tokenizer(checkpoint.directory))
     result = _compress(
         module, replace(job, calibration=samples_by_path(checkpoint, job)), torch_dtype(checkpoint.config)
@@ -46,17 +47,26 @@ def compress_whole_checkpoint(name: str, job: Settings) -> Compressed:
     if "mean" in checkpoint.config:  # facts that lie in a config.json of timm's and not in ours
         extra[PREPROCESSOR] = preprocessor_config(image_settings(checkpoint))
     if job.out is None:
-        return Compressed(summary, None, result.model)
-    save_plain(result.model, summary, job.out, source=checkpoint, extra=extra, overwrite=job.overwrite, inputs=inputs)
-    return Compressed(replace(summary, size_after=open_checkpoint(job.out).size()), job.out)
+        return replace(result, summary=summary)
+    save_plain(
+        result.model,
+        replace(summary, steps=job.steps),
+        job.out,
+        source=checkpoint,
+        extra=extra,
+        overwrite=job.overwrite,
+        inputs=inputs,
+    )
+    summary = replace(summary, size_after=open_checkpoint(job.out).size())
+    return Compressed(summary, job.out, result.before, result.after)
 
 
-def compress_whole_module(model: nn.Module, job: Settings) -> Compressed:
+def compress_whole_module(model: nn.Module, job: Job) -> Compressed:
     """A compressed copy of a module in memory."""
     return _compress(copy.deepcopy(model), job, next(model.parameters()).dtype)
 
 
-def _compress(module: nn.Module, job: Settings, stored: torch.dtype) -> Compressed:
+def _compress(module: nn.Module, job: Job, stored: torch.dtype) -> Compressed:
     """module: to be changed. stored: the dtype of the parameters on disk, to which the result's are rounded."""
     method = job.recipe.method
     assert isinstance(method, ModelMethod)
@@ -65,7 +75,7 @@ def _compress(module: nn.Module, job: Settings, stored: torch.dtype) -> Compress
     if method.needs_samples or job.calibration is not None:
         samples = read_samples(job, job.calibration, module, job.tokenizer, first.device, first.dtype)
     size = _parameters_of(module)
-    probe = without_target(samples[0]) if samples else None
+    probe = probe_of(without_target(samples[0])) if samples else None
     module.eval()
     with without_cache(module):
         with torch.no_grad(), drawing(PROBE):
@@ -86,14 +96,14 @@ def _compress(module: nn.Module, job: Settings, stored: torch.dtype) -> Compress
         left=[],
         seconds=time.perf_counter() - job.started,
         seconds_per_block={},
-        peak_memory=peak_memory(job.device),
+        peak_memory=peak_memory(job.place),
         bits_per_weight=8.0 * stored.itemsize,
         quantization={},
         parameters_before=size,
         parameters_after=_parameters_of(compressed),
         **loss_of(before, after),
     )
-    return Compressed(summary, None, compressed)
+    return Compressed(summary, None, before, after, _module=compressed)
 
 
 def _with_second_text(module: nn.Module, samples: list[Batch], probe: Batch) -> tuple[list[Batch], Batch]:
@@ -111,13 +121,13 @@ def _parameters_of(module: nn.Module) -> int:
     return packed + sum(parameter.numel() for parameter in module.parameters())
 
 
-def _is_wanted(job: Settings, name: str) -> bool:
+def _is_wanted(job: Job, name: str) -> bool:
     included = not job.include or any(fnmatchcase(name, pattern) for pattern in job.include)
     excluded = any(fnmatchcase(name, pattern) for pattern in job.exclude)
     return included and not excluded and job.recipe.method_for(name) is not None
 
 
-def _check_patterns(job: Settings, layers: list[str]) -> None:
+def _check_patterns(job: Job, layers: list[str]) -> None:
     job.recipe.check_matches(layers)
     for rule in job.recipe.rules:
         if not rule.skip:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import inspect
 import itertools
 import math
 import re
@@ -26,8 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tersor.compress.job import compress
 from tersor.compress.recipe import make_rules, recipe_content
+from tersor.compress.settings import Settings
 from tersor.errors import TersorError
 from tersor.methods.method import from_options, methods
 
@@ -155,7 +154,7 @@ def _fields(method: str) -> set[str]:
     return {field.name for field in dataclasses.fields(methods()[method])}
 
 
-def _settings() -> dict[str, inspect.Parameter]:
-    """The arguments of `compress` that a recipe may set."""
-    own = ("model", "method", "rules", "out", "overwrite", "redo", "tokenizer", "progress")
-    return {name: each for name, each in inspect.signature(compress).parameters.items() if name not in own}
+def _settings() -> dict[str, dataclasses.Field[Any]]:
+    """The settings of a job that a recipe may hold."""
+    own = ("out", "overwrite", "redo", "tokenizer", "progress")
+    return {each.name: each for each in dataclasses.fields(Settings) if each.name not in own}

@@ -5,7 +5,7 @@ layer and both products of the attention multiply are moved to grids of 2^w_bits
 smaller by the weights' share; the arithmetic is simulated in floating point, so nothing becomes faster here. For smaller
 weights alone, GPTQ (`tersor quantize`) loses less.
 
-    tersor compress demo-vit --method repquant --w-bits 6 --a-bits 6 --calibration cifar10_train.npz --out small
+    tersor compress repquant demo-vit --w-bits 6 --a-bits 6 --calibration cifar10_train.npz --out small
     tersor eval small --images cifar10_test.npz
 
     result = tersor.compress(model, RepQuant(w_bits=4, a_bits=4), calibration=[{"image": x} for x in images])

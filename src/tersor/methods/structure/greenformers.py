@@ -4,7 +4,7 @@ What it is for: a model with fewer weights and fewer operations that runs on any
 kernels; and a small start for training on. The result is a plain model that the other methods take: quantize it
 afterwards. Without training on, a trained model loses much at ranks that save much (see the measured numbers below).
 
-    tersor compress demo --method greenformers --rank 0.75 --whiten --multiple 32 --out smaller
+    tersor compress greenformers demo --rank 0.75 --whiten --multiple 32 --out smaller
     tersor quantize smaller --group-size 32 --out smaller-4bit
 
     result = tersor.compress("demo", Greenformers(rank=0.75, whiten=True))

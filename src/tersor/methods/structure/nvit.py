@@ -1,6 +1,6 @@
 """Global structural pruning of a ViT until it is as fast as wanted: NViT (Yang et al., CVPR 2023, arXiv 2110.04869).
 
-    tersor compress demo-vit --method nvit --latency-target 0.7 --calibration cifar10_train_512.npz --samples 512 \\
+    tersor compress nvit demo-vit --latency-target 0.7 --calibration cifar10_train_512.npz --samples 512 \\
         --finetune-steps 100 --out pruned
     tersor eval pruned --images cifar10_test_1000.npz
 

@@ -1,7 +1,7 @@
 """Adaptive token sampling: a trained ViT drops the tokens that its class token does not look at (arXiv 2111.15667).
 
-    tersor compress demo-vit --method ats --out cheaper                       # sampling in blocks 3, 4, ... as published
-    tersor compress demo-vit --method ats --ats-blocks 2-5 --num-tokens 0.5 --out cheaper
+    tersor compress ats demo-vit --out cheaper                       # sampling in blocks 3, 4, ... as published
+    tersor compress ats demo-vit --ats-blocks 2-5 --num-tokens 0.5 --out cheaper
     tersor eval cheaper --images cifar10_test_1000.npz
 
 Nothing is trained and no weight changes: the result is the model `ats` (models/vision/ats.py, where the formulas are) with the

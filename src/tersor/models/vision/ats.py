@@ -7,7 +7,7 @@ with one clear subject get cheap, crowded ones keep more tokens.
     logits = model(image)                                                    # image (B, 3, H, W), normalised
     model.tokens(image)                                                      # (B, depth): tokens left after each block
 
-`tersor compress VIT --method ats` makes one of any ViT that tersor loads.
+`tersor compress ats VIT` makes one of any ViT that tersor loads.
 
 x [B, n, D] are tokens, the class token first; policy [B, n] is 1 for a token that is there and 0 for a place that is
 empty. Every block attends to what is there:

@@ -2,7 +2,7 @@
 
 What it is for: the dense form of a ViT or DeiT from which structural pruning took embedding channels, heads, query/key
 and value channels and hidden units of the MLPs; and ReViT, to be trained from scratch, whose widths follow the trend that pruning
-found. `tersor compress VIT --method nvit` prunes (methods/structure/nvit.py).
+found. `tersor compress nvit VIT` prunes (methods/structure/nvit.py).
 
     model = tersor.models.create("revit_tiny")
     model = tersor.models.load("nvit", "pruned.pth", embed_dim=496, heads=(6, 8, ...), qk=(40, ...), v=(32, ...), mlp=(1056, ...))

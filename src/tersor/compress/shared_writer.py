@@ -10,60 +10,60 @@ from torch import Tensor
 
 from tersor.calibrate import parallel
 from tersor.checkpoint.source import Checkpoint
-from tersor.checkpoint.writer import Job
+from tersor.checkpoint.writer import ResultWriter
 from tersor.compress.result import Compressed, Summary
 from tersor.errors import TersorError
 
 
-def open_job(out: Path, source: Checkpoint, **more: Any) -> Job:
-    """The result in `out`, of this process or of all together; see `Job` for the arguments."""
-    return Job(out, source, **more) if parallel.processes() == 1 else _SharedJob(out, source, **more)
+def open_writer(out: Path, source: Checkpoint, **more: Any) -> ResultWriter:
+    """The result in `out`, of this process or of all together; see `ResultWriter` for the arguments."""
+    return ResultWriter(out, source, **more) if parallel.processes() == 1 else _SharedWriter(out, source, **more)
 
 
-class _SharedJob(Job):
+class _SharedWriter(ResultWriter):
     def __init__(self, out: Path, source: Checkpoint, **more: Any) -> None:
         super().__init__(out, source, **more)
-        self._job = Job(out, source, **more)
+        self._writer = ResultWriter(out, source, **more)
 
     def mark(self, name: str) -> str | None:
-        return parallel.once(lambda: self._job.mark(name))
+        return parallel.once(lambda: self._writer.mark(name))
 
     def check(self, fingerprint: Mapping[str, str], **how: bool) -> bool:
         _compare(fingerprint)
-        return parallel.once(lambda: self._job.check(fingerprint, **how))
+        return parallel.once(lambda: self._writer.check(fingerprint, **how))
 
     def start(self, fingerprint: Mapping[str, str], **how: bool) -> None:
         _compare({"weights": self.seen.whole()})
 
         def begin() -> dict[str, list[dict[str, Any]]]:
-            self._job.start(fingerprint, **how)
-            return self._job.done
+            self._writer.start(fingerprint, **how)
+            return self._writer.done
 
         self.done = parallel.once(begin)
 
     def redo(self, blocks: set[str], layers: Mapping[str, Mapping[str, Sequence[str]]]) -> None:
         def forget() -> dict[str, list[dict[str, Any]]]:
-            self._job.redo(blocks, layers)
-            return self._job.done
+            self._writer.redo(blocks, layers)
+            return self._writer.done
 
         self.done = parallel.once(forget)
 
     def write_block(self, name: str, tensors: Mapping[str, Tensor], reports: list[dict[str, Any]]) -> None:
-        parallel.once(lambda: self._job.write_block(name, tensors, reports))
+        parallel.once(lambda: self._writer.write_block(name, tensors, reports))
         self.done[name] = reports
 
     def read_block(self, name: str) -> dict[str, Tensor] | None:
-        found = parallel.once(lambda: self._job.read_block(name))
+        found = parallel.once(lambda: self._writer.read_block(name))
         if found is None:
             self.done.pop(name, None)
         return found
 
     def place(self, *result: Any) -> None:
         """Called by the first process alone, as is `seal`."""
-        self._job.place(*result)
+        self._writer.place(*result)
 
     def seal(self) -> None:
-        self._job.seal()
+        self._writer.seal()
 
 
 def _compare(mine: Mapping[str, str]) -> None:

@@ -1,0 +1,124 @@
+"""Options of a command that runs a job: those of the settings and of the methods, each made from the field that declares it."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from tersor.calibrate.parallel import is_first
+from tersor.cli.progress import progress_bar
+from tersor.cli.summary import print_summary
+from tersor.cli.torchrun import together
+from tersor.compress import compress
+from tersor.compress.recipe import Recipe
+from tersor.compress.settings import Settings, applies
+from tersor.methods.method import Method
+
+NUMBERS = (int, float)
+
+
+def with_options(
+    command: Callable[..., None], kinds: Mapping[str, type[Method]], *, method_options: bool = True
+) -> Callable[..., None]:
+    """A command for typer: `command`, whose `**given` is replaced by the settings for these methods, and by their own fields."""
+
+    words = {each.name for kind in kinds.values() for each in dataclasses.fields(kind) if each.metadata.get("word")}
+
+    def run(**arguments: Any) -> None:
+        command(**{name: _number(v) if name in words and v is not None else v for name, v in arguments.items()})
+
+    fixed = inspect.signature(command, eval_str=True)
+    own = [p for p in fixed.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+    parameters += _settings(list(kinds.values())) + (_options(kinds) if method_options else [])
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    run.__doc__ = command.__doc__
+    return run
+
+
+def split(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings and the method options that the user set."""
+    names = {each.name for each in dataclasses.fields(Settings)}
+    found = {name: value for name, value in given.items() if value is not None}
+    settings = {name: value for name, value in found.items() if name in names}
+    return settings, {name: value for name, value in found.items() if name not in names}
+
+
+def run_job(model: str, out: Path, steps: Sequence[Recipe], settings: Mapping[str, Any], *, as_json: bool) -> None:
+    """Run a job and print what came out; of several processes only the first speaks."""
+    with (
+        together(settings.get("device", "auto")) as device,
+        progress_bar(quiet=as_json or not is_first()) as progress,
+    ):
+        result = compress(model, steps, out=out, progress=progress, **{**settings, "device": device})
+        if not is_first():
+            return
+    if as_json:
+        typer.echo(json.dumps({"out": str(out), **result.summary.as_dict()}))
+    else:
+        print_summary(result.summary, out)
+
+
+def _settings(kinds: Sequence[type[Method]]) -> list[inspect.Parameter]:
+    hints, parameters = typing.get_type_hints(Settings), []
+    for each in dataclasses.fields(Settings):
+        about = each.metadata
+        if about["typed"] is object or not applies(each, kinds, by_name=True):
+            continue
+        kind = about["typed"] or hints[each.name]
+        flag = about["flag"] or f"--{each.name.replace('_', '-')}"
+        annotation: Any = list[str] | None if kind == tuple[str, ...] else kind | None
+        shown = "" if each.default in (None, (), False) else f" [default: {each.default}]"
+        option = typer.Option(None, flag, help=about["help"] + shown, show_default=False)
+        parameters.append(_parameter(each.name, annotation, option))
+    return parameters
+
+
+def _options(kinds: Mapping[str, type[Method]]) -> list[inspect.Parameter]:
+    """One option per field that a method has; unset ones keep the method's own default."""
+    parameters: dict[str, inspect.Parameter] = {}
+    for owner, each in ((kind, field) for kind in kinds.values() for field in dataclasses.fields(kind)):
+        if each.name in parameters:
+            continue
+        default, dashed = each.default, each.name.replace("_", "-")
+        owners = {
+            name: f.default for name, kind in kinds.items() for f in dataclasses.fields(kind) if f.name == each.name
+        }
+        annotation: Any
+        flags = [each.metadata["flag"]] if each.metadata.get("flag") else []
+        if isinstance(default, bool):
+            flags, annotation = flags or [f"--{dashed}/--no-{dashed}"], bool | None
+        elif each.metadata.get("word"):  # a number or a word
+            annotation = str | None
+        else:
+            annotation = typing.get_type_hints(owner)[each.name] | None
+        shown = {name: "not set" if value is None else value for name, value in owners.items()}
+        if len(kinds) == 1:
+            defaults = f"default: {next(iter(shown.values()))}"
+        else:
+            defaults = ", ".join(f"{name} default: {value}" for name, value in shown.items())
+        help = f"{each.metadata.get('help', '')} [{defaults}]"
+        option = typer.Option(None, *flags, help=help, rich_help_panel="Method", show_default=False)
+        parameters[each.name] = _parameter(each.name, annotation, option)
+    return list(parameters.values())
+
+
+def _parameter(name: str, annotation: Any, option: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=annotation)
+
+
+def _number(text: str) -> int | float | str:
+    for kind in NUMBERS:
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

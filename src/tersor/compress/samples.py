@@ -1,0 +1,108 @@
+"""The calibration samples of a job."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tersor.calibrate.batches import Batch, Calibration, make_batches, probe_of, to_device, without_target
+from tersor.calibrate.images import image_batches
+from tersor.calibrate.padding import shown_only
+from tersor.checkpoint.load import check_tokens
+from tersor.checkpoint.positions import positions_of
+from tersor.checkpoint.preprocessing import class_names, image_processor, image_settings
+from tersor.checkpoint.source import Checkpoint
+from tersor.compress.plan import Plan
+from tersor.compress.settings import Job
+from tersor.errors import TersorError
+
+
+def samples_of(
+    job: Job,
+    calibration: Calibration,
+    plan: Plan,
+    module: nn.Module,
+    tokenizer: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[list[Batch], Batch | None]:
+    """The calibration samples and the probe, on the device. A recipe that needs no samples gets none, and a probe where one
+    can be had."""
+    needed = needs_samples(plan)
+    if not (needed or asked_for_samples(calibration)) and tokenizer is None:
+        return [], None
+    try:
+        moved = [without_target(batch) for batch in read_samples(job, calibration, module, tokenizer, device, dtype)]
+    except TersorError:
+        if needed or asked_for_samples(calibration):
+            raise
+        return [], None
+    return (moved if needed else []), probe_of(moved[0])
+
+
+def needs_samples(plan: Plan) -> bool:
+    return any(method.needs_samples for method in plan.methods.values())
+
+
+def asked_for_samples(calibration: Calibration) -> bool:
+    """Whether the user named samples: the built-in text is what everybody gets."""
+    return not (calibration is None or (isinstance(calibration, str) and calibration == "builtin"))
+
+
+def read_samples(
+    job: Job, calibration: Calibration, module: nn.Module, tokenizer: Any, device: torch.device, dtype: torch.dtype
+) -> list[Batch]:
+    """The calibration samples on the device, labels included."""
+    batches = make_batches(
+        calibration,
+        tokenizer,
+        samples=job.samples,
+        seq_len=job.seq_len,
+        seed=job.seed,
+        max_positions=positions_of(module),
+    )
+    for batch in batches:
+        if isinstance(ids := batch.get("input_ids"), Tensor):
+            check_tokens(module, ids, tokenizer)
+    two_texts = bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
+    rows = [row for n, batch in enumerate(batches) for row in shown_only(batch, n, encoder_decoder=two_texts)]
+    return [to_device(_named_for(module, row), device, dtype) for row in rows]
+
+
+def _named_for(module: nn.Module, batch: Batch) -> Batch:
+    """Images under the name that the model's own forward has for its first argument: transformers' models take pixel_values."""
+    arguments = inspect.signature(module.forward).parameters
+    if "image" in arguments:
+        return batch
+    first = next(iter(arguments), "image")
+    return {first if name == "image" else name: value for name, value in batch.items()}
+
+
+def samples_by_path(checkpoint: Checkpoint, job: Job) -> Calibration:
+    """The job's calibration; the images at a path as batches of one image and its label."""
+    given = job.calibration
+    if not isinstance(given, str | Path) or not (Path(given).is_dir() or Path(given).suffix == ".npz"):
+        return given
+    prepare = image_processor(checkpoint)
+    return image_batches(
+        given,
+        {} if prepare is not None else image_settings(checkpoint),
+        samples=job.samples,
+        seed=job.seed,
+        prepare=prepare,
+        classes=class_names(checkpoint),
+    )
+
+
+def check_reached(plan: Plan, visits: Counter[str]) -> None:
+    lost = [unit.name for unit in plan.blocks if plan.linears[unit.name] and not visits[unit.name]]
+    if lost:
+        raise TersorError(
+            f"the calibration sample does not reach {lost[0]}{f' and {len(lost) - 1} more blocks' if len(lost) > 1 else ''}; "
+            "give samples with all of the model's inputs, or --exclude what should stay as it is"
+        )

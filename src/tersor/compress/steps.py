@@ -1,0 +1,188 @@
+"""Several methods, one after another, each on the result of the last.
+
+Between the steps of a model given by name, the results lie in `.tersor-steps-OUT` beside OUT, each a finished model directory; a
+job that is stopped goes on with the step, and the block of it, that it had reached. The folder is removed in the end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tersor.calibrate.batches import Calibration, fingerprint
+from tersor.calibrate.parallel import processes
+from tersor.checkpoint.room import RESULT_FILE, check_free, disk_errors, inputs_of, read_object, replacing
+from tersor.checkpoint.source import JOB_FOLDER, open_checkpoint
+from tersor.checkpoint.writer import model_fingerprint
+from tersor.compress.recipe import Recipe
+from tersor.compress.result import Compressed, Summary, loss_of
+from tersor.compress.settings import Job, Settings, applies, job_of
+from tersor.errors import TersorError
+from tersor.methods.method import BlockMethod, Report
+
+ASKED, REPORTED = "asked.json", "step-{}.json"
+Run = Callable[[str | Path | nn.Module, Job], Compressed]
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A row of an earlier step's report."""
+
+    values: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        return str(self.values["name"])
+
+    def row(self) -> dict[str, Any]:
+        return dict(self.values)
+
+
+def run_steps(model: str | Path | nn.Module, steps: Sequence[Recipe], asked: Settings, run: Run) -> Compressed:
+    """Raises TersorError where a step cannot follow another, before anything is done."""
+    for n, step in enumerate(steps[:-1], 1):
+        if isinstance(step.method, BlockMethod):
+            raise TersorError(
+                f"step {n}, {step.method.name}, packs the weights, which no later step can change: put it last"
+            )
+    if processes() > 1:
+        raise TersorError("a recipe of several steps runs in one process: start it without torchrun")
+    asked = replace(asked, calibration=_kept(asked.calibration))
+    if isinstance(model, nn.Module):
+        return _in_memory(model, steps, asked, run)
+    return _on_disk(str(model), steps, asked, run)
+
+
+def _kept(calibration: Calibration) -> Calibration:
+    """Samples that every step can read: an iterator would be used up by the first."""
+    return calibration if calibration is None or isinstance(calibration, str | Path) else list(calibration)
+
+
+def _in_memory(model: nn.Module, steps: Sequence[Recipe], asked: Settings, run: Run) -> Compressed:
+    found: list[Compressed] = []
+    for n in range(len(steps)):
+        found.append(run(found[-1].model if found else model, _job(steps, n, asked, by_name=False)))
+    last = found[-1]
+    return replace(last, summary=_summary([each.summary for each in found], found[0].before, last.after))
+
+
+def _on_disk(name: str, steps: Sequence[Recipe], asked: Settings, run: Run) -> Compressed:
+    temporary = tempfile.TemporaryDirectory(prefix="tersor-") if asked.out is None else None
+    out = Path(temporary.name) / "model" if temporary else asked.out
+    assert out is not None
+    source = open_checkpoint(name, allow_pickle=asked.allow_pickle)
+    if not (out / JOB_FOLDER).is_dir():  # else the last step goes on where it was
+        check_free(out, overwrite=asked.overwrite, inputs=inputs_of(source, calibration=asked.calibration))
+    folder = out.parent / f".tersor-steps-{out.name}"
+    started, said = time.perf_counter(), _asked(model_fingerprint(source), steps, asked)
+    with disk_errors(folder):
+        _open(folder, said, overwrite=asked.overwrite)
+    summaries: list[Summary] = []
+    before: Tensor | None = None
+    at = name
+    for n, step in enumerate(steps[:-1]):
+        target, report = folder / str(n + 1), folder / REPORTED.format(n + 1)
+        if not (target / RESULT_FILE).is_file() or read_object(report) is None:
+            asked.progress(f"step {n + 1} of {len(steps)}: {step.method.name}", 0, 0)
+            if target.is_dir():
+                shutil.rmtree(target)  # finished, but its report was not
+            result = run(at, replace(_job(steps, n, asked), out=target, overwrite=False))
+            if n == 0 and result.before is not None:
+                save_file({"before": result.before.cpu().contiguous()}, folder / "before.safetensors")
+            with replacing(report) as partial:
+                partial.write_text(json.dumps(result.summary.as_dict()))
+        values = read_object(report) or {}
+        summaries.append(Summary(**{**values, "layers": [Line(row) for row in values["layers"]]}))
+        at = str(target)
+    try:
+        before = load_file(folder / "before.safetensors")["before"]
+    except (OSError, SafetensorError):
+        before = None  # the model's output is no tensor
+    asked.progress(f"step {len(steps)} of {len(steps)}: {steps[-1].method.name}", 0, 0)
+    last = run(at, replace(_job(steps, len(steps) - 1, asked), out=out))
+    summary = _summary([*summaries, last.summary], before, last.after)
+    summary = replace(summary, model=name, size_before=source.size(), seconds=time.perf_counter() - started)
+    shutil.rmtree(folder)
+    return Compressed(summary, out, _folder=temporary)
+
+
+def _job(steps: Sequence[Recipe], n: int, asked: Settings, *, by_name: bool = True) -> Job:
+    """What step n is asked: the settings that do something for it; what redoes blocks is for the last."""
+    method = type(steps[n].method)
+    idle: dict[str, Any] = {
+        each.name: each.default
+        for each in dataclasses.fields(Settings)
+        if not applies(each, [method], by_name=by_name) or (each.name == "redo" and n + 1 < len(steps))
+    }
+    history = [step.method.options() for step in steps[:n]]
+    return job_of(steps[n], replace(asked, **idle), history=history)
+
+
+def _asked(model: str, steps: Sequence[Recipe], asked: Settings) -> dict[str, Any]:
+    """What decides the results between the steps."""
+    given = asked.calibration
+    if isinstance(given, str | Path) and Path(given).is_file():
+        samples: str = hashlib.sha256(Path(given).read_bytes()).hexdigest()
+    elif given is None or isinstance(given, str | Path):
+        samples = str(given)
+    elif all(isinstance(each, str) for each in given):
+        samples = hashlib.sha256("\0".join(map(str, given)).encode()).hexdigest()
+    else:
+        samples = fingerprint([each if isinstance(each, dict) else {"x": each} for each in given])
+    settings = {
+        each.name: str(getattr(asked, each.name)) for each in dataclasses.fields(Settings) if each.metadata["decides"]
+    }
+    counts = {name: getattr(asked, name) for name in ("samples", "seq_len", "seed")}
+    recipes = [{**step.method.options(), "rules": str(step.rules)} for step in steps]
+    return {"model": model, "steps": recipes, "calibration": samples, **counts, **settings}
+
+
+def _open(folder: Path, said: Mapping[str, Any], *, overwrite: bool) -> None:
+    """The folder between the steps, new or with what an earlier run of the same job left."""
+    known = json.loads(json.dumps(said))
+    if folder.exists():
+        found = read_object(folder / ASKED)
+        if found is None:
+            raise TersorError(f"{folder} is in the way, and no folder of tersor's: move it, or give another --out")
+        if found == known:
+            return
+        if not overwrite:
+            changed = [key for key in known if found.get(key) != known[key]]
+            raise TersorError(
+                f"{folder} holds unfinished steps of a job with another {' and '.join(changed)}; "
+                "give the same command to finish it, or --overwrite to start anew"
+            )
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    with replacing(folder / ASKED) as partial:
+        partial.write_text(json.dumps(known, indent=2) + "\n")
+
+
+def _summary(parts: Sequence[Summary], before: Tensor | None, after: Tensor | None) -> Summary:
+    """One summary of all steps: the last one's, with every layer's report and what was lost since the original."""
+    layers: list[Report] = [layer for part in parts for layer in part.layers]
+    counted = [part.parameters_after for part in parts if part.parameters_after is not None]
+    return replace(
+        parts[-1],
+        model=parts[0].model,
+        layers=layers,
+        steps=[part.method for part in parts],
+        seconds=sum(part.seconds for part in parts),
+        peak_memory=max(part.peak_memory for part in parts),
+        size_before=parts[0].size_before,
+        parameters_before=parts[0].parameters_before,
+        parameters_after=counted[-1] if counted else None,
+        **{"divergence": None, "agreement": None, **loss_of(before, after)},
+    )
