@@ -19,19 +19,19 @@ from tersor.errors import NotFiniteError
 from tersor.methods.block import LayerReport
 
 
-def solved(x: torch.Tensor, damp: float) -> LayerReport:
-    """How the first layer of a model is reported that is calibrated with inputs x."""
+def solved(x: list[torch.Tensor], damp: float) -> LayerReport:
+    """How the first layer of a model is reported that is calibrated with samples x."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
-    result = tersor.compress(model, GPTQ(group_size=32, damp=damp), calibration=[x], include=["0"], format=None)
+    result = tersor.compress(model, GPTQ(group_size=32, damp=damp), calibration=x, include=["0"], format=None)
     return result.summary.layers[0]
 
 
-def twins() -> torch.Tensor:
-    """One token, whose first two inputs are 1 and the others 0: the second pivot is 1 - 1, exactly 0 on every processor."""
-    x = torch.zeros(1, 32)
-    x[:, :2] = 1
-    return x
+def twins() -> list[torch.Tensor]:
+    """Two samples of a token, one with 1 in its first two inputs: H is 1 there, the second pivot 1 - 1, 0 on every processor."""
+    x = torch.zeros(2, 1, 32)
+    x[0, 0, :2] = 1
+    return list(x)
 
 
 def test_damping_that_had_to_be_raised_is_reported_with_the_layer() -> None:
@@ -47,7 +47,7 @@ def test_a_layer_that_took_float64_is_reported() -> None:
 
 
 def test_nothing_is_reported_of_a_layer_that_is_solved_as_asked() -> None:
-    layer = solved(torch.randn(200, 32), damp=0.01)
+    layer = solved([torch.randn(200, 32)], damp=0.01)
     assert (layer.note, layer.damp) == ("", 0.01)
 
 
