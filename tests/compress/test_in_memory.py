@@ -158,5 +158,7 @@ def test_a_saved_module_keeps_what_was_there_where_it_cannot_be_written(tmp_path
 
 
 def test_whole_model_methods_say_that_they_leave_the_head_alone() -> None:
-    with pytest.raises(tersor.TersorError, match=r"head=True does nothing for method ats, which works on the whole model"):
+    with pytest.raises(
+        tersor.TersorError, match=r"head=True does nothing for method ats, which works on the whole model"
+    ):
         tersor.compress(tiny_models.build("llama"), AdaptiveTokenSampling(), head=True)

@@ -12,6 +12,7 @@ from tersor.checkpoint.gguf_read import open_gguf
 from tersor.checkpoint.gguf_tokenizer import tokenizer_from
 from tersor.checkpoint.into import load_into
 from tersor.checkpoint.lazy_model import LazyModel, compute_dtype
+from tersor.checkpoint.published import checkpoint_as
 from tersor.checkpoint.source import open_checkpoint
 from tersor.errors import TersorError
 from tersor.layers.quantized_linear import prepare_layers
@@ -27,15 +28,26 @@ TOKENIZER_FILES = (
 )
 
 
-def load(model: str | Path, *, dtype: str = "auto", device: str = "auto", into: nn.Module | None = None) -> nn.Module:
+def load(
+    model: str | Path,
+    *,
+    variant: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    into: nn.Module | None = None,
+) -> nn.Module:
     """Load a model: a directory, a hub name, a built-in name or a GGUF file, original or quantized (gptq, gptq_v2,
     compressed-tensors, awq, gguf).
 
-    Quantized layers stay packed. dtype: "auto" (float32 on a CPU, else the checkpoint's own), "float16", "bfloat16" or
-    "float32". device: "auto" (the GPU where there is one), "cpu", "cuda", "cuda:1". into: a module of the same structure to
-    fill in place, for a class of your own that was compressed in memory; it keeps its dtype and device. Raises TersorError
-    where the directory is no model or lacks tensors.
+    Quantized layers stay packed. Models of `tersor.models` are also read in the layout of their official checkpoints; variant:
+    which of them it is (`tersor models` lists their names), for a published file or folder that has no config.json.
+    dtype: "auto" (float32 on a CPU, else the checkpoint's own), "float16", "bfloat16" or "float32". device: "auto" (the GPU
+    where there is one), "cpu", "cuda", "cuda:1". into: a module of the same structure to fill in place, for a class of your own
+    that was compressed in memory; it keeps its dtype and device. Raises TersorError where the directory is no model or lacks
+    tensors.
     """
+    if variant is not None:
+        model = checkpoint_as(model, variant)
     if into is not None:
         return load_into(open_checkpoint(model), into)
     where = pick_device(device)

@@ -129,7 +129,7 @@ def remove_own(out: Path, own: Collection[str], *, keep: Collection[str] = ()) -
 
 def inputs_of(checkpoint: Checkpoint, **others: object) -> dict[str, Path]:
     """What a job reads: the model, its files where links lead elsewhere, and `others` that are paths of something."""
-    found = {"model": checkpoint.directory}
+    found = {"model": checkpoint.origin or checkpoint.directory}
     for path in {*checkpoint.shard_of.values(), *checkpoint.other_files()}:
         if path.is_symlink():
             found[f"model's file {path.name}"] = path

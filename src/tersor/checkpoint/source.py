@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from math import prod
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tersor.checkpoint import published
 from tersor.checkpoint.gguf_read import GGUFFile, open_gguf
 from tersor.checkpoint.hashes import Seen, bytes_of, tensor_hash
 from tersor.errors import TersorError
@@ -105,6 +106,7 @@ class Checkpoint:
     shard_of: dict[str, Path]
     gguf: GGUFFile | None = None
     seen: Seen | None = None
+    origin: Path | None = None  # where the user has it, of a model that was converted from its published layout
 
     @contextmanager
     def tensors(self, names: Iterable[str]) -> Iterator[dict[str, Any]]:
@@ -153,6 +155,11 @@ class Checkpoint:
         with self.tensors([name]) as slices:
             return tuple(slices[name].get_shape())
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor's shape, from the headers."""
+        with self.tensors(self.shard_of) as slices:
+            return {name: tuple(each.get_shape()) for name, each in slices.items()}
+
     def other_files(self) -> list[Path]:
         """Every file that is not a tensor shard, an index or hidden: tokenizer, templates, licence, ..."""
         shards = set(self.shard_of.values())
@@ -195,7 +202,13 @@ def open_checkpoint(model: str | Path, *, allow_pickle: bool = False, unfinished
     if not config_file.is_file():
         raise TersorError(f"{directory} is not a model: it has no config.json")
     config = read_json_object(config_file)
-    checkpoint = Checkpoint(directory, config, _shards(directory, config, allow_pickle))
+    pickled = published.named_by(config) is not None and allow_pickle and published.is_pickled(directory)
+    shards = {} if pickled else _shards(directory, config, allow_pickle)
+    checkpoint = Checkpoint(directory, config, shards)
+    if (ours := published.converted(directory, config, None if pickled else checkpoint.shapes)) is not None:
+        return replace(open_checkpoint(ours), origin=directory)
+    if pickled:
+        checkpoint = replace(checkpoint, shard_of=_shards(directory, config, allow_pickle))
     check_config(config_file, config, tensors=len(checkpoint.shard_of), size=checkpoint.size())
     return checkpoint
 
@@ -210,7 +223,10 @@ def resolve(model: str | Path, *, allow_pickle: bool = False) -> Path:
             return path
         exists = path.exists()
     if exists:
-        raise TersorError(f"{path} is a file; give the directory that holds the model's config.json, or a .gguf file")
+        raise TersorError(
+            f"{path} is a file; give the directory that holds the model's config.json, a .gguf file, "
+            "or say with --as which model of `tersor models` a published file is"
+        )
     if not _is_hub_name(str(model)):
         raise TersorError(
             f"no model at {model}: give a directory, a hub name such as org/name, or one of {', '.join(BUILTIN)}"

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tersor.cli.options import AsJson, Device
+from tersor.cli.options import AsJson, Device, Variant, opened_as
 from tersor.cli.progress import progress_bar
 from tersor.errors import TersorError
 from tersor.evaluate.accuracy import accuracy
@@ -31,6 +31,7 @@ def evaluate(
     max_images: Annotated[int | None, typer.Option(help="Evaluate only the first images.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Device = "auto",
+    variant: Variant = None,
     as_json: AsJson = False,
 ) -> None:
     """Perplexity of a language model over windows of a text that do not overlap; accuracy of a classifier with --images.
@@ -39,6 +40,7 @@ def evaluate(
 
     Examples: `tersor eval demo-4bit`, `tersor eval demo-4bit --against demo --text book.txt`.
     """
+    model = opened_as(model, variant)
     if against is not None:
         if images is not None:
             raise TersorError("--against compares language models on a text; leave --images out")

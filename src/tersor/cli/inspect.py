@@ -10,16 +10,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tersor.cli.options import AsJson
+from tersor.cli.options import AsJson, Variant, opened_as
 from tersor.evaluate.inspection import inspect_checkpoint
 
 
 def inspect(
     model: Annotated[str, typer.Argument(help="A directory, a .gguf file, a hub name such as org/name, or `demo`.")],
+    variant: Variant = None,
     as_json: AsJson = False,
 ) -> None:
     """Show a checkpoint's blocks, linear layers, formats and bits per weight; reads no weights."""
-    found = inspect_checkpoint(model)
+    found = inspect_checkpoint(opened_as(model, variant))
     if as_json:
         typer.echo(json.dumps(asdict(found)))
         return

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from tersor.cli.job_options import run_job, split, with_options
-from tersor.cli.options import SummaryAsJson
+from tersor.cli.options import SummaryAsJson, Variant, opened_as
 from tersor.compress.recipe import Recipe, read_recipe
 from tersor.errors import TersorError
 from tersor.methods.method import BlockMethod, from_options, methods
@@ -23,6 +23,7 @@ def _quantize(
     recipe: Annotated[
         Path | None, typer.Option(help="A YAML file with method, options and rules for single layers.")
     ] = None,
+    variant: Variant = None,
     as_json: SummaryAsJson = False,
     **given: Any,
 ) -> None:
@@ -43,7 +44,7 @@ def _quantize(
             raise TersorError(f"{named} and --recipe exclude each other: write it in {recipe}")
         chosen = read_recipe(recipe)
         _check(chosen.method.name)
-    run_job(model, out, [chosen], settings, as_json=as_json)
+    run_job(opened_as(model, variant), out, [chosen], settings, as_json=as_json)
 
 
 def _check(method: str) -> None:

@@ -67,7 +67,7 @@ def compress_checkpoint(name: str, job: Job) -> Compressed:
     target = Path(folder.name) / "model" if folder is not None else job.out
     assert target is not None
     target = agree(target)
-    if target.resolve() == checkpoint.directory.resolve():
+    if target.resolve() == (checkpoint.origin or checkpoint.directory).resolve():
         raise TersorError(f"{target} is the model itself; give another output directory")
     if job.layout is None:
         raise TersorError("a model given by name is written as it is compressed: format=None is for modules in memory")

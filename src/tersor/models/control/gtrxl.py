@@ -100,7 +100,7 @@ class Gate(nn.Module):
         if config.gate_bias_learned:
             self.bg = nn.Parameter(torch.full((d,), config.gate_bias))
         else:
-            self.register_buffer("bg", torch.tensor(config.gate_bias), persistent=False)
+            self.register_buffer("bg", torch.tensor(config.gate_bias, device="cpu"), persistent=False)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         if self.kind == "gru":

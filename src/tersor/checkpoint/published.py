@@ -1,0 +1,133 @@
+"""Official checkpoints of our own architectures, in the key layout in which they were published, for every verb.
+
+Such a file is converted once, as a whole, into a temporary directory of ours that lives as long as the process: memory is one
+time the weights (these models are small beside those that are read block by block).
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tersor import models
+from tersor.errors import TersorError
+from tersor.formats.weight_files import weight_files
+from tersor.layers.exchange import EXCHANGED
+from tersor.models.loading import load_state, read_state
+from tersor.untrusted import readable
+
+ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".pdparams")
+OURS, TIMMS = "tersor_model", "architecture"  # keys of a config.json that name an architecture of the registry
+BESIDE = ("preprocessor_config.json", "README.md", "LICENSE")
+
+
+def checkpoint_as(path: str | Path, variant: str) -> Path:
+    """A directory of ours with an official file's or folder's weights as the variant of that name. Raises TersorError where
+    the variant is unknown or cannot take them."""
+    models.find(variant)
+    with readable(path):
+        given = Path(path).expanduser()
+        if not given.exists():
+            raise TersorError(f"there is no file {path}")
+        if given.is_file() and given.suffix not in ENDINGS:
+            raise TersorError(f"{given.name}: published weights end in {', '.join(ENDINGS)}")
+    return _converted(given.resolve(), variant, "{}", _stamp(given))
+
+
+def named_by(config: Mapping[str, Any]) -> str | None:
+    """The architecture of ours that a config.json names: `tersor_model`, or timm's `architecture` where we have it."""
+    found = config.get(OURS, config.get(TIMMS))
+    return (
+        found if isinstance(found, str) and "quantization_config" not in config and not config.get(EXCHANGED) else None
+    )
+
+
+def converted(
+    directory: Path, config: Mapping[str, Any], shapes: Callable[[], Mapping[str, tuple[int, ...]]] | None
+) -> Path | None:
+    """The directory to read instead, where a model of ours lies in its published layout; None where it lies in ours.
+
+    shapes: of the tensors in its files; None where these are pickled and may hold more than tensors.
+    """
+    name = named_by(config)
+    if name is None:
+        return None
+    options = (
+        dict(config) if OURS in config else models.options_of(name, {k: v for k, v in config.items() if k != TIMMS})
+    )
+    options = {key: value for key, value in options.items() if key not in (OURS, "id2label", "dtype", "tersor_steps")}
+    try:
+        with torch.device("meta"):
+            wanted = _own_tensors(models.create(name, **options))
+    except Exception:
+        return None  # whoever builds the model says what is wrong
+    found = {} if shapes is None else shapes()
+    if all(found.get(key) == tuple(tensor.shape) for key, tensor in wanted.items()):
+        return None
+    return _converted(directory.resolve(), name, json.dumps(options, sort_keys=True), _stamp(directory), dict(config))
+
+
+def is_pickled(directory: Path) -> bool:
+    chosen = weight_files(directory)
+    return chosen is not None and chosen.is_pickled
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Changes when the files do."""
+    found = sorted(each for each in path.iterdir() if each.is_file()) if path.is_dir() else [path]
+    return tuple(value for each in found for value in (each.stat().st_mtime_ns, each.stat().st_size))
+
+
+_made: dict[tuple[Any, ...], Path] = {}
+
+
+def _converted(
+    path: Path, name: str, options: str, stamp: tuple[int, ...], config: Mapping[str, Any] | None = None
+) -> Path:
+    key = (path, name, options, stamp)
+    if key not in _made:
+        model = models.create(name, **json.loads(options))
+        state = read_state(path)
+        load_state(model, state, what=f"{path.name} does not fit {name}")
+        floating = [tensor.dtype for tensor in state.values() if tensor.is_floating_point()]
+        folder = _folder() / f"{len(_made)}-{path.stem}"
+        folder.mkdir()
+        _write(model.to(floating[0] if floating else torch.float32), folder, config or {})
+        for other in BESIDE:
+            if path.is_dir() and (path / other).is_file():
+                shutil.copyfile(path / other, folder / other)
+        _made[key] = folder
+    return _made[key]
+
+
+def _write(model: nn.Module, folder: Path, config: Mapping[str, Any]) -> None:
+    tensors = {key: tensor.detach().contiguous() for key, tensor in _own_tensors(model).items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    facts = config or models.config_of(model)
+    (folder / "config.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every tensor once, under the first name of tied ones."""
+    first: dict[int, str] = {}
+    state = model.state_dict(keep_vars=True)
+    for key, tensor in state.items():
+        first.setdefault(id(tensor), key)
+    return {key: state[key] for key in first.values()}
+
+
+@cache
+def _folder() -> Path:
+    made = Path(tempfile.mkdtemp(prefix="tersor-published-"))
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    return made
