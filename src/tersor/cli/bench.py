@@ -104,8 +104,10 @@ def _runner(
 
 def _runs_as(engine: Engine) -> str:
     """Which engine, and whether its steps were a CUDA graph, which is known when they have run."""
-    graphed = isinstance(engine, CachedModule) and engine.graphed
-    return type(engine).__name__ + (", CUDA graph" if graphed else "")
+    if isinstance(engine, CachedModule):
+        return type(engine).__name__ + (", CUDA graph" if engine.graphed else "")
+    form = getattr(engine, "form", "")  # of LlamaGPU
+    return type(engine).__name__ + (f", {form}" if form else "")
 
 
 def _plain(found: dict[str, Spread]) -> dict[str, dict[str, float]]:

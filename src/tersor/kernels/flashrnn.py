@@ -21,12 +21,13 @@ Wx [B, T, G, N, D], R [G, N, D_out, D_in], b [G, N, D], states [S, B, 1, N, D]; 
 call: the op `tersor::flashrnn`, which works on [T, N, B, G, D], so that a step is one batched product. Its backward pass
 recomputes all gates by one large product from the stored states, walks back over the steps with the derivatives below
 (R^T times the gates' gradients is all that is serial), and sums the gradients of R by one large product again. Sums are
-float32 (float64 for float64), results have Wx's dtype. With `fused`, both walks are Triton's on a GPU (flashrnn_triton.py). These
-kernels are tested under Triton's interpreter and have not been timed on a GPU, so they are not the default.
+float32 (float64 for float64), results have Wx's dtype. On a GPU both walks are Triton's, for
+float32 (flashrnn_triton.py).
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -147,9 +148,10 @@ def flashrnn(
     output_shape: str = "SBTHD",
     recurrent_shape: str = "GHDP",
     bias_shape: str = "GHD",
-    fused: bool = False,
+    fused: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `reference`, fast; differentiable in every tensor. fused: by Triton's kernels, for float32 on a GPU.
+    """As `reference`, fast; differentiable in every tensor. fused: by Triton's kernels, for float32 on
+    a GPU; None: where they run.
     Axes: B batch, T time, G gates, H heads, D width, P width
     of the state before, S states; `states` has the order of the output."""
     _one_of("function", function, *CELLS)
@@ -168,6 +170,8 @@ def flashrnn(
     _check("R", R, (N, D, cell.recurrent_gates, D), function)
     _check("b", b, (N, cell.gates, D), function)
     wide = torch.promote_types(Wx.dtype, torch.float32)
+    if fused is None:
+        fused = Wx.is_cuda and wide == torch.float32 and importlib.util.find_spec("triton") is not None
     if fused and (not Wx.is_cuda or wide != torch.float32):
         raise TersorError(f"flashrnn's fused kernels take float32 on a GPU, not {wide} on {Wx.device}; leave fused out")
     tensors = [each.to(wide).contiguous() for each in (Wx, R, b, start)]

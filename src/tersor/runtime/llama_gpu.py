@@ -5,11 +5,12 @@
 
 Takes the models that `llama_cpu.py` takes, in float16 or bfloat16, packed or not. W_q, W_k and W_v are one matmul, W_gate and
 W_up another, where their weights can be joined; `kernels/decode_triton.py` does the rest of a layer in five or six kernels.
-On Hopper a token of a single sequence goes through all layers in one launch instead (`kernels/llama_step.py`).
+On Hopper a token of a single sequence can go through all layers in one launch instead (`kernels/llama_step.py`); which of the
+two is faster is measured on the GPU at hand with the first token.
 
 A step reads the tokens, and where they belong, from the device, and leaves the likeliest next tokens and their place there.
 So the one graph serves every position and prompt, and `greedy` replays it without waiting for a token to reach the host.
-The first step runs without the graph, as kernels are compiled when they are first called, and is captured after it.
+Before the first step the kernels run once without a graph, as they are compiled when they are first called.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,6 +35,7 @@ from tersor.layers.quantized_linear import QuantizedLinear
 from tersor.runtime.cache_room import check_room
 from tersor.runtime.llama_cpu import unlike_family, visible, window_of
 
+MEASURED_STEPS = 9  # of each form of a step, before one is chosen
 CHUNK_ROWS = 4096  # prompt tokens, of all sequences, that go through the layers together, which bounds the buffers
 
 
@@ -168,6 +171,8 @@ class LlamaGPU:
         self._logits = torch.zeros(batch, int(head.out_features), device=self.device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._at_once = self._one_launch() if batch == 1 else None
+        self.form = ""  # "one launch" or "kernel by kernel", once a step was done on a GPU
+        self.step_seconds: dict[str, float] = {}  # what each took, where both are possible
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # the matmul fetches its weight without waiting for who wrote it
 
@@ -284,19 +289,46 @@ class LlamaGPU:
             self._graph.replay()
             self.length += 1
             return
-        self._step()
-        self.length += 1
         if self.device.type == "cuda":
+            self._graph = self._fastest_graph()
+            self._graph.replay()
+        else:
+            self._step()
+        self.length += 1
+
+    def _fastest_graph(self) -> torch.cuda.CUDAGraph:
+        """A step as one launch or kernel by kernel, whichever takes less time on this GPU: which it is depends on the GPU and on
+        the weights. A step done twice changes nothing, but for where the next begins, which is put back."""
+        forms = [self._step] if self._at_once is None else [self._step_at_once, self._step]
+        place = [self._ids, self._position, self._made]
+        before = [each.clone() for each in place]
+
+        def put_back() -> None:
+            for each, was in zip(place, before, strict=True):
+                each.copy_(was)
+
+        graphs: dict[str, torch.cuda.CUDAGraph] = {}
+        for form in forms:
+            form()  # kernels are compiled when they are first called
+            put_back()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=_capture_stream(self.device)):
-                self._step()  # is captured, not run
-            self._graph = graph
+                form()  # is captured, not run
+            graphs["one launch" if form == self._step_at_once else "kernel by kernel"] = graph
+        if len(graphs) > 1:
+            self.step_seconds = {name: _seconds(graph, put_back) for name, graph in graphs.items()}
+        self.form = (
+            min(self.step_seconds, key=lambda name: self.step_seconds[name]) if len(graphs) > 1 else next(iter(graphs))
+        )
+        put_back()
+        return graphs[self.form]
+
+    def _step_at_once(self) -> None:
+        assert self._at_once is not None
+        self._pick(self._at_once())
 
     def _step(self) -> None:
         kernels = self._kernels
-        if self._at_once is not None:
-            self._pick(self._at_once())
-            return
 
         def attend(layer: _Layer, queries: Tensor) -> Tensor:
             found: Tensor = kernels.attend(
@@ -369,6 +401,20 @@ class LlamaGPU:
     def _pick(self, normed: Tensor) -> None:
         (scores,) = self._head(normed)
         self._kernels.pick(scores, self._logits, self._ids, self._made, self._position, early=self._early)
+
+
+def _seconds(graph: torch.cuda.CUDAGraph, put_back: Callable[[], None]) -> float:
+    """The median time of a few replays, each from the same place."""
+    times: list[float] = []
+    for _ in range(MEASURED_STEPS):
+        put_back()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times)
 
 
 @functools.cache
