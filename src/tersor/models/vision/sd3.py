@@ -1,6 +1,6 @@
 """SD3, the MM-DiT of Stable Diffusion 3: pictures from text by rectified flow (Esser et al., ICML 2024, arXiv 2403.03206).
 
-What it is for: the denoiser of Stable Diffusion 3 and 3.5 Large, on the latents of its autoencoder (16 channels, an eighth of the
+What it is for: the denoiser of Stable Diffusion 3 and 3.5, on the latents of its autoencoder (16 channels, an eighth of the
 pixels a side). Text comes as the outputs of its three text encoders. It is also the base that `ted_viton` dresses people with.
 
     model = tersor.models.load("sd3_medium", "stable-diffusion-3-medium-diffusers/transformer")
@@ -15,14 +15,15 @@ pooled_projections (B, pooled_projection_dim) -> (B, out_channels, H, W). With N
     x, y += a' * MLP(LN(.) (1 + g') + s')            GELU by tanh, hidden 4D; the last block leaves y alone after its attention
     v = unpatch(W (LN(x) (1 + g) + s))
 
+Blocks in `dual_attention_layers` have a second attention among the image tokens, with s, g, a of its own, beside the first.
 `beside` and `semantic` are what ted_viton adds: tokens that a block's attention may look at, and keys and values for a second
 attention of the image's queries, whose result is added before Wo.
 
 Origin: huggingface/diffusers 0.42.1 (SD3Transformer2DModel), Apache 2.0, whose key names are ours; its table of positions, which
-is fixed, is dropped. The weights have Stability's community licence. Not built: the second attention of SD3.5 Medium, the layout
-of the single original file.
+is fixed, is dropped. The weights have Stability's community licence. Not built: the layout of the single original file.
 
-Proven: the golden case of diffusers; with and without q/k norms equal to diffusers 0.42.1 with random weights; parameter counts.
+Proven: the golden case of diffusers; with and without q/k norms and second attention equal to diffusers 0.42.1 with
+random weights; parameter counts.
 Not proven: pictures from the official weights, which were not at hand.
 """
 
@@ -62,11 +63,14 @@ class SD3Config:
     out_channels: int = 16
     pos_embed_max_size: int = 192  # side of the table of positions, in patches
     qk_norm: str | None = None  # or "rms_norm", of each head's queries and keys, as in 3.5
+    dual_attention_layers: tuple[int, ...] = ()  # blocks with a second attention, of the image alone, as in 3.5 Medium
 
     def __post_init__(self) -> None:
         divides("sd3", "patch_size", self.patch_size, "sample_size", self.sample_size)
         at_least("sd3", 1, num_layers=self.num_layers, in_channels=self.in_channels, out_channels=self.out_channels)
         at_least("sd3", self.sample_size // self.patch_size, pos_embed_max_size=self.pos_embed_max_size)
+        for each in self.dual_attention_layers:
+            one_of("sd3", "dual_attention_layers", each, range(self.num_layers))
         one_of("sd3", "qk_norm", self.qk_norm, (None, "rms_norm"))
         divides("sd3", "four, for its sines,", 4, "width", self.width)
         if self.caption_projection_dim != self.width:
@@ -158,6 +162,21 @@ class FeedForward(nn.Module):
         return self.net(x)
 
 
+class OwnAttention(nn.Module):
+    """Of the image tokens alone."""
+
+    def __init__(self, config: SD3Config) -> None:
+        super().__init__()
+        d, e, self.heads = config.width, config.attention_head_dim, config.num_attention_heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(d, d) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(d, d)])
+        self.norm_q, self.norm_k = (nn.RMSNorm(e, eps=EPS) if config.qk_norm else nn.Identity() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (split(project(x), self.heads) for project in (self.to_q, self.to_k, self.to_v))
+        return self.to_out[0](merge(F.scaled_dot_product_attention(self.norm_q(q), self.norm_k(k), v)))
+
+
 class JointAttention(nn.Module):
     """One softmax attention over both streams, each with its own projections."""
 
@@ -194,15 +213,16 @@ class JointAttention(nn.Module):
         return out, None if self.to_add_out is None else self.to_add_out(merge(context))
 
     def split(self, x: Tensor) -> Tensor:
-        return rearrange(x, "b n (h e) -> b h n e", h=self.heads)
+        return split(x, self.heads)
 
 
 class Block(nn.Module):
-    def __init__(self, config: SD3Config, *, last: bool) -> None:
+    def __init__(self, config: SD3Config, index: int, *, last: bool) -> None:
         super().__init__()
-        d, self.last = config.width, last
-        self.norm1, self.norm1_context = Modulation(d, 6), Modulation(d, 2 if last else 6)
+        d, self.last, dual = config.width, last, index in config.dual_attention_layers
+        self.norm1, self.norm1_context = Modulation(d, 9 if dual else 6), Modulation(d, 2 if last else 6)
         self.attn = JointAttention(config, last=last)
+        self.attn2 = OwnAttention(config) if dual else None
         self.ff = FeedForward(d)
         self.ff_context = None if last else FeedForward(d)
 
@@ -216,11 +236,13 @@ class Block(nn.Module):
         semantic: Streams | None = None,
     ) -> Streams:
         s, g, a, *rest = self.norm1(c)
+        own = self.attn2(modulated(x, *rest[3:5])) if self.attn2 is not None else None
         of_context = self.norm1_context(c)
         sy, gy = of_context[::-1] if self.last else of_context[:2]  # the last one's order is that of norm_out
         near = None if beside is None else modulated(beside, s, g)
         out, context = self.attn(modulated(x, s, g), modulated(y, sy, gy), near, mask, semantic)
-        x = residual(x + a * out, self.ff, *rest)
+        x = x + a * out if own is None else x + a * out + rest[5] * own
+        x = residual(x, self.ff, *rest[:3])
         if context is None or self.ff_context is None:
             return x, y
         return x, residual(y + of_context[2] * context, self.ff_context, *of_context[3:])
@@ -233,6 +255,14 @@ class Block(nn.Module):
     paper="arXiv 2403.03206",
     variants={
         "sd3_medium": (2_028_328_000, {}),
+        "sd3_5_medium": (
+            2_243_171_520,
+            {
+                "pos_embed_max_size": 384,
+                "qk_norm": "rms_norm",
+                "dual_attention_layers": (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12),
+            },
+        ),
         "sd3_5_large": (
             8_056_627_520,
             {
@@ -255,6 +285,7 @@ class Block(nn.Module):
         "pooled_projection_dim": 10,
         "pos_embed_max_size": 6,
         "qk_norm": "rms_norm",
+        "dual_attention_layers": (0,),
     },
 )
 class SD3(nn.Module):
@@ -267,7 +298,7 @@ class SD3(nn.Module):
         self.time_text_embed = Condition(config)
         self.context_embedder = nn.Linear(config.joint_attention_dim, config.width)
         last = config.num_layers - 1
-        self.transformer_blocks = nn.ModuleList(Block(config, last=i == last) for i in range(config.num_layers))
+        self.transformer_blocks = nn.ModuleList(Block(config, i, last=i == last) for i in range(config.num_layers))
         self.norm_out = Modulation(config.width, 2)
         self.proj_out = nn.Linear(config.width, config.patch_size**2 * config.out_channels)
 
@@ -316,6 +347,10 @@ def modulated(x: Tensor, s: Tensor, g: Tensor) -> Tensor:
 
 def residual(x: Tensor, ff: nn.Module, s: Tensor, g: Tensor, a: Tensor) -> Tensor:
     return x + a * ff(modulated(x, s, g))
+
+
+def split(x: Tensor, heads: int) -> Tensor:
+    return rearrange(x, "b n (h e) -> b h n e", h=heads)
 
 
 def merge(x: Tensor) -> Tensor:

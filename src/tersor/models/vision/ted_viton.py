@@ -85,7 +85,7 @@ class GarmentNet(nn.Module):
         self.pos_embed = PatchEmbed(config)
         self.time_text_embed = Condition(config)
         self.context_embedder = nn.Linear(config.joint_attention_dim, config.width)
-        self.transformer_blocks = nn.ModuleList(Block(config, last=False) for _ in range(config.num_layers - 1))
+        self.transformer_blocks = nn.ModuleList(Block(config, i, last=False) for i in range(config.num_layers - 1))
 
     def forward(self, garment: Tensor, encoder_hidden_states: Tensor, pooled_projections: Tensor) -> list[Tensor]:
         """Latents (B, C, H, W) and the garment's text -> for each block of the base (B, G, D)."""
