@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import tersor.models
@@ -77,6 +79,22 @@ def test_at_the_start_it_is_the_base() -> None:
     torch.testing.assert_close(model(**inputs, semantics=features()), expected, rtol=0, atol=1e-12)  # W_v is zero
     silent, _ = dressed(awake=True, ip_scale=0.0)
     torch.testing.assert_close(silent(**inputs, semantics=features()), expected, rtol=0, atol=1e-12)
+
+
+def test_the_base_is_read_from_a_folder_of_diffusers(tmp_path: Path) -> None:
+    _, base = dressed()
+    state = {name: value.half() for name, value in base.state_dict().items()}
+    save_file(
+        {**state, "pos_embed.pos_embed": torch.zeros(1, 36, 24)}, tmp_path / "diffusion_pytorch_model.safetensors"
+    )
+    fresh = tersor.models.create("ted_viton", **SMALL)
+    fresh.load_base(tmp_path)
+    for name, value in fresh.garment.state_dict().items():
+        assert torch.equal(value, state[name].float()), name
+    patches = fresh.tryon.pos_embed.proj.weight
+    assert torch.equal(patches[:, :3], state["pos_embed.proj.weight"].float())
+    assert not patches[:, 3:].any()
+    assert torch.equal(fresh.tryon.proj_out.weight, state["proj_out.weight"].float())
 
 
 @torch.no_grad()

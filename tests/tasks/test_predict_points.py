@@ -33,7 +33,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shapes")
     for name in ("ball", "rod"):
         (folder / "data" / name).mkdir(parents=True)
-        for number in range(6):
+        for number in range(4):
             size = 1 + number
             shape = (
                 trimesh.creation.icosphere(subdivisions=1, radius=size)
@@ -47,7 +47,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         main(
             [
                 *("train", "any2point", "--data", data, "--validation", data, "--out", str(folder / "run")),
-                *("--device", "cpu", "--epochs", "8", "--batch-size", "6", "--lr", "0.005", *sizes),
+                *("--device", "cpu", "--epochs", "8", "--batch-size", "4", "--lr", "0.005", *sizes),
                 *("--set", "data.augment=true", "--set", "data.noise=0.01"),
             ]
         )

@@ -49,7 +49,7 @@ def _train(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
     **options: Any,
 ) -> None:
-    """Train a model by its task: to classify, enlarge or segment images, forecast series, or model text.
+    """Train a model by its task: to classify images or point clouds, enlarge or segment images, forecast series, or model text.
 
     On several devices: `torchrun --nproc-per-node 4 -m tersor train MODEL ...`. An option given here wins over `--set`,
     and that over `--config`.
