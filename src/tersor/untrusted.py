@@ -312,6 +312,16 @@ def read_npz(path: Path, names: Iterable[str]) -> dict[str, Any]:
     return found
 
 
+def read_npy(path: Path, *, most: int = TEXT_BYTES) -> Any:
+    """The array of an .npy file, as long as its header says and without Python objects, at most `most` bytes."""
+    import numpy as np
+
+    try:
+        return _array(np, "the array", read_bytes(path, most=most))
+    except ValueError as error:
+        raise TersorError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+
+
 def _array(np: Any, name: str, content: bytes) -> Any:
     file = io.BytesIO(content)
     try:

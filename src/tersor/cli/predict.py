@@ -37,8 +37,8 @@ def predict(
     as_json: AsJson = False,
     device: Device = "auto",
 ) -> None:
-    """Predict for files of your own, by the model's task: a picture's five likeliest classes, the picture enlarged, or the
-    classes of its pixels.
+    """Predict for files of your own, by the model's task: the five likeliest classes of a picture, point cloud or mesh, the
+    picture enlarged, or the classes of its pixels.
 
     A file that cannot be read is named on standard error and skipped; the exit status is then 1.
 

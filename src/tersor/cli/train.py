@@ -17,7 +17,7 @@ import tersor.models
 from tersor.cli.progress import progress_bar
 from tersor.errors import TersorError
 from tersor.models.config import checked_config
-from tersor.tasks import task_named
+from tersor.tasks import task_of
 from tersor.train.config import TrainConfig
 from tersor.train.trainer import train as run_training
 from tersor.train.trainer import validate
@@ -29,7 +29,11 @@ SECTIONS = ("model", "data", "train")
 def _train(
     model: Annotated[str, typer.Argument(help="An architecture: `tersor models` lists them.")],
     data: Annotated[
-        Path, typer.Option("--data", help="CSV file (series), folder (or .npz) of images, or text file; .gz too.")
+        Path,
+        typer.Option(
+            "--data",
+            help="CSV file (series), folder (or .npz) of images, folder of point clouds, or text file; .gz too.",
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder of the run; one that was interrupted goes on.")],
     validation: Annotated[
@@ -45,7 +49,7 @@ def _train(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
     **options: Any,
 ) -> None:
-    """Train a model by its task: to classify, enlarge or segment images, forecast series, or model text.
+    """Train a model by its task: to classify images or point clouds, enlarge or segment images, forecast series, or model text.
 
     On several devices: `torchrun --nproc-per-node 4 -m tersor train MODEL ...`. An option given here wins over `--set`,
     and that over `--config`.
@@ -53,7 +57,8 @@ def _train(
     tables = _tables(config, set or [])
     tables["train"] |= {name: value for name, value in options.items() if value is not None}
     settings = checked_config(TrainConfig, tables["train"], "train")
-    task = task_named(tersor.models.find(model).task)
+    info = tersor.models.find(model)
+    task = task_of(info.task, info.input)
     torch.manual_seed(settings.seed)
     net = _build(model, checkpoint, tables["model"])
     sets = task.load_data(net, data, validation, tables["data"])

@@ -1,7 +1,7 @@
 """What models are for: one file a task, and the verbs that dispatch on it.
 
-A model says its task in `@register`; `task_named("classify")` is what tersor knows of it. Each file holds a `TASK`; it is
-imported when it is asked for.
+A model says its task and its kind of input in `@register`; `task_of(task, input)` is what tersor knows of both. Each file holds
+a `TASK`; it is imported when it is asked for. `classify` is for images, `classify_points.py` for models that classify points.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from tersor.errors import TersorError
 from tersor.tasks.task import Prediction, Sets, Task
 
-__all__ = ["Prediction", "Sets", "Task", "task_named", "tasks"]
+__all__ = ["Prediction", "Sets", "Task", "task_named", "task_of", "tasks"]
 
 NO_TASKS = ("__init__", "task", "predict", "tiles")
 
@@ -29,3 +29,9 @@ def task_named(name: str) -> Task:
         raise TersorError(f"no verb works on the task {name!r} yet, only on {', '.join(tasks())}")
     task: Task = importlib.import_module(f"tersor.tasks.{name.replace('-', '_')}").TASK
     return task
+
+
+def task_of(task: str, input: str) -> Task:
+    """The task of a model with this kind of input: its own file where there is one, else the task's."""
+    own = f"{task}-{input}"
+    return task_named(own if own in tasks() else task)

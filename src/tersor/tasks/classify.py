@@ -23,7 +23,7 @@ TOP = 5
 
 @dataclass(frozen=True)
 class Classes:
-    """The likeliest classes of one picture, the likeliest first."""
+    """The likeliest classes of one file, the likeliest first."""
 
     path: Path
     names: tuple[str, ...]
@@ -76,7 +76,12 @@ def predict(
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         raise TersorError(f"{type(module).__name__} is no image classifier: it gives no logits [images, classes]")
-    shares, classes = logits[0].float().softmax(0).topk(min(TOP, logits.shape[1]))
+    return likeliest(path, logits[0], labels)
+
+
+def likeliest(path: Path, logits: Tensor, labels: Mapping[int, str]) -> Classes:
+    """logits (classes,)."""
+    shares, classes = logits.float().softmax(0).topk(min(TOP, len(logits)))
     names = (labels.get(number, f"class {number}") for number in classes.tolist())
     return Classes(path, tuple(names), tuple(shares.tolist()))
 

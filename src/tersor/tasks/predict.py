@@ -15,7 +15,7 @@ from tersor.checkpoint.load import load, pick_device
 from tersor.checkpoint.preprocessing import image_settings
 from tersor.checkpoint.source import open_checkpoint
 from tersor.errors import TersorError
-from tersor.tasks import Prediction, Task, task_named
+from tersor.tasks import Prediction, Task, task_of
 from tersor.untrusted import readable
 
 # The end of a transformers class's name -> our task, for those that `tersor predict` shows.
@@ -61,7 +61,8 @@ def open_predictor(
     mean and standard deviation. Raises TersorError where the model's task shows no predictions, or has no such options.
     """
     if checkpoint is not None:
-        task = _shown(models.find(model).task, out, reference)
+        info = models.find(model)
+        task = _shown(info.task, info.input, out, reference)
         module = models.load(model, checkpoint).to(pick_device(device)).eval()
         settings: dict[str, Any] = {}
         if task.normalises:
@@ -69,7 +70,7 @@ def open_predictor(
             settings = {"size": size, **IMAGENET}
         return Predictor(module, task, settings, {}, out, reference)
     opened = open_checkpoint(model)
-    task = _shown(_task_of(opened.config), out, reference)
+    task = _shown(*_task_of(opened.config), out, reference)
     settings = image_settings(opened) if task.normalises else {}
     return Predictor(load(model, device=device).eval(), task, settings, _labels_of(opened.config), out, reference)
 
@@ -120,9 +121,9 @@ def predictions(predictor: Predictor, files: Sequence[Path]) -> Iterator[tuple[P
             yield path, error
 
 
-def _shown(name: str, out: Path | None, reference: Path | None) -> Task:
+def _shown(name: str, input: str, out: Path | None, reference: Path | None) -> Task:
     """The task, where it shows predictions and has these options."""
-    task = task_named(name)
+    task = task_of(name, input)
     if task.predict is None:
         raise TersorError(f"`tersor predict` does not show models of the task {name!r}")
     if task.writes and out is None:
@@ -150,15 +151,17 @@ def _reference_of(path: Path, reference: Path) -> Path:
     return found[0]
 
 
-def _task_of(config: Mapping[str, Any]) -> str:
+def _task_of(config: Mapping[str, Any]) -> tuple[str, str]:
+    """The task and its kind of input."""
     for key in ("tersor_model", "architecture"):  # ours, or timm's
         if key in config:
-            return models.find(str(config[key])).task
+            info = models.find(str(config[key]))
+            return info.task, info.input
     names = [str(name) for name in config.get("architectures") or []]
     for name in names:
         for end, task in TASK_OF_CLASS.items():
             if name.endswith(end):
-                return task
+                return task, "image"
     if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
         raise TersorError("this is a language model: `tersor generate` continues a prompt")
     raise TersorError(f"`tersor predict` does not know what {', '.join(names) or 'this model'} is for")
