@@ -29,7 +29,8 @@ SECTIONS = ("model", "data", "train")
 def _train(
     model: Annotated[str, typer.Argument(help="An architecture: `tersor models` lists them.")],
     data: Annotated[
-        Path, typer.Option("--data", help="CSV file (series), folder (or .npz) of images, or text file; .gz too.")
+        Path,
+        typer.Option("--data", help="CSV or Parquet file (series), folder (or .npz) of images, or text file; .gz too."),
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder of the run; one that was interrupted goes on.")],
     validation: Annotated[
@@ -52,11 +53,13 @@ def _train(
     """
     tables = _tables(config, set or [])
     tables["train"] |= {name: value for name, value in options.items() if value is not None}
-    settings = checked_config(TrainConfig, tables["train"], "train")
     task = task_named(tersor.models.find(model).task)
+    settings = checked_config(TrainConfig, {**task.defaults, **tables["train"]}, "train")
     torch.manual_seed(settings.seed)
     net = _build(model, checkpoint, tables["model"])
     sets = task.load_data(net, data, validation, tables["data"])
+    for note in sets.notes:
+        typer.echo(f"tersor: {note}", err=True)
     with progress_bar(quiet=as_json) as progress:
         result = run_training(
             net,

@@ -85,12 +85,15 @@ def frame_columns(frame: Any) -> Columns:
     return Columns({str(name): _plain(_pandas(frame[name])) for name in frame.columns}, first_row=0)
 
 
-def frame_like(frame: Any, columns: Mapping[str, Any]) -> Any:
+def frame_like(frame: Any, columns: Mapping[str, np.ndarray]) -> Any:
     """A frame of the library that `frame` is of."""
     if type(frame).__module__.partition(".")[0] == "polars":
         import polars
 
-        return polars.DataFrame(dict(columns))
+        known = {
+            name: each.astype("datetime64[ms]") if each.dtype.kind == "M" else each for name, each in columns.items()
+        }
+        return polars.DataFrame({name: list(each) if each.dtype.kind == "O" else each for name, each in known.items()})
     import pandas
 
     return pandas.DataFrame(dict(columns))

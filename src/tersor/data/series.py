@@ -156,9 +156,8 @@ def split_table(table: Table, config: SeriesConfig) -> Parts:
         steps = np.arange(len(table.values)) * round(config.step_hours * 3600)
         times = first_stamp(config.start) + steps.astype("timedelta64[s]")
     train_rows, validation_end, test_end = _ends(table.names, times, len(table.values), config)
+    _check_lengths(train_rows, validation_end - train_rows, test_end - validation_end, config)
     train = table.values[:train_rows]
-    if not len(train):
-        raise TersorError(f"a series of {len(table.values)} rows has no training part")
     with np.errstate(over="ignore", invalid="ignore"):
         mean, std = train.mean(0), train.std(0)
     std = np.where(std == 0, 1.0, std)  # a variate that never moves stays 0
@@ -189,6 +188,18 @@ def split_table(table: Table, config: SeriesConfig) -> Parts:
         mean=torch.from_numpy(mean),
         std=torch.from_numpy(std),
     )
+
+
+def _check_lengths(train: int, validation: int, test: int, config: SeriesConfig) -> None:
+    """Raise TersorError where a part holds no window; the later ones may look back into the part before."""
+    total = train + validation + test
+    parts = (("training", train, config.seq_len + config.pred_len), ("validation", validation, config.pred_len))
+    for name, rows, needed in (*parts, ("test", test, config.pred_len)):
+        if rows < needed:
+            raise TersorError(
+                f"a series of {total} rows has a {name} part of {rows}, too few for look-back {config.seq_len} and horizon "
+                f"{config.pred_len}, which need {needed}"
+            )
 
 
 def read_table(path: str | Path) -> Table:

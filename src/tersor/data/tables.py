@@ -38,6 +38,7 @@ ON_GRID = 1e-6  # of a step
 class TableConfig:
     time: str = ""  # column of the time stamps; empty: found by name or content
     target: str = ""  # columns to forecast, separated by commas; empty: all that are left
+    columns: tuple[str, ...] = ()  # the same as `target`, of names that may hold commas
     id: str = ""  # column that says which series a row is of
     fill: str = ""  # "previous", "linear", "zero"; empty: what is missing is an error
 
@@ -118,7 +119,7 @@ def series_of(columns: Columns, config: TableConfig) -> SeriesTable:
 def _roles(columns: Columns, config: TableConfig) -> tuple[str, str, list[str]]:
     """The names of the time column, the id column ("" for none) and the targets."""
     known = list(columns.cells)
-    wanted = [name.strip() for name in config.target.split(",") if name.strip()]
+    wanted = list(config.columns) or [name.strip() for name in config.target.split(",") if name.strip()]
     for name in (config.time, config.id, *wanted):
         if name and name not in known:
             raise TersorError(f"no column is named {name!r}; there are {', '.join(known[:12])}")
