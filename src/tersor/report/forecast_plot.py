@@ -41,7 +41,7 @@ def plot_forecast(forecast: Forecast, path: Path, kind: str) -> None:
     axes = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
     for axis, (series, column) in zip(axes, shown, strict=True):
         _panel(axis, forecast, series, column)
-    axes[0].legend(loc="upper left", fontsize="small", frameon=False)
+    axes[0].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, fontsize="small", frameon=False)
     left = f" ({len(panels) - len(shown)} more are not shown)" if len(panels) > len(shown) else ""
     figure.suptitle(f"{forecast.model}: the next {len(forecast.times[0])} rows{left}", fontsize="medium")
     metadata = {"Date": None} if kind == "svg" else None
