@@ -245,6 +245,7 @@ def test_says_in_one_line_why_a_table_does_not_fit(
         (["ridge", "--interval", "80,100"], "an interval of 100 % is none"),
         (["ridge", "--interval", "high"], "levels such as 80,95 are expected"),
         (["ridge", "--interval", "99.9"], "an interval of 99.9 % needs 999 windows"),
+        (["repeat-last", "--season", "7"], "--season 7 is for seasonal-naive and ridge"),
         (["ridge", "--out", "x.xlsx"], "a forecast is written as .csv or .parquet"),
         (["ridge", "--target", "z"], "no column is named 'z'; there are date, a, b"),
         (["ridge", "--fill", "backwards"], "not 'backwards'"),
@@ -352,6 +353,31 @@ def test_windows_that_are_measured_on_share_no_row_with_those_calibrated_on() ->
     assert max(row for _, row in earlier) + 12 <= min(row for _, row in later)
     assert max(row for _, row in later) == 388
     assert abs(len(earlier) - len(later)) <= 1
+
+
+def test_short_series_calibrate_for_each_other(tmp_path: Path) -> None:
+    found = read_series(long_table(tmp_path / "x.csv", {f"s{n}": 40 for n in range(50)}))
+    prepared = scaled(found, remember(found, [28] * 50, "none"))
+    earlier, later = held_out_origins(prepared, 10, 12, [40] * 50, measure=True)
+    assert {series for series, _ in earlier} == set(range(0, 50, 2))
+    assert {series for series, _ in later} == set(range(1, 50, 2))
+    assert {row for _, row in earlier} == {28, 29, 30}
+    made = forecast_series("seasonal-naive", found, horizon=10, interval=(80,), season=24)
+    assert made.intervals is not None
+    assert (made.intervals.windows, made.intervals.held_out, made.intervals.coverage) == (75, 75, (1.0,))
+
+
+def test_a_long_table_is_backtested_as_its_series_one_by_one(tmp_path: Path) -> None:
+    data = long_table(tmp_path / "x.csv", {"low": 200, "high": 180})
+    whole = backtest("repeat-last", read_series(data), horizon=6, windows=4, interval=())
+    alone = []
+    for id in ("low", "high"):
+        lines = data.read_text().splitlines()
+        (tmp_path / "y.csv").write_text("\n".join([lines[0], *(line for line in lines if line.startswith(f"{id},"))]))
+        alone.append(backtest("repeat-last", read_series(tmp_path / "y.csv"), horizon=6, windows=4, interval=()))
+    for measure in ("mse", "mae", "mase"):
+        mean = np.mean([getattr(each.rows[0], measure) for each in alone])
+        assert getattr(whole.rows[0], measure) == pytest.approx(mean, rel=1e-4)
 
 
 def test_backtest_counts_as_by_hand(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from tersor.cli.forecast import Data, Fill, Id, Season, Target, Time, Weights, levels_of
+from tersor.cli.notes import show_notes
 from tersor.cli.options import AsJson, Device
 from tersor.data.tables import TableConfig, read_series
 from tersor.errors import TersorError
@@ -55,8 +56,7 @@ def backtest(
     if as_json:
         typer.echo(json.dumps(found.as_dict()))
         return
-    for note in found.notes:
-        typer.echo(f"tersor: {note}", err=True)
+    show_notes(found.notes)
     typer.echo(f"{found.windows} windows of {found.horizon} rows, {found.first}")
     for line in _lines(found):
         typer.echo(line)

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from tersor.checkpoint.room import replacing
+from tersor.cli.notes import show_notes
 from tersor.cli.options import AsJson, Device
 from tersor.data.tables import TableConfig, read_series, told
 from tersor.errors import TersorError
@@ -92,8 +93,7 @@ def forecast(
     if as_json:
         typer.echo(json.dumps(made.as_dict()))
         return
-    for note in made.notes:
-        typer.echo(f"tersor: {note}", err=True)
+    show_notes(made.notes)
     _print(made, out=out, plot=plot)
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from torch import nn
 
 import tersor.models
+from tersor.cli.notes import show_notes
 from tersor.cli.progress import progress_bar
 from tersor.errors import TersorError
 from tersor.models.config import checked_config
@@ -58,8 +59,7 @@ def _train(
     torch.manual_seed(settings.seed)
     net = _build(model, checkpoint, tables["model"])
     sets = task.load_data(net, data, validation, tables["data"])
-    for note in sets.notes:
-        typer.echo(f"tersor: {note}", err=True)
+    show_notes(sets.notes)
     with progress_bar(quiet=as_json) as progress:
         result = run_training(
             net,

@@ -108,6 +108,12 @@ def numbers(columns: Columns, name: str, *, text_is_missing: bool) -> tuple[np.n
         if texts and not text_is_missing:
             _refuse(columns, name, int(np.isinf(values).argmax()))
         return np.where(np.isinf(values), np.nan, values), texts
+    try:
+        values = cells.astype(np.float64)
+        if bool(np.isfinite(values).all()):
+            return values, 0
+    except (ValueError, TypeError, OverflowError):
+        pass  # cell by cell
     values, texts = np.full(len(cells), np.nan), 0
     for n, cell in enumerate(cells):
         number = _number(cell, decimal_comma=columns.decimal_comma)

@@ -52,4 +52,4 @@ def coverage(errors: Tensor, radii: Tensor) -> list[float]:
 
 
 def _rank(W: int, level: float) -> int:
-    return math.ceil((W + 1) * level / 100 - 1e-9)
+    return max(1, math.ceil((W + 1) * level / 100 - 1e-9))

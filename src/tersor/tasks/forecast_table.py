@@ -23,7 +23,15 @@ from tersor.data.tables import SeriesTable, TableConfig, series_of, told
 from tersor.errors import TersorError
 from tersor.evaluate.conformal import LEVELS, check_levels
 from tersor.evaluate.yardsticks import fit_ridge
-from tersor.tasks.forecaster import RIDGE, YARDSTICKS, Forecaster, model_forecaster, open_forecaster, yardsticks
+from tersor.tasks.forecaster import (
+    RIDGE,
+    SEASONAL_NAIVE,
+    YARDSTICKS,
+    Forecaster,
+    model_forecaster,
+    open_forecaster,
+    yardsticks,
+)
 from tersor.tasks.origins import Intervals, calibrated, check_rows, windows_at
 
 MOST_HORIZON = 1 << 20
@@ -53,7 +61,7 @@ class Forecast:
         made: dict[str, np.ndarray] = {}
         if table.id_name:
             made[table.id_name] = np.repeat(np.array(table.ids, dtype=object), sizes)
-        made[table.time_name or ROW] = np.concatenate(self.times)
+        made[table.time_name or (ROW if ROW not in table.names else f"{ROW} number")] = np.concatenate(self.times)
         values, radii = np.concatenate(self.values), np.concatenate(self.radii, 1) if self.levels else None
         for n, name in enumerate(table.names):
             made[name] = values[:, n]
@@ -151,6 +159,8 @@ def forecast_series(
     """interval: None for 80 and 95 % where they can be had, else levels that must be."""
     if not 1 <= horizon <= MOST_HORIZON:
         raise TersorError(f"a horizon is 1 to {MOST_HORIZON} rows, not {horizon}")
+    if season and model not in (SEASONAL_NAIVE, RIDGE):
+        raise TersorError(f"--season {season} is for {SEASONAL_NAIVE} and {RIDGE}; the model has no such setting")
     levels = check_levels(LEVELS if interval is None else interval)
     prepared = scaled(table, Memory() if isinstance(model, str) else model.memory)
     forecaster = yardstick_of(model, prepared, horizon, season) if isinstance(model, str) else model
@@ -175,6 +185,12 @@ def forecast_series(
     x, last = windows_at(prepared, ends, forecaster.look_back)
     made = forecaster(x, last, prepared.table.step, horizon).double().numpy()
     after = prepared.table.step.after(last, np.arange(1, horizon + 1))
+    with np.errstate(over="ignore"):
+        values = tuple(each * scale.std + scale.mean for each, scale in zip(made, prepared.scales, strict=True))
+    if not all(bool(np.isfinite(each).all()) for each in values):
+        raise TersorError(
+            f"{forecaster.name} forecasts values beyond the largest number of 64 bits; divide the table by some"
+        )
     radii = [
         intervals.radii.double().numpy() * scale.std if intervals else np.empty((0, horizon, made.shape[2]))
         for scale in prepared.scales
@@ -183,7 +199,7 @@ def forecast_series(
         table=prepared.table,
         model=forecaster.name,
         times=tuple(after),
-        values=tuple(each * scale.std + scale.mean for each, scale in zip(made, prepared.scales, strict=True)),
+        values=values,
         radii=tuple(radii),
         intervals=intervals,
         trained=forecaster.trained,

@@ -30,7 +30,7 @@ from tersor.evaluate.yardsticks import repeat_last, ridge, seasonal_naive
 from tersor.untrusted import read_json_object
 
 REPEAT_LAST, SEASONAL_NAIVE, RIDGE = YARDSTICKS = ("repeat-last", "seasonal-naive", "ridge")
-AT_ONCE = 1 << 21  # numbers of look-back and horizon in one batch
+AT_ONCE = 1 << 17  # numbers of look-back and horizon in one batch
 SEED = 0  # of models that draw at random: the same command gives the same forecast
 
 Run = Callable[[Tensor, np.ndarray, Step, int], Tensor]
