@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -369,12 +370,13 @@ def test_short_series_calibrate_for_each_other(tmp_path: Path) -> None:
 
 def test_a_long_table_is_backtested_as_its_series_one_by_one(tmp_path: Path) -> None:
     data = long_table(tmp_path / "x.csv", {"low": 200, "high": 180})
-    whole = backtest("repeat-last", read_series(data), horizon=6, windows=4, interval=())
+    how: dict[str, Any] = {"horizon": 6, "windows": 4, "interval": (), "season": 5}
+    whole = backtest("repeat-last", read_series(data), **how)
     alone = []
     for id in ("low", "high"):
         lines = data.read_text().splitlines()
         (tmp_path / "y.csv").write_text("\n".join([lines[0], *(line for line in lines if line.startswith(f"{id},"))]))
-        alone.append(backtest("repeat-last", read_series(tmp_path / "y.csv"), horizon=6, windows=4, interval=()))
+        alone.append(backtest("repeat-last", read_series(tmp_path / "y.csv"), **how))
     for measure in ("mse", "mae", "mase"):
         mean = np.mean([getattr(each.rows[0], measure) for each in alone])
         assert getattr(whole.rows[0], measure) == pytest.approx(mean, rel=1e-4)
