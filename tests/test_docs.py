@@ -7,13 +7,16 @@ one directory and one namespace. A block that cannot run has `<!-- not run: REAS
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import importlib.util
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
 import types
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +119,35 @@ def test_tables_of_options_are_current(page: Path) -> None:
     )
 
 
+PICTURE = re.compile(r"!\[[^\]]*\]\(images/([\w.]+)\)")
+
+
+def pictures_of(page: Path) -> list[str]:
+    return PICTURE.findall(page.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if pictures_of(p)], ids=lambda p: str(p.relative_to(ROOT)))
+def test_pictures_are_made_by_the_pages_own_commands(page: Path) -> None:
+    code = "\n".join(block.code for block in blocks_of(page))
+    for name in pictures_of(page):
+        assert (ROOT / "docs" / "images" / name).is_file(), "run `python tests/test_docs.py` to make it"
+        assert f"--plot {name}" in code
+
+
+def make_pictures(page: Path) -> None:
+    """Run a page's blocks and keep the pictures that it shows."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        namespace: dict[str, object] = {}
+        for block in blocks_of(page):
+            if block.language == "python":
+                exec(block.code, namespace)
+            for line in block.code.splitlines() if block.language == "bash" else ():
+                with contextlib.suppress(SystemExit):
+                    main(shlex.split(line)[1:])
+        for name in pictures_of(page):
+            shutil.copy(name, ROOT / "docs" / "images" / name)
+
+
 def message_templates() -> list[str]:
     """Every piece of text in the source, with `...` for what is filled in."""
 
@@ -173,3 +205,5 @@ def test_docstrings_show_on_pages_as_they_read() -> None:
 if __name__ == "__main__":
     for each in PAGES:
         each.write_text(with_current_options(each.read_text(encoding="utf-8")), encoding="utf-8")
+        if pictures_of(each):
+            make_pictures(each)

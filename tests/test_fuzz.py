@@ -387,6 +387,49 @@ def _series(draw: Draw, sound: Sound, folder: Path) -> Commands:
     return [("train", "itransformer", "--data", path, "--out", folder / "out", *TRAIN)]
 
 
+def _table(draw: Draw, sound: Sound, folder: Path) -> Commands:
+    """A dated table, wide or long, with odd cells, odd stamps or damaged bytes."""
+    wide = draw(st.booleans())
+    head = ["date", "a", "b"] if wide else ["unique_id", "ds", "y"]
+    hours = [f"2024-01-{1 + n // 24:02}T{n % 24:02}:00" for n in range(60)]
+    rows = [[hour, str(n), str(n % 7)] if wide else ["ab"[n % 2], hour, str(n)] for n, hour in enumerate(hours)]
+    if not wide:
+        rows = [["ab"[half], hour, str(n % 5)] for half in (0, 1) for n, hour in enumerate(hours)]
+    rows = [head, *rows]
+    for _ in range(draw(st.integers(0, 3))):
+        row = draw(st.sampled_from(rows))
+        odd = [*ODD_NUMBERS, *ODD_WORDS, "nan", "1,2", "0001-01-01", "9999-12-31T23:59:59+01:00", "2024-01-01 00:00:01"]
+        row[draw(st.integers(0, 2))] = str(draw(st.sampled_from(odd)))
+    text = "\n".join(",".join(row) for row in rows).encode(errors="replace")
+    path = folder / "table.csv"
+    path.write_bytes(damage(draw, text) if draw(st.integers(0, 3)) == 0 else text)
+    filled = draw(st.sampled_from([(), ("--fill", "linear"), ("--fill", "previous"), ("--fill", "zero")]))
+    horizon = draw(st.sampled_from([1, 3, 7, 100]))
+    return [
+        (
+            "forecast",
+            draw(st.sampled_from(["ridge", "seasonal-naive", "repeat-last"])),
+            "--data",
+            path,
+            "--horizon",
+            horizon,
+            *filled,
+        ),
+        ("backtest", "ridge", "--data", path, "--horizon", 2, "--windows", 3, *filled),
+    ]
+
+
+def _memory(draw: Draw, sound: Sound, folder: Path) -> Commands:
+    """A forecaster whose preprocessor_config.json is damaged."""
+    run = Path(shutil.copytree(sound.run, folder / "run"))
+    file = run / "preprocessor_config.json"
+    file.write_bytes(changed_json(draw, file.read_bytes()))
+    return [
+        ("forecast", run, "--data", sound.series, "--horizon", 6, "--interval", "80"),
+        ("backtest", run, "--data", sound.series, "--horizon", 2, "--windows", 3),
+    ]
+
+
 def _training(draw: Draw, sound: Sound, folder: Path) -> Commands:
     import torch
 
@@ -417,6 +460,8 @@ OPTIONS = {
     "generate": "max-new-tokens temperature top-k top-p seed dtype device prompt prompt-file",
     "train": "epochs max-steps batch-size lr seed precision accumulate warmup patience ema config checkpoint validation set",
     "export": "dtype",
+    "forecast": "horizon interval season time target id fill device checkpoint",
+    "backtest": "horizon windows interval season time target id fill device checkpoint",
 }
 
 
@@ -437,6 +482,8 @@ def _usual(sound: Sound, folder: Path) -> Commands:
         ("generate", sound.model, "--prompt", "a", "--max-new-tokens", 2),
         ("quantize", sound.model, "--out", folder / "out", "--method", "rtn", "--group-size", 16, *FEW),
         ("export", sound.model, "--out", folder / "out.gguf"),
+        ("forecast", sound.run, "--data", sound.series, "--horizon", 3),
+        ("backtest", sound.run, "--data", sound.series, "--horizon", 2, "--windows", 2),
         ("compress", sound.model, "--out", folder / "out", "--method", "greenformers"),
     ]
 
@@ -465,6 +512,8 @@ KINDS: dict[str, Callable[[Draw, Sound, Path], Commands]] = {
     "images": _images,
     "packed images": _npz,
     "series": _series,
+    "table": _table,
+    "forecaster": _memory,
     "training": _training,
     "options": _options,
     "journal": _journal,

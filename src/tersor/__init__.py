@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tersor.evaluate.accuracy import accuracy as accuracy
     from tersor.evaluate.divergence import divergence as divergence
     from tersor.evaluate.perplexity import perplexity as perplexity
+    from tersor.tasks.forecast_table import forecast as forecast
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ _HOME = {
     "accuracy": "tersor.evaluate.accuracy",
     "divergence": "tersor.evaluate.divergence",
     "export": "tersor.checkpoint.gguf_write",
+    "forecast": "tersor.tasks.forecast_table",
     "load": "tersor.checkpoint.load",
     "perplexity": "tersor.evaluate.perplexity",
 }
@@ -43,6 +45,7 @@ __all__ = [
     "compress",
     "divergence",
     "export",
+    "forecast",
     "load",
     "models",
     "perplexity",

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from tersor.data.series import SeriesConfig, SingleVariates, load_series, read_table, time_marks
+from tersor.data.series import SeriesConfig, SingleVariates, load_series, read_table
+from tersor.data.time_grid import time_marks
 from tersor.errors import TersorError
 
 SHORT = SeriesConfig(seq_len=4, pred_len=2)
@@ -62,7 +63,7 @@ def test_marks_are_those_of_the_papers() -> None:
         [12 / 23 - 0.5, sunday, -0.5, -0.5],
     ]
     np.testing.assert_allclose(time_marks(times), hours, atol=1e-6)
-    np.testing.assert_allclose(time_marks(times, minutes=True)[:, 0], [-0.5, 45 / 59 - 0.5, -0.5], atol=1e-6)
+    np.testing.assert_allclose(time_marks(times, "minutes")[:, 0], [-0.5, 45 / 59 - 0.5, -0.5], atol=1e-6)
 
 
 def test_a_file_without_dates_has_marks_where_a_start_is_given(tmp_path: Path) -> None:

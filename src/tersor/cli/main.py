@@ -38,6 +38,8 @@ VERBS = (
     "doctor",
     "train",
     "predict",
+    "forecast",
+    "backtest",
 )
 FUNCTIONS = {"eval": "evaluate"}  # `eval` is a name of Python's
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from torch import nn
 
 import tersor.models
+from tersor.cli.notes import show_notes
 from tersor.cli.progress import progress_bar
 from tersor.errors import TersorError
 from tersor.models.config import checked_config
@@ -32,7 +33,7 @@ def _train(
         Path,
         typer.Option(
             "--data",
-            help="CSV file (series), folder (or .npz) of images, folder of point clouds, or text file; .gz too.",
+            help="CSV or Parquet file (series), folder (or .npz) of images, folder of point clouds, or text file; .gz too.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder of the run; one that was interrupted goes on.")],
@@ -56,12 +57,13 @@ def _train(
     """
     tables = _tables(config, set or [])
     tables["train"] |= {name: value for name, value in options.items() if value is not None}
-    settings = checked_config(TrainConfig, tables["train"], "train")
     info = tersor.models.find(model)
     task = task_of(info.task, info.input)
+    settings = checked_config(TrainConfig, {**task.defaults, **tables["train"]}, "train")
     torch.manual_seed(settings.seed)
     net = _build(model, checkpoint, tables["model"])
     sets = task.load_data(net, data, validation, tables["data"])
+    show_notes(sets.notes)
     with progress_bar(quiet=as_json) as progress:
         result = run_training(
             net,

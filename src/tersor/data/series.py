@@ -16,17 +16,13 @@ horizon, and x_mark_dec, the marks of these label_len + pred_len rows, known in 
 each variate of each window, for models of one series; of several sets, torch's ConcatDataset makes a mixture.
 
 Marks tell the model the time of a row, each in [-0.5, 0.5]: hour / 23, weekday / 6 (Monday is 0), (day - 1) / 30 and
-(day of year - 1) / 365, minus 0.5 each; marks="minutes" puts minute / 59 in front. The papers' runs use the four hourly
-ones even for the 15-minute ETTm.
+(day of year - 1) / 365, minus 0.5 each; marks="minutes" puts minute / 59 in front, time_grid has further kinds. The papers'
+runs use the four hourly ones even for the 15-minute ETTm.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import math
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -34,13 +30,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from tersor.data.columns import first_stamp, is_text, numbers, read_columns, stamps
+from tersor.data.time_grid import MARK_KINDS, time_marks
 from tersor.errors import TersorError
-from tersor.untrusted import read_bytes, readable
 
 ETT_COLUMNS = ("HUFL", "HULL", "MUFL", "MULL", "LUFL", "LULL", "OT")
 ETT_MONTHS = (12, 4, 4)
 TRAIN_FRACTION, TEST_FRACTION = 0.7, 0.2
-DATE_FORMATS = ("%Y/%m/%d %H:%M", "%Y/%m/%d %H:%M:%S", "%Y/%m/%d", "%d.%m.%Y %H:%M:%S", "%d.%m.%Y %H:%M")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +45,9 @@ class SeriesConfig:
     pred_len: int = 96  # horizon
     label_len: int = 0  # rows of the look-back that a decoder is given again; 0: no decoder
     split: str = "auto"  # "ett", "fractions"; "auto": by the names of the columns
-    marks: str = "hours"  # "minutes", "none"; a file without dates has none, unless `start` is given
+    marks: str = (
+        "hours"  # one of time_grid.MARK_KINDS, or "none"; a file without dates has none, unless `start` is given
+    )
     start: str = ""  # time of the first row, such as 1990-01-01, where the file has no dates
     step_hours: float = 1.0  # from row to row, where the file has no dates
 
@@ -63,8 +61,8 @@ class SeriesConfig:
             raise TersorError(f"label_len of a series is {self.label_len}, it must be from 0 to seq_len {self.seq_len}")
         if self.split not in ("auto", "ett", "fractions"):
             raise TersorError(f"split is 'auto', 'ett' or 'fractions', not {self.split!r}")
-        if self.marks not in ("hours", "minutes", "none"):
-            raise TersorError(f"marks are 'hours', 'minutes' or 'none', not {self.marks!r}")
+        if self.marks not in (*MARK_KINDS, "none"):
+            raise TersorError(f"marks are one of {', '.join(MARK_KINDS)}, or none; not {self.marks!r}")
 
 
 @dataclass(frozen=True)
@@ -156,11 +154,10 @@ def split_table(table: Table, config: SeriesConfig) -> Parts:
     times = table.times
     if times is None and config.start:
         steps = np.arange(len(table.values)) * round(config.step_hours * 3600)
-        times = np.datetime64(_time(config.start), "s") + steps.astype("timedelta64[s]")
+        times = first_stamp(config.start) + steps.astype("timedelta64[s]")
     train_rows, validation_end, test_end = _ends(table.names, times, len(table.values), config)
+    _check_lengths(train_rows, validation_end - train_rows, test_end - validation_end, config)
     train = table.values[:train_rows]
-    if not len(train):
-        raise TersorError(f"a series of {len(table.values)} rows has no training part")
     with np.errstate(over="ignore", invalid="ignore"):
         mean, std = train.mean(0), train.std(0)
     std = np.where(std == 0, 1.0, std)  # a variate that never moves stays 0
@@ -171,7 +168,7 @@ def split_table(table: Table, config: SeriesConfig) -> Parts:
         raise TersorError(f"row {row + 1}: {table.names[column]} is too large to be scaled")
     marks = None
     if times is not None and config.marks != "none":
-        marks = torch.from_numpy(time_marks(times, minutes=config.marks == "minutes"))
+        marks = torch.from_numpy(time_marks(times, config.marks))
 
     def part(begin: int, end: int) -> Windows:
         rows = slice(max(begin, 0), end)
@@ -193,52 +190,38 @@ def split_table(table: Table, config: SeriesConfig) -> Parts:
     )
 
 
-def time_marks(times: np.ndarray, *, minutes: bool = False) -> np.ndarray:
-    """datetime64 (rows,) -> float32 (rows, 4), or (rows, 5) with the minute of the hour in front."""
-    days = times.astype("datetime64[D]")
-    seconds = (times - days).astype("timedelta64[s]").astype(np.int64)
-    weekday = (days.astype(np.int64) + 3) % 7  # 1 January 1970 was a Thursday
-    day_of_month = (days - times.astype("datetime64[M]")).astype(np.int64)
-    day_of_year = (days - times.astype("datetime64[Y]")).astype(np.int64)
-    columns = [seconds // 3600 / 23, weekday / 6, day_of_month / 30, day_of_year / 365]
-    if minutes:
-        columns.insert(0, seconds // 60 % 60 / 59)
-    return (np.stack(columns, 1) - 0.5).astype(np.float32)
+def _check_lengths(train: int, validation: int, test: int, config: SeriesConfig) -> None:
+    """Raise TersorError where a part holds no window; the later ones may look back into the part before."""
+    total = train + validation + test
+    parts = (("training", train, config.seq_len + config.pred_len), ("validation", validation, config.pred_len))
+    for name, rows, needed in (*parts, ("test", test, config.pred_len)):
+        if rows < needed:
+            raise TersorError(
+                f"a series of {total} rows has a {name} part of {rows}, too few for look-back {config.seq_len} and horizon "
+                f"{config.pred_len}, which need {needed}"
+            )
 
 
 def read_table(path: str | Path) -> Table:
-    """A comma-separated file: a header or none, dates in the first column or none, numbers elsewhere."""
-    path = Path(path).expanduser()
-    with readable(path):
-        if not path.is_file():
-            raise TersorError(f"no series file at {path}")
-    data = read_bytes(path)
+    """A comma-separated file as it is: a header or none, dates in the first column or none, numbers elsewhere.
+
+    The gaps and steps of the dates are not looked at; `tersor.data.tables` does that.
+    """
+    columns = read_columns(path)
+    names = list(columns.cells)
     try:
-        rows = [row for row in csv.reader(io.StringIO(data.decode("utf-8-sig"))) if row]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise TersorError(f"{path} cannot be read as comma-separated text: {error}") from None
-    header = rows.pop(0) if rows and not _is_number(rows[0][-1]) else None
-    if len(rows) < 2:
-        raise TersorError(f"{path} holds {len(rows)} rows of numbers, too few for a series")
-    dated = not _is_number(rows[0][0])
-    width, first_line = len(rows[0]), 1 if header is None else 2
-    names = tuple(header[dated:] if header else map(str, range(width - dated)))
-    if len(names) != width - dated or not names:
-        raise TersorError(f"{path}: the header names {len(header or ())} columns, the first row has {width}")
-    values = np.empty((len(rows), len(names)))
-    for n, row in enumerate(rows):
-        if len(row) != width:
-            raise TersorError(f"{path}, row {n + first_line}: {len(row)} columns, {width} in the first row")
-        for column, cell in enumerate(row[dated:]):
-            if not _is_number(cell):
-                raise TersorError(f"{path}, row {n + first_line}: {names[column]} is {cell!r}, not a number")
-            values[n, column] = float(cell)
-    if not dated:
-        return Table(names, values, None)
-    try:
-        return Table(names, values, np.array([_time(row[0]) for row in rows], "datetime64[s]"))
+        dated = is_text(columns, names[0])
+        times = stamps(columns, names[0]) if dated else None
+        if len(names) == dated:
+            raise TersorError("there is no column beside the dates")
+        parsed = [numbers(columns, name, text_is_missing=False)[0] for name in names[dated:]]
     except TersorError as error:
         raise TersorError(f"{path}: {error}") from None
+    values = np.stack(parsed, 1)
+    if bool(np.isnan(values).any()):
+        row, column = (int(n) for n in np.argwhere(np.isnan(values))[0])
+        raise TersorError(f"{path}, row {row + columns.first_row}: {names[column + dated]} is empty, not a number")
+    return Table(tuple(names[dated:]), values, times)
 
 
 def _ends(names: tuple[str, ...], times: np.ndarray | None, rows: int, config: SeriesConfig) -> tuple[int, int, int]:
@@ -255,23 +238,3 @@ def _ends(names: tuple[str, ...], times: np.ndarray | None, rows: int, config: S
             raise TersorError(f"the ETT split needs {test} rows (20 months), the file has {rows}")
         return train, validation, test
     return int(TRAIN_FRACTION * rows), rows - int(TEST_FRACTION * rows), rows
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        return math.isfinite(float(cell))
-    except ValueError:
-        return False
-
-
-def _time(text: str) -> datetime:
-    try:
-        return datetime.fromisoformat(text.strip())
-    except ValueError:
-        pass
-    for form in DATE_FORMATS:
-        try:
-            return datetime.strptime(text.strip(), form)
-        except ValueError:
-            continue
-    raise TersorError(f"{text!r} is not a date such as 2016-07-01 00:00:00")

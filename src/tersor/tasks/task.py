@@ -17,6 +17,7 @@ class Sets:
     """Map-style data sets, and what predictions on new inputs will need to know of them.
 
     preprocessing: JSON that is written beside the weights as preprocessor_config.json. labels: the names of the classes.
+    notes: what the user should know of the data.
     """
 
     train: Any
@@ -24,6 +25,7 @@ class Sets:
     test: Any = None
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class Prediction(Protocol):
@@ -55,6 +57,7 @@ class Task:
     -> Sets. predict: None where no verb shows predictions of this task yet. suffixes: of the files that it reads.
     writes: its results are files. compares: they can be compared with a reference. normalises: its images are resized and
     normalised as the model says; `size` is that of an official checkpoint, which says nothing (None: the architecture's).
+    defaults: settings of the training that are the task's own, where the user does not say them.
     """
 
     objective: Objective
@@ -65,3 +68,4 @@ class Task:
     compares: bool = False
     normalises: bool = True
     size: int | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)

@@ -25,8 +25,10 @@ Origin: wzhwzhwzh0921/S-D-Mamba at e7e8bf0, no licence file. Its key names are o
 embed, freq, class_strategy, output_attention, ...) are left out, and an activation other than "gelu" and "relu", which it
 takes for GELU, is refused. The scan runs on CPUs and GPUs without mamba-ssm.
 
-Proven: the golden cases of the published code (with and without marks, one training step). Not proven: published errors
-with our training; orders of variates other than the file's.
+Proven: the golden cases of the published code (with and without marks, one training step); trained by us at horizon 96, test
+MSE on ETTh1 0.386 (published 0.386), Exchange 0.087 (0.086, at batch 16). One linear map shared by all variates is level with
+it on the first and ahead on the second, see benchmarks/results/forecasting.md. Not proven: the other data sets and horizons;
+orders of variates other than the file's.
 """
 
 from __future__ import annotations
