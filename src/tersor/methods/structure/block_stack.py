@@ -129,10 +129,10 @@ class Stack:
             raise TersorError(f"the config of {kind} cannot say which blocks are left: they are not all of one kind")
 
 
-def batches_of(work: Work, size: int) -> list[Batch]:
-    """The samples, `size` at a time; those of one batch are equally long."""
+def batches_of(work: Work, size: int, *, labelled: bool = False) -> list[Batch]:
+    """The samples, `size` at a time, with their labels (`target`) where `labelled`; those of one batch are equally long."""
     found: dict[Any, list[Batch]] = {}
-    for sample in map(without_target, work.samples):
+    for sample in work.samples if labelled else map(without_target, work.samples):
         shapes = tuple((n, tuple(v.shape)) for n, v in sorted(sample.items()) if isinstance(v, Tensor))
         found.setdefault(shapes, []).append(sample)
     groups = [alike[n : n + size] for alike in found.values() for n in range(0, len(alike), size)]
