@@ -114,6 +114,19 @@ def test_the_pruned_model_learns_its_task() -> None:
     assert sum(errors[2:]) < 0.6 * sum(errors[:2])
 
 
+def test_a_pruned_model_can_be_pruned_further() -> None:
+    model = graph_model()
+    first = pruned(model, tokens=0.5, layers=0.7, epochs=1)
+    again = pruned(first.model, heads=0.5, epochs=1)
+    rows = {report.row()["name"]: report.row() for report in again.summary.layers}
+    left = [report.row() for report in first.summary.layers if report.row()["heads"]]
+    assert {row["name"] for row in left} == set(rows)
+    assert all((row["heads"], row["tokens"]) == (2, 0.5) for row in rows.values())
+    same = pruned(first.model, epochs=0)
+    batch = graphs(model)[0]
+    torch.testing.assert_close(run(same.model, batch), run(first.model, batch))
+
+
 def test_layers_that_lose_attention_have_none() -> None:
     result = pruned(graph_model(), layers=0.0)
     assert [report.row()["heads"] for report in result.summary.layers] == [0, 0, 0]

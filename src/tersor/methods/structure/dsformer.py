@@ -129,7 +129,7 @@ class DSFormer(ModelMethod):
                 work.report(Sparsified(name, *matrix_shape(layer), *sizes[name][2:], size_ratio(*sizes[name]), lost))
                 work.progress("coding", n + 1, len(layers))
         if teacher is not None:
-            self._train(model, teacher, work)
+            train(model, teacher, self, work)
         for name, layer in layers.items():
             trained = model.get_submodule(name)
             assert isinstance(trained, StraightThroughFactors)
@@ -167,40 +167,6 @@ class DSFormer(ModelMethod):
             S, D = S * lengths.mT, D / lengths
         return StraightThroughFactors(layer, S, D, s), lost
 
-    def _train(self, model: nn.Module, teacher: nn.Module, work: Work) -> None:
-        batches = batches_of(work, self.batch_size, labelled=True)
-        latents = {id(m.latent): m.latent for m in model.modules() if isinstance(m, StraightThroughFactors)}
-        learned = {id(p): p.requires_grad for p in model.parameters()}
-        model.requires_grad_(True)
-        others = [p for p in model.parameters() if id(p) not in latents]
-        groups: list[dict[str, Any]] = [
-            {"params": list(latents.values()), "lr": self.latent_lr, "weight_decay": 0.0},
-            {"params": [p for p in others if p.dim() > 1], "lr": self.lr},
-            {"params": [p for p in others if p.dim() <= 1], "lr": self.lr, "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.01)
-        steps = self.epochs * len(batches)
-        warm = max(1, int(WARM_UP * steps))
-        rates = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min((step + 1) / warm, (steps - step) / max(1, steps - warm))
-        )
-        chance = torch.Generator().manual_seed(0)
-        for step in range(steps):
-            if step % len(batches) == 0:
-                order = torch.randperm(len(batches), generator=chance).tolist()
-            if step == int((1 - FROZEN) * steps):
-                freeze(model)
-            batch = batches[order[step % len(batches)]]
-            optimizer.zero_grad()
-            loss = loss_of(model, teacher, batch, self.loss)
-            torch.autograd.backward(loss)
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            rates.step()
-            work.progress(f"training, loss {float(loss.detach()):.4g}", step + 1, steps)
-        for parameter in model.parameters():
-            parameter.requires_grad_(learned[id(parameter)])
-
 
 class StraightThroughFactors(nn.Module):
     """The layer while it learns: W = S D, where S is the entries of the latent Z that count, and all of Z gets the gradient of S.
@@ -235,6 +201,42 @@ class StraightThroughFactors(nn.Module):
         made.set_factors(S, self.basis)
         made.bias = self.bias
         return made.train(layer.training)
+
+
+def train(model: nn.Module, teacher: nn.Module, method: DSFormer, work: Work) -> None:
+    """Train all of a model, its latent coefficients (where it has any) at their own rate, to give what the teacher gives."""
+    batches = batches_of(work, method.batch_size, labelled=True)
+    latents = {id(m.latent): m.latent for m in model.modules() if isinstance(m, StraightThroughFactors)}
+    learned = {id(p): p.requires_grad for p in model.parameters()}
+    model.requires_grad_(True)
+    others = [p for p in model.parameters() if id(p) not in latents]
+    groups: list[dict[str, Any]] = [
+        {"params": list(latents.values()), "lr": method.latent_lr, "weight_decay": 0.0},
+        {"params": [p for p in others if p.dim() > 1], "lr": method.lr},
+        {"params": [p for p in others if p.dim() <= 1], "lr": method.lr, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.01)
+    steps = method.epochs * len(batches)
+    warm = max(1, int(WARM_UP * steps))
+    rates = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm, (steps - step) / max(1, steps - warm))
+    )
+    chance = torch.Generator().manual_seed(0)
+    for step in range(steps):
+        if step % len(batches) == 0:
+            order = torch.randperm(len(batches), generator=chance).tolist()
+        if step == int((1 - FROZEN) * steps):
+            freeze(model)
+        batch = batches[order[step % len(batches)]]
+        optimizer.zero_grad()
+        loss = loss_of(model, teacher, batch, method.loss)
+        torch.autograd.backward(loss)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        rates.step()
+        work.progress(f"training, loss {float(loss.detach()):.4g}", step + 1, steps)
+    for parameter in model.parameters():
+        parameter.requires_grad_(learned[id(parameter)])
 
 
 @torch.no_grad()

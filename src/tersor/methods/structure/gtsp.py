@@ -152,15 +152,15 @@ class GTSP(ModelMethod):
         work.report(PrunedLayer(name, attention.heads, tokens, density, operations))
 
     def _attention(self, original: nn.Module, density: float) -> PrunedGraphAttention:
-        """What takes the place of GraphGPS' attention, with its weights. density: of heads, 0 for none at all."""
+        """What takes the place of attention, GraphGPS' own or pruned before, with its weights. density: 0 for no heads."""
         heads: int = original.heads  # type: ignore[assignment]
         width = matrix_shape(original.get_submodule("out_proj"))[1]
         made = PrunedGraphAttention.in_place_of(
             original,
             heads=heads if density else 0,
             head_dim=width // heads,
-            token_ratio=self.tokens,
-            masked=self.published_tokens,
+            token_ratio=self.tokens if self.tokens < 1 else getattr(original, "token_ratio", 1.0),
+            masked=self.published_tokens or getattr(original, "masked", False),
             drop_path=self.drop_path,
         )
         if density:
@@ -370,9 +370,9 @@ def attention_names(model: nn.Module, work: Work) -> list[str]:
     found = []
     for name, layer in model.get_submodule("layers").named_children():
         attention = getattr(layer, "self_attn", None)
-        if not isinstance(getattr(attention, "in_proj", None), nn.Linear) or isinstance(
-            attention, PrunedGraphAttention
-        ):
+        if isinstance(attention, PrunedGraphAttention) and attention.heads == 0:
+            continue  # pruned before
+        if not isinstance(getattr(attention, "in_proj", None), nn.Linear):
             kind = type(attention).__name__
             raise TersorError(
                 f"layers.{name} has no attention that gtsp prunes ({kind}): the model's layer_type is LOCAL+Transformer"
