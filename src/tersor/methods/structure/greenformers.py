@@ -155,7 +155,7 @@ class Greenformers(ModelMethod):
             raise TersorError(f"none of the {len(layers)} layers would become smaller: give a lower rank or energy")
         done = 0
         for names in _turns(lowered) if self.whiten else [list(lowered)]:
-            seen = _hessians(model, {name: lowered[name] for name in names}, work) if self.whiten else {}
+            seen = input_hessians(model, {name: lowered[name] for name in names}, work) if self.whiten else {}
             for name in names:
                 work.report(self._replace(model, name, ranks[name], seen.get(name)))
                 done += 1
@@ -313,7 +313,7 @@ def _turns(layers: Mapping[str, nn.Module]) -> Iterator[list[str]]:
     yield turn
 
 
-def _hessians(model: nn.Module, layers: Mapping[str, nn.Module], work: Work) -> dict[str, Tensor]:
+def input_hessians(model: nn.Module, layers: Mapping[str, nn.Module], work: Work) -> dict[str, Tensor]:
     """Σ x xᵀ of the inputs of every layer that the samples reach."""
 
     def run(n: int, given: dict[str, Any]) -> Call:

@@ -1,0 +1,80 @@
+"""Remove whole blocks of a transformer, those that matter least; nothing is trained.
+
+What it is for: the plainest way to a faster model, for it saves time and memory on every device, with cache and without;
+and the baseline of `fusegpt`, which keeps what the removed blocks knew. Quality falls fast: see benchmarks/results/fusion.md.
+
+    tersor compress demo --method drop-blocks --blocks 1 --out shorter
+    tersor compress demo --method drop-blocks --blocks 0.25 --choose perplexity --out shorter
+    tersor compress demo --method drop-blocks --blocks 2 --choose 3,4 --out shorter
+
+`choose` is one of (block_choice.py has the formulas)
+
+    macro-influence   how similar the last hidden states stay without the block (FuseGPT, arXiv 2411.14507)
+    block-influence   how similar the block's output is to its input, all blocks at once (ShortGPT, arXiv 2403.03853)
+    perplexity        how well the model predicts the samples without the block (SLEB, arXiv 2402.09025)
+    3,4               these blocks, by their numbers from 0
+
+The result is a plain model of fewer layers that transformers loads. It takes models of transformers with one stack of equal
+blocks (LLaMA, Mistral, Qwen, GPT-2, BERT); perplexity needs one that predicts tokens. A block with an excluded layer stays.
+
+Proven: each choice against its definition, the same outputs as running the original without the blocks, loading by
+transformers. Not proven: ShortGPT's and SLEB's published tables; SLEB's code is not compared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from tersor.methods.method import ModelMethod, Work, check_options, option, register
+from tersor.methods.structure.block_choice import CHOICE, CHOICES, choices, how_many, is_amount, is_choice, kept_blocks
+from tersor.methods.structure.block_stack import Stack, batches_of
+
+
+@dataclass(frozen=True)
+class DroppedBlock:
+    """name: in the original; score: how little it mattered, in the measure that chose it."""
+
+    name: str
+    score: float | None
+
+    def row(self) -> dict[str, Any]:
+        return {"name": self.name, "score": "" if self.score is None else self.score}
+
+
+@register
+@dataclass(frozen=True)
+class DropBlocks(ModelMethod):
+    """Remove the blocks that matter least; no training."""
+
+    name: ClassVar[str] = "drop-blocks"
+
+    blocks: float | None = option(
+        None,
+        "how many to remove; below 1 their share, rounded up (0.25, where none are named)",
+        check=is_amount,
+        allowed="a share between 0 and 1, or a whole number",
+    )
+    choose: str | int = option("macro-influence", f"by what: {CHOICE}", check=is_choice, allowed=CHOICE, word=True)
+    batch_size: int = option(8, "samples that run at once", check=lambda v: v >= 1, allowed="at least 1")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @property
+    def needs_samples(self) -> bool:
+        return self.choose in CHOICES
+
+    def compress_model(self, model: nn.Module, work: Work) -> nn.Module:
+        stack = Stack(model)
+        count = how_many(self.blocks, self.choose, stack)
+        batches = batches_of(work, self.batch_size) if self.needs_samples else []
+        recorded = stack.record(batches) if self.choose in ("macro-influence", "block-influence") else []
+        for n, choice in enumerate(choices(stack, self.choose, count, batches, recorded, kept_blocks(stack, work))):
+            work.report(DroppedBlock(stack.names[choice.place], choice.score))
+            stack.remove(choice.place, recorded)
+            work.progress("removing blocks", n + 1, count)
+        stack.check()
+        return model
