@@ -16,7 +16,7 @@ from tersor.formats.grid import Grid
 from tersor.layers.linear_map import call_with_matrix, input_matrix, weight_matrix
 from tersor.layers.products import Products
 from tersor.layers.quantized_map import QuantizedMap
-from tersor.layers.quantized_products import QuantizedProducts
+from tersor.layers.quantized_products import OperandGrid, QuantizedProducts
 from tersor.methods.weights.gptq_solver import solve_gptq
 
 Fit = Callable[[Tensor], Grid]  # an input to its grid
@@ -93,11 +93,11 @@ class CalibratedMap(nn.Module):
 class CalibratedProducts(nn.Module):
     """A module whose products of activations have rounded operands. grids: of both operands of each product, once called."""
 
-    def __init__(self, inner: nn.Module, bits: int, fit: Callable[[Tensor], Grid | LogGrid]) -> None:
+    def __init__(self, inner: nn.Module, bits: int, fit: Callable[[Tensor], OperandGrid]) -> None:
         super().__init__()
         self.inner, self.bits, self.fit = inner, bits, fit
         self.enabled, self.measure = True, False
-        self.grids: list[tuple[Grid | LogGrid, Grid | LogGrid]] = []
+        self.grids: list[tuple[OperandGrid, OperandGrid]] = []
         self.error = 0.0  # of the operand that changed most, ‖x̂ - x‖² / ‖x‖²
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -122,17 +122,7 @@ class CalibratedProducts(nn.Module):
 
     def freeze(self) -> QuantizedProducts:
         """The module as it is stored."""
-        flags = [[isinstance(grid, LogGrid) for grid in pair] for pair in self.grids]
-        scale = self.grids[0][0].scale
-        frozen = QuantizedProducts(
-            self.inner, bits=self.bits, logarithmic=flags, dtype=scale.dtype, device=scale.device
-        )
-        for n, pair in enumerate(self.grids):
-            for m, grid in enumerate(pair):
-                frozen.scales[n, m] = grid.scale
-                if isinstance(grid, Grid):
-                    frozen.zeros[n, m] = grid.zero
-        return frozen
+        return QuantizedProducts.of_grids(self.inner, self.bits, self.grids)
 
 
 def reconstructed_codes(W: Tensor, H: Tensor, grid: Grid) -> Tensor:
@@ -154,10 +144,10 @@ def reconstructed_codes(W: Tensor, H: Tensor, grid: Grid) -> Tensor:
 
 def fit_operand(x: Tensor, *, bits: int) -> Grid | LogGrid:
     """A logarithmic grid for what a softmax gave, a uniform one for all else."""
-    return fit_logarithmic(x, bits) if _is_softmax(x) else fit_uniform(x, bits)
+    return fit_logarithmic(x, bits) if is_softmax(x) else fit_uniform(x, bits)
 
 
-def _is_softmax(x: Tensor) -> bool:
+def is_softmax(x: Tensor) -> bool:
     """Whether x looks like a softmax over its last axis: nothing negative, and sums of one."""
     x = at_least_float32(x)
     return bool((x >= 0).all()) and torch.allclose(x.sum(-1), torch.ones_like(x[..., 0]), atol=1e-2)

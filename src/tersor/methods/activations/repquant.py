@@ -133,7 +133,7 @@ class Places:
 def one_batch(samples: Sequence[Mapping[str, Any]]) -> Batch:
     """The samples as one batch, without labels: every grid is fitted on all of them at once."""
     if not samples:
-        raise TersorError("repquant needs calibration samples: give --calibration a folder of images or a packed .npz")
+        raise TersorError("no calibration samples: give --calibration a folder of images or a packed .npz")
     first = without_target(dict(samples[0]))
     return {name: _joined(name, [sample.get(name) for sample in samples]) for name in first}
 
@@ -156,8 +156,8 @@ def wrap(model: nn.Module, method: RepQuant, probe: Batch, wanted: Callable[[str
     Raises TersorError where there is no LayerNorm that linear layers read.
     """
     places = Places()
-    maps = _maps(model, wanted, places.left)
-    products = _products(model, probe, wanted, places.left)
+    maps = quantizable_maps(model, wanted, places.left)
+    products = product_sites(model, probe, wanted, places.left)
     places.pairs = find_norm_pairs(model, probe, maps)
     if not places.pairs:
         raise TersorError(
@@ -180,11 +180,16 @@ def wrap(model: nn.Module, method: RepQuant, probe: Batch, wanted: Callable[[str
     return places
 
 
-def _maps(model: nn.Module, wanted: Callable[[str], bool], left: dict[str, str]) -> dict[str, nn.Module]:
-    """The layers to quantize by name; in `left` those that cannot be."""
+def quantizable_maps(
+    model: nn.Module, wanted: Callable[[str], bool], left: dict[str, str], *, grouped: bool = False
+) -> dict[str, nn.Module]:
+    """The layers to quantize by name; in `left` those that cannot be. grouped: grouped convolutions too."""
     names = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    found = {}
-    for name, module in linear_maps(model).items():
+    found: dict[str, nn.Module] = {}
+    candidates = dict(linear_maps(model))
+    if grouped:
+        candidates |= {name: each for name, each in model.named_modules() if _is_grouped_convolution(each)}
+    for name, module in candidates.items():
         if not wanted(name):
             continue
         if not isinstance(module, nn.Module):
@@ -201,8 +206,13 @@ def _maps(model: nn.Module, wanted: Callable[[str], bool], left: dict[str, str])
     return found
 
 
+def _is_grouped_convolution(module: nn.Module) -> bool:
+    plain = isinstance(module, nn.Conv2d) and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    return plain and module.groups > 1  # type: ignore[operator]
+
+
 @torch.no_grad()
-def _products(
+def product_sites(
     model: nn.Module, probe: Batch, wanted: Callable[[str], bool], left: dict[str, str]
 ) -> dict[str, nn.Module]:
     """The innermost modules that multiply activations, by name; in `left` those around others."""
