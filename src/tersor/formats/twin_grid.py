@@ -28,10 +28,11 @@ class GeluGrid:
     bits: int
 
     def round(self, x: Tensor) -> Tensor:
-        half = 2 ** (self.bits - 1)
+        half: int = 2 ** (self.bits - 1)
         step = GELU_MINIMUM / half
         above = torch.round(x / self.scale).clamp(0, half - 1) * self.scale
-        return above + torch.round(x / step).clamp(-half, 0) * step
+        below: Tensor = torch.round(x / step).clamp(-half, 0) * step
+        return above + below
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class SplitGrid:
     bits: int
 
     def round(self, x: Tensor) -> Tensor:
-        largest = 2 ** (self.bits - 1) - 1
+        largest: int = 2 ** (self.bits - 1) - 1
         high = torch.round(torch.maximum(x, self.scale).clamp(max=1) * largest) / largest
         step = self.scale / largest
-        return high + torch.round(torch.minimum(x, self.scale).clamp(min=0) / step).clamp(0, largest) * step
+        low: Tensor = torch.round(torch.minimum(x, self.scale).clamp(min=0) / step).clamp(0, largest) * step
+        return high + low

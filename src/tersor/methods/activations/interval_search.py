@@ -5,8 +5,8 @@ What a layer computes of rounded operands, o^, is compared with what it computes
     Σ over samples of the mean over the rest of (g (o - o^))²,       g = ∂ loss / ∂ o,
 
 and a step is a multiple of its first value, I = f · I_0, f = low + i (high - low) / count for i = 0 .. count - 1, so `high`
-itself is never tried (a published slip). The least error wins, the first of equals. The two operands take turns, `rounds` times, each
-searched with the other one's present steps.
+itself is never tried (a published slip). The least error wins, the first of equals. The two operands take turns, `rounds` times,
+each searched with the other one's present steps.
 
 PTQ4ViT: Yuan et al., ECCV 2022, arXiv 2111.12293; EasyQuant: Wu et al., 2020, arXiv 2006.16669.
 """
@@ -160,7 +160,7 @@ class MapProblem:
         """The weight whose codes are stored [out, in]: with channels' grids, each channel has taken its share of their steps."""
         if not channelwise:
             return self.W
-        dense = self.W.view(self.module.weight.shape) if self.image else self.W  # type: ignore[operator, arg-type]
+        dense = self.W.view(self.module.weight.shape) if self.image else self.W  # type: ignore[arg-type]
         return (dense * channel_shares(input.scale[:, 0], dense, self.groups)).flatten(1)
 
     def first_weight(self, W: Tensor, blocks: tuple[int, int]) -> Tensor:

@@ -32,8 +32,8 @@ the inputs of grouped convolutions have a step a channel, all others one; produc
 
 Hessian weights: g is the gradient of -log p(y) for a class y drawn from the exact model's prediction, whose mean square is the
 diagonal of the Hessian of the divergence from that prediction (`hessian="fisher"`). The published code differentiates the
-divergence itself (`hessian="kl"`), which is zero, but for rounding errors, as long as no bridge is quantized. Outputs that are not
-classes are weighted by a random direction.
+divergence itself (`hessian="kl"`), which is zero, but for rounding errors, as long as no bridge is quantized. Outputs that
+are not classes are weighted by a random direction.
 
 `twin` gives PTQ4ViT's grids with two ranges to softmax and GELU outputs (`formats/twin_grid.py`); Q-HyViT switches them off. What
 reads the image has `image_bits`. Elementwise products, as MobileViTV2's attention has, stay in floating point.
@@ -281,14 +281,17 @@ def _solve_map(part: WatchedMap, name: str, method: QHyViT) -> QHyViTReport:
     sizes = _weight_blocks(problem, name, rows=method.choose)
     coarse = search.factors()[COARSE - 1 :: COARSE] or search.factors()
     best: tuple[MapGrids, MapGrids, bool] | None = None
-    for (channelwise, zero_point), blocks in product(kinds, sizes):
+    for channelwise, zero_point in kinds:
         input = problem.first_gelu() if twin else problem.first_input(channelwise=channelwise, zero_point=zero_point)
-        first = problem.start(input, channelwise=channelwise, blocks=blocks)
-        found = first
-        if len(kinds) * len(sizes) > 1:
-            found = problem.search_input(first, problem.search_weight(first, found, coarse), coarse)
-        if best is None or found.error < best[1].error:
-            best = first, found, zero_point
+        for blocks in sizes:
+            first = problem.start(input, channelwise=channelwise, blocks=blocks)
+            found = first
+            if len(kinds) * len(sizes) > 1:
+                found = problem.search_input(first, problem.search_weight(first, found, coarse), coarse)
+            if best is None or found.error < best[1].error:
+                best = first, found, zero_point
+        assert best is not None
+        sizes = [(len(best[0].weight), 1)]  # the weight's blocks are chosen with the first kind of input grid
     assert best is not None
     first, found, zero_point = best
     part.grids = problem.rounds(first, found, search)

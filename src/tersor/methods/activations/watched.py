@@ -38,7 +38,7 @@ def keep(operands: tuple[Tensor, ...], output: Tensor, multiply: Multiply | None
     def note(gradient: Tensor) -> None:
         record.gradient = at_least_float32(gradient.detach())
 
-    output.register_hook(note)
+    output.register_hook(note)  # type: ignore[no-untyped-call]
     return output
 
 
