@@ -39,7 +39,9 @@ are not classes are weighted by a random direction.
 reads the image has `image_bits`. Elementwise products, as MobileViTV2's attention has, stay in floating point.
 
 Origin: Q-HyViT's code could not be had, PTQ4ViT's has no licence; nothing is taken from either. Not reproduced: the published
-depthwise branch divides its first input step by the weights' number of levels.
+depthwise branch divides its first input step by the weights' number of levels. The published lists of bridges are numbers: those
+of MobileViT-S are our bridges; those of EfficientFormer-L1 (26, 27, 28) would be, in the order of running, the last
+downsampling and the first block of the last stage, where ours are at the reshape to tokens, three blocks later.
 
 Proven: the golden cases of PTQ4ViT's classes with these settings (linear with 8, 6, 4 bits and three blocks, convolution, both
 products, twin grids) to 5e-7 in float64; the bridges of MobileViT-S are those that the published code lists; that the
@@ -256,10 +258,11 @@ def loss_of(found: Tensor, exact: Tensor, hessian: str, random: torch.Generator)
 
 def solve(part: Part, name: str, method: QHyViT, *, bridge: bool) -> QHyViTReport:
     """Find a part's grids, drop its records, and say what was found."""
-    note = ""
-    for record in (r for each in part.records for r in (each if isinstance(each, list) else [each])):
-        if not bool(record.gradient.any()):
-            record.gradient.fill_(1)
+    note, calls = "", [part.records] if isinstance(part, WatchedMap) else part.records
+    for records in calls:  # of the layer, or of one product
+        if not any(bool(record.gradient.any()) for record in records):
+            for record in records:
+                record.gradient.fill_(1)
             note = "no gradient reaches it: all outputs count alike"
     if isinstance(part, WatchedMap):
         report = _solve_map(part, name, method)
