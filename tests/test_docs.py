@@ -89,8 +89,9 @@ def test_code_blocks_run(page: Path, tmp_path: Path, terminal: dict[str, str], m
 
 
 def options_table(verb: str) -> str:
-    """The options of one verb of the command line as a Markdown table."""
+    """The options of one verb of the command line as a Markdown table; of `compress`, those that its methods share."""
     command = typer.main.get_command(app).get_command(None, verb)  # type: ignore[attr-defined]
+    command = getattr(command, "commands", {}).get("recipe", command)
     rows = ["| option | |", "| --- | --- |"]
     for parameter in command.params:
         if parameter.param_type_name == "argument":

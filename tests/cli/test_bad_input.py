@@ -160,7 +160,10 @@ def test_a_group_size_that_does_not_divide_names_the_layer_and_sizes_that_would(
         (["--damp", 0], "damp=0.0 is not allowed"),
         (["--damp", 1.5], "damp=1.5 is not allowed"),
         (["--damp", "nan"], "damp=nan is not allowed"),
-        (["--method", "magic"], "unknown method 'magic'; known: ats, gptq, greenformers, nvit, repquant, rtn"),
+        (
+            ["--method", "magic"],
+            "unknown method 'magic'; known: ats, dopq-vit, gptq, greenformers, nvit, q-hyvit, repquant, rtn",
+        ),
         (["--method", "rtn", "--damp", 0.1], "method rtn has no option 'damp'"),
         (["--method", "rtn", "--desc-act"], "method rtn has no option 'desc_act'"),
         (["--samples", 0], "must be positive"),

@@ -278,9 +278,9 @@ def test_every_product_of_the_attention_is_quantized(build: Callable[[], nn.Modu
     model = build()
     result = tersor.compress(model, RepQuant(w_bits=8, a_bits=8, **EXTENDED), calibration=images())
     products = [each for each in result.model.modules() if isinstance(each, QuantizedProducts)]
-    flags = [flag for each in products for pair in each.logarithmic for flag in pair]
+    kinds = [kind for each in products for pair in each.kinds for kind in pair]
     blocks = 2 if build is not small_swin else 4
-    assert flags == blocks * [False, False, True, False]
+    assert kinds == blocks * ["uniform", "uniform", "logarithmic", "uniform"]
     pixels = torch.cat([each["image"] for each in images(3)])
     wanted, got = logits(model, pixels), logits(result.model, pixels)
     assert float((wanted - got).norm() / wanted.norm()) < 0.2

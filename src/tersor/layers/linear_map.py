@@ -103,7 +103,7 @@ def call_with_matrix(module: LinearMap, x: Tensor, matrix: Tensor) -> Tensor:
     assert bias is None or isinstance(bias, Tensor)
     if isinstance(module, nn.Conv2d):
         kernel = matrix.view_as(module.weight)
-        return nn.functional.conv2d(x, kernel, bias, module.stride, module.padding, module.dilation)
+        return nn.functional.conv2d(x, kernel, bias, module.stride, module.padding, module.dilation, module.groups)
     return nn.functional.linear(x, matrix, bias)
 
 

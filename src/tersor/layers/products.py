@@ -26,25 +26,35 @@ PRODUCTS: dict[Callable[..., Any], int] = {
 }
 FUSED = nn.functional.scaled_dot_product_attention
 Operands = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Multiply = Callable[[Tensor, Tensor], Tensor]
+Seen = Callable[[Multiply, Tensor, Tensor, Tensor], Tensor]  # (how it is multiplied, a, b, the product) to the product
 
 
 class Products(TorchFunctionMode):
-    """While active, `operands(a, b)` gives what is multiplied instead of a and b; products with a parameter are left alone."""
+    """While active, `operands(a, b)` gives what is multiplied instead of a and b; products with a parameter are left alone.
 
-    def __init__(self, operands: Operands) -> None:
+    seen: is shown every product with its operands, and gives what the model goes on with.
+    """
+
+    def __init__(self, operands: Operands, seen: Seen | None = None) -> None:
         super().__init__()
-        self.operands = operands
+        self.operands, self.seen = operands, seen
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if func is FUSED:
-            return attention(self.operands, *args, **kwargs)
+            return attention(lambda a, b: self._product(torch.matmul, a, b), *args, **kwargs)
         first = PRODUCTS.get(func)
         if first is None or len(args) != first + 2 or not all(map(is_activation, args[first:])):
             return func(*args, **kwargs)
-        return func(*args[:first], *self.operands(args[first], args[first + 1]), **kwargs)
+        return self._product(lambda a, b: func(*args[:first], a, b, **kwargs), args[first], args[first + 1])
+
+    def _product(self, multiply: Multiply, a: Tensor, b: Tensor) -> Tensor:
+        a, b = self.operands(a, b)
+        product = multiply(a, b)
+        return product if self.seen is None else self.seen(multiply, a, b, product)
 
 
 def is_activation(value: Any) -> bool:
@@ -52,7 +62,7 @@ def is_activation(value: Any) -> bool:
 
 
 def attention(
-    operands: Operands,
+    multiply: Multiply,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -62,12 +72,16 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """torch's scaled_dot_product_attention from single steps. query [..., n, d], key and value [..., m, d]."""
+    """torch's scaled_dot_product_attention from single steps, its two products computed by `multiply`.
+
+    query [..., n, d], key and value [..., m, d].
+    """
     if enable_gqa:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
-    q, k_transposed = operands(query, key.transpose(-2, -1))
-    scores = torch.matmul(q, k_transposed) * (query.shape[-1] ** -0.5 if scale is None else scale)  # [..., n, m]
+    scores = multiply(query, key.transpose(-2, -1)) * (
+        query.shape[-1] ** -0.5 if scale is None else scale
+    )  # [..., n, m]
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if attn_mask is not None and attn_mask.dtype == torch.bool:
@@ -75,4 +89,4 @@ def attention(
     elif attn_mask is not None:
         scores = scores + attn_mask
     weights = nn.functional.dropout(scores.softmax(-1), dropout_p)
-    return torch.matmul(*operands(weights, value))
+    return multiply(weights, value)

@@ -16,10 +16,22 @@ from tersor.formats.grid import Grid
 from tersor.layers.linear_map import call_with_matrix, input_matrix, weight_matrix
 from tersor.layers.products import Products
 from tersor.layers.quantized_map import QuantizedMap
-from tersor.layers.quantized_products import QuantizedProducts
+from tersor.layers.quantized_products import OperandGrid, QuantizedProducts
+from tersor.layers.straight_through import straight_through
 from tersor.methods.weights.gptq_solver import solve_gptq
 
 Fit = Callable[[Tensor], Grid]  # an input to its grid
+FitPair = Callable[[Tensor, Tensor], tuple[OperandGrid, OperandGrid]]  # the operands of a product to theirs
+
+
+def rounded_through(x: Tensor, rounded: Tensor) -> Tensor:
+    """rounded; where x has a gradient, it goes on to x as if nothing were rounded."""
+    return straight_through(rounded, x) if x.requires_grad else rounded
+
+
+def each_operand(fit: Callable[[Tensor], OperandGrid]) -> FitPair:
+    """The grids of two operands that are fitted alone."""
+    return lambda a, b: (fit(a), fit(b))
 
 
 class InputGrid:
@@ -35,7 +47,7 @@ class InputGrid:
                 torch._C.DisableTorchFunction()
             ):  # a `Products` around this layer shall not see what fitting multiplies
                 self.found = self.fit(x)
-        return self.found.round(at_least_float32(x)).to(x.dtype)
+        return rounded_through(x, self.found.round(at_least_float32(x)).to(x.dtype))
 
 
 class CalibratedMap(nn.Module):
@@ -45,6 +57,7 @@ class CalibratedMap(nn.Module):
         super().__init__()
         self.original, self.w_bits, self.input = original, w_bits, input
         self.enabled, self.reconstruct, self.measure = True, False, False
+        self.learned: Tensor | None = None  # while it is learned: the weight that is rounded [out, in]
         self.codes: Tensor | None = None
         self.grid: Grid | None = None
         self.error = 0.0  # ‖Q x̂ - W x‖² / ‖W x‖², with x as the layer gets it from the quantized ones before it
@@ -62,7 +75,10 @@ class CalibratedMap(nn.Module):
                 self._fit_weight(rounded)
         assert self.codes is not None
         assert self.grid is not None
-        matrix = self.grid.dequantize(self.codes.to(self.grid.scale.dtype)).to(x.dtype)
+        if self.learned is None:
+            matrix = self.grid.dequantize(self.codes.to(self.grid.scale.dtype)).to(x.dtype)
+        else:
+            matrix = rounded_through(self.learned, self.grid.round(self.learned)).to(x.dtype)
         y = call_with_matrix(self.original, rounded, matrix)
         if self.measure:
             wanted = call_with_matrix(self.original, x, weight_matrix(self.original))
@@ -93,11 +109,11 @@ class CalibratedMap(nn.Module):
 class CalibratedProducts(nn.Module):
     """A module whose products of activations have rounded operands. grids: of both operands of each product, once called."""
 
-    def __init__(self, inner: nn.Module, bits: int, fit: Callable[[Tensor], Grid | LogGrid]) -> None:
+    def __init__(self, inner: nn.Module, bits: int, fit: FitPair) -> None:
         super().__init__()
         self.inner, self.bits, self.fit = inner, bits, fit
         self.enabled, self.measure = True, False
-        self.grids: list[tuple[Grid | LogGrid, Grid | LogGrid]] = []
+        self.grids: list[tuple[OperandGrid, OperandGrid]] = []
         self.error = 0.0  # of the operand that changed most, ‖x̂ - x‖² / ‖x‖²
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -108,10 +124,12 @@ class CalibratedProducts(nn.Module):
         def rounded(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
             nonlocal count
             if count == len(self.grids):
-                self.grids.append((self.fit(a), self.fit(b)))
+                self.grids.append(self.fit(a, b))
             grids = self.grids[count]
             count += 1
-            first, second = (g.round(at_least_float32(x)).to(x.dtype) for g, x in zip(grids, (a, b), strict=True))
+            first, second = (
+                rounded_through(x, g.round(at_least_float32(x)).to(x.dtype)) for g, x in zip(grids, (a, b), strict=True)
+            )
             if self.measure:
                 changed = ((first - a, a), (second - b, b))
                 self.error = max(self.error, *(float(d.square().sum() / x.square().sum()) for d, x in changed))
@@ -122,17 +140,7 @@ class CalibratedProducts(nn.Module):
 
     def freeze(self) -> QuantizedProducts:
         """The module as it is stored."""
-        flags = [[isinstance(grid, LogGrid) for grid in pair] for pair in self.grids]
-        scale = self.grids[0][0].scale
-        frozen = QuantizedProducts(
-            self.inner, bits=self.bits, logarithmic=flags, dtype=scale.dtype, device=scale.device
-        )
-        for n, pair in enumerate(self.grids):
-            for m, grid in enumerate(pair):
-                frozen.scales[n, m] = grid.scale
-                if isinstance(grid, Grid):
-                    frozen.zeros[n, m] = grid.zero
-        return frozen
+        return QuantizedProducts.of_grids(self.inner, self.bits, self.grids)
 
 
 def reconstructed_codes(W: Tensor, H: Tensor, grid: Grid) -> Tensor:
@@ -154,10 +162,10 @@ def reconstructed_codes(W: Tensor, H: Tensor, grid: Grid) -> Tensor:
 
 def fit_operand(x: Tensor, *, bits: int) -> Grid | LogGrid:
     """A logarithmic grid for what a softmax gave, a uniform one for all else."""
-    return fit_logarithmic(x, bits) if _is_softmax(x) else fit_uniform(x, bits)
+    return fit_logarithmic(x, bits) if is_softmax(x) else fit_uniform(x, bits)
 
 
-def _is_softmax(x: Tensor) -> bool:
+def is_softmax(x: Tensor) -> bool:
     """Whether x looks like a softmax over its last axis: nothing negative, and sums of one."""
     x = at_least_float32(x)
     return bool((x >= 0).all()) and torch.allclose(x.sum(-1), torch.ones_like(x[..., 0]), atol=1e-2)

@@ -55,7 +55,14 @@ from tersor.formats.activation_grid import at_least_float32, fit_uniform
 from tersor.formats.grid import Grid
 from tersor.layers.linear_map import computes_its_own, linear_maps, weight_matrix
 from tersor.layers.products import Products
-from tersor.methods.activations.calibrated import CalibratedMap, CalibratedProducts, InputGrid, fit_operand
+from tersor.methods.activations.calibrated import (
+    CalibratedMap,
+    CalibratedProducts,
+    FitPair,
+    InputGrid,
+    each_operand,
+    fit_operand,
+)
 from tersor.methods.activations.dual_clipping import learn_clipping
 from tersor.methods.activations.norm_pairs import NormPair, find_norm_pairs
 from tersor.methods.method import ModelMethod, Work, check_options, option, register
@@ -133,7 +140,7 @@ class Places:
 def one_batch(samples: Sequence[Mapping[str, Any]]) -> Batch:
     """The samples as one batch, without labels: every grid is fitted on all of them at once."""
     if not samples:
-        raise TersorError("repquant needs calibration samples: give --calibration a folder of images or a packed .npz")
+        raise TersorError("no calibration samples: give --calibration a folder of images or a packed .npz")
     first = without_target(dict(samples[0]))
     return {name: _joined(name, [sample.get(name) for sample in samples]) for name in first}
 
@@ -150,18 +157,27 @@ def _joined(name: str, values: list[Any]) -> Any:
     return first
 
 
-def wrap(model: nn.Module, method: RepQuant, probe: Batch, wanted: Callable[[str], bool]) -> Places:
+def wrap(
+    model: nn.Module,
+    method: RepQuant,
+    probe: Batch,
+    wanted: Callable[[str], bool],
+    *,
+    fit_products: FitPair | None = None,
+    of: str = "repquant",
+) -> Places:
     """Put calibrated layers and products in the place of the model's own. probe: inputs that the model takes, of any size.
 
-    Raises TersorError where there is no LayerNorm that linear layers read.
+    fit_products: how the operands of products get their grids, where it is not RepQ-ViT's way. of: the method that asks. Raises
+    TersorError where there is no LayerNorm that linear layers read.
     """
     places = Places()
-    maps = _maps(model, wanted, places.left)
-    products = _products(model, probe, wanted, places.left)
+    maps = quantizable_maps(model, wanted, places.left)
+    products = product_sites(model, probe, wanted, places.left)
     places.pairs = find_norm_pairs(model, probe, maps)
     if not places.pairs:
         raise TersorError(
-            f"repquant needs a LayerNorm whose output goes to linear layers alone, and finds none in the blocks of "
+            f"{of} needs a LayerNorm whose output goes to linear layers alone, and finds none in the blocks of "
             f"{type(model).__name__}; for weights alone use tersor quantize"
         )
     inputs: dict[str, InputGrid] = {}
@@ -174,17 +190,23 @@ def wrap(model: nn.Module, method: RepQuant, probe: Batch, wanted: Callable[[str
         grid = inputs.get(name) or InputGrid(bits, partial(fit_uniform, bits=bits))
         places.maps[name] = CalibratedMap(module, method.w_bits, grid)
         model.set_submodule(name, places.maps[name])
+    fit_products = fit_products or each_operand(partial(fit_operand, bits=method.a_bits))
     for name, module in products.items():
-        places.products[name] = CalibratedProducts(module, method.a_bits, partial(fit_operand, bits=method.a_bits))
+        places.products[name] = CalibratedProducts(module, method.a_bits, fit_products)
         model.set_submodule(name, places.products[name])
     return places
 
 
-def _maps(model: nn.Module, wanted: Callable[[str], bool], left: dict[str, str]) -> dict[str, nn.Module]:
-    """The layers to quantize by name; in `left` those that cannot be."""
+def quantizable_maps(
+    model: nn.Module, wanted: Callable[[str], bool], left: dict[str, str], *, grouped: bool = False
+) -> dict[str, nn.Module]:
+    """The layers to quantize by name; in `left` those that cannot be. grouped: grouped convolutions too."""
     names = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    found = {}
-    for name, module in linear_maps(model).items():
+    found: dict[str, nn.Module] = {}
+    candidates = dict(linear_maps(model))
+    if grouped:
+        candidates |= {name: each for name, each in model.named_modules() if _is_grouped_convolution(each)}
+    for name, module in candidates.items():
         if not wanted(name):
             continue
         if not isinstance(module, nn.Module):
@@ -201,8 +223,14 @@ def _maps(model: nn.Module, wanted: Callable[[str], bool], left: dict[str, str])
     return found
 
 
+def _is_grouped_convolution(module: nn.Module) -> bool:
+    if not isinstance(module, nn.Conv2d) or module.padding_mode != "zeros" or isinstance(module.padding, str):
+        return False
+    return module.groups > 1
+
+
 @torch.no_grad()
-def _products(
+def product_sites(
     model: nn.Module, probe: Batch, wanted: Callable[[str], bool], left: dict[str, str]
 ) -> dict[str, nn.Module]:
     """The innermost modules that multiply activations, by name; in `left` those around others."""
@@ -240,14 +268,17 @@ def _fit_norm_output(x: Tensor, *, bits: int, readers: Sequence[nn.Module] | Non
     return learn_clipping(tokens, torch.cat([weight_matrix(each).detach() for each in readers]).to(tokens), grid)
 
 
-def reparameterize(model: nn.Module, places: Places) -> None:
-    """Give each pair one grid for all channels, by an exact change of variables that leaves the model's function as it is."""
+def reparameterize(model: nn.Module, places: Places, centre: Callable[[Tensor], Tensor] = torch.mean) -> None:
+    """Give each pair one grid for all channels, by an exact change of variables that leaves the model's function as it is.
+
+    centre: of the channels' scales [channels], and of their zero points, which the one grid gets.
+    """
     for pair in places.pairs:
         norm, readers = model.get_submodule(pair.norm), [places.maps[name] for name in pair.linears]
         grid = readers[0].input.found
         if grid is None:  # no sample reached it
             continue
-        scale, zero = grid.scale.mean(), grid.zero.mean()
+        scale, zero = centre(grid.scale), centre(grid.zero)
         r, b = grid.scale / scale, scale * (zero - grid.zero)
         for values in (norm.weight, norm.bias):
             assert isinstance(values, Tensor)
