@@ -230,8 +230,12 @@ class TripoSGVAE(nn.Module):
         self.quant = nn.Linear(config.width_encoder, 2 * config.latent_channels)
         self.post_quant = nn.Linear(config.latent_channels, config.width_decoder)
 
-    def forward(self, points: Tensor, query_points: Tensor) -> Tensor:
-        """By the posterior's mean; in training by a sample of it."""
+    def forward(
+        self, points: Tensor, query_points: Tensor, distances: Tensor | None = None
+    ) -> Tensor | dict[str, Tensor]:
+        """By the posterior's mean; in training by a sample of it. With distances (B, Q), the losses instead."""
+        if distances is not None:
+            return self.losses(points, query_points, distances)
         posterior = self.encode(points)
         return self.decode(posterior.sample() if self.training else posterior.mean, query_points)
 
@@ -291,73 +295,58 @@ class TripoSGVAE(nn.Module):
         angles = (p[..., None] * rates).flatten(-2)
         return torch.cat((p, angles.sin(), angles.cos()), -1)
 
+    def losses(
+        self,
+        points: Tensor,
+        query_points: Tensor,
+        distances: Tensor,
+        *,
+        surface: int = 256,
+        normal_weight: float = 10.0,
+        eikonal_weight: float = 0.1,
+        kl_weight: float = 0.001,
+        interval: float | None = None,
+    ) -> dict[str, Tensor]:
+        """points (B, P, 6) with unit normals, query_points (B, Q, 3), their signed distances (B, Q), negative inside.
+
+        Scalars by name; "loss" is their weighted sum. The gradient is taken at the query points and at the first `surface` of
+        the points, where it should be the normal; exactly, or by central differences over 2 `interval`.
+        """
+        if self.config.in_channels < 3 or points.shape[-1] < 6:
+            raise TersorError(f"the normal loss needs points with normals (batch, number, 6), not {list(points.shape)}")
+        posterior = self.encode(points)
+        tokens = self.tokens(posterior.sample() if self.training else posterior.mean)
+        near, normals = points[:, :surface, :3], points[:, :surface, 3:6]
+        s, gradient = self.with_gradient(tokens, torch.cat((query_points, near), 1), interval=interval)
+        wanted = torch.cat((distances, distances.new_zeros(near.shape[:2])), 1)
+        error = s[..., 0] - wanted
+        distance = (error.abs() + error.square()).mean()
+        normal = (1 - F.cosine_similarity(gradient[:, query_points.shape[1] :], normals, dim=-1)).mean()
+        eikonal = (gradient.norm(dim=-1) - 1).square().mean()
+        kl = posterior.kl().mean()
+        loss = distance + normal_weight * normal + eikonal_weight * eikonal + kl_weight * kl
+        return {"loss": loss, "distance": distance, "normal": normal, "eikonal": eikonal, "kl": kl}
+
+    def with_gradient(self, tokens: Tensor, p: Tensor, *, interval: float | None = None) -> tuple[Tensor, Tensor]:
+        """Distances (B, Q, 1) at p (B, Q, 3) and their gradient (B, Q, 3) in space; both can be differentiated again."""
+        if interval is not None:
+            offsets = interval * torch.eye(3, dtype=p.dtype, device=p.device)
+            moved = torch.stack([p + sign * offset for offset in offsets for sign in (1, -1)], 1)  # (B, 6, Q, 3)
+            all_points = torch.cat((p[:, None], moved), 1).flatten(1, 2)
+            s = rearrange(self.distances(tokens, all_points), "b (m q) 1 -> b m q 1", m=7)
+            above, below = s[:, 1::2, :, 0], s[:, 2::2, :, 0]  # (B, 3, Q)
+            return s[:, 0], ((above - below) / (2 * interval)).mT
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the other kernels have no second derivative
+            p = p.detach().requires_grad_()
+            s = self.distances(tokens, p)
+            (gradient,) = torch.autograd.grad(s.sum(), p, create_graph=True)
+        return s, gradient
+
     def example_inputs(self, batch_size: int = 2) -> dict[str, Tensor]:
         config = self.config
         points = 2 * torch.rand(batch_size, 2 * config.num_tokens, 3) - 1
         features = F.normalize(torch.randn(batch_size, 2 * config.num_tokens, config.in_channels), dim=-1)
         return {"points": torch.cat((points, features), -1), "query_points": 2 * torch.rand(batch_size, 20, 3) - 1}
-
-
-@dataclass(frozen=True)
-class ShapeLosses:
-    """Scalars; `loss` is their weighted sum."""
-
-    loss: Tensor
-    distance: Tensor
-    normal: Tensor
-    eikonal: Tensor
-    kl: Tensor
-
-
-def losses(
-    model: TripoSGVAE,
-    points: Tensor,
-    query_points: Tensor,
-    distances: Tensor,
-    *,
-    surface: int = 256,
-    normal_weight: float = 10.0,
-    eikonal_weight: float = 0.1,
-    kl_weight: float = 0.001,
-    interval: float | None = None,
-) -> ShapeLosses:
-    """points (B, P, 6) with unit normals, query_points (B, Q, 3), their signed distances (B, Q), negative inside.
-
-    The gradient is taken at the query points and at the first `surface` of the points, where it should be the normal; exactly,
-    or by central differences over 2 `interval`.
-    """
-    if model.config.in_channels < 3 or points.shape[-1] < 6:
-        raise TersorError(f"the normal loss needs points with normals (batch, number, 6), not {list(points.shape)}")
-    posterior = model.encode(points)
-    tokens = model.tokens(posterior.sample())
-    near, normals = points[:, :surface, :3], points[:, :surface, 3:6]
-    s, gradient = with_gradient(model, tokens, torch.cat((query_points, near), 1), interval=interval)
-    wanted = torch.cat((distances, distances.new_zeros(near.shape[:2])), 1)
-    error = s[..., 0] - wanted
-    distance = (error.abs() + error.square()).mean()
-    normal = (1 - F.cosine_similarity(gradient[:, query_points.shape[1] :], normals, dim=-1)).mean()
-    eikonal = (gradient.norm(dim=-1) - 1).square().mean()
-    kl = posterior.kl().mean()
-    loss = distance + normal_weight * normal + eikonal_weight * eikonal + kl_weight * kl
-    return ShapeLosses(loss, distance, normal, eikonal, kl)
-
-
-def with_gradient(
-    model: TripoSGVAE, tokens: Tensor, p: Tensor, *, interval: float | None = None
-) -> tuple[Tensor, Tensor]:
-    """Distances (B, Q, 1) at p (B, Q, 3) and their gradient (B, Q, 3) in space; both can be differentiated again."""
-    if interval is not None:
-        offsets = interval * torch.eye(3, dtype=p.dtype, device=p.device)
-        moved = torch.stack([p + sign * offset for offset in offsets for sign in (1, -1)], 1)  # (B, 6, Q, 3)
-        all_points = torch.cat((p[:, None], moved), 1).flatten(1, 2)
-        s = rearrange(model.distances(tokens, all_points), "b (m q) 1 -> b m q 1", m=7)
-        above, below = s[:, 1::2, :, 0], s[:, 2::2, :, 0]  # (B, 3, Q)
-        return s[:, 0], ((above - below) / (2 * interval)).mT
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the other kernels have no second derivative
-        p = p.detach().requires_grad_()
-        s = model.distances(tokens, p)
-        (gradient,) = torch.autograd.grad(s.sum(), p, create_graph=True)
-    return s, gradient
 
 
 def farthest_points(positions: Tensor, count: int) -> Tensor:
