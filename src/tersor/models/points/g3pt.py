@@ -109,8 +109,8 @@ class Block(nn.Module):
     input="tokens",
     paper="arXiv 2409.06322",
     variants={
-        "g3pt": (283_684_365, {}),
-        "g3pt_large": (1_494_017_037, {"width": 1536, "depth": 40, "num_heads": 16}),
+        "g3pt": (214_250_240, {}),
+        "g3pt_large": (1_424_582_912, {"width": 1536, "depth": 40, "num_heads": 16}),
     },
     small={
         "width": 24,
