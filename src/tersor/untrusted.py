@@ -312,6 +312,16 @@ def read_npz(path: Path, names: Iterable[str]) -> dict[str, Any]:
     return found
 
 
+def read_npy(path: Path) -> Any:
+    """The array of an .npy file, with the same checks."""
+    import numpy as np
+
+    try:
+        return _array(np, path.name, read_bytes(path))
+    except ValueError as error:
+        raise TersorError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+
+
 def _array(np: Any, name: str, content: bytes) -> Any:
     file = io.BytesIO(content)
     try:

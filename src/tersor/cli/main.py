@@ -38,6 +38,7 @@ VERBS = (
     "doctor",
     "train",
     "predict",
+    "sample",
 )
 FUNCTIONS = {"eval": "evaluate"}  # `eval` is a name of Python's
 

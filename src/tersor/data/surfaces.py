@@ -35,8 +35,7 @@ def distance_grid(
     field: Field, *, cells: int, bound: float = BOUND, progress: Callable[[str, int, int], None] | None = None
 ) -> Tensor:
     """(cells + 1,) * 3 float32 values of the field at the grid's points, x first. `cells` over 32 are halved while even."""
-    if not 1 <= cells <= CELLS:
-        raise TersorError(f"a grid has 1 to {CELLS} cells a side, not {cells}")
+    check_cells(cells)
     sizes = [cells]
     while sizes[0] > DENSE and sizes[0] % 2 == 0:
         sizes.insert(0, sizes[0] // 2)
@@ -60,6 +59,11 @@ def distance_grid(
             fine[rows[:, 0], rows[:, 1], rows[:, 2]] = torch.cat(values)
         grid = fine
     return grid
+
+
+def check_cells(cells: int) -> None:
+    if not 1 <= cells <= CELLS:
+        raise TersorError(f"a grid has 1 to {CELLS} cells a side, not {cells}")
 
 
 def _near(grid: Tensor) -> Tensor:

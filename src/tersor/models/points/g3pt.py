@@ -3,10 +3,13 @@
 What it is for: shapes of a class, or for a context such as DINOv2 tokens of a picture, drawn coarse to fine in as many passes as
 there are scales, however many tokens they have. `g3pt_tokenizer` makes the tokens and turns them into a surface.
 
-    model = tersor.models.create("g3pt", width=32, depth=2, num_heads=2, scales=(1, 4, 16), bits=6, num_latents=16,
-                                 latent_width=32, latent_heads=2, num_classes=3)
-    model.take_quantizer(tokenizer)                                # with the same scales, bits and latents
-    tokens = model.generate(label=torch.tensor([2]), guidance=2.0, top_p=0.9)          # (1, 21)
+    shared = {"scales": (1, 4, 16), "bits": 6, "num_latents": 16}
+    tokenizer = tersor.models.create("g3pt_tokenizer", width=32, num_heads=2, **shared)
+    model = tersor.models.create("g3pt", width=32, num_heads=2, latent_width=32, latent_heads=2, num_classes=3, **shared)
+    model.take_quantizer(tokenizer)                                                       # what turns tokens into features
+    tokens = model.eval().generate(torch.tensor([2]), guidance=2.0, top_p=0.9)            # (1, 21), a shape of class 2
+
+From a folder with both as `transformer/` and `vae/`: `tersor sample DIR --prompt 2 --out shape.glb`.
 
 tokens (B, sum n_s), label (B,) and context (B, l, D) -> logits (B, sum n_s, 2^d). The sequence is
 
