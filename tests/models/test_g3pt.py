@@ -258,7 +258,9 @@ def test_training_leaves_conditions_out_and_learns() -> None:
 
 def test_the_tokenizers_part_is_taken_over() -> None:
     model, source = generator().double(), make_tokenizer()
+    assert not model.taken
     model.take_quantizer(source)
+    assert model.taken
     tokens = torch.randint(16, (1, 3))
     assert torch.equal(model.contribution(1, tokens), source.quantizer.contribution(1, tokens))
     with pytest.raises(TersorError, match="g3pt's bits 4 is not the tokenizer's bits 5"):

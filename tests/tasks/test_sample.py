@@ -348,6 +348,28 @@ def test_from_meshes_to_a_mesh(tersor_command: Command, tmp_path: Path) -> None:
     assert shapes.open_edges(shapes.read_mesh(tmp_path / "made.obj")) == 0
 
 
+def test_from_tokens_to_a_mesh_of_a_class(tersor_command: Command, tmp_path: Path) -> None:
+    pipeline, generator = tmp_path / "pipeline", {**G3PT, "scales": [1, 4]}
+    tokenizer: Any = save("g3pt_tokenizer", pipeline / "vae", **TOKENIZER)
+    with torch.no_grad():
+        features = tokenizer.features(torch.zeros(1, 5, dtype=torch.long))
+        tokenizer.out.bias -= tokenizer.decode(features, 2 * torch.rand(1, 500, 3) - 1).mean()
+    save_model(tokenizer, pipeline / "vae", {}, ())
+    tokens, label = np.random.default_rng(0).integers(0, 16, (12, 5)), np.arange(12) % 3
+    np.savez(tmp_path / "tokens.npz", tokens=tokens, label=label)
+    train = ("train", "g3pt", "--data", tmp_path / "tokens.npz", "--out", pipeline / "transformer", "--epochs", "2")
+    few = ("--device", "cpu", "--batch-size", "4", *settings(generator))
+    refused(tersor_command(*train, *few), "has nothing of the tokenizer", "take_quantizer")
+    model: Any = tersor.models.create("g3pt", **G3PT)
+    model.take_quantizer(tokenizer)
+    torch.save(model.state_dict(), tmp_path / "start.pth")
+    ran = tersor_command(*train, *few, "--checkpoint", tmp_path / "start.pth")
+    assert ran.status == 0, ran.err
+    ran = tersor_command("sample", pipeline, "--prompt", "2", "--out", tmp_path / "made.glb", *COARSE)
+    assert ran.status == 0, ran.err
+    assert shapes.open_edges(shapes.read_mesh(tmp_path / "made.glb")) == 0
+
+
 def test_training_data_that_do_not_fit_are_one_line(tersor_command: Command, tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", latents=np.zeros((4, 8, 5), np.float32), context=np.zeros((4, 2, 6), np.float32))
     few = ("--out", tmp_path / "run", "--device", "cpu")

@@ -72,6 +72,11 @@ def load_data(model: Any, data: Path, validation: Path | None, table: Mapping[st
         raise TersorError(f"an .npz of latents has no settings; leave data.{next(iter(table))} out")
     wanted = model.example_inputs(1)
     if NEXT_SCALE in wanted:
+        if not bool(model.taken):
+            raise TersorError(
+                "this model has nothing of the tokenizer that made the tokens: model.take_quantizer(tokenizer) in Python, "
+                "torch.save its state_dict, and give that file as --checkpoint"
+            )
         names = {name: name for name in wanted}
     else:
         names = {"latents": "hidden_states", "context": "encoder_hidden_states"}
@@ -148,6 +153,10 @@ def _by_scales(generator: Generator, order: Order, progress: Progress) -> Callab
     config = module.config
     if order.steps is not None:
         raise TersorError(f"this model takes as many steps as it has scales, {len(config.scales)}; leave --steps out")
+    if not bool(module.taken):
+        raise TersorError(
+            "this model has nothing of its tokenizer; model.take_quantizer(tokenizer) in Python, then train it"
+        )
     if getattr(decoder.config, "scales", None) != config.scales or decoder.config.bits != config.bits:
         raise TersorError(f"the model's scales {config.scales} or bits {config.bits} are not those of the decoder")
     label = _label(order.prompt, config.num_classes)

@@ -130,6 +130,8 @@ class Block(nn.Module):
 class G3PT(nn.Module):
     """tokens (B, sum n_s), label (B,), context (B, l, D) -> logits (B, sum n_s, 2^d)."""
 
+    taken: Tensor
+
     def __init__(self, config: G3PTConfig) -> None:
         super().__init__()
         self.config = config
@@ -138,6 +140,7 @@ class G3PT(nn.Module):
         self.up = nn.ModuleList(
             Querying(config.num_latents, latent, config.latent_heads) for _ in config.scales[:-1]
         )  # likewise; what the last scale adds is not needed here
+        self.register_buffer("taken", torch.zeros((), dtype=torch.bool))  # whether these are a tokenizer's
         self.code_out.requires_grad_(False)
         self.up.requires_grad_(False)
         self.start = nn.Embedding(config.num_classes + 1, C)  # the last row: no label
@@ -169,6 +172,7 @@ class G3PT(nn.Module):
         self.code_out.load_state_dict(tokenizer.quantizer.lfq.project_out.state_dict())
         for own_up, up in zip(self.up, tokenizer.quantizer.up, strict=False):
             own_up.load_state_dict(up.state_dict())
+        self.taken.fill_(True)
 
     def forward(self, tokens: Tensor, label: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         """Teacher forcing: the logits of each scale, given the scales before it. tokens of the last scale do not count."""
