@@ -76,7 +76,9 @@ def _settings(kinds: Sequence[type[Method]]) -> list[inspect.Parameter]:
         kind = about["typed"] or hints[each.name]
         flag = about["flag"] or f"--{each.name.replace('_', '-')}"
         annotation: Any = list[str] | None if kind == tuple[str, ...] else kind | None
-        shown = "" if each.default in (None, (), False) else f" [default: {each.default}]"
+        shown = (
+            "" if each.default is None or each.default is False or each.default == () else f" [default: {each.default}]"
+        )
         option = typer.Option(None, flag, help=about["help"] + shown, show_default=False)
         parameters.append(_parameter(each.name, annotation, option))
     return parameters

@@ -40,6 +40,7 @@ VERBS = (
     "predict",
     "forecast",
     "backtest",
+    "sample",
 )
 FUNCTIONS = {"eval": "evaluate"}  # `eval` is a name of Python's
 

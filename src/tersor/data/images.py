@@ -115,6 +115,40 @@ def open_image(encoded: Path | bytes, *, upright: bool = False) -> Any:
     return _opened(encoded, convert)
 
 
+def open_frames(path: Path, most: int) -> list[Any]:
+    """The first frames of a picture that may move, `most` of them, as RGB images of Pillow; one of a picture that does not."""
+
+    def frames(opened: Any) -> list[Any]:
+        found = []
+        for number in range(min(most, getattr(opened, "n_frames", 1))):
+            opened.seek(number)
+            found.append(_to_rgb(opened.copy()))
+        return found
+
+    found: list[Any] = _opened(path, frames)
+    return found
+
+
+def alpha_cut(path: Path, *, margin: float = 0.1) -> Any:
+    """An RGB image of Pillow. Where the file has an alpha channel: the part that is not transparent on white, in a square with a
+    margin of that share of its longer side on each side; else the picture as it is."""
+
+    def cut(opened: Any) -> Any:
+        if "A" not in opened.getbands():
+            return _to_rgb(opened)
+        image = opened.convert("RGBA")
+        box = image.getchannel("A").getbbox()
+        if box is None:
+            raise TersorError(f"{path} is transparent everywhere")
+        image = image.crop(box)
+        side = round(max(image.size) * (1 + 2 * margin))
+        square = _pillow().new("RGBA", (side, side), (255, 255, 255, 255))
+        square.alpha_composite(image, ((side - image.width) // 2, (side - image.height) // 2))
+        return square.convert("RGB")
+
+    return _opened(path, cut)
+
+
 def open_mask(path: Path) -> Any:
     """The numbers of a picture of one channel as they are stored, of a palette the colours' numbers: (H, W), int64."""
 

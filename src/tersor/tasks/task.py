@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from tersor.train.objectives import Objective
 
@@ -52,12 +52,46 @@ class Predict(Protocol):
 
 
 @dataclass(frozen=True)
+class Order:
+    """What `tersor sample` was asked for; None where an option was not given."""
+
+    out: Path  # the file to write
+    seed: int
+    prompt: str | None = None
+    condition: Path | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    resolution: int | None = None
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A generating model, ready. folder: where it was read from; decoder: what makes a result of its latents, if anything."""
+
+    folder: Path
+    module: Any
+    decoder: Any = None
+
+
+def numbers_of(module: nn.Module) -> Tensor:
+    """A tensor of the type and on the device that the module computes with; packed weights are passed over."""
+    return next(each for each in module.parameters() if each.is_floating_point())
+
+
+class Sample(Protocol):
+    """Makes one result and writes it to order.out. progress(what, done, total)."""
+
+    def __call__(self, generator: Generator, order: Order, progress: Callable[[str, int, int], None]) -> Prediction: ...
+
+
+@dataclass(frozen=True)
 class Task:
     """objective: what training lowers. load_data: (model, data, validation data or None, the table `data` of the command)
     -> Sets. predict: None where no verb shows predictions of this task yet. suffixes: of the files that it reads.
     writes: its results are files. compares: they can be compared with a reference. normalises: its images are resized and
     normalised as the model says; `size` is that of an official checkpoint, which says nothing (None: the architecture's).
     defaults: settings of the training that are the task's own, where the user does not say them.
+    sample: None where models of this task make nothing of noise; makes: the endings of the files that it writes.
     """
 
     objective: Objective
@@ -69,3 +103,5 @@ class Task:
     normalises: bool = True
     size: int | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    sample: Sample | None = None
+    makes: frozenset[str] = frozenset()
