@@ -100,7 +100,7 @@ def test_grey_values_are_asked_for_as_classes() -> None:
 def test_a_language_model_is_pretrained_on_the_next_token(tmp_path: Path) -> None:
     labelled = [{"input_ids": torch.arange(1, 11) % 7 + 1, "target": torch.tensor(1)}] * 8
     model = tersor.models.create("cot", **{**tersor.models.find("cot").small, "vocab": 9})
-    with pytest.raises(TersorError, match="its pretraining is causal, not masked"):
+    with pytest.raises(TersorError, match="cot's pretraining is causal, not masked"):
         pretraining_model(model, labelled, DenoisingConfig())
     settings = TrainConfig(epochs=1, batch_size=4, device="cpu")
     told = self_pretrain(model, labelled, out=tmp_path, config=settings, task=DenoisingConfig(objective="causal"))

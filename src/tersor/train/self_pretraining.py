@@ -11,7 +11,8 @@ A model takes part that says how it looks with an output at every position, by
 
     pretraining_config(channels=, outputs=, length=, causal=) -> config
 
-or that gives such outputs anyway (a language model: its pretraining is causal). Rates are for the user to choose twice.
+or that gives such outputs anyway: a language model, whose pretraining is causal, or a masked one. Rates are for the user to
+choose twice.
 
 Origin: IdoAmos/not-from-scratch at f919137 (MIT). Proven: the losses of the published code (golden cases); on a small task
 with few labels, more accuracy than from scratch in equally many steps. Not proven: the published accuracies.
@@ -97,10 +98,11 @@ def pretraining_model(model: nn.Module, labelled: Any, task: DenoisingConfig) ->
     kind: Any = type(model)
     own: Any = getattr(model, "pretraining_config", None)
     if own is None:
-        if find(kind.system).task != "language-model":
+        objective = {"language-model": "causal", "masked-language-model": "masked"}.get(find(kind.system).task)
+        if objective is None:
             raise TersorError(f"{kind.system} has no outputs at every position, and cannot be pretrained on holes")
-        if task.objective != "causal":
-            raise TersorError(f"{kind.system} sees only what came before: its pretraining is causal, not masked")
+        if task.objective != objective:
+            raise TersorError(f"{kind.system}'s pretraining is {objective}, not {task.objective}")
         language_model: nn.Module = kind(model.config)
         return language_model
     sequence: Tensor = next(labelled[0][name] for name in ("x", "input_ids") if name in labelled[0])

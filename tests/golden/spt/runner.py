@@ -1,7 +1,6 @@
 from typing import Any
 
 import numpy as np
-import torch
 from golden.harness import Case, capture, check_parameters
 from torch import Tensor
 
