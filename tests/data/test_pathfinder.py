@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -57,7 +58,7 @@ def test_the_dots_are_ends_of_one_contour_or_of_two(monkeypatch: pytest.MonkeyPa
         ends = {dashes[0][0]: 0, dashes[5][1]: 0, dashes[6][0]: 1, dashes[11][1]: 1}
         assert (ends[marked[0]] == ends[marked[1]]) == connected
         for contour in (dashes[:6], dashes[6:12]):
-            for one, other in zip(contour, contour[1:], strict=False):
+            for one, other in itertools.pairwise(contour):
                 assert math.dist(one[1], other[0]) == pytest.approx(EASY.gap)
             assert all(math.dist(*dash) == pytest.approx(EASY.dash) for dash in contour)
 
