@@ -1,4 +1,7 @@
-"""`tersor train`: any registered architecture on series, images or text. Its options are those of TrainConfig."""
+"""`tersor train`: any registered architecture on series, images or text, and sequence models on the Long Range Arena.
+
+Its options are those of TrainConfig.
+"""
 
 from __future__ import annotations
 
@@ -16,33 +19,45 @@ from torch import nn
 import tersor.models
 from tersor.cli.notes import show_notes
 from tersor.cli.progress import progress_bar
+from tersor.data.denoising import DenoisingConfig
 from tersor.errors import TersorError
 from tersor.models.config import checked_config
-from tersor.tasks import task_of
+from tersor.tasks import Sets, Task, task_of
+from tersor.tasks.long_range_arena import PREFIX, prepare
 from tersor.train.config import TrainConfig
+from tersor.train.objectives import Objective, answering
+from tersor.train.self_pretraining import self_pretrain
+from tersor.train.trainer import Progress, validate
 from tersor.train.trainer import train as run_training
-from tersor.train.trainer import validate
 from tersor.untrusted import read_json, read_toml, readable
 
-SECTIONS = ("model", "data", "train")
+SECTIONS = ("model", "data", "train", "pretrain")
+Tables = dict[str, dict[str, Any]]
 
 
 def _train(
-    model: Annotated[str, typer.Argument(help="An architecture: `tersor models` lists them.")],
-    data: Annotated[
-        Path,
-        typer.Option(
-            "--data",
-            help="CSV or Parquet file (series), folder (or .npz) of images, folder of point clouds, or text file; .gz too.",
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="An architecture: `tersor models` lists them. Or lra/TASK, of the Long Range Arena."
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder of the run; one that was interrupted goes on.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            help="CSV or Parquet file (series), folder (or .npz) of images, folder of point clouds, or text file; .gz too. "
+            "lra/listops, lra/pathfinder and lra/pathx are drawn without.",
+        ),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="With lra/TASK: the architecture that learns it.")] = None,
     validation: Annotated[
         Path | None, typer.Option(help="Validation data of the same form; series have their own part.")
     ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Weights to start from.")] = None,
     config: Annotated[
-        Path | None, typer.Option("--config", help="TOML or JSON with the tables model, data and train.")
+        Path | None, typer.Option("--config", help="TOML or JSON with the tables model, data, train and pretrain.")
     ] = None,
     set: Annotated[
         list[str] | None, typer.Option("--set", help="One entry of these tables: `model.pred_len=192`, `data.size=32`.")
@@ -52,23 +67,29 @@ def _train(
 ) -> None:
     """Train a model by its task: to classify images or point clouds, enlarge or segment images, forecast series, or model text.
 
+    `tersor train lra/TASK --model MODEL` trains a sequence model on listops, text, retrieval, image, pathfinder or pathx;
+    with `--set pretrain.epochs=N`, first to fill holes in the same sequences.
+
     On several devices: `torchrun --nproc-per-node 4 -m tersor train MODEL ...`. An option given here wins over `--set`,
     and that over `--config`.
     """
     tables = _tables(config, set or [])
     tables["train"] |= {name: value for name, value in options.items() if value is not None}
-    info = tersor.models.find(model)
-    task = task_of(info.task, info.input)
-    settings = checked_config(TrainConfig, {**task.defaults, **tables["train"]}, "train")
+    task = None if what.startswith(PREFIX) else _task(what)
+    defaults = {} if task is None else task.defaults
+    settings = checked_config(TrainConfig, {**defaults, **tables["train"]}, "train")
     torch.manual_seed(settings.seed)
-    net = _build(model, checkpoint, tables["model"])
-    sets = task.load_data(net, data, validation, tables["data"])
-    show_notes(sets.notes)
     with progress_bar(quiet=as_json) as progress:
+        net, sets, objective = (
+            _long_range(what, model, data, validation, checkpoint, out, settings, tables, progress)
+            if task is None
+            else _by_task(task, what, model, data, validation, checkpoint, tables)
+        )
+        show_notes(sets.notes)
         result = run_training(
             net,
             sets.train,
-            objective=task.objective,
+            objective=objective,
             out=out,
             config=settings,
             validation=sets.validation,
@@ -79,13 +100,75 @@ def _train(
     told: dict[str, Any] = {"out": str(out), "steps": result.steps, "best_step": result.best_step}
     told["validation"] = result.validation
     if sets.test is not None:
-        told["test"] = validate(net, sets.test, task.objective, batch_size=settings.batch_size)
+        told["test"] = validate(net, sets.test, objective, batch_size=settings.batch_size)
     rank = 0
     if torch.distributed.is_initialized():
         rank = torch.distributed.get_rank()
         torch.distributed.destroy_process_group()
     if rank == 0:
         _print(told, as_json=as_json)
+
+
+def _task(name: str) -> Task:
+    info = tersor.models.find(name)
+    return task_of(info.task, info.input)
+
+
+def _by_task(
+    task: Task,
+    name: str,
+    other: str | None,
+    data: Path | None,
+    validation: Path | None,
+    checkpoint: Path | None,
+    tables: Tables,
+) -> tuple[nn.Module, Sets, Objective]:
+    if other is not None:
+        raise TersorError(f"--model {other} goes with lra/TASK; here the model is {name}")
+    if tables["pretrain"]:
+        raise TersorError("the table pretrain goes with lra/TASK")
+    if data is None:
+        raise TersorError(f"{name} needs --data, what it is to be trained on")
+    net = _build(name, checkpoint, tables["model"])
+    return net, task.load_data(net, data, validation, tables["data"]), task.objective
+
+
+def _long_range(
+    what: str,
+    name: str | None,
+    data: Path | None,
+    validation: Path | None,
+    checkpoint: Path | None,
+    out: Path,
+    settings: TrainConfig,
+    tables: Tables,
+    progress: Progress,
+) -> tuple[nn.Module, Sets, Objective]:
+    """The model, pretrained where the table pretrain says for how long: its entries are TrainConfig's (else those of the
+    training), and DenoisingConfig's."""
+    if name is None:
+        raise TersorError(f"{what} needs --model, the architecture that learns it")
+    if validation is not None:
+        raise TersorError(f"{what} has a validation part of its own; leave --validation out")
+    table = tables["pretrain"]
+    of_holes = {each.name for each in dataclasses.fields(DenoisingConfig)} - {"seed"}
+    run = prepare(
+        what.removeprefix(PREFIX),
+        name,
+        data,
+        model=tables["model"],
+        data=tables["data"],
+        pretrain={key: value for key, value in table.items() if key in of_holes},
+        build=lambda name, overrides: _build(name, checkpoint, overrides),
+    )
+    if table:
+        of_training = {key: value for key, value in table.items() if key not in of_holes}
+        if not of_training.get("epochs"):
+            raise TersorError("the table pretrain needs epochs, of how many the pretraining is")
+        as_trained = dataclasses.asdict(settings) | {"max_steps": 0, "patience": 0}
+        before = checked_config(TrainConfig, as_trained | of_training, "pretrain")
+        self_pretrain(run.model, run.alone, out=out / "pretraining", config=before, task=run.holes, progress=progress)
+    return run.model, run.sets, answering
 
 
 def _print(told: dict[str, Any], *, as_json: bool) -> None:

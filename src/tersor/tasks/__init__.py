@@ -14,7 +14,9 @@ from tersor.tasks.task import Prediction, Sets, Task
 
 __all__ = ["Prediction", "Sets", "Task", "task_named", "task_of", "tasks"]
 
-NO_TASKS = ("__init__", "task", "predict", "sample", "tiles", "forecaster", "forecast_table", "origins", "backtest")
+NO_TASKS = (
+    "__init__", "task", "predict", "sample", "tiles", "forecaster", "forecast_table", "origins", "backtest", "long_range_arena",
+)  # fmt: skip
 
 
 def tasks() -> list[str]:

@@ -6,6 +6,7 @@ follows from the task that it is registered with.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -44,6 +45,28 @@ def classification(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     loss = torch.stack([F.cross_entropy(head, target) for head in heads]).mean()
     logits = torch.stack(heads).mean(0)
     return {"loss": loss, "accuracy": (logits.argmax(-1) == target).float().mean()}
+
+
+def answering(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """Cross-entropy of one answer a sequence, target (B,): of logits (B, classes), or of (B, L, V) those at the end.
+
+    lengths (B,), if the batch has them: where sequences end, before their padding. A model whose forward has `lengths` gets
+    them. Pairs of sequences (B, 2, L) go in as 2 B, the first members first.
+    """
+    inputs, target = _split(batch)
+    lengths = inputs.pop("lengths", None)
+    if lengths is not None and lengths.dim() == 2:
+        inputs = {name: value.transpose(0, 1).flatten(0, 1) for name, value in inputs.items()}
+        lengths = lengths.T.flatten()
+    if lengths is not None and "lengths" in inspect.signature(model.forward).parameters:
+        inputs["lengths"] = lengths
+    logits = _only(model(**inputs)).float()
+    if logits.dim() == 3:
+        end = torch.full_like(target, logits.shape[1]) if lengths is None else lengths
+        logits = logits[torch.arange(len(target), device=target.device), end - 1]
+    if logits.dim() != 2 or len(logits) != len(target):
+        raise TersorError(f"the model gives {list(logits.shape)}, logits for {len(target)} answers are needed")
+    return {"loss": F.cross_entropy(logits, target), "accuracy": (logits.argmax(-1) == target).float().mean()}
 
 
 def restoration(model: nn.Module, batch: Batch) -> dict[str, Tensor]:

@@ -40,6 +40,7 @@ Not proven: the LRA accuracies; the retrieval head's key names, and its vocabula
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -593,6 +594,13 @@ class S4Model(nn.Module):
         if self.config.vocab is None:
             return {"x": torch.randn(batch_size, length, self.config.d_input)}
         return {"x": torch.randint(self.config.vocab, (batch_size, length))}
+
+    def pretraining_config(self, *, channels: int, outputs: int, length: int, causal: bool) -> S4Config:
+        """Of the same backbone with `channels` of numbers in, and `outputs` at each of `length` positions."""
+        if causal and self.config.bidirectional:
+            raise TersorError("s4 with bidirectional=True sees the next element: its pretraining is masked, not causal")
+        at_each: dict[str, Any] = {"pool": "last", "l_output": length, "retrieval": False}
+        return dataclasses.replace(self.config, d_input=channels, d_output=outputs, **at_each)
 
     def convert_checkpoint(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         return _with_length(self, state)
