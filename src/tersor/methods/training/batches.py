@@ -1,0 +1,102 @@
+"""Training batches from calibration samples: a pass over all in an order of its own, and then the next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tersor.calibrate.batches import Batch, without_target
+from tersor.errors import TersorError
+
+OF_TOKENS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+class Drawn:
+    """`batch(step)` is a function of the step alone, so that a training can go on from any. No labels.
+
+    Samples of one shape are put together as they are; texts of several lengths are filled up behind with token 0, which
+    `attention_mask` hides. Raises TersorError where there are no samples, or others differ in shape.
+    """
+
+    def __init__(self, samples: Sequence[Batch], size: int, seed: int) -> None:
+        if not samples:
+            raise TersorError("training needs samples: give --calibration a text, a folder of images or a packed .npz")
+        self.samples = [self.cast(without_target(dict(each))) for each in samples]
+        self.size, self.seed = min(size, len(samples)), seed
+        names = {tuple(each) for each in self.samples}
+        if len(names) > 1:
+            raise TersorError(f"the calibration samples have unlike inputs: {' and '.join(map(str, sorted(names)))}")
+        if len({_shapes(each) for each in self.samples}) > 1 and not all(map(_is_text, self.samples)):
+            shapes = sorted({str(_shapes(each)) for each in self.samples})
+            raise TersorError(
+                f"the calibration samples differ in shape, so they make no batch: {', '.join(shapes[:3])}"
+            )
+
+    @staticmethod
+    def cast(batch: Batch) -> Batch:
+        """Floating tensors in float32, in which all are trained."""
+
+        def single(value: Any) -> Any:
+            if isinstance(value, tuple | list):
+                return type(value)(single(each) for each in value)
+            return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        return {name: single(value) for name, value in batch.items()}
+
+    def batch(self, step: int) -> Batch:
+        count = len(self.samples)
+        places = range(step * self.size, (step + 1) * self.size)
+        orders = {epoch: self._order(epoch) for epoch in {place // count for place in places}}
+        return joined([self.samples[orders[place // count][place % count]] for place in places])
+
+    def _order(self, epoch: int) -> list[int]:
+        chance = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order: list[int] = torch.randperm(len(self.samples), generator=chance).tolist()
+        return order
+
+
+def joined(samples: Sequence[Batch]) -> Batch:
+    if len({_shapes(each) for each in samples}) > 1:
+        samples = _of_one_length(samples)
+    return {name: _cat([each[name] for each in samples]) for name in samples[0]}
+
+
+def _cat(values: list[Any]) -> Any:
+    if isinstance(values[0], tuple | list):
+        return type(values[0])(_cat(list(each)) for each in zip(*values, strict=True))
+    if isinstance(values[0], Tensor) and values[0].dim():
+        return torch.cat(values)
+    return values[0]
+
+
+def _of_one_length(samples: Sequence[Batch]) -> list[Batch]:
+    longest = max(each["input_ids"].shape[1] for each in samples)
+    found = []
+    for each in samples:
+        shown = each.get("attention_mask", torch.ones_like(each["input_ids"]))
+        more = longest - each["input_ids"].shape[1]
+        found.append({name: _filled(value, more) for name, value in {**each, "attention_mask": shown}.items()})
+    return found
+
+
+def _filled(value: Tensor, more: int) -> Tensor:
+    return torch.nn.functional.pad(value, (0, more))
+
+
+def _is_text(sample: Batch) -> bool:
+    ids = sample.get("input_ids")
+    return isinstance(ids, Tensor) and all(
+        name in OF_TOKENS and isinstance(value, Tensor) and value.shape == ids.shape for name, value in sample.items()
+    )
+
+
+def _shapes(sample: Batch) -> tuple[Any, ...]:
+    def shape(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return tuple(value.shape[1:])
+        return tuple(map(shape, value)) if isinstance(value, tuple | list) else None
+
+    return tuple((name, shape(value)) for name, value in sample.items())
