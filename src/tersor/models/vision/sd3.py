@@ -22,7 +22,7 @@ attention of the image's queries, whose result is added before Wo.
 Origin: huggingface/diffusers 0.42.1 (SD3Transformer2DModel), Apache 2.0, whose key names are ours; its table of positions, which
 is fixed, is dropped. The weights have Stability's community licence. Not built: the layout of the single original file.
 
-Proven: the golden case of diffusers; with and without q/k norms and second attention equal to diffusers 0.42.1 with
+Proven: the golden cases of diffusers; with and without q/k norms and second attention equal to diffusers 0.42.1 with
 random weights; parameter counts.
 Not proven: pictures from the official weights, which were not at hand.
 """
