@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from forecasting import machine, versions
 
 import tersor
 from tersor.data.tables import SeriesTable
@@ -70,7 +71,7 @@ def main() -> None:
             each = 1000 * found["seconds"] / count
             lines.append(f"| {name} | {count:,} | {found['seconds']:.3f} | {each:.2f} ms | {found['MB']:.0f} MB |")
             print(lines[-1], flush=True)
-    lines += ["", f"{torch.get_num_threads()} thread; torch {torch.__version__}, tersor {tersor.__version__}.", ""]
+    lines += ["", f"{machine()}; {versions()}.", ""]
     RESULTS.joinpath("forecast_latency.md").write_text(
         "\n".join([*lines, "`python benchmarks/forecast_latency.py`", ""])
     )

@@ -8,7 +8,7 @@ table of their own. Each model is trained here for a few hundred steps only, and
 size (in the table): the MSE before quantization is no result of the architecture, the change of it is what is measured.
 Weights of so short a training lie near where they began, and a longer one may lose more.
 
-Scored on every 16th test window (174 of them), before and after on the same ones; Informer draws its keys by one seed. GPTQ
+Scored on every 16th test window (175 of them), before and after on the same ones; Informer draws its keys by one seed. GPTQ
 of all linear maps of the repeated blocks, one scale for each row (group_size=-1), true-sequential, on 64 windows of the
 training part. RTN: the same grid, rounded to nearest. Embeddings, heads and convolutions stay as they are.
 """
