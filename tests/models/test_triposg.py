@@ -199,6 +199,8 @@ def test_guidance_asks_for_zeros_first_and_extrapolates() -> None:
 
     found = RectifiedFlow(FlowConfig()).sample(model, torch.zeros(1, 1, 1), context, steps=4, guidance=7.0)
     torch.testing.assert_close(found, torch.full((1, 1, 1), 1 + 7.0 * (2 - 1)))
+    found = RectifiedFlow(FlowConfig()).sample(model, torch.zeros(1, 1, 1), context, steps=4, guidance=0.5)
+    torch.testing.assert_close(found, torch.full((1, 1, 1), 1.5))
     with pytest.raises(TersorError, match=r"guidance 7\.0 leads towards a context"):
         RectifiedFlow(FlowConfig()).sample(lambda x, t, c: x, torch.zeros(1, 1, 1), guidance=7.0)
 

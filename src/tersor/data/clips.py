@@ -14,7 +14,7 @@ from torch import Tensor
 from tersor.data.images import from_pixels, open_frames
 from tersor.errors import TersorError
 
-MILLISECONDS = 125  # a frame of a GIF
+MILLISECONDS = 120  # a frame of a GIF
 
 
 def read_clip(path: Path, most: int) -> list[Any]:

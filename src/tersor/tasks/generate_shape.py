@@ -203,12 +203,15 @@ def _context(generator: Generator, path: Path, d: int) -> Tensor:
     if path.suffix.lower() == ".npy":
         values = read_npy(path)
         if (
-            values.ndim != 2
+            values.dtype.kind not in "fiu"
+            or values.ndim != 2
             or values.shape[1] != d
             or not len(values)
             or not np.isfinite(values.astype(np.float64)).all()
         ):
-            raise TersorError(f"{path} holds {list(values.shape)}, a context is (length, {d}) of finite numbers")
+            raise TersorError(
+                f"{path} holds {values.dtype} {list(values.shape)}, a context is (length, {d}) of finite numbers"
+            )
         return torch.from_numpy(values.astype(np.float32))[None]
     encoder_folder, extractor = generator.folder / ENCODER, generator.folder / EXTRACTOR
     if not (encoder_folder.is_dir() and extractor.is_dir()):

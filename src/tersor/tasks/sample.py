@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def sample(
 ) -> Prediction:
     """Makes order.out. model: a directory with config.json, or with the folders transformer/ and vae/ of a pipeline.
 
-    Everything that can be refused is refused before the weights are read. Raises TersorError.
+    What the options and the configs alone decide is refused before the weights are read. Raises TersorError.
     """
     folder = resolve(model)
     parts = [folder / GENERATOR, folder / DECODER] if (folder / GENERATOR / "config.json").is_file() else [folder]
@@ -72,6 +73,8 @@ def _check(order: Order, task: Task) -> None:
             raise TersorError(f"--out {order.out}: there is no folder {order.out.parent}")
         if order.condition is not None and not order.condition.is_file():
             raise TersorError(f"there is no file {order.condition} for --condition")
+    if order.guidance is not None and not 0 <= order.guidance < math.inf:
+        raise TersorError(f"--guidance {order.guidance} must be a number of at least 0")
     if order.steps is not None and order.steps < 1:
         raise TersorError(f"--steps {order.steps} must be positive")
 

@@ -11,7 +11,7 @@ With noise level s in (0, 1] and time t = 1000 s, which is what the model is sho
     x_next = x + (s - s_next) * model(x, t, context)            s from 1 down to 0
 
 n steps start at s_i = 1 - i/n, shifted to `shift` s / (1 + (shift - 1) s), or, where a `mu` is given, to
-e^mu / (e^mu + 1/s - 1); a last 0 follows. Guidance w > 1 gives v = v_0 + w (v_c - v_0), where v_0 is the velocity for a
+e^mu / (e^mu + 1/s - 1); a last 0 follows. Guidance w other than 1 gives v = v_0 + w (v_c - v_0), where v_0 is the velocity for a
 context of zeros; both go through the model in one batch, that of zeros first.
 
 Densities of the training times (Esser et al., arXiv 2403.03206): "uniform"; "logit_normal", s = sigmoid(N(mean, std));
@@ -95,8 +95,8 @@ class RectifiedFlow:
         mu: float | None = None,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> Tensor:
-        """start: noise, shaped as the result. guidance above 1 needs a context. progress(what, done, total) after each step."""
-        if guidance > 1 and context is None:
+        """start: noise, shaped as the result. guidance other than 1 needs a context. progress(what, done, total)."""
+        if guidance != 1 and context is None:
             raise TersorError(
                 f"guidance {guidance} leads towards a context, and there is none; give one, or guidance 1"
             )
@@ -109,7 +109,7 @@ class RectifiedFlow:
         return x
 
     def _velocity(self, model: Model, x: Tensor, t: Tensor, context: Tensor | None, guidance: float) -> Tensor:
-        if context is None or guidance <= 1:
+        if context is None or guidance == 1:
             return model(x, t, context)
         both = torch.cat((torch.zeros_like(context), context))
         without, towards = model(torch.cat((x, x)), torch.cat((t, t)), both).chunk(2)

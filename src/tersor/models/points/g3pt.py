@@ -21,8 +21,8 @@ scale s sees what stands in front, and the scales up to its own, all of its own 
 tokens of a scale are predicted at once, each as one of 2^d codes; the loss is the cross-entropy over all scales. At
 inference the scales before are kept as keys and values: S passes.
 
-Guidance w > 1: logits_0 + w (logits - logits_0), where 0 is the model for no label and a context of zeros, which training
-shows it with the share `condition_dropout`.
+Guidance w other than 1: logits_0 + w (logits - logits_0), where 0 is the model for no label and a context of zeros, which
+training shows it with the share `condition_dropout`.
 
 Origin: the paper has neither code nor weights. Not in its abstract, so a reconstruction: one softmax over the codes (not d
 single bits), conditions as tokens in front, pre-norm blocks, the sizes. Proven, as properties: the block-causal mask, cached
@@ -217,7 +217,7 @@ class G3PT(nn.Module):
         self.check_label(label)
         B = next((len(given) for given in (label, context) if given is not None), samples)
         label, context = self._conditions(B, label, context)
-        guided = guidance > 1
+        guided = guidance != 1
         if guided:
             label = torch.cat((torch.full_like(label, self.config.num_classes), label))
             context = None if context is None else torch.cat((torch.zeros_like(context), context))
