@@ -116,6 +116,7 @@ def train(
 
     autocast = _autocast(config.precision, device)
     net: nn.Module = model
+    own_loss = getattr(model, "auxiliary_loss", None)  # what the model asks of itself, after each forward
     if world > 1:
         net = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
     log = RunLog(out, step=run.step) if rank == 0 else None
@@ -141,6 +142,8 @@ def train(
             with hold:
                 with autocast():
                     loss = objective(net, batch)["loss"]
+                    if own_loss is not None:
+                        loss = loss + own_loss()
                 scaler.scale(loss / config.accumulate).backward()  # type: ignore[no-untyped-call]
             losses += torch.stack((loss.detach().float(), torch.ones_like(losses[1])))
         scaler.unscale_(optimizer)
