@@ -151,6 +151,8 @@ def test_a_todyformer_trains_on_a_file_of_events(tmp_path: Path, tersor_command:
     told = json.loads(ran.out)
     assert told["validation"].keys() == told["test"].keys() == {"loss", "ap"}
     assert told["steps"] == 11
+    assert 0.3 < told["test"]["loss"] < 1.5  # a mean over batches
+    assert 0.3 < told["test"]["ap"] <= 1
     for more, said in (
         (("--batch-size", "2"), "2 windows do not go into one step; --batch-size 1"),
         (("--set", "model.edge_dim=3"), "0 numbers an event, the model takes 3; --set model.edge_dim=0"),

@@ -176,8 +176,8 @@ def test_the_first_of_many_events_is_found_by_the_global_part_alone(use_global: 
     torch.manual_seed(0)
     config = {"node_dim": 0, "head": "node", "use_global": use_global, "patches": 8, "layers": 2, "time_dim": 4}
     model = tersor.models.create("todyformer", **{**SMALL, **config})
-    optimizer = torch.optim.Adam(model.parameters(), 5e-3)
-    for step in range(60):
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for step in range(80):
         inputs, colour = first_colours(24, 7, step)
         F.cross_entropy(model.train()(**inputs), colour).backward()
         optimizer.step()

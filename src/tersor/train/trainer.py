@@ -209,8 +209,10 @@ def validate(
     was_training = model.training
     model.eval()
     sums: dict[str, Tensor] = {}
-    for batch in DataLoader(mine, batch_size, num_workers=workers, collate_fn=getattr(data, "collate", None)):
-        size = len(batch.get("target", next(iter(batch.values()))))
+    batch_size = getattr(data, "validated_at_once", batch_size)
+    loader = DataLoader(mine, batch_size, num_workers=workers, collate_fn=getattr(data, "collate", None))
+    for number, batch in enumerate(loader):
+        size = min(batch_size, len(mine) - number * batch_size)
         with _autocast(precision, device)():
             scores = objective(model, _to(batch, device))
         for name, score in scores.items():
