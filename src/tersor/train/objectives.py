@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tersor.errors import TersorError
+from tersor.evaluate.link_prediction import average_precision
 
 Batch = dict[str, Tensor]
 Objective = Callable[[nn.Module, Batch], dict[str, Tensor]]
@@ -115,6 +116,14 @@ def masked_language_modelling(model: nn.Module, batch: Batch) -> dict[str, Tenso
     noise = torch.randint(vocabulary, tokens.shape, device=tokens.device)
     logits = _only(model(**{**batch, "input_ids": torch.where(chosen, noise, tokens)})).float()
     return {"loss": F.cross_entropy(logits[chosen], tokens[chosen])}
+
+
+def link_prediction(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """Binary cross-entropy of the pairs' logits (B,), target 1 where they meet; the batch's average precision beside it."""
+    inputs, target = _split(batch)
+    logits = _only(model(**inputs)).float()
+    precision = average_precision(logits.detach(), target)
+    return {"loss": F.binary_cross_entropy_with_logits(logits, target), "ap": logits.new_tensor(precision)}
 
 
 def _split(batch: Batch) -> tuple[Batch, Tensor]:

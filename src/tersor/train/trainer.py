@@ -212,8 +212,10 @@ def validate(
     was_training = model.training
     model.eval()
     sums: dict[str, Tensor] = {}
-    for batch in DataLoader(mine, batch_size, num_workers=workers):
-        size = len(next(iter(batch.values())))
+    batch_size = getattr(data, "validated_at_once", batch_size)
+    loader = DataLoader(mine, batch_size, num_workers=workers, collate_fn=getattr(data, "collate", None))
+    for number, batch in enumerate(loader):
+        size = min(batch_size, len(mine) - number * batch_size)
         with _autocast(precision, device)():
             scores = objective(model, _to(batch, device))
         for name, score in scores.items():
@@ -244,7 +246,8 @@ def _batches(data: Any, config: TrainConfig, epoch: int, position: int, rank: in
     usable = len(data) // config.batch_size * config.batch_size
     share = config.batch_size // (world * config.accumulate)
     parts = order[position * config.batch_size : usable].reshape(-1, world, share)[:, rank].tolist()
-    loader: DataLoader[Batch] = DataLoader(data, batch_sampler=parts, num_workers=config.workers)
+    collate = getattr(data, "collate", None)
+    loader: DataLoader[Batch] = DataLoader(data, batch_sampler=parts, num_workers=config.workers, collate_fn=collate)
     return iter(loader)
 
 

@@ -1,0 +1,58 @@
+"""Better grids for GPTQ by what the Hessian says: which columns count, and which steps fit the chosen integers best.
+
+`column_weights`: what one unit of squared error in a column costs, when its turn comes and all later columns can still make
+up for it: R_jj² = 1 / (H⁻¹)_jj of the columns from j on (H = R Rᵀ, upper triangular). GPTQ's own loss is ½ Σ_j e_j² R_jj² with the
+rounding errors e_j, so a range that is searched with these weights is the one that its loss asks for.
+
+`refit_scales`: with the integers L = codes - zero fixed, ‖(W - s L) X‖² is a quadratic form in a row's steps s, one a group:
+
+    A_gg' = L_g H_gg' L_g'ᵀ,   b_g = L_g (H Wᵀ)_g,   (A + ridge) s = b + ridge · s_old
+
+solved for all rows at once. The loss never grows, but for what rounding to the file's precision costs, which is checked row by row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NUMBERS = 1 << 26  # of the projected integers that are in memory at once
+RIDGE = 1e-4  # of the mean diagonal of A: holds the step of a group in place whose integers are all 0
+
+
+def column_weights(R: Tensor, order: Tensor) -> Tensor:
+    """[columns], in the columns' own order."""
+    weights = torch.empty_like(R.diagonal())
+    weights[order] = R.diagonal().square()
+    return weights
+
+
+def refit_scales(W: Tensor, L: Tensor, scales: Tensor, groups_of: Tensor, R: Tensor) -> Tensor:
+    """Steps [rows, groups] that fit the integers L [rows, columns] best, all positive. W [rows, columns] is the original weight,
+    H = R Rᵀ, groups_of [columns] each column's group; all in one order of the columns."""
+    groups = scales.shape[1]
+    by_group = torch.argsort(groups_of, stable=True)
+    half = R[by_group]  # H = half halfᵀ, in the order of the groups
+    parts = half.split(torch.bincount(groups_of, minlength=groups).tolist())
+    at_once = max(1, NUMBERS // (groups * W.shape[1]))
+    return torch.cat(
+        [
+            _refit(*each, parts, half)
+            for each in zip(
+                W[:, by_group].split(at_once), L[:, by_group].split(at_once), scales.split(at_once), strict=True
+            )
+        ]
+    )
+
+
+def _refit(W: Tensor, L: Tensor, scales: Tensor, parts: tuple[Tensor, ...], half: Tensor) -> Tensor:
+    """Of some rows. half, and the same in `parts`, one a group: H = half halfᵀ."""
+    sizes = [len(part) for part in parts]
+    projected = torch.stack([mine @ part for mine, part in zip(L.split(sizes, 1), parts, strict=True)], 1)
+    target = (W @ half)[:, :, None]  # [rows, columns, 1]
+    A = projected @ projected.transpose(1, 2)  # [rows, groups, groups]
+    b = projected @ target
+    ridge = RIDGE * A.diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(A.dtype).tiny)
+    A.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
+    found = torch.linalg.solve(A, b + ridge[:, None, None] * scales[:, :, None])[:, :, 0]
+    return torch.where((found > 0) & torch.isfinite(found), found, scales)
