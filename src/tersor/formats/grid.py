@@ -80,10 +80,12 @@ def fit_grid(
     sym: bool,
     clip_search: ClipSearch | None = None,
     stored: Stored | None = None,
+    weights: Tensor | None = None,
     as_published: bool = False,
 ) -> Grid:
     """Fit one grid per row of x [rows, columns] (floating).
 
+    weights [columns]: what an error in each column costs, for the search; all alike without.
     as_published: with the reference's half range for symmetric rows without negative values, to compare with its numbers.
 
     With `stored`, the grid is one that the file format can hold, so that a solver that compensates errors sees the very
@@ -99,7 +101,7 @@ def fit_grid(
     empty = (low == 0) & (high == 0)
     low, high = torch.where(empty, -1.0, low), torch.where(empty, 1.0, high)
     grid = _grid_of_range(low, high, bits, sym, stored)
-    if clip_search is None or bits == "ternary":
+    if clip_search is None:
         return grid
 
     best_error = torch.full_like(low, float("inf"))
@@ -107,7 +109,8 @@ def fit_grid(
     for step in range(int(clip_search.max_shrink * clip_search.steps)):
         keep = 1 - step / clip_search.steps
         candidate = _grid_of_range(keep * low, keep * high, bits, sym, stored)
-        error = (candidate.round(x) - x).abs().pow(clip_search.norm).sum(1, keepdim=True)
+        error = (candidate.round(x) - x).abs().pow(clip_search.norm)
+        error = (error if weights is None else error * weights).sum(1, keepdim=True)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, candidate.scale, best_scale)
@@ -117,21 +120,21 @@ def fit_grid(
 
 def _grid_of_range(low: Tensor, high: Tensor, bits: Bits, sym: bool, stored: Stored | None) -> Grid:
     if bits == "ternary":
-        return Grid(_as_stored(high, stored), _as_stored(low, stored), bits)
+        return Grid(as_stored(high, stored), as_stored(low, stored), bits)
     largest = 2**bits - 1
-    scale = _as_stored((high - low) / largest, stored)
+    scale = as_stored((high - low) / largest, stored)
     if sym:
         return Grid(scale, torch.full_like(scale, 2 ** (bits - 1)), bits)
     zero = torch.round(-low / scale).clamp(0, largest)
     if stored is not None and stored.min_zero > 0:
         # All-positive rows: spend the levels below zero for a file that all can read.
         too_low = zero < stored.min_zero
-        scale = torch.where(too_low, _as_stored(high / (largest - stored.min_zero), stored), scale)
+        scale = torch.where(too_low, as_stored(high / (largest - stored.min_zero), stored), scale)
         zero = zero.clamp(min=stored.min_zero)
     return Grid(scale, zero, bits)
 
 
-def _as_stored(scale: Tensor, stored: Stored | None) -> Tensor:
+def as_stored(scale: Tensor, stored: Stored | None) -> Tensor:
     """The value that a reader of the file gets back; never 0, which a step that underflows would become."""
     if stored is None:
         return scale

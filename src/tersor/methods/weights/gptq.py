@@ -48,13 +48,22 @@ class GPTQ(BlockMethod):
         allowed="between 0 and 1, exclusive",
     )
     mse: bool = option(False, "search for the clipping range with the least error in each group")
+    weighted: bool = option(False, "the same, with errors counted as the Hessian counts them")
+    refits: int = option(
+        0,
+        "how often the steps are fitted to the integers anew, and the integers to the steps",
+        check=lambda v: v >= 0,
+        allowed="0 or a positive number",
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.mse and self.weighted:
+            raise TersorError("mse and weighted are two ways to search for the same ranges: choose one")
 
     def without_inputs(self) -> RTN:
         """Rounding to nearest on the same grids: nothing is multiplied with an embedding, so there is no Hessian."""
-        return RTN(bits=self.bits, group_size=self.group_size, sym=self.sym, mse=self.mse)
+        return RTN(bits=self.bits, group_size=self.group_size, sym=self.sym, mse=self.mse or self.weighted)
 
     def check_linear(self, name: str, out_features: int, in_features: int, layout: Layout | None) -> None:
         check_grid(name, self.bits, self.group_size, self.sym, out_features, in_features, layout)
@@ -84,7 +93,9 @@ class GPTQ(BlockMethod):
             group_size=self.group_size,
             sym=self.sym,
             static_groups=self.static_groups,
-            clip_search=ClipSearch() if self.mse else None,
+            clip_search=ClipSearch(norm=2.0) if self.weighted else ClipSearch() if self.mse else None,
+            weighted=self.weighted,
+            refits=self.refits,
             stored=block.stored,
         )
         notes = []

@@ -16,15 +16,18 @@ U_BB = R_BB⁻¹. So one factorization is all that a layer costs beside its matm
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tersor.errors import TersorError
-from tersor.formats.grid import Bits, ClipSearch, Grid, Stored, dequantize, fit_grid, quantize
+from tersor.formats.grid import Bits, ClipSearch, Grid, Stored, as_stored, dequantize, fit_grid, quantize
 from tersor.formats.quantized_weight import QuantizedWeight, natural_groups
 from tersor.kernels import gptq_block
+from tersor.methods.weights.refit import column_weights, refit_scales
 
 BLOCK_SIZE = 128  # columns that are brought up to date together
 DAMPING_STEPS = (1, 10, 100, 1000)  # multiples of `damp` that are tried in turn where H is not positive definite
@@ -102,38 +105,13 @@ def factorize(hessian: Tensor, *, damp: float = 0.01, desc_act: bool = False) ->
 
 
 def solve_gptq(
-    weight: Tensor,
-    hessian: Tensor,
-    *,
-    bits: Bits,
-    group_size: int = -1,
-    sym: bool = False,
-    desc_act: bool = False,
-    static_groups: bool = False,
-    clip_search: ClipSearch | None = None,
-    damp: float = 0.01,
-    block_size: int = BLOCK_SIZE,
-    stored: Stored | None = None,
-    grid: Grid | None = None,
+    weight: Tensor, hessian: Tensor, *, bits: Bits, damp: float = 0.01, desc_act: bool = False, **how: Any
 ) -> Solution:
-    """Solve one layer in the Hessian's dtype and on its device. Neither argument is changed.
-
-    grid: the rows' grids, where they are not to be fitted here (with group_size=-1).
+    """Solve one layer in the Hessian's dtype and on its device. Neither argument is changed. how: as in `solve_factorized`.
 
     Raises TersorError where H cannot be made positive definite.
     """
-    return solve_factorized(
-        weight,
-        factorize(hessian, damp=damp, desc_act=desc_act),
-        bits=bits,
-        group_size=group_size,
-        sym=sym,
-        static_groups=static_groups,
-        clip_search=clip_search,
-        block_size=block_size,
-        stored=stored,
-        grid=grid,
-    )
+    return solve_factorized(weight, factorize(hessian, damp=damp, desc_act=desc_act), bits=bits, **how)
 
 
 def solve_factorized(
@@ -145,64 +123,60 @@ def solve_factorized(
     sym: bool = False,
     static_groups: bool = False,
     clip_search: ClipSearch | None = None,
+    weighted: bool = False,
+    refits: int = 0,
     block_size: int = BLOCK_SIZE,
     stored: Stored | None = None,
     grid: Grid | None = None,
 ) -> Solution:
-    """As `solve_gptq`, for one of several layers that share their Hessian."""
+    """As `solve_gptq`, for one of several layers that share their Hessian.
+
+    weighted: the search for ranges counts a column's errors as the Hessian does. refits: how often the steps are fitted to the
+    integers anew, and the integers to the steps. grid: the rows' grids, where they are not to be fitted here (with
+    group_size=-1).
+    """
     R, order = factor.R, factor.order
     W = weight.detach().to(R.device, R.dtype, copy=True)
-    rows, columns = W.shape
+    columns = W.shape[1]
     size = columns if group_size == -1 else group_size
+    weights = column_weights(R, order) if weighted else None
 
-    def fit(x: Tensor) -> Grid:
-        return fit_grid(x, bits, sym=sym, clip_search=clip_search, stored=stored)
+    def fit(x: Tensor, where: Tensor | slice) -> Grid:
+        """where: the columns of x, in their own order."""
+        known = None if weights is None else weights[where]
+        return fit_grid(x, bits, sym=sym, clip_search=clip_search, stored=stored, weights=known)
 
-    whole = (grid or fit(W)) if group_size == -1 else None  # before dead columns are zeroed, as in the reference
+    whole = (
+        (grid or fit(W, slice(None))) if group_size == -1 else None
+    )  # before dead columns are zeroed, as in the reference
     W.masked_fill_(factor.dead, 0)
     groups = natural_groups(columns, group_size, W.device)  # of every column, in the order of solving
-    scales = W.new_empty(rows, -(-columns // size))
+    scales = W.new_empty(len(W), -(-columns // size))
     zeros = torch.empty_like(scales)
     if whole is not None:
         scales, zeros = whole.scale.contiguous(), whole.zero.contiguous()
     elif static_groups:
         for group in range(scales.shape[1]):
-            _store(scales, zeros, group, fit(W[:, group * size : (group + 1) * size]))
+            inside = slice(group * size, (group + 1) * size)
+            _store(scales, zeros, group, fit(W[:, inside], inside))
         groups = groups[order]
-    fit_in_loop = whole is None and not static_groups
     in_kernel = gptq_block.has_kernel(W, block_size)
+    fit_in_loop = whole is None and not static_groups
     fit_in_kernel = fit_in_loop and in_kernel and clip_search is None and gptq_block.can_fit(size, block_size, stored)
     grids = gptq_block.Grids(bits, sym, stored, size) if fit_in_kernel else gptq_block.Grids(bits)
-    groups32 = groups.int()
-
-    W = W[:, order]
-    D = torch.empty_like(W)
-    codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
-    errors = W.new_zeros(rows)
     inverses = _inverse_diagonal_blocks(R, block_size)
-    for n, start in enumerate(range(0, columns, block_size)):
-        end = min(start + block_size, columns)
-        block, width = slice(start, end), end - start
-        # groups that begin in this block
-        starting = range(-(-start // size) * size, end, size) if fit_in_loop and not fit_in_kernel else ()
-        reach = max(end, min(starting[-1] + size, columns)) if starting else end
-        upto = slice(start, reach)
-        U = inverses[n] if reach == end else _inverse(R[upto, upto])
-        now = torch.addmm(W[:, upto], D[:, :start] @ R[:start, upto], U) if start else W[:, upto]
-        for first in starting:
-            # A group is fitted on W as the blocks before this one left it, not this block's own columns. That is how the
-            # reference does it, and it makes every grid of the block known before its columns are solved.
-            _store(scales, zeros, first // size, fit(now[:, first - start : first - start + size]))
-        now, U = now[:, :width], U[:width, :width]
-        if in_kernel:
-            gptq_block.solve_block(
-                now, U, W[:, block], scales, zeros, groups32[block], codes[:, block], D[:, block], errors, grids
-            )
-        else:
-            scale, zero = scales[:, groups[block]], zeros[:, groups[block]]
-            codes[:, block], levels = solve_block(now, U, scale, zero, bits, errors)
-            D[:, block] = W[:, block] - levels
-
+    ordered = W[:, order]
+    codes, errors = _solve(
+        ordered, R, inverses, scales, zeros, groups, grids, in_kernel,
+        fit=(lambda x, first: fit(x, order[first : first + size])) if fit_in_loop and not fit_in_kernel else None, size=size,
+    )  # fmt: skip
+    for _ in range(refits):
+        newer = _refitted(ordered, codes, scales, zeros, groups, R, bits, stored)
+        new_zeros = -newer if bits == "ternary" else zeros
+        found, less = _solve(ordered, R, inverses, newer, new_zeros, groups, gptq_block.Grids(bits), in_kernel)
+        better = (less < errors)[:, None]
+        codes, scales = torch.where(better, found, codes), torch.where(better, newer, scales)
+        zeros, errors = torch.where(better, new_zeros, zeros), torch.minimum(less, errors)
     inverse_order = torch.argsort(order)
     return Solution(
         codes=codes[:, inverse_order],
@@ -214,6 +188,70 @@ def solve_factorized(
         damp=factor.damp,
         in_float64=factor.in_float64,
     )
+
+
+def _solve(
+    W: Tensor,
+    R: Tensor,
+    inverses: list[Tensor],
+    scales: Tensor,
+    zeros: Tensor,
+    groups: Tensor,
+    grids: gptq_block.Grids,
+    in_kernel: bool,
+    *,
+    fit: Callable[[Tensor, int], Grid] | None = None,
+    size: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """The integers [rows, columns] and each row's loss. W: its columns in the order of solving. inverses: of R's diagonal blocks.
+
+    fit(columns, first): finds the grid of the group that begins at a column when its turn comes, and puts it into scales and
+    zeros; without, they are all there, or the kernel finds them.
+    """
+    columns, block_size = W.shape[1], len(inverses[0])
+    D = torch.empty_like(W)
+    codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
+    errors = W.new_zeros(len(W))
+    groups32 = groups.int()
+    for n, start in enumerate(range(0, columns, block_size)):
+        end = min(start + block_size, columns)
+        block, width = slice(start, end), end - start
+        # groups that begin in this block
+        starting = () if fit is None else range(-(-start // size) * size, end, size)
+        reach = max(end, min(starting[-1] + size, columns)) if starting else end
+        upto = slice(start, reach)
+        U = inverses[n] if reach == end else _inverse(R[upto, upto])
+        now = torch.addmm(W[:, upto], D[:, :start] @ R[:start, upto], U) if start else W[:, upto]
+        for first in starting:
+            # A group is fitted on W as the blocks before this one left it, not this block's own columns. That is how the
+            # reference does it, and it makes every grid of the block known before its columns are solved.
+            assert fit is not None
+            _store(scales, zeros, first // size, fit(now[:, first - start : first - start + size], first))
+        now, U = now[:, :width], U[:width, :width]
+        if in_kernel:
+            gptq_block.solve_block(
+                now, U, W[:, block], scales, zeros, groups32[block], codes[:, block], D[:, block], errors, grids
+            )
+        else:
+            scale, zero = scales[:, groups[block]], zeros[:, groups[block]]
+            codes[:, block], levels = solve_block(now, U, scale, zero, grids.bits, errors)
+            D[:, block] = W[:, block] - levels
+    return codes, errors
+
+
+def _refitted(
+    W: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    groups: Tensor,
+    R: Tensor,
+    bits: Bits,
+    stored: Stored | None,
+) -> Tensor:
+    """Steps that fit the integers best, as the file will hold them. All in the order of solving."""
+    middle = 1 if bits == "ternary" else zeros[:, groups]
+    return as_stored(refit_scales(W, codes.to(W.dtype) - middle, scales, groups, R), stored)
 
 
 def solve_block(W: Tensor, U: Tensor, scale: Tensor, zero: Tensor, bits: Bits, errors: Tensor) -> tuple[Tensor, Tensor]:

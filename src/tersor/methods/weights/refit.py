@@ -1,14 +1,14 @@
 """Better grids for GPTQ by what the Hessian says: which columns count, and which steps fit the chosen integers best.
 
-`column_weights`: what one unit of squared error in a column costs, when its turn comes and all later columns can still make
-up for it: R_jj² = 1 / (H⁻¹)_jj of the columns from j on (H = R Rᵀ, upper triangular). GPTQ's own loss is ½ Σ_j e_j² R_jj² with the
+`column_weights`: what one unit of squared error in a column costs, when its turn comes and all later columns can still make up
+for it: R_jj² = 1 / (H⁻¹)_jj of the columns from j on (H = R Rᵀ, upper triangular). GPTQ's own loss is ½ Σ_j e_j² R_jj² with the
 rounding errors e_j, so a range that is searched with these weights is the one that its loss asks for.
 
 `refit_scales`: with the integers L = codes - zero fixed, ‖(W - s L) X‖² is a quadratic form in a row's steps s, one a group:
 
     A_gg' = L_g H_gg' L_g'ᵀ,   b_g = L_g (H Wᵀ)_g,   (A + ridge) s = b + ridge · s_old
 
-solved for all rows at once. The loss never grows, but for what rounding to the file's precision costs, which is checked row by row.
+solved for all rows at once. The solver then finds integers for the new steps, and keeps of each row what has the lesser loss.
 """
 
 from __future__ import annotations
@@ -33,22 +33,19 @@ def refit_scales(W: Tensor, L: Tensor, scales: Tensor, groups_of: Tensor, R: Ten
     groups = scales.shape[1]
     by_group = torch.argsort(groups_of, stable=True)
     half = R[by_group]  # H = half halfᵀ, in the order of the groups
-    parts = half.split(torch.bincount(groups_of, minlength=groups).tolist())
+    parts = torch.split(half, torch.bincount(groups_of, minlength=groups).tolist())
     at_once = max(1, NUMBERS // (groups * W.shape[1]))
+    rows = (range(first, min(first + at_once, len(W))) for first in range(0, len(W), at_once))
+    W, L = W[:, by_group], L[:, by_group]
     return torch.cat(
-        [
-            _refit(*each, parts, half)
-            for each in zip(
-                W[:, by_group].split(at_once), L[:, by_group].split(at_once), scales.split(at_once), strict=True
-            )
-        ]
+        [_refit(W[r.start : r.stop], L[r.start : r.stop], scales[r.start : r.stop], parts, half) for r in rows]
     )
 
 
 def _refit(W: Tensor, L: Tensor, scales: Tensor, parts: tuple[Tensor, ...], half: Tensor) -> Tensor:
     """Of some rows. half, and the same in `parts`, one a group: H = half halfᵀ."""
     sizes = [len(part) for part in parts]
-    projected = torch.stack([mine @ part for mine, part in zip(L.split(sizes, 1), parts, strict=True)], 1)
+    projected = torch.stack([mine @ part for mine, part in zip(torch.split(L, sizes, 1), parts, strict=True)], 1)
     target = (W @ half)[:, :, None]  # [rows, columns, 1]
     A = projected @ projected.transpose(1, 2)  # [rows, groups, groups]
     b = projected @ target
