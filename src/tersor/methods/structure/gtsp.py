@@ -16,9 +16,9 @@ Four axes, each 1 (left as it is) unless asked:
     heads     the share of heads that live. A random choice begins; at every update ⌈prune_rate · alive⌉ of least importance
               die and as many of the dead with the largest gradient come back. Dead heads are taken out in the end: what
               such a head still adds, its value's bias, becomes part of the output's
-    layers    the share of layers that keep their attention. The attention goes whose loss on the samples is least missed, one
-              after another, before the training; message passing and MLP stay. `drop_path` is the published study of this
-              axis: each node skips attention with this probability while training, and nothing goes
+    layers    the share of layers, rounded, that keep their attention. The attention goes that the loss on the samples misses
+              least, one layer after another, before the training; message passing and MLP stay. `drop_path` is the
+              published study of this axis: each node skips attention with this probability while training, and nothing goes
     weights   the density of the layers' linear maps in the end, by `schedule` (gtsp_schedule.py): granet, gmp, dst, uniform.
               Zeros stay in their tensors: they save operations only on hardware, and space only in formats, that use them
 
@@ -33,8 +33,8 @@ competes, and noise is drawn while predicting. Published are the axes one by one
 
 Proven: the golden cases (a layer with masked nodes, the worth of heads, masks of granet over three updates); ratio 1 is the
 base layer; straight-through gradients; the cubic schedule; constant numbers of alive heads and weights; heads taken out
-without a change of the outputs; the expectation of drop_path; results saved and loaded equal. Not proven: the published
-accuracies, and the paper's number of heads that die.
+without a change of the outputs; the expectation of drop_path; results saved and loaded equal. Measured on Cora:
+benchmarks/results/graph_pruning.md. Not proven: the published accuracies, and the paper's number of heads that die.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ class GTSP(ModelMethod):
     def _without_attention(self, model: nn.Module, names: Sequence[str], lesson: Lesson, work: Work) -> set[str]:
         """Take the attention out of as many layers as asked, those first that the loss misses least."""
         gone: set[str] = set()
-        while len(gone) < len(names) - math.ceil(self.layers * len(names) - 1e-6):
+        while len(gone) < len(names) - round(self.layers * len(names)):
             losses = {}
             for name in (name for name in names if name not in gone):
                 kept = model.get_submodule(name)
