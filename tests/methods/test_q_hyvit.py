@@ -361,8 +361,18 @@ def test_a_gelu_is_told_from_a_silu() -> None:
     assert not looks_like_gelu(torch.tensor(-0.01), torch.tensor(0.02))
 
 
-@pytest.mark.parametrize("options", [{}, {"choose": False, "twin": True, "hessian": "kl"}])
-@pytest.mark.parametrize("system", [*HYBRIDS, "vit"])
+AS_PUBLISHED = {"choose": False, "twin": True, "hessian": "kl"}
+
+
+@pytest.mark.parametrize(
+    ("system", "options"),
+    [
+        pytest.param("mobilevit", {}, marks=pytest.mark.slow),
+        *((system, {}) for system in ("mobilevitv2", "efficientformer", "vit")),
+        pytest.param("efficientformerv2", {}, marks=pytest.mark.slow),
+        *((system, AS_PUBLISHED) for system in [*HYBRIDS, "vit"]),
+    ],
+)
 def test_saved_and_loaded_the_outputs_are_equal(system: str, options: dict[str, Any], tmp_path: Path) -> None:
     model = small(system)
     samples = samples_of(model, 2)

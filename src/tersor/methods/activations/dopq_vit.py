@@ -1,7 +1,8 @@
 """DopQ-ViT: RepQ-ViT with a grid for softmax outputs that is fine near 1, and merged scales that outliers do not pull.
 
-What it is for: as RepQuant, a ViT, DeiT or Swin whose matrix products integers are to compute, above all with 4 bits and fewer.
-The saved file is smaller by the weights' share; the arithmetic is simulated in floating point, so nothing becomes faster here.
+What it is for: as RepQuant, a ViT, DeiT or Swin whose matrix products integers are to compute. Which of the two keeps more
+depends on the model: on demo-vit RepQuant does at 4 bits (benchmarks/results/vision.md), so measure both. The saved file is
+smaller by the weights' share; the arithmetic is simulated in floating point, so nothing becomes faster here.
 
     tersor compress demo-vit --method dopq-vit --w-bits 4 --a-bits 4 --calibration cifar10_train.npz --out small
     tersor eval small --images cifar10_test.npz
@@ -19,6 +20,7 @@ Yang et al., arXiv 2408.03291. Its procedure is RepQ-ViT's (`methods/activations
 
 `softmax="logarithmic"` with `merge="mean"` is RepQ-ViT. `blocks` adds reconstruction: the weights of one block after the other
 are learned so that the quantized block gives what the original one gave (`methods/activations/block_reconstruction.py`).
+It fits them to the 32 images; on demo-vit at W4A4 that costs accuracy on others.
 
 Origin: no code of the paper was found. Ours are: the form of TanQ, the search for k, the zero point, all of the reconstruction.
 
