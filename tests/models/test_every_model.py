@@ -71,6 +71,10 @@ def test_learns_by_its_own_task(info: ModelInfo) -> None:
         batch["target"] = torch.full_like(result, 0.5)
     elif info.task == "segment":
         batch["target"] = torch.zeros_like(result[:, 0], dtype=torch.int64)
+    elif info.task == "graph-predict":
+        batch["target"] = torch.ones_like(result)
+    elif info.task == "node-classify":
+        batch["target"] = torch.arange(len(result)) % result.shape[1]
     elif info.task == "link-predict":
         batch["target"] = torch.arange(len(result)) % 2.0
     optimizer = optimizer_for(model, TrainConfig(lr=1e-3))

@@ -29,7 +29,10 @@ SECTIONS = ("model", "data", "train")
 def _train(
     model: Annotated[str, typer.Argument(help="An architecture: `tersor models` lists them.")],
     data: Annotated[
-        Path, typer.Option("--data", help="CSV file (series), folder (or .npz) of images, or text file; .gz too.")
+        Path,
+        typer.Option(
+            "--data", help="CSV file (series, events), folder (or .npz) of images, text file, or graph; .gz too."
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder of the run; one that was interrupted goes on.")],
     validation: Annotated[
@@ -45,7 +48,7 @@ def _train(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
     **options: Any,
 ) -> None:
-    """Train a model by its task: to classify, enlarge or segment images, forecast series, or model text.
+    """Train a model by its task: to classify, enlarge or segment images, forecast series, predict graphs, or model text.
 
     On several devices: `torchrun --nproc-per-node 4 -m tersor train MODEL ...`. An option given here wins over `--set`,
     and that over `--config`.

@@ -14,7 +14,7 @@ from tersor.tasks.task import Prediction, Sets, Task
 
 __all__ = ["Prediction", "Sets", "Task", "task_named", "tasks"]
 
-NO_TASKS = ("__init__", "task", "predict", "tiles")
+NO_TASKS = ("__init__", "task", "predict", "tiles", "graph_inputs")
 
 
 def tasks() -> list[str]:
