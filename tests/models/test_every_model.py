@@ -73,6 +73,10 @@ def test_learns_by_its_own_task(info: ModelInfo) -> None:
         batch["target"] = torch.zeros_like(result[:, 0], dtype=torch.int64)
     elif info.task == "encode-shape":
         batch["target"] = batch["query_points"].norm(dim=-1) - 0.8
+    elif info.task == "graph-predict":
+        batch["target"] = torch.ones_like(result)
+    elif info.task == "node-classify":
+        batch["target"] = torch.arange(len(result)) % result.shape[1]
     elif info.task == "link-predict":
         batch["target"] = torch.arange(len(result)) % 2.0
     optimizer = optimizer_for(model, TrainConfig(lr=1e-3))

@@ -84,6 +84,12 @@ def image_settings(checkpoint: Checkpoint) -> dict[str, Any]:
         raise TersorError(f"{checkpoint.directory}: config.json says its images wrongly: {error}") from None
 
 
+def saved_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What `tersor train` left beside a model that takes no images: how its inputs are prepared; {} where it left nothing."""
+    file = checkpoint.directory / PREPROCESSOR
+    return read_json_object(file) if file.is_file() else {}
+
+
 def _timm_resize(timm: Mapping[str, Any], size: int, *, whole: bool) -> dict[str, Any]:
     """timm resizes to size / crop_pct and cuts out the centre; `squash` brings both sides to that. whole: without a crop_pct
     nothing is cut off."""

@@ -26,7 +26,7 @@ def predict(
     checkpoint: Annotated[
         Path | None, typer.Option(help="The official weights of the architecture: .pth, .pt, .bin or .safetensors.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for results that are pictures.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for results that are files.")] = None,
     reference: Annotated[
         Path | None,
         typer.Option(
@@ -38,7 +38,7 @@ def predict(
     device: Device = "auto",
 ) -> None:
     """Predict for files of your own, by the model's task: the five likeliest classes of a picture, point cloud or mesh, the
-    picture enlarged, or the classes of its pixels.
+    picture enlarged, the classes of its pixels, or what the nodes of a graph are.
 
     A file that cannot be read is named on standard error and skipped; the exit status is then 1.
 
@@ -48,7 +48,7 @@ def predict(
     if as_csv and as_json:
         raise TersorError("--csv and --json exclude each other")
     predictor = open_predictor(model, checkpoint=checkpoint, device=device, out=out, reference=reference)
-    files = input_files(inputs, predictor.task.suffixes)
+    files = input_files(inputs, predictor.task.suffixes, predictor.task.marker)
     skipped, told = 0, []
     table = csv.writer(sys.stdout, lineterminator="\n")
     with progress_bar(quiet=len(files) == 1) as progress:

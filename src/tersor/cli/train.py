@@ -47,7 +47,8 @@ def _train(
         Path | None,
         typer.Option(
             "--data",
-            help="CSV or Parquet file (series), folder (or .npz) of images, folder of point clouds, or text file; .gz too. "
+            help="CSV or Parquet file (series, events), folder (or .npz) of images, folder of point clouds, graph, or text file; "
+            ".gz too. "
             "lra/listops, lra/pathfinder and lra/pathx are drawn without.",
         ),
     ] = None,
@@ -65,7 +66,8 @@ def _train(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
     **options: Any,
 ) -> None:
-    """Train a model by its task: to classify images or point clouds, enlarge or segment images, forecast series, or model text.
+    """Train a model by its task: to classify images or point clouds, enlarge or segment images, forecast series, predict graphs,
+    or model text.
 
     `tersor train lra/TASK --model MODEL` trains a sequence model on listops, text, retrieval, image, pathfinder or pathx;
     with `--set pretrain.epochs=N`, first to fill holes in the same sequences.

@@ -116,6 +116,20 @@ def hop_tokens(ids: Tensor, features: Sequence[Tensor]) -> Tensor:
     return torch.stack([each[ids] for each in features], 2).flatten(1, 2)
 
 
+def spectral_positions(graph: Neighbours, width: int, *, seed: int = 0, rounds: int = 30) -> Tensor:
+    """[N, width]: a fixed embedding of nodes, the eigenvectors of P that vary least along edges, each of variance 1.
+
+    By subspace iteration, so that memory and time grow with the edges alone. Zeros beyond the N-th. Signs are arbitrary.
+    """
+    kept = min(width, len(graph))
+    Q = torch.randn(len(graph), kept, generator=torch.Generator().manual_seed(seed))
+    for _ in range(rounds):
+        Q = torch.linalg.qr(Q + hop_features(graph, Q, 1)[0])[0]  # P + I has no negative eigenvalues
+    values, vectors = torch.linalg.eigh(Q.T @ hop_features(graph, Q, 1)[0])
+    Q = Q @ vectors[:, values.argsort(descending=True)]
+    return torch.nn.functional.pad(Q * len(graph) ** 0.5, (0, width - kept))
+
+
 def _counted(counts: Ints) -> tuple[Ints, Ints]:
     """counts (2, 0, 3) -> which (0 0 2 2 2) and the place in it (0 1 0 1 2)."""
     owner = np.repeat(np.arange(len(counts)), counts)

@@ -54,7 +54,7 @@ class BlockArithmetic(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is FUSED:
             with self:
-                return attention(lambda a, b: (a, b), *args, **kwargs)
+                return attention(torch.matmul, *args, **kwargs)
         if func in MATMULS and all(map(is_activation, args)) and min(each.dim() for each in args) > 1:
             a, b = args
             if self.map == a.shape:

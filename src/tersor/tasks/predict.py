@@ -12,7 +12,7 @@ from torch import nn
 
 from tersor import models
 from tersor.checkpoint.load import load, pick_device
-from tersor.checkpoint.preprocessing import image_settings
+from tersor.checkpoint.preprocessing import image_settings, saved_settings
 from tersor.checkpoint.source import open_checkpoint
 from tersor.errors import TersorError
 from tersor.tasks import Prediction, Task, task_of
@@ -71,19 +71,23 @@ def open_predictor(
         return Predictor(module, task, settings, {}, out, reference)
     opened = open_checkpoint(model)
     task = _shown(*_task_of(opened.config), out, reference)
-    settings = image_settings(opened) if task.normalises else {}
+    settings = image_settings(opened) if task.normalises else saved_settings(opened)
     return Predictor(load(model, device=device).eval(), task, settings, _labels_of(opened.config), out, reference)
 
 
-def input_files(inputs: Sequence[str], suffixes: frozenset[str]) -> list[Path]:
+def input_files(inputs: Sequence[str], suffixes: frozenset[str], marker: str = "") -> list[Path]:
     """The files that are meant: files as they are, folders by what they hold, patterns by what they match.
+
+    A folder that holds a file called `marker` is one input.
 
     Hidden files and folders are passed over. Raises TersorError where an input gives no file.
     """
     found: list[Path] = []
     for text in inputs:
         path = Path(text).expanduser()
-        if path.is_dir():
+        if marker and (path / marker).is_file():
+            files = [path]
+        elif path.is_dir():
             inside = [each for each in sorted(path.rglob("*")) if not _is_hidden(each.relative_to(path))]
             files = [each for each in inside if each.suffix.lower() in suffixes and each.is_file()]
             if not files:
@@ -127,7 +131,7 @@ def _shown(name: str, input: str, out: Path | None, reference: Path | None) -> T
     if task.predict is None:
         raise TersorError(f"`tersor predict` does not show models of the task {name!r}")
     if task.writes and out is None:
-        raise TersorError(f"the results of the task {name!r} are pictures; --out DIR says where to write them")
+        raise TersorError(f"the results of the task {name!r} are files; --out DIR says where to write them")
     if out is not None and not task.writes:
         raise TersorError(
             f"the task {name!r} writes no files; leave --out out (--json and --csv print the predictions)"

@@ -87,7 +87,8 @@ class Sample(Protocol):
 @dataclass(frozen=True)
 class Task:
     """objective: what training lowers. load_data: (model, data, validation data or None, the table `data` of the command)
-    -> Sets. predict: None where no verb shows predictions of this task yet. suffixes: of the files that it reads.
+    -> Sets. predict: None where no verb shows predictions of this task yet. suffixes: of the files that it reads. marker: the
+    file that makes a folder one input.
     writes: its results are files. compares: they can be compared with a reference. normalises: its images are resized and
     normalised as the model says; `size` is that of an official checkpoint, which says nothing (None: the architecture's).
     defaults: settings of the training that are the task's own, where the user does not say them.
@@ -98,6 +99,7 @@ class Task:
     load_data: Callable[[Any, Path, Path | None, Mapping[str, Any]], Sets]
     predict: Predict | None = None
     suffixes: frozenset[str] = frozenset()
+    marker: str = ""
     writes: bool = False
     compares: bool = False
     normalises: bool = True

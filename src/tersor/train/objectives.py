@@ -126,6 +126,25 @@ def link_prediction(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     return {"loss": F.binary_cross_entropy_with_logits(logits, target), "ap": logits.new_tensor(precision)}
 
 
+def graph_prediction(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """Of nodes or graphs: cross-entropy where the target (B,) is a class, binary cross-entropy where it is bool (B, labels),
+    else the L1 distance from numbers (B,) or (B, targets). `rows`: which of the model's rows are asked for; all without it."""
+    inputs, target = _split(batch)
+    rows = inputs.pop("rows", None)
+    result = _only(model(**inputs)).float()
+    result = result if rows is None else result[rows]
+    if target.dtype == torch.int64:
+        accuracy = (result.argmax(-1) == target).float().mean()
+        return {"loss": F.cross_entropy(result, target), "accuracy": accuracy}
+    if target.dtype == torch.bool:
+        accuracy = ((result > 0) == target.view_as(result)).float().mean()
+        return {
+            "loss": F.binary_cross_entropy_with_logits(result, target.view_as(result).float()),
+            "accuracy": accuracy,
+        }
+    return {"loss": F.l1_loss(result, target.view_as(result))}
+
+
 def _split(batch: Batch) -> tuple[Batch, Tensor]:
     return {name: value for name, value in batch.items() if name != "target"}, batch["target"]
 
