@@ -24,7 +24,8 @@ import torch
 
 import tersor.models
 from tersor.data.dynamic_graphs import LinkBatches, StreamParts, planted_stream, split_stream
-from tersor.evaluate.link_prediction import average_precision, edge_targets, edgebank, link_scores
+from tersor.evaluate.link_prediction import edge_targets, edgebank, link_scores
+from tersor.train.average_precision import average_precision
 from tersor.train.config import TrainConfig
 from tersor.train.objectives import link_prediction
 from tersor.train.trainer import train

@@ -13,7 +13,8 @@ import torch
 
 from tersor.data.dynamic_graphs import EventStream, LinkBatches, planted_stream, read_events, split_stream
 from tersor.errors import TersorError
-from tersor.evaluate.link_prediction import average_precision, edge_targets, edgebank
+from tersor.evaluate.link_prediction import edge_targets, edgebank
+from tersor.train.average_precision import average_precision
 
 
 def test_a_file_with_names_and_numbers_is_read(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 import tersor.models
 from tersor.data.dynamic_graphs import EventStream, LinkBatches
 from tersor.errors import TersorError
-from tersor.evaluate.link_prediction import average_precision, edge_targets, link_scores
+from tersor.evaluate.link_prediction import edge_targets, link_scores
 from tersor.models.graph.todyformer import pack, patch_of, slots_of, unpack
+from tersor.train.average_precision import average_precision
 from tersor.train.objectives import link_prediction
 
 SMALL: dict[str, Any] = {"node_dim": 4, "edge_dim": 2, "hidden_dim": 16, "time_dim": 8, "layers": 2, "patches": 4,

@@ -1,7 +1,7 @@
 """Which pairs will meet: average precision of a model and of EdgeBank, a memory of the pairs that have met.
 
     scores = link_scores(model, batches)                        # batches: tersor.data.dynamic_graphs.LinkBatches
-    average_precision(scores, edge_targets(batches))
+    average_precision(scores, edge_targets(batches))            # of tersor.train.average_precision
     average_precision(edgebank(batches), edge_targets(batches))
 
 EdgeBank (Poursafaei et al., NeurIPS 2022, arXiv 2207.10128) has no parameters: a pair scores 1 if it has met before the
@@ -16,20 +16,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tersor.data.dynamic_graphs import LinkBatches
-from tersor.errors import TersorError
-
-
-def average_precision(scores: Tensor, target: Tensor) -> float:
-    """scores [n], target [n] of 0 and 1 -> the sum over thresholds of (recall gained) x precision; ties are one threshold."""
-    if not target.any() or bool(scores.isnan().any()):
-        raise TersorError("average precision needs scores that are numbers, and at least one true pair")
-    order = scores.argsort(descending=True)
-    ranked, hits = scores[order], target[order].double().cumsum(0)
-    last = torch.cat((ranked[1:] != ranked[:-1], torch.ones(1, dtype=torch.bool, device=ranked.device)))  # of a tie
-    found = hits[last]
-    precision = found / (torch.arange(1, len(ranked) + 1, device=ranked.device)[last])
-    gained = torch.diff(found, prepend=found.new_zeros(1))
-    return float((gained * precision).sum() / hits[-1])
 
 
 @torch.no_grad()
