@@ -27,9 +27,12 @@ Embeddings, norms, output heads, convolutions and layers whose weight is shared 
 Origin: no code was published, and only the abstract could be read. Ours are: the form of blocks, the matching pursuit, unit
 basis vectors, latent coefficients without weight decay, freezing, the rates. Of equal entries the first is kept.
 
+What it does not give is speed where few tokens run at once: on a CPU a layer at 2.8x is slower than the dense one for up to some
+64 tokens, and where there are more outputs than inputs also for more (benchmarks/results/dense_sparse.md).
+
 Proven: the property checks (exact where it can be, nested, better than low rank of equal size on a union of subspaces, gradients,
 supports that are learned beat supports that are fixed, size by the formula) and results saved and loaded equal. Not
-proven: the published scores, and that it beats low rank on models of language after equal training: that was not measured.
+proven: the published scores, and that it beats low rank on language models after equal training, which was not measured.
 """
 
 from __future__ import annotations
