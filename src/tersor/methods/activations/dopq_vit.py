@@ -20,7 +20,7 @@ Yang et al., arXiv 2408.03291. Its procedure is RepQ-ViT's (`methods/activations
 
 `softmax="logarithmic"` with `merge="mean"` is RepQ-ViT. `blocks` adds reconstruction: the weights of one block after the other
 are learned so that the quantized block gives what the original one gave (`methods/activations/block_reconstruction.py`).
-It fits them to the 32 images; on demo-vit at W4A4 that costs accuracy on others.
+It fits them to the 32 images: on demo-vit that cost 0.4 points at W4A4 and gained 1.7 at W3A4.
 
 Origin: no code of the paper was found. Ours are: the form of TanQ, the search for k, the zero point, all of the reconstruction.
 
