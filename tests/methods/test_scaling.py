@@ -36,6 +36,7 @@ def model_of(kind: str, **other: Any) -> Any:
         "opt": lambda: transformers.OPTForCausalLM(
             transformers.OPTConfig(**SIZES, ffn_dim=48, max_position_embeddings=32, word_embed_proj_dim=32)
         ),
+        "mixtral": lambda: transformers.MixtralForCausalLM(transformers.MixtralConfig(**DECODER, num_local_experts=4)),
         "bert": lambda: transformers.BertModel(transformers.BertConfig(**SIZES, intermediate_size=48)),
     }
     model = configs[kind]().eval()
@@ -127,6 +128,18 @@ def test_what_a_norm_multiplies_with_is_seen() -> None:
 def test_norms_that_something_else_reads_are_left_alone() -> None:
     with pytest.raises(TersorError, match=r"smoothquant needs a norm .* BertModel .*leave smoothquant out"):
         applied(model_of("bert"), SmoothQuant(linears=False))  # post-norm: the residual connection reads them
+
+
+@torch.no_grad()
+def test_a_norm_that_experts_read_is_left_alone_with_a_line() -> None:
+    model = model_of("mixtral")
+    result = applied(model, METHODS[1])
+    notes = {layer.name: layer.row()["note"] for layer in result.summary.layers}
+    assert "expert" in notes["model.layers.1.post_attention_layernorm"]
+    assert "model.layers.1.input_layernorm" in sources(result)
+    x = samples(4)[-1]
+    expected = model(**x).logits
+    assert (result.model(**x).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_tied_layers_are_left_alone_with_a_line() -> None:

@@ -7,7 +7,7 @@ model takes it.
     tersor compress awq-scale demo --bits 4 --group-size 128 --out scaled
     tersor quantize scaled --method rtn --bits 4 --group-size 128 --out scaled-4bit
 
-    tersor.compress("demo", [AWQScale(bits=3), RTN(bits=3)], calibration="calibration.txt")
+    tersor.compress("demo", [AWQScale(bits=3), RTN(bits=3)])
 
 Give both steps the same bits, group size and symmetry. For every place (`scale_places.py`: what feeds a group of linear layers,
 and these), with a_i = mean |x_i| [channels] over all tokens of the samples and W [out, channels] of each reader:

@@ -7,7 +7,7 @@ architecture and computes the same. Before weights alone are rounded, `awq-scale
     tersor compress smoothquant demo --alpha 0.5 --out smooth
     tersor quantize smooth --method rtn --bits 8 --out smooth-8bit
 
-    tersor.compress("demo", [SmoothQuant(alpha=0.5), RTN(bits=8)], calibration="calibration.txt")
+    tersor.compress("demo", [SmoothQuant(alpha=0.5), RTN(bits=8)])
 
 For every place (`scale_places.py`: what feeds a group of linear layers, and these), with the largest |x_j| over all tokens of
 the samples and the largest |W_j| in column j over all readers:
