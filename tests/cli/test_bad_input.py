@@ -162,7 +162,7 @@ def test_a_group_size_that_does_not_divide_names_the_layer_and_sizes_that_would(
         (["--damp", "nan"], "damp=nan is not allowed"),
         (
             ["--method", "magic"],
-            "unknown method 'magic'; known: ats, dopq-vit, gptq, greenformers, nvit, q-hyvit, repquant, rtn",
+            "unknown method 'magic'; known: ats, awq-scale, dopq-vit, drop-blocks, dsformer, fusegpt, gptq",
         ),
         (["--method", "rtn", "--damp", 0.1], "method rtn has no option 'damp'"),
         (["--method", "rtn", "--desc-act"], "method rtn has no option 'desc_act'"),

@@ -1,6 +1,6 @@
-"""Which linear layers read a LayerNorm's output and nothing else reads it: found by running the model, whatever its classes.
+"""Which linear layers read a norm's output and nothing else reads it: found by running the model, whatever its classes.
 
-Between a LayerNorm and the layers that it feeds, models cut, roll and reorder tokens, but leave the channels in their places.
+Between a norm and the layers that it feeds, models cut, roll and reorder tokens, but leave the channels in their places.
 So every norm is made to give out random numbers of its own, the same for all tokens, and the layers that see exactly these are
 its readers. Then its output is scaled and moved channel by channel, and its readers undo that at their inputs: where the model's
 output stays as it was, nothing else reads the norm (a residual connection, say, or padding that was put behind it).
@@ -8,7 +8,7 @@ output stays as it was, nothing else reads the norm (a residual connection, say,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,32 +23,13 @@ from tersor.layers.linear_map import LinearMap
 
 @dataclass(frozen=True)
 class NormPair:
-    """A LayerNorm and the linear layers that alone read its output, all by name."""
+    """A norm and the linear layers that alone read its output, all by name."""
 
     norm: str
     linears: tuple[str, ...]
 
 
-@torch.no_grad()
-def find_norm_pairs(model: nn.Module, batch: Batch, maps: Mapping[str, LinearMap]) -> list[NormPair]:
-    """The pairs inside the repeated blocks, in tree order. maps: the linear layers that count; batch: one that the model takes.
-
-    A norm that is also read by a layer outside `maps` is in no pair.
-    """
-    blocks = {id(module) for unit in find_blocks(model) for module in unit.module.modules()}
-    norms = {name: module for name, module in model.named_modules() if id(module) in blocks and _is_plain_norm(module)}
-    linears = {
-        name: each for name, each in maps.items() if isinstance(each, nn.Module) and not isinstance(each, nn.Conv2d)
-    }
-    readers = _readers(model, norms, linears, batch)
-    pairs = [NormPair(norm, tuple(found)) for norm, found in readers.items() if found]
-    reference = first_tensor(call(model, batch))
-    if _nothing_else_reads(model, pairs, batch, reference):
-        return pairs
-    return [pair for pair in pairs if _nothing_else_reads(model, [pair], batch, reference)]
-
-
-def _is_plain_norm(module: nn.Module) -> bool:
+def is_layer_norm(module: nn.Module) -> bool:
     """A LayerNorm over one axis with both of its parameters, into which a scale and an offset can go."""
     return (
         isinstance(module, nn.LayerNorm)
@@ -56,6 +37,33 @@ def _is_plain_norm(module: nn.Module) -> bool:
         and module.weight is not None
         and module.bias is not None
     )
+
+
+@torch.no_grad()
+def find_norm_pairs(
+    model: nn.Module,
+    batch: Batch,
+    maps: Mapping[str, LinearMap],
+    *,
+    is_norm: Callable[[nn.Module], bool] = is_layer_norm,
+    offsets: bool = True,
+) -> list[NormPair]:
+    """The pairs inside the repeated blocks, in tree order. maps: the linear layers that count; batch: one that the model takes.
+
+    A norm that is also read by a layer outside `maps` is in no pair. is_norm: which modules count, each with a `weight`
+    [channels]; offsets: whether the pairs have to take an offset too, as LayerNorms do and norms without a bias cannot.
+    """
+    blocks = {id(module) for unit in find_blocks(model) for module in unit.module.modules()}
+    norms = {name: module for name, module in model.named_modules() if id(module) in blocks and is_norm(module)}
+    linears = {
+        name: each for name, each in maps.items() if isinstance(each, nn.Module) and not isinstance(each, nn.Conv2d)
+    }
+    readers = _readers(model, norms, linears, batch)
+    pairs = [NormPair(norm, tuple(found)) for norm, found in readers.items() if found]
+    reference = first_tensor(call(model, batch))
+    if _nothing_else_reads(model, pairs, batch, reference, offsets):
+        return pairs
+    return [pair for pair in pairs if _nothing_else_reads(model, [pair], batch, reference, offsets)]
 
 
 def _readers(
@@ -88,7 +96,9 @@ def _is_all(x: Any, row: Tensor) -> bool:
     return isinstance(x, Tensor) and x.shape[-1] == len(row) and torch.equal(x, row.expand_as(x))
 
 
-def _nothing_else_reads(model: nn.Module, pairs: list[NormPair], batch: Batch, reference: Tensor | None) -> bool:
+def _nothing_else_reads(
+    model: nn.Module, pairs: list[NormPair], batch: Batch, reference: Tensor | None, offsets: bool
+) -> bool:
     random = torch.Generator().manual_seed(0)
 
     def change(scale: Tensor, offset: Tensor) -> Any:
@@ -101,7 +111,7 @@ def _nothing_else_reads(model: nn.Module, pairs: list[NormPair], batch: Batch, r
         for pair in pairs:
             norm = model.get_submodule(pair.norm)
             scale = torch.exp2(torch.randint(-1, 2, (_width(norm),), generator=random)).to(_weight(norm))
-            offset = torch.randn(_width(norm), generator=random).to(_weight(norm))
+            offset = torch.randn(_width(norm), generator=random).to(_weight(norm)) * offsets
             handles.append(norm.register_forward_hook(change(scale, offset)))
             for name in pair.linears:
                 handles.append(model.get_submodule(name).register_forward_pre_hook(undo(scale, offset)))

@@ -154,7 +154,7 @@ class Greenformers(ModelMethod):
         if not lowered:
             raise TersorError(f"none of the {len(layers)} layers would become smaller: give a lower rank or energy")
         done = 0
-        for names in _turns(lowered) if self.whiten else [list(lowered)]:
+        for names in turns(lowered) if self.whiten else [list(lowered)]:
             seen = input_hessians(model, {name: lowered[name] for name in names}, work) if self.whiten else {}
             for name in names:
                 work.report(self._replace(model, name, ranks[name], seen.get(name)))
@@ -299,7 +299,7 @@ def _outside_units(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Modul
             yield from _outside_units(f"{path}.{key}" if path else key, child)
 
 
-def _turns(layers: Mapping[str, nn.Module]) -> Iterator[list[str]]:
+def turns(layers: Mapping[str, nn.Module]) -> Iterator[list[str]]:
     """Layers whose statistics fit together into the memory set aside for them."""
     turn: list[str] = []
     size = 0
