@@ -60,10 +60,25 @@ def methods() -> dict[str, Method]:
         if bits < 8:
             found[f"{bits} bits, g128 sym: rounding, mse"] = RTN(bits=bits, mse=True)
             found[f"{bits} bits, g128 sym: GPTQ, desc_act, static_groups, mse"] = GPTQ(bits=bits, mse=True, **ordered)
+            found[f"{bits} bits, g128 sym: GPTQ, desc_act, static_groups, weighted"] = GPTQ(
+                bits=bits, weighted=True, **ordered
+            )
+            found[f"{bits} bits, g128 sym: GPTQ, desc_act, static_groups, weighted, 2 refits"] = GPTQ(
+                bits=bits, weighted=True, refits=2, **ordered
+            )
     found |= {
         "ternary, g128 sym: rounding": RTN(bits="ternary"),
         "ternary, g128 sym: GPTQ": GPTQ(bits="ternary"),
         "ternary, g128 sym: GPTQ, desc_act, static_groups": GPTQ(bits="ternary", desc_act=True, static_groups=True),
+        "ternary, g128 sym: GPTQ, desc_act, static_groups, mse": GPTQ(
+            bits="ternary", desc_act=True, static_groups=True, mse=True
+        ),
+        "ternary, g128 sym: GPTQ, desc_act, static_groups, weighted": GPTQ(
+            bits="ternary", desc_act=True, static_groups=True, weighted=True
+        ),
+        "ternary, g128 sym: GPTQ, desc_act, static_groups, weighted, 2 refits": GPTQ(
+            bits="ternary", desc_act=True, static_groups=True, weighted=True, refits=2
+        ),
     }
     return found
 
@@ -100,7 +115,8 @@ def table(rows: list[Row]) -> str:
 
 def machine() -> str:
     names = [line.partition(":")[2].strip() for line in _cpu_lines() if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    gpu = f"; quantized on an {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores{gpu}"
 
 
 def _cpu_lines() -> list[str]:

@@ -189,7 +189,7 @@ def test_every_method_and_model_gets_a_page_with_all_it_says() -> None:
     pages = generated_pages().pages()
     for kind in methods().values():
         page = pages[f"methods/{kind.__module__.rpartition('.')[2]}.md"]
-        assert f"--method {kind.name}" in page
+        assert f"`tersor compress {kind.name}`" in page
         assert all(f"| `{field.name}` |" in page for field in dataclasses.fields(kind))
     for info in models.list():
         page = pages[f"models/{info.family}/{info.module.rpartition('.')[2]}.md"]

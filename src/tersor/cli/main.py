@@ -76,7 +76,9 @@ def _summary(verb: str) -> str:
     """The first paragraph of a verb's docstring. Where its options are generated, the text is at `_verb`."""
     name = FUNCTIONS.get(verb, verb)
     source = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
-    found = {each.name: each for each in ast.parse(source).body if isinstance(each, ast.FunctionDef)}
+    found = {
+        each.name: each for each in ast.parse(source, filename=f"{name}.py").body if isinstance(each, ast.FunctionDef)
+    }
     documented = next(found[each] for each in (f"_{name}", name) if each in found and ast.get_docstring(found[each]))
     return (ast.get_docstring(documented) or "").partition("\n\n")[0]
 

@@ -58,7 +58,7 @@ class AdaptiveTokenSampling(ModelMethod):
     )
     num_tokens: float = option(
         1.0,
-        "most tokens that such a block leaves, at least 8, or their share (up to 1) of an image's",
+        "most tokens that such a block leaves, or their share (up to 1) of an image's; 8 are always left",
         check=lambda v: 0 < v <= 1 or (v > 1 and v == int(v)),
         allowed="a share between 0 and 1, or a whole number above 1",
     )
@@ -101,7 +101,11 @@ class AdaptiveTokenSampling(ModelMethod):
             match = RANGE.fullmatch(part.strip())
             assert match is not None  # checked on construction
             first, last = int(match[1]), int(match[3] or depth - 1) if match[2] else int(match[1])
-            if not first <= last < depth:
+            if last < first:
+                raise TersorError(
+                    f"ats_blocks={self.ats_blocks!r}: {part.strip()} goes backwards; write {last}-{first}"
+                )
+            if last >= depth:
                 raise TersorError(
                     f"ats_blocks={self.ats_blocks!r}: the model has blocks 0 to {depth - 1}, not {part.strip()}"
                 )
