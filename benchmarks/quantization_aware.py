@@ -148,6 +148,8 @@ def report(runs: list[Run], options: argparse.Namespace, texts: int, seconds: fl
     for r in runs:
         step, cosine, spearman = r.points[-1]
         pace = f"{r.seconds / step:.2f}" if step else ""
+        if r.label == "plain":
+            lines.append(f"| {r.weights} | before training | 0 | {r.points[0][1]:.4f} | {r.points[0][2]:.4f} |  |")
         lines.append(f"| {r.weights} | {r.label} | {step or ''} | {cosine:.4f} | {spearman:.4f} | {pace} |")
     lines += ["", "| weights | plain at its end | reached by Teacher Intervention after | of the steps |"]
     lines.append("| --- | --- | ---: | ---: |")

@@ -41,8 +41,8 @@ Origin: MarsJacobs/ti-kd-qat (no licence file; from TernaryBERT, Apache-2.0). Wr
 
 Proven: the golden cases (quantizers; logits, losses and gradients without intervention and with each) at 5e-6; a student that is
 its teacher keeps its logits under every intervention; saved and loaded equal; an interrupted run goes on to the same bits. A
-first comparison with plain training, 30 steps and one seed: benchmarks/results/quantization_aware.md. Not proven: GLUE scores;
-how long runs end.
+comparison of 30 steps, one seed and one rate, is too short to judge by: neither run ends above where it started
+(benchmarks/results/quantization_aware.md). Not proven: GLUE scores; that it needs fewer steps than plain training.
 """
 
 from __future__ import annotations
