@@ -40,8 +40,9 @@ grids for weights; the times of `inverted`; a dropout on the map acts on the tea
 Origin: MarsJacobs/ti-kd-qat (no licence file; from TernaryBERT, Apache-2.0). Written from a description.
 
 Proven: the golden cases (quantizers; logits, losses and gradients without intervention and with each) at 5e-6; a student that is
-its teacher keeps its logits under every intervention; saved and loaded equal; an interrupted run goes on to the same bits. Not
-proven: GLUE scores; that it needs fewer steps than plain training.
+its teacher keeps its logits under every intervention; saved and loaded equal; an interrupted run goes on to the same bits. A
+comparison of 30 steps, one seed and one rate, is too short to judge by: both runs lose rank correlation meanwhile
+(benchmarks/results/quantization_aware.md). Not proven: GLUE scores; that it needs fewer steps than plain training.
 """
 
 from __future__ import annotations
