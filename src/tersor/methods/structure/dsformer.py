@@ -27,8 +27,9 @@ Embeddings, norms, output heads, convolutions and layers whose weight is shared 
 Origin: no code was published, and only the abstract could be read. Ours are: the form of blocks, the matching pursuit, unit
 basis vectors, latent coefficients without weight decay, freezing, the rates. Of equal entries the first is kept.
 
-What it does not give is speed where few tokens run at once: on a CPU a layer at 2.8x is slower than the dense one for up to some
-64 tokens, and where there are more outputs than inputs also for more (benchmarks/results/dense_sparse.md).
+What it does not give is speed where few tokens run at once: on a CPU at 2.8x a layer is slower than the dense one for a single
+token whatever its shape; wide inputs gain from 16 or 64 tokens on, square layers at 256, and layers of more outputs than inputs
+not even there (benchmarks/results/dense_sparse.md).
 
 Proven: the property checks (exact where it can be, nested, better than low rank of equal size on a union of subspaces, gradients,
 supports that are learned beat supports that are fixed, size by the formula) and results saved and loaded equal. Not
