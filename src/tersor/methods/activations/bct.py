@@ -5,8 +5,8 @@ machines that have integers and shifts only. A block of 64 numbers with a shift 
 layer. The integers are computed by this machine's floating-point units, exactly (layers/block_arithmetic.py), so that
 nothing becomes faster here. For small weights alone, GPTQ (`tersor quantize`) loses less.
 
-    tersor compress MODEL --method bct --bits 8 --out small
-    tersor compress MODEL --method bct --bits 4 --block 64 --block-rows 16 --out smaller     # N = 1024: 7.98 times
+    tersor compress bct MODEL --bits 8 --out small
+    tersor compress bct MODEL --bits 4 --block 64 --block-rows 16 --out smaller     # N = 1024: 7.98 times
 
     result = tersor.compress(model, BCT())
 

@@ -4,7 +4,7 @@ What it is for: as RepQuant, a ViT, DeiT or Swin whose matrix products integers 
 depends on the model: on demo-vit RepQuant does at 4 bits (benchmarks/results/vision.md), so measure both. The saved file is
 smaller by the weights' share; the arithmetic is simulated in floating point, so nothing becomes faster here.
 
-    tersor compress demo-vit --method dopq-vit --w-bits 4 --a-bits 4 --calibration cifar10_train.npz --out small
+    tersor compress dopq-vit demo-vit --w-bits 4 --a-bits 4 --calibration cifar10_train.npz --out small
     tersor eval small --images cifar10_test.npz
 
     result = tersor.compress(model, DopQViT(w_bits=3, a_bits=4), calibration=[{"image": x} for x in images])

@@ -5,7 +5,7 @@ make the quantizers of plain vision transformers collapse (RepQ-ViT needs a Laye
 plain ViTs and Swins too. The saved file is smaller by the weights' share; the arithmetic is simulated in floating point, so
 nothing becomes faster here.
 
-    tersor compress mobilevit --method q-hyvit --w-bits 6 --a-bits 6 --calibration images --out small
+    tersor compress q-hyvit mobilevit --w-bits 6 --a-bits 6 --calibration images --out small
     tersor eval small --images images
 
     result = tersor.compress(model, QHyViT(w_bits=8, a_bits=8), calibration=[{"image": x} for x in images])

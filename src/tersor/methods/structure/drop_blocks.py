@@ -3,9 +3,9 @@
 What it is for: the plainest way to a faster model, for it saves time and memory on every device, with cache and without;
 and the baseline of `fusegpt`, which keeps what the removed blocks knew. Quality falls fast: see benchmarks/results/fusion.md.
 
-    tersor compress demo --method drop-blocks --blocks 1 --out shorter
-    tersor compress demo --method drop-blocks --blocks 0.25 --choose perplexity --out shorter
-    tersor compress demo --method drop-blocks --blocks 2 --choose 3,4 --out shorter
+    tersor compress drop-blocks demo --blocks 1 --out shorter
+    tersor compress drop-blocks demo --blocks 0.25 --choose perplexity --out shorter
+    tersor compress drop-blocks demo --blocks 2 --choose 3,4 --out shorter
 
 `choose` is one of (block_choice.py has the formulas)
 

@@ -3,7 +3,7 @@
 What it is for: a transformer of a half to a quarter of the numbers, where low rank loses too much: each output is a combination
 of a few of the layer's k basis vectors, a different few for each, instead of all outputs sharing one small space.
 
-    tersor compress demo --method dsformer --ratio 2 --samples 64 --seq-len 128 --out smaller
+    tersor compress dsformer demo --ratio 2 --samples 64 --seq-len 128 --out smaller
 
     result = tersor.compress("demo", DSFormer(ratio=2.8, epochs=5), samples=64, seq_len=128)
 

@@ -3,7 +3,7 @@
 What it is for: a model of fewer layers, faster on every device and smaller in weights and cache, that has lost less than by
 removal alone. The result is a plain model that transformers loads and every other method takes.
 
-    tersor compress demo --method fusegpt --blocks 1 --samples 64 --seq-len 256 --out shorter
+    tersor compress fusegpt demo --blocks 1 --samples 64 --seq-len 256 --out shorter
     tersor quantize shorter --bits 4 --group-size 32 --out shorter-4bit
 
     result = tersor.compress("demo", FuseGPT(blocks=0.25, epochs=5), samples=64, seq_len=256)

@@ -4,7 +4,7 @@ What it is for: weights so coarse (ternary, 2 bits) that rounding after training
 compute what the original computes, with inputs alone, no labels. The saved file holds packed weights. The arithmetic is
 simulated in floating point, so nothing becomes faster here. From 4 bits on, GPTQ (`tersor quantize`) is quicker and enough.
 
-    tersor compress MODEL --method teacher-intervention --calibration text.txt --samples 512 --seq-len 64 \\
+    tersor compress teacher-intervention MODEL --calibration text.txt --samples 512 --seq-len 64 \\
         --steps 600 --lr 1e-4 --keep run --out small           # Ctrl-C, and the same command goes on
 
     result = tersor.compress(model, TeacherIntervention(steps=600, lr=1e-4), calibration=texts)
@@ -40,9 +40,8 @@ grids for weights; the times of `inverted`; a dropout on the map acts on the tea
 Origin: MarsJacobs/ti-kd-qat (no licence file; from TernaryBERT, Apache-2.0). Written from a description.
 
 Proven: the golden cases (quantizers; logits, losses and gradients without intervention and with each) at 5e-6; a student that is
-its teacher keeps its logits under every intervention; saved and loaded equal; an interrupted run goes on to the same bits. A
-comparison of 30 steps, one seed and one rate, is too short to judge by: both runs lose rank correlation meanwhile
-(benchmarks/results/quantization_aware.md). Not proven: GLUE scores; that it needs fewer steps than plain training.
+its teacher keeps its logits under every intervention; saved and loaded equal; an interrupted run goes on to the same bits.
+Not proven: GLUE scores; that it needs fewer steps than plain training.
 """
 
 from __future__ import annotations
