@@ -116,3 +116,29 @@ def test_the_official_directory_is_never_replaced(tmp_path: Path, monkeypatch: p
     with pytest.raises(TersorError, match="is the model itself"):
         tersor.compress(folder, RTN(bits=8, group_size=-1), out=folder, overwrite=True)
     assert load_file(folder / "model.safetensors").keys() == before
+
+
+def test_another_librarys_architecture_is_none_of_ours(tmp_path: Path) -> None:
+    from zoo.tiny_models import build
+
+    from tersor.checkpoint.source import open_checkpoint
+
+    build("llama").save_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"architecture": "resnet18"}))
+    assert open_checkpoint(tmp_path / "model").origin is None
+    assert type(tersor.load(tmp_path / "model")).__name__ == "LlamaForCausalLM"
+
+
+def test_pickled_weights_reach_methods_on_whole_models(tmp_path: Path) -> None:
+    model = tersor.models.create("vit", img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=4)
+    (tmp_path / "model").mkdir()
+    torch.save(model.state_dict(), tmp_path / "model" / "pytorch_model.bin")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(tersor.models.config_of(model)))
+    done = tersor.compress(
+        tmp_path / "model",
+        tersor.compress.from_options("ats", {"ats_blocks": "1-"}),
+        out=tmp_path / "out",
+        allow_pickle=True,
+    )
+    assert (done.directory / "model.safetensors").exists()

@@ -136,7 +136,7 @@ def test_bad_steps_are_one_line(tersor_command: Callable[..., Ran], tmp_path: Pa
 def test_a_folder_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / ".tersor-steps-out").mkdir()
     (tmp_path / ".tersor-steps-out" / "notes.txt").write_text("mine")
-    with pytest.raises(TersorError, match="is in the way, and no folder of tersor's"):
+    with pytest.raises(TersorError, match="exists and was not made by tersor"):
         tersor.compress("demo-vit", [from_options("ats", {}), RTN()], out=tmp_path / "out", overwrite=True)
     assert (tmp_path / ".tersor-steps-out" / "notes.txt").read_text() == "mine"
 
@@ -170,3 +170,39 @@ def test_rules_go_with_a_step(images: list[dict[str, torch.Tensor]]) -> None:
     assert {row["bits"] for row in rows if ".mlp." in row["name"]} == {8}
     with pytest.raises(TersorError, match="rules belong to one method"):
         tersor.compress("demo-vit", steps, rules=[{"match": "*", "bits": 8}])
+
+
+def test_images_that_changed_are_not_taken_for_the_old_ones(tmp_path: Path) -> None:
+    from tersor.checkpoint.source import open_checkpoint
+    from tersor.compress.settings import settings_of
+    from tersor.compress.steps import _asked
+
+    (tmp_path / "images" / "cat").mkdir(parents=True)
+    picture = tmp_path / "images" / "cat" / "0.png"
+    picture.write_bytes(b"one")
+    steps, asked = [Recipe(from_options("ats", {}))], settings_of({"calibration": str(tmp_path / "images")})
+    before = _asked(open_checkpoint("demo-vit"), steps, asked)
+    assert before == _asked(open_checkpoint("demo-vit"), steps, asked)
+    picture.write_bytes(b"another")
+    assert before != _asked(open_checkpoint("demo-vit"), steps, asked)
+
+
+def test_what_is_refused_leaves_nothing_to_go_on_with(tmp_path: Path) -> None:
+    steps = [from_options("greenformers", {"rank": 0.5}), RTN(bits=8, group_size=-1)]
+    with pytest.raises(TersorError, match="matches none of the"):
+        tersor.compress("demo-vit", steps, out=tmp_path / "out", include=["*.mlpp.*"])
+    done = tersor.compress("demo-vit", steps, out=tmp_path / "out", include=["*.mlp.fc1*"])
+    assert done.directory == tmp_path / "out"
+
+
+def test_a_result_between_the_steps_is_no_input_of_the_same_job(tmp_path: Path) -> None:
+    between = tmp_path / ".tersor-steps-out" / "1"
+    tersor.compress("demo-vit", from_options("ats", {}), out=between)
+    with pytest.raises(TersorError, match="which this job uses"):
+        tersor.compress(between, [from_options("greenformers", {}), RTN()], out=tmp_path / "out", overwrite=True)
+    assert (between / "config.json").exists()
+
+
+def test_redo_is_for_one_method() -> None:
+    with pytest.raises(TersorError, match="redo works on the result of one method"):
+        tersor.compress("demo-vit", [from_options("ats", {}), RTN()], redo=["*"])

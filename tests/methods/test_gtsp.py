@@ -117,7 +117,7 @@ def test_the_pruned_model_learns_its_task() -> None:
 def test_a_pruned_model_can_be_pruned_further() -> None:
     model = graph_model()
     first = pruned(model, tokens=0.5, layers=0.7, epochs=1)
-    again = pruned(first.model, heads=0.5, epochs=1)
+    again = pruned(first.model, heads=0.5, epochs=1, update_frequency=1)
     rows = {report.row()["name"]: report.row() for report in again.summary.layers}
     left = [report.row() for report in first.summary.layers if report.row()["heads"]]
     assert {row["name"] for row in left} == set(rows)
@@ -282,7 +282,9 @@ def test_operations_are_those_that_torch_counts() -> None:
 def test_without_targets_it_learns_from_the_original() -> None:
     model = graph_model()
     batches = [{k: v for k, v in batch.items() if k != "target"} for batch in graphs(model)]
-    result: Any = tersor.compress(model, GTSP(heads=0.5, epochs=2), calibration=batches, format=None)
+    result: Any = tersor.compress(
+        model, GTSP(heads=0.5, epochs=2, update_frequency=3), calibration=batches, format=None
+    )
     assert result.summary.layers[0].row()["heads"] == 2
 
 
@@ -305,4 +307,4 @@ def test_what_cannot_be_done_is_refused() -> None:
         pruned(graph_model(layer_type="GINE+Performer"), heads=0.5)
     wrong = [{**batch, "target": torch.zeros(3)} for batch in graphs(model)]
     with pytest.raises(tersor.TersorError, match=r"the target of sample 0 is \[3\], the model gives \[4, 1\]"):
-        tersor.compress(model, GTSP(heads=0.5, epochs=1), calibration=wrong, format=None)
+        tersor.compress(model, GTSP(heads=0.5, epochs=1, update_frequency=1), calibration=wrong, format=None)

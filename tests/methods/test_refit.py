@@ -96,3 +96,13 @@ def test_a_ternary_search_is_no_worse_than_none() -> None:
         for grid in (fit_grid(x, "ternary", sym=True, clip_search=search) for search in (None, ClipSearch(norm=2.0)))
     ]
     assert errors[1] < 0.5 * errors[0]
+
+
+def test_columns_that_are_always_zero_decide_no_range() -> None:
+    W, H = problem()
+    W[:, :4] *= 30
+    H[:4] = H[:, :4] = 0
+    how = {"bits": 3, "sym": True, "clip_search": ClipSearch(norm=2.0)}
+    found = solve_gptq(W, H, weighted=True, **how)
+    alive = solve_gptq(W[:, 4:], H[4:, 4:], weighted=True, **how)
+    assert found.error < 1.2 * alive.error

@@ -364,7 +364,7 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
     config = {k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", EXCHANGED, STEPS)}
     if "tersor_model" in config:
         config.pop("id2label", None)  # the classes' names: no option of the model
-    if "tersor_model" in config or "architecture" in config:
+    if "tersor_model" in config or ("architecture" in config and not config.get("architectures")):
         from tersor import models
 
         if "architecture" in config:  # timm's config.json: options beside facts about the training

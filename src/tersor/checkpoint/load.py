@@ -35,6 +35,7 @@ def load(
     dtype: str = "auto",
     device: str = "auto",
     into: nn.Module | None = None,
+    allow_pickle: bool = False,
 ) -> nn.Module:
     """Load a model: a directory, a hub name, a built-in name or a GGUF file, original or quantized (gptq, gptq_v2,
     compressed-tensors, awq, gguf).
@@ -43,15 +44,16 @@ def load(
     which of them it is (`tersor models` lists their names), for a published file or folder that has no config.json.
     dtype: "auto" (float32 on a CPU, else the checkpoint's own), "float16", "bfloat16" or "float32". device: "auto" (the GPU
     where there is one), "cpu", "cuda", "cuda:1". into: a module of the same structure to fill in place, for a class of your own
-    that was compressed in memory; it keeps its dtype and device. Raises TersorError where the directory is no model or lacks
+    that was compressed in memory; it keeps its dtype and device. allow_pickle: read pickled weights where there
+    are no safetensors, without running anything in them. Raises TersorError where the directory is no model or lacks
     tensors.
     """
     if variant is not None:
         model = checkpoint_as(model, variant)
     if into is not None:
-        return load_into(open_checkpoint(model), into)
+        return load_into(open_checkpoint(model, allow_pickle=allow_pickle), into)
     where = pick_device(device)
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, allow_pickle=allow_pickle)
     lazy = LazyModel(checkpoint, dtype=compute_dtype(checkpoint, where, dtype), device=where, packed=True)
     module = lazy.load_all().to(where)  # with computed buffers, which no checkpoint holds
     prepare_layers(module)

@@ -1,17 +1,17 @@
 """Official checkpoints of our own architectures, in the key layout in which they were published, for every verb.
 
-Such a file is converted once, as a whole, into a temporary directory of ours that lives as long as the process: memory is one
-time the weights (these models are small beside those that are read block by block).
+Such a file is converted once, as a whole, into a temporary directory of ours that lives as long as the process: it needs memory
+for the weights once (these models are small beside those that are read block by block).
 """
 
 from __future__ import annotations
 
 import atexit
+import functools
 import json
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ from tersor.untrusted import readable
 
 ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".pdparams")
 OURS, TIMMS = "tersor_model", "architecture"  # keys of a config.json that name an architecture of the registry
-BESIDE = ("preprocessor_config.json", "README.md", "LICENSE")
 
 
 def checkpoint_as(path: str | Path, variant: str) -> Path:
@@ -47,9 +46,13 @@ def checkpoint_as(path: str | Path, variant: str) -> Path:
 def named_by(config: Mapping[str, Any]) -> str | None:
     """The architecture of ours that a config.json names: `tersor_model`, or timm's `architecture` where we have it."""
     found = config.get(OURS, config.get(TIMMS))
-    return (
-        found if isinstance(found, str) and "quantization_config" not in config and not config.get(EXCHANGED) else None
-    )
+    if not isinstance(found, str) or "quantization_config" in config or config.get(EXCHANGED):
+        return None
+    try:
+        models.find(found)
+    except TersorError:
+        return None  # another library's
+    return found
 
 
 def converted(
@@ -77,6 +80,11 @@ def converted(
     return _converted(directory.resolve(), name, json.dumps(options, sort_keys=True), _stamp(directory), dict(config))
 
 
+def weight_bytes(directory: Path) -> int:
+    chosen = weight_files(directory)
+    return 0 if chosen is None else sum(each.stat().st_size for each in chosen.files)
+
+
 def is_pickled(directory: Path) -> bool:
     chosen = weight_files(directory)
     return chosen is not None and chosen.is_pickled
@@ -94,18 +102,21 @@ _made: dict[tuple[Any, ...], Path] = {}
 def _converted(
     path: Path, name: str, options: str, stamp: tuple[int, ...], config: Mapping[str, Any] | None = None
 ) -> Path:
+    from tersor.checkpoint.room import disk_errors  # which needs this file
+
     key = (path, name, options, stamp)
     if key not in _made:
         model = models.create(name, **json.loads(options))
         state = read_state(path)
         load_state(model, state, what=f"{path.name} does not fit {name}")
         floating = [tensor.dtype for tensor in state.values() if tensor.is_floating_point()]
-        folder = _folder() / f"{len(_made)}-{path.stem}"
-        folder.mkdir()
-        _write(model.to(floating[0] if floating else torch.float32), folder, config or {})
-        for other in BESIDE:
-            if path.is_dir() and (path / other).is_file():
-                shutil.copyfile(path / other, folder / other)
+        folder = Path(tempfile.mkdtemp(prefix=f"{path.stem}-", dir=_folder()))
+        widest = functools.reduce(torch.promote_types, floating, floating[0]) if floating else torch.float32
+        with disk_errors(folder):
+            _write(model.to(widest), folder, config or {})
+            for other in path.iterdir() if path.is_dir() else ():
+                if _is_beside(other):
+                    shutil.copyfile(other, folder / other.name)
         _made[key] = folder
     return _made[key]
 
@@ -117,6 +128,12 @@ def _write(model: nn.Module, folder: Path, config: Mapping[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
+def _is_beside(path: Path) -> bool:
+    """Whether a file of a published folder goes along: tokenizer, preprocessor, licence; not weights, their index or config."""
+    weights = path.suffix in ENDINGS or path.name.endswith(".index.json")
+    return path.is_file() and not weights and path.name != "config.json" and not path.name.startswith(".")
+
+
 def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Every tensor once, under the first name of tied ones."""
     first: dict[int, str] = {}
@@ -126,7 +143,7 @@ def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {key: state[key] for key in first.values()}
 
 
-@cache
+@functools.cache
 def _folder() -> Path:
     made = Path(tempfile.mkdtemp(prefix="tersor-published-"))
     atexit.register(shutil.rmtree, made, ignore_errors=True)

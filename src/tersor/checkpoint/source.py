@@ -205,11 +205,13 @@ def open_checkpoint(model: str | Path, *, allow_pickle: bool = False, unfinished
     pickled = published.named_by(config) is not None and allow_pickle and published.is_pickled(directory)
     shards = {} if pickled else _shards(directory, config, allow_pickle)
     checkpoint = Checkpoint(directory, config, shards)
+    size = published.weight_bytes(directory) if pickled else checkpoint.size()
+    check_config(config_file, config, tensors=len(shards), size=size)
     if (ours := published.converted(directory, config, None if pickled else checkpoint.shapes)) is not None:
         return replace(open_checkpoint(ours), origin=directory)
     if pickled:
         checkpoint = replace(checkpoint, shard_of=_shards(directory, config, allow_pickle))
-    check_config(config_file, config, tensors=len(checkpoint.shard_of), size=checkpoint.size())
+        check_config(config_file, config, tensors=len(checkpoint.shard_of), size=checkpoint.size())
     return checkpoint
 
 

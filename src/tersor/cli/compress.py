@@ -23,6 +23,8 @@ class MethodFirst(TyperGroup):
     """A group that also takes `MODEL --method METHOD`, as it was written before."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands:
+            args = [part for each in args for part in (each.split("=", 1) if each.startswith("--method=") else [each])]
         if args and args[0] not in self.commands and "--method" in args[:-1]:
             at = args.index("--method")
             args = [args[at + 1], *args[:at], *args[at + 2 :]]

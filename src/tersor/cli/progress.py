@@ -13,8 +13,8 @@ Report = Callable[[str, int, int], None]
 
 @contextmanager
 def progress_bar(*, quiet: bool = False) -> Iterator[Report]:
-    """A `progress(what, done, total)` that draws one bar where standard error is a terminal, and prints what comes with a total
-    of 0 in a line of its own; silent where `quiet`."""
+    """A `progress(what, done, total)` that draws one bar where standard error is a terminal, and prints a report with total 0
+    as a line; silent where `quiet`."""
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ def print_summary(summary: Summary, out: Path) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH_OF_FILES)
-    rows = [report.row() for report in summary.layers]
-    if rows:
+    every = [report.row() for report in summary.layers]
+    for _, group in groupby(every, key=tuple):  # of several steps each has columns of its own
+        rows = list(group)
         table = Table(title=None, box=None, pad_edge=False)
         for key, value in rows[0].items():
             heading = {"name": "layer", "note": "", "group_size": "group"}.get(key, key.replace("_", " "))
@@ -30,7 +32,7 @@ def print_summary(summary: Summary, out: Path) -> None:
         for row in rows:
             table.add_row(*map(_shown, row.values()))
         console.print(table)
-    experts = [report.row()["tokens"] for report in summary.layers if is_expert(report.name)]
+    experts = [row["tokens"] for row in every if "tokens" in row and is_expert(row["name"])]
     if experts:
         console.print(
             f"{len(experts)} experts, calibrated with {min(experts):,} to {max(experts):,} tokens each; "

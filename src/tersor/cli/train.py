@@ -166,7 +166,7 @@ def _long_range(
     if table:
         of_training = {key: value for key, value in table.items() if key not in of_holes}
         if not of_training.get("epochs"):
-            raise TersorError("the table pretrain needs epochs, of how many the pretraining is")
+            raise TersorError("the table pretrain needs `epochs`, the number of pretraining epochs")
         as_trained = dataclasses.asdict(settings) | {"max_steps": 0, "patience": 0}
         before = checked_config(TrainConfig, as_trained | of_training, "pretrain")
         self_pretrain(run.model, run.alone, out=out / "pretraining", config=before, task=run.holes, progress=progress)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from tersor.calibrate.parallel import processes
 from tersor.compress.in_memory import compress_module
 from tersor.compress.layout_choice import with_fitting_layout
 from tersor.compress.recipe import Recipe, Rule, make_rules
@@ -77,6 +78,8 @@ def _steps(method: Method | Sequence[Method | Recipe], rules: Sequence[Rule | Ma
 def run_job(model: str | Path | nn.Module, job: Job) -> Compressed:
     """One step: one method, with its rules, on one model."""
     whole = isinstance(job.recipe.method, ModelMethod)
+    if whole and processes() > 1:
+        raise TersorError(f"{job.recipe.method.name} runs in one process: start it without torchrun")
     if isinstance(model, nn.Module):
         return compress_whole_module(model, job) if whole else compress_module(model, with_fitting_layout(model, job))
     return compress_whole_checkpoint(str(model), job) if whole else compress_checkpoint(str(model), job)

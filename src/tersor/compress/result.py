@@ -119,6 +119,7 @@ def loss_of(before: Tensor | None, after: Tensor | None) -> dict[str, Any]:
     """Divergence and agreement of two outputs [..., classes]; empty where there is nothing to compare."""
     if before is None or after is None or before.shape != after.shape or before.dim() < 2:
         return {}
+    after = after.to(before.device)
     p, q = before.double().log_softmax(-1), after.double().log_softmax(-1)
     divergence = (p.exp() * (p - q)).sum(-1).mean()
     agreement = (before.argmax(-1) == after.argmax(-1)).double().mean()

@@ -12,7 +12,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import tersor
 from tersor.calibrate.batches import Calibration, fingerprint
 from tersor.calibrate.parallel import processes
 from tersor.checkpoint.room import RESULT_FILE, check_free, disk_errors, inputs_of, read_object, replacing
-from tersor.checkpoint.source import JOB_FOLDER, open_checkpoint
+from tersor.checkpoint.source import JOB_FOLDER, Checkpoint, open_checkpoint
 from tersor.checkpoint.writer import model_fingerprint
 from tersor.compress.recipe import Recipe
 from tersor.compress.result import Compressed, Summary, loss_of
@@ -59,6 +60,8 @@ def run_steps(model: str | Path | nn.Module, steps: Sequence[Recipe], asked: Set
             )
     if processes() > 1:
         raise TersorError("a recipe of several steps runs in one process: start it without torchrun")
+    if asked.redo:
+        raise TersorError("redo works on the result of one method, not of several steps; leave it out")
     asked = replace(asked, calibration=_kept(asked.calibration))
     if isinstance(model, nn.Module):
         return _in_memory(model, steps, asked, run)
@@ -83,12 +86,20 @@ def _on_disk(name: str, steps: Sequence[Recipe], asked: Settings, run: Run) -> C
     out = Path(temporary.name) / "model" if temporary else asked.out
     assert out is not None
     source = open_checkpoint(name, allow_pickle=asked.allow_pickle)
-    if not (out / JOB_FOLDER).is_dir():  # else the last step goes on where it was
-        check_free(out, overwrite=asked.overwrite, inputs=inputs_of(source, calibration=asked.calibration))
     folder = out.parent / f".tersor-steps-{out.name}"
-    started, said = time.perf_counter(), _asked(model_fingerprint(source), steps, asked)
+    started, said = time.perf_counter(), _asked(source, steps, asked)
+    inputs = inputs_of(source, calibration=asked.calibration)
+    for what, path in inputs.items():
+        if path.resolve().is_relative_to(folder.resolve()):
+            raise TersorError(
+                f"the {what} ({path}) lies in {folder}, which this job uses: move it, or give another --out"
+            )
+    goes_on = _goes_on(folder, said, overwrite=asked.overwrite)
+    if not (goes_on and (out / JOB_FOLDER).is_dir()):  # else the last step goes on too
+        check_free(out, overwrite=asked.overwrite, inputs=inputs)
     with disk_errors(folder):
-        _open(folder, said, overwrite=asked.overwrite)
+        if not goes_on:
+            _make(folder, said)
     summaries: list[Summary] = []
     before: Tensor | None = None
     at = name
@@ -99,10 +110,11 @@ def _on_disk(name: str, steps: Sequence[Recipe], asked: Settings, run: Run) -> C
             if target.is_dir():
                 shutil.rmtree(target)  # finished, but its report was not
             result = run(at, replace(_job(steps, n, asked), out=target, overwrite=False))
-            if n == 0 and result.before is not None:
-                save_file({"before": result.before.cpu().contiguous()}, folder / "before.safetensors")
-            with replacing(report) as partial:
-                partial.write_text(json.dumps(result.summary.as_dict()))
+            with disk_errors(folder):
+                if n == 0 and result.before is not None:
+                    save_file({"before": result.before.cpu().contiguous()}, folder / "before.safetensors")
+                with replacing(report) as partial:
+                    partial.write_text(json.dumps(result.summary.as_dict()))
         values = read_object(report) or {}
         summaries.append(Summary(**{**values, "layers": [Line(row) for row in values["layers"]]}))
         at = str(target)
@@ -115,26 +127,27 @@ def _on_disk(name: str, steps: Sequence[Recipe], asked: Settings, run: Run) -> C
     summary = _summary([*summaries, last.summary], before, last.after)
     summary = replace(summary, model=name, size_before=source.size(), seconds=time.perf_counter() - started)
     shutil.rmtree(folder)
-    return Compressed(summary, out, _folder=temporary)
+    return Compressed(summary, out, before, last.after, _folder=temporary)
 
 
 def _job(steps: Sequence[Recipe], n: int, asked: Settings, *, by_name: bool = True) -> Job:
-    """What step n is asked: the settings that do something for it; what redoes blocks is for the last."""
+    """What step n is asked: the settings that do something for it."""
     method = type(steps[n].method)
     idle: dict[str, Any] = {
-        each.name: each.default
-        for each in dataclasses.fields(Settings)
-        if not applies(each, [method], by_name=by_name) or (each.name == "redo" and n + 1 < len(steps))
+        each.name: each.default for each in dataclasses.fields(Settings) if not applies(each, [method], by_name=by_name)
     }
     history = [step.method.options() for step in steps[:n]]
     return job_of(steps[n], replace(asked, **idle), history=history)
 
 
-def _asked(model: str, steps: Sequence[Recipe], asked: Settings) -> dict[str, Any]:
-    """What decides the results between the steps."""
+def _asked(source: Checkpoint, steps: Sequence[Recipe], asked: Settings) -> dict[str, Any]:
+    """What decides the results between the steps, as JSON has it."""
     given = asked.calibration
-    if isinstance(given, str | Path) and Path(given).is_file():
-        samples: str = hashlib.sha256(Path(given).read_bytes()).hexdigest()
+    path = Path(given).expanduser() if isinstance(given, str | Path) else None
+    if path is not None and path.is_file():
+        samples: str = hashlib.sha256(path.read_bytes()).hexdigest()
+    elif path is not None and path.is_dir():
+        samples = _listing(path, (each for each in path.rglob("*") if each.is_file()))
     elif given is None or isinstance(given, str | Path):
         samples = str(given)
     elif all(isinstance(each, str) for each in given):
@@ -146,28 +159,48 @@ def _asked(model: str, steps: Sequence[Recipe], asked: Settings) -> dict[str, An
     }
     counts = {name: getattr(asked, name) for name in ("samples", "seq_len", "seed")}
     recipes = [{**step.method.options(), "rules": str(step.rules)} for step in steps]
-    return {"model": model, "steps": recipes, "calibration": samples, **counts, **settings}
+    facts = {
+        "version": tersor.__version__,
+        "model": model_fingerprint(source),
+        "files beside the model": _listing(source.directory, source.other_files()) if source.origin is None else "",
+        "steps": recipes,
+        "calibration": samples,
+    }
+    said: dict[str, Any] = json.loads(json.dumps({**facts, **counts, **settings}))
+    return said
 
 
-def _open(folder: Path, said: Mapping[str, Any], *, overwrite: bool) -> None:
-    """The folder between the steps, new or with what an earlier run of the same job left."""
-    known = json.loads(json.dumps(said))
+def _listing(folder: Path, files: Iterable[Path]) -> str:
+    """A hash of names, sizes and times."""
+    found = sorted((str(each.relative_to(folder)), each.stat().st_size, each.stat().st_mtime_ns) for each in files)
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+
+def _goes_on(folder: Path, said: Mapping[str, Any], *, overwrite: bool) -> bool:
+    """Whether the folder holds what an earlier run of the same job left. Raises TersorError where it holds anything else."""
+    if not folder.exists():
+        return False
+    found = read_object(folder / ASKED)
+    if found is None:
+        raise TersorError(f"{folder} exists and was not made by tersor: move it, or give another --out")
+    if found == said:
+        return True
+    if not overwrite and (folder / REPORTED.format(1)).exists():  # else nothing is lost
+        changed = [key for key in said if found.get(key) != said[key]]
+        raise TersorError(
+            f"{folder} holds unfinished steps of a job with another {' and '.join(changed)}; "
+            "give the same command to finish it, or --overwrite to start anew"
+        )
+    return False
+
+
+def _make(folder: Path, said: Mapping[str, Any]) -> None:
+    """The folder between the steps, anew."""
     if folder.exists():
-        found = read_object(folder / ASKED)
-        if found is None:
-            raise TersorError(f"{folder} is in the way, and no folder of tersor's: move it, or give another --out")
-        if found == known:
-            return
-        if not overwrite:
-            changed = [key for key in known if found.get(key) != known[key]]
-            raise TersorError(
-                f"{folder} holds unfinished steps of a job with another {' and '.join(changed)}; "
-                "give the same command to finish it, or --overwrite to start anew"
-            )
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     with replacing(folder / ASKED) as partial:
-        partial.write_text(json.dumps(known, indent=2) + "\n")
+        partial.write_text(json.dumps(said, indent=2) + "\n")
 
 
 def _summary(parts: Sequence[Summary], before: Tensor | None, after: Tensor | None) -> Summary:

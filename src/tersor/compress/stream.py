@@ -147,7 +147,9 @@ def compress_checkpoint(name: str, job: Job) -> Compressed:
         if layout.name != "compressed-tensors":
             extra["quantize_config.json"] = config
         replaced = {key for linear in plan.all_linears() for key in lazy.keys_of_map(linear)}
-        described = {STEPS: list(job.steps)} if job.steps else {}
+        earlier = checkpoint.config.get(STEPS) or []
+        steps = job.steps or ([*earlier, job.recipe.method.options()] if earlier else [])
+        described = {STEPS: steps} if steps else {}
         writer.place(checkpoint, replaced, {**lazy.config(), **described, "quantization_config": config}, extra)
         if probe is not None and first is not None and after is not None:
             read = _read_back(target, probe, first.units, dtype, job.place)

@@ -37,7 +37,7 @@ def compress_whole_checkpoint(name: str, job: Job) -> Compressed:
     if job.out is not None:
         check_free(job.out, overwrite=job.overwrite, inputs=inputs)
     dtype = compute_dtype(checkpoint, job.place, job.dtype)
-    module = load(name, dtype=str(dtype).removeprefix("torch."), device=str(job.place))
+    module = load(name, dtype=str(dtype).removeprefix("torch."), device=str(job.place), allow_pickle=job.allow_pickle)
     job = replace(job, tokenizer=job.tokenizer or load_tokenizer(checkpoint.directory))
     result = _compress(
         module, replace(job, calibration=samples_by_path(checkpoint, job)), torch_dtype(checkpoint.config)

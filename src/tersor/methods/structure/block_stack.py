@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersor.calibrate.batches import Batch, call, joined, without_cache, without_target
+from tersor.calibrate.batches import Batch, call, without_cache, without_target
 from tersor.calibrate.blocks import find_blocks
 from tersor.errors import TersorError
 from tersor.methods.method import Work
+from tersor.methods.training.batches import joined, shapes_of
 
 NUMBERS = ("layer_idx", "layer_id", "layer_number")  # attributes by which blocks know their place
 
@@ -89,12 +90,16 @@ class Stack:
     @contextmanager
     def without(self, n: int) -> Iterator[None]:
         """The model as if block n were not there."""
-        block = self.blocks[n]
-        block.forward = lambda hidden_states, *args, **kwargs: hidden_states
+
+        def skip(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        handle = self.blocks[n].register_forward_hook(skip, with_kwargs=True, prepend=True)
         try:
             yield
         finally:
-            del block.forward
+            handle.remove()
 
     def remove(self, n: int, recorded: Sequence[Calls] = ()) -> None:
         """Take block n out of the model, and out of what was recorded of batches."""
@@ -133,8 +138,7 @@ def batches_of(work: Work, size: int, *, labelled: bool = False) -> list[Batch]:
     """The samples, `size` at a time, with their labels (`target`) where `labelled`; those of one batch are equally long."""
     found: dict[Any, list[Batch]] = {}
     for sample in work.samples if labelled else map(without_target, work.samples):
-        shapes = tuple((n, tuple(v.shape)) for n, v in sorted(sample.items()) if isinstance(v, Tensor))
-        found.setdefault(shapes, []).append(sample)
+        found.setdefault(shapes_of(sample), []).append(sample)
     groups = [alike[n : n + size] for alike in found.values() for n in range(0, len(alike), size)]
     return [joined(group) for group in groups]
 

@@ -39,6 +39,7 @@ proven: the published scores, and that it beats low rank on language models afte
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
@@ -120,7 +121,10 @@ class DSFormer(ModelMethod):
     def compress_model(self, model: nn.Module, work: Work) -> nn.Module:
         layers = sparsifiable(model, work)
         sizes = {name: self.sizes(name, *matrix_shape(layer)) for name, layer in layers.items()}
+        dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         dtype = next(model.parameters()).dtype
+        if dtype.itemsize < torch.float32.itemsize:
+            model.float()  # steps of training are lost in 16 bits
         teacher = copy.deepcopy(model).eval().requires_grad_(False) if self.epochs else None
         hessians: Mapping[str, Tensor] = {}
         with torch.no_grad():
@@ -138,7 +142,9 @@ class DSFormer(ModelMethod):
             trained = model.get_submodule(name)
             assert isinstance(trained, StraightThroughFactors)
             model.set_submodule(name, trained.exported(layer))
-        return model.to(dtype)
+        for name, parameter in model.named_parameters():  # not buffers, which may be finer than the weights
+            parameter.data = parameter.data.to(dtypes.get(name, dtype))
+        return model
 
     def sizes(self, name: str, outputs: int, inputs: int) -> tuple[int, int, int, int]:
         """p, q, k and s of a layer. Raises TersorError where blocks or the ratio do not fit."""
@@ -234,6 +240,8 @@ def train(model: nn.Module, teacher: nn.Module, method: DSFormer, work: Work) ->
         batch = batches[order[step % len(batches)]]
         optimizer.zero_grad()
         loss = loss_of(model, teacher, batch, method.loss)
+        if not math.isfinite(float(loss.detach())):
+            raise TersorError(f"the loss is not finite at step {step + 1}: a lower lr may help")
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -255,17 +263,18 @@ def loss_of(model: nn.Module, teacher: nn.Module, batch: Batch, kind: str) -> Te
     """The loss on a batch (`target` holds labels, where there are any), by the module's docstring. Raises TersorError where the
     task cannot be told."""
     inputs = {name: value for name, value in batch.items() if name != "target"}
-    output = first_tensor(call(model, inputs))
+    made = call(model, inputs)
+    output, predicts = first_tensor(made), isinstance(getattr(made, "logits", None), Tensor)
     if output is None:
         raise TersorError(f"{type(model).__name__} gives no tensor to train on")
     ids, real = batch.get("input_ids"), batch.get("attention_mask")
-    if not isinstance(real, Tensor) or real.shape != output.shape[:2]:
+    if not isinstance(real, Tensor) or output.dim() != 3 or real.shape != output.shape[:2]:
         real = torch.ones(output.shape[:-1], device=output.device)
     if kind == "distill":
         with torch.no_grad():
             wanted = first_tensor(call(teacher, inputs))
         assert wanted is not None
-        if ids is not None and output.shape[-1] == getattr(getattr(model, "config", None), "vocab_size", None):
+        if predicts:
             losses = F.kl_div(output.log_softmax(-1), wanted.log_softmax(-1), reduction="none", log_target=True).sum(-1)
         else:
             losses = (output - wanted).square().sum(-1) / wanted.square().sum(-1).mean().clamp(min=1e-30)
@@ -273,9 +282,11 @@ def loss_of(model: nn.Module, teacher: nn.Module, batch: Batch, kind: str) -> Te
     target = batch.get("target")
     if isinstance(target, Tensor):
         if target.is_floating_point():
+            if target.numel() != output.numel():
+                raise TersorError(f"the target is {tuple(target.shape)}, the model gives {tuple(output.shape)}")
             return F.l1_loss(output, target.view_as(output))
         return F.cross_entropy(output.flatten(0, -2), target.flatten().long())
-    if not isinstance(ids, Tensor) or output.shape[:2] != ids.shape or output.dim() != 3:
+    if not isinstance(ids, Tensor) or not predicts or output.dim() != 3 or output.shape[:2] != ids.shape:
         raise TersorError("loss='task' needs a language model, or samples with a target: use loss='distill'")
     following = ids[:, 1:].masked_fill(real[:, 1:] == 0, -100)
     return F.cross_entropy(output[:, :-1].flatten(0, 1), following.flatten())

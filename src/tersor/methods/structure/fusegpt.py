@@ -161,7 +161,9 @@ class FuseGPT(ModelMethod):
         stack.check()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(learned[name])
-        return model.to(dtype)
+        for parameter in model.parameters():  # not buffers, which may be finer than the weights
+            parameter.data = parameter.data.to(dtype)
+        return model
 
 
 def group_around(fused: int, size: int, count: int) -> range:

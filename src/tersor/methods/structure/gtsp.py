@@ -131,10 +131,17 @@ class GTSP(ModelMethod):
                 f"weights={self.weights:g} cannot be reached: {self.epochs} epochs of {len(work.samples)} batches have "
                 f"{len(curve.updates())} updates of the weights; give more epochs or a lower update_frequency"
             )
+        if self.heads < 1 and steps < self.update_frequency:
+            raise TersorError(
+                f"heads={self.heads:g} would stay a choice at random: {steps} steps have no update of the heads; "
+                "give more epochs or a lower update_frequency"
+            )
         before = layer_operations(model, work.samples)
         lesson = Lesson(model, work.samples)
-        for name in names:
-            model.set_submodule(name, self._attention(model.get_submodule(name), 1.0))
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            for name in names:
+                model.set_submodule(name, self._attention(model.get_submodule(name), 1.0))
         bare = self._without_attention(model, names, lesson, work)
         self._train(model, [name for name in names if name not in bare], lesson, curve, work)
         after = layer_operations(model, work.samples)

@@ -29,8 +29,8 @@ class Drawn:
         names = {tuple(each) for each in self.samples}
         if len(names) > 1:
             raise TersorError(f"the calibration samples have unlike inputs: {' and '.join(map(str, sorted(names)))}")
-        if len({_shapes(each) for each in self.samples}) > 1 and not all(map(_is_text, self.samples)):
-            shapes = sorted({str(_shapes(each)) for each in self.samples})
+        if len({shapes_of(each) for each in self.samples}) > 1 and not all(map(_is_text, self.samples)):
+            shapes = sorted({str(shapes_of(each)) for each in self.samples})
             raise TersorError(
                 f"the calibration samples differ in shape, so they make no batch: {', '.join(shapes[:3])}"
             )
@@ -59,7 +59,7 @@ class Drawn:
 
 
 def joined(samples: Sequence[Batch]) -> Batch:
-    if len({_shapes(each) for each in samples}) > 1:
+    if len({shapes_of(each) for each in samples}) > 1:
         samples = _of_one_length(samples)
     return {name: _cat([each[name] for each in samples]) for name in samples[0]}
 
@@ -69,7 +69,7 @@ def _cat(values: list[Any]) -> Any:
         return type(values[0])(_cat(list(each)) for each in zip(*values, strict=True))
     if isinstance(values[0], Tensor) and values[0].dim():
         return torch.cat(values)
-    return values[0]
+    return torch.stack(values) if isinstance(values[0], Tensor) else values[0]
 
 
 def _of_one_length(samples: Sequence[Batch]) -> list[Batch]:
@@ -93,7 +93,7 @@ def _is_text(sample: Batch) -> bool:
     )
 
 
-def _shapes(sample: Batch) -> tuple[Any, ...]:
+def shapes_of(sample: Batch) -> tuple[Any, ...]:
     def shape(value: Any) -> Any:
         if isinstance(value, Tensor):
             return tuple(value.shape[1:])

@@ -139,7 +139,9 @@ def solve_factorized(
     W = weight.detach().to(R.device, R.dtype, copy=True)
     columns = W.shape[1]
     size = columns if group_size == -1 else group_size
-    weights = column_weights(R, order) if weighted else None
+    if weighted:
+        W.masked_fill_(factor.dead, 0)  # they shall not decide a range
+    weights = column_weights(R, order).masked_fill(factor.dead, 0) if weighted else None
 
     def fit(x: Tensor, where: Tensor | slice) -> Grid:
         """where: the columns of x, in their own order."""

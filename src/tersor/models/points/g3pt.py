@@ -180,7 +180,7 @@ class G3PT(nn.Module):
             raise TersorError(
                 f"this g3pt takes {sum(self.config.scales)} tokens of all its scales, not {tokens.shape[1]}"
             )
-        label, context = self._conditions(len(tokens), label, context)
+        label, context = self._conditions(len(tokens), label, context, drop=self.training)
         front = self.front(label, context)
         parts = [self.first(label)]
         total = None
@@ -216,7 +216,7 @@ class G3PT(nn.Module):
         likeliest. generator: on the CPU, so that a seed means the same on every device."""
         self.check_label(label)
         B = next((len(given) for given in (label, context) if given is not None), samples)
-        label, context = self._conditions(B, label, context)
+        label, context = self._conditions(B, label, context, drop=False)
         guided = guidance != 1
         if guided:
             label = torch.cat((torch.full_like(label, self.config.num_classes), label))
@@ -274,8 +274,10 @@ class G3PT(nn.Module):
         front = length - self.config.scales[0]
         return self.mask(front, device)[:length, :length]
 
-    def _conditions(self, B: int, label: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The label or none, and the context or zeros; in training some are left out."""
+    def _conditions(
+        self, B: int, label: Tensor | None, context: Tensor | None, *, drop: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The label or none, and the context or zeros; with `drop` some are left out."""
         config, device = self.config, self.position.device
         if label is not None and not config.num_classes:
             raise TersorError("this g3pt has num_classes 0 and takes no label")
@@ -287,7 +289,7 @@ class G3PT(nn.Module):
             )
         none = torch.full((B,), config.num_classes, device=device)
         label = none if label is None else label
-        if self.training and config.condition_dropout > 0:
+        if drop and config.condition_dropout > 0:
             left_out = torch.rand(B, device=device) < config.condition_dropout
             label = torch.where(left_out, none, label)
             context = None if context is None else context * ~left_out[:, None, None]

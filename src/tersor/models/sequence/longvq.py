@@ -79,9 +79,9 @@ class LongVQLayers:
             raise TersorError(f"longvq keeps one of each conjugate pair, so d_state must be even; it is {self.d_state}")
         if not 0 < self.dt_min <= self.dt_max:
             raise TersorError(f"longvq needs 0 < dt_min <= dt_max; they are {self.dt_min} and {self.dt_max}")
-        if not 0 <= self.decay < 1 or self.beta < 0:
+        if not 0 < self.decay < 1 or self.beta < 0:
             raise TersorError(
-                f"longvq's decay lies in [0, 1) and beta is not negative; they are {self.decay}, {self.beta}"
+                f"longvq's decay lies between 0 and 1 and beta is not negative; they are {self.decay}, {self.beta}"
             )
 
 
