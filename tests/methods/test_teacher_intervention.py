@@ -273,6 +273,37 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(tmp_path: Path) -> Non
         tersor.compress(bert(), other, calibration=given)
 
 
+@pytest.mark.parametrize("when", ["before", "in the middle", "after"])
+def test_ctrl_c_in_a_step_of_the_optimizer_leaves_whole_weights(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tersor.train.bert_adam import BertAdam
+
+    given, step = samples("bert"), BertAdam.step
+
+    def method(keep: str) -> TeacherIntervention:
+        return TeacherIntervention(steps=4, intervention_steps=0, intervention="none", batch_size=4, lr=1e-3, keep=keep)
+
+    def stopping(self: BertAdam, closure: object = None) -> None:
+        if self.taken == 2:
+            if when == "in the middle":
+                self.whole = False
+                next(p for group in self.param_groups for p in group["params"]).data.add_(1)
+            if when == "after":
+                step(self)
+            raise KeyboardInterrupt
+        step(self)
+
+    whole = tersor.compress(bert(), method(""), calibration=given).model
+    with monkeypatch.context() as patch:
+        patch.setattr(BertAdam, "step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            tersor.compress(bert(), method(str(tmp_path / "run")), calibration=given)
+    resumed = tersor.compress(bert(), method(str(tmp_path / "run")), calibration=given).model
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
 def test_texts_of_several_lengths_are_filled_up_and_order_is_a_function_of_the_step() -> None:
     texts = [{"input_ids": torch.arange(1, 3 + n)[None]} for n in range(5)]
     data = Drawn(texts, 2, seed=3)

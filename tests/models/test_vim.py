@@ -90,7 +90,7 @@ def test_pictures_of_a_batch_are_pruned_each_for_itself(pruning: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"), [({"keep": 0.0}, "0..1"), ({"prune_after": (4,)}, "prune_after"), ({"pruning": "x"}, "pruning")]
+    ("wrong", "told"), [({"keep": 0.0}, "0..1"), ({"prune_after": (5,)}, "prune_after"), ({"pruning": "x"}, "pruning")]
 )
 def test_refuses_what_cannot_be_built(wrong: dict[str, object], told: str) -> None:
     with pytest.raises(TersorError, match=told):

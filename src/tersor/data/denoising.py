@@ -121,8 +121,9 @@ def next_element(sequence: Tensor, *, pixel_classes: bool = False) -> tuple[Tens
 
 
 def pixel_class(x: Tensor) -> Tensor:
-    """Numbers in [-1, 1] -> grey values 0 to 255, int64. Half a step is added, for x = 2 k / 255 - 1 is not exact."""
-    return ((x + 1) / 2 * (PIXEL_CLASSES - 1) + 0.5).long().clamp(0, PIXEL_CLASSES - 1)
+    """Numbers in [-1, 1] -> grey values 0 to 255, int64. As published, rounded down; a little is added, for x = 2 k / 255 - 1 is
+    not exact."""
+    return ((x + 1) / 2 * (PIXEL_CLASSES - 1) + 1e-4).long().clamp(0, PIXEL_CLASSES - 1)
 
 
 class Denoising(Dataset[dict[str, Tensor]]):

@@ -69,7 +69,7 @@ class LFQ(nn.Module):
     def losses(self, x: Tensor) -> LFQLosses:
         z = self.project_in(x).flatten(0, -2)  # (tokens, d)
         table = to_codes(torch.arange(2**self.bits, device=z.device), self.bits).to(z.dtype)
-        p = (2 * self.inv_temperature * z @ table.T).softmax(-1)  # (tokens, 2^d)
+        p = (2 * (z @ table.T) * self.inv_temperature).softmax(-1)  # (tokens, 2^d), rounded in the published order
         commitment = F.mse_loss(z, signs(z))
         return LFQLosses(_entropy(p).mean(), _entropy(p.mean(0)), commitment, self.gamma)
 

@@ -18,11 +18,15 @@ WARM_UP = 0.1  # of the steps
 
 
 class BertAdam(torch.optim.Optimizer):
+    """`taken` counts the steps that were done; `whole` is False in the middle of one, as where Ctrl-C interrupts it."""
+
     def __init__(self, groups: Iterable[dict[str, Any]], *, lr: float) -> None:
         super().__init__(groups, {"lr": lr, "weight_decay": 0.0})
+        self.taken, self.whole = 0, True
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.whole = False
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -32,6 +36,8 @@ class BertAdam(torch.optim.Optimizer):
                     state["m"], state["v"] = torch.zeros_like(p), torch.zeros_like(p)
                 m, v = state["m"].lerp_(p.grad, 0.1), state["v"].lerp_(p.grad.square(), 0.001)
                 p.sub_((m / (v.sqrt() + 1e-6) + group["weight_decay"] * p) * group["lr"])
+        self.taken += 1
+        self.whole = True
 
 
 def bert_adam(model: nn.Module, lr: float, weight_decay: float = 0.01) -> BertAdam:

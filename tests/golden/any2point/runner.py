@@ -14,7 +14,8 @@ def run(case: Case) -> dict[str, Tensor]:
     model = tersor.models.load("any2point", {**case.state_dict(), **inputs}, **settings(case))
     check_parameters(case, model)
     last_stage = "patch_embed.stages.2.linear2"
-    captured = capture(model, ["", "patch_embed", last_stage, "blocks.0", "guides.0"], {"points": points})
+    each = [f"{part}.{n}" for n in range(model.config.depth) for part in ("blocks", "guides")]
+    captured = capture(model, ["", "patch_embed", last_stage, *each], {"points": points})
     centers = captured["patch_embed"]
     with torch.no_grad():
         places = model.places(centers)
@@ -24,8 +25,9 @@ def run(case: Case) -> dict[str, Tensor]:
         "centers": centers,
         "point_tokens": captured[last_stage].unflatten(0, (*centers.shape[:2], -1)).amax(2).transpose(1, 2),
         "position_embedding": positions,
-        "block0": torch.cat((captured["blocks.0"][:, :1], captured["guides.0"]), 1),
     }
+    for n in range(model.config.depth):
+        results[f"block{n}"] = torch.cat((captured[f"blocks.{n}"][:, :1], captured[f"guides.{n}"]), 1)
     if model.config.source == "language":
         results["virtual_positions"] = places
     else:
@@ -38,9 +40,10 @@ def settings(case: Case) -> dict[str, Any]:
     said = {**case.config["model"], **case.config["args"]}
     assert said.pop("num_view", 6) == 6
     language = "attn1d_dim" in said
+    rows = next(spec["shape"] for name, spec in case._inputs.items() if name != "points")[-2]
     axes = "1d" if language else "2d"
     ours = {
-        "source": "language" if language else "audio" if case.inputs()["pos_embed"].shape[1] == 229 else "vision",
+        "source": "language" if language else "audio" if rows == 229 else "vision",
         "num_classes": 0,
         "across_batch": language or said.get("type") == "mn40",
         "global_feat": tuple(said.pop("global_feat").split(",")),

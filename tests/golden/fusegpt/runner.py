@@ -32,7 +32,7 @@ def run(case: Case) -> dict[str, Tensor]:
 def one_map(case: Case) -> dict[str, Tensor]:
     config, inputs = case.config, case.inputs()
     linear = nn.Linear(config["in_features"], config["out_features"], bias=config["bias"])
-    fused = FusedLinear(linear, mode=config["mode"], rank=config["lora_rank"], chance=torch.Generator())
+    fused = FusedLinear(linear, mode=config["mode"], rank=config.get("lora_rank", 128), chance=torch.Generator())
     before = fused.effective_weight()
     for n in range(config["fusions"]):
         fused.fuse(inputs[f"add_weight{n}"], inputs.get(f"add_bias{n}"))
@@ -68,20 +68,21 @@ def influence(case: Case) -> dict[str, Tensor]:
 
 def learning(case: Case) -> dict[str, Tensor]:
     config, place = case.config, case.config["fuse_index"]
-    stack = stack_of(case, getattr(torch, config["dtype"]))
-    recorded = stack.record([{"inputs_embeds": hidden} for hidden in case.inputs()["hidden"].to(torch.float64)])
+    dtype = getattr(torch, config.get("dtype", "float64"))
+    stack = stack_of(case, dtype)
+    recorded = stack.record([{"inputs_embeds": hidden} for hidden in case.inputs()["hidden"].to(dtype)])
     lesson = fusegpt.lesson_of(stack, recorded, range(len(stack)), config.get("loss", "batch"))
     maps = fusegpt.alike_maps(stack)
     for n, block in enumerate(stack.blocks):
         if n != place:
-            how: Any = (config.get("mode", "lora"), config["lora_rank"], torch.Generator())
+            how: Any = (config.get("mode", "lora"), config.get("lora_rank", 128), torch.Generator())
             fusegpt.fuse(stack.blocks[place], block, maps, *how)
     stack.remove(place, recorded)
     blocks = nn.ModuleDict({"layers": nn.ModuleList(stack.blocks)})
     marked = {n.removeprefix("fused."): t for n, t in case.state_dict().items() if n.startswith("fused.")}
     state = blocks.state_dict()
     assert marked.keys() <= state.keys()
-    blocks.load_state_dict({**state, **{name: tensor.double() for name, tensor in marked.items()}})
+    blocks.load_state_dict({**state, **{name: tensor.to(dtype) for name, tensor in marked.items()}})
 
     found = {"target0": lesson.targets[0], "before0": stack.run(recorded[0], lesson.group, lesson.inputs[0]).detach()}
     fusegpt.trained_parameters(stack.blocks)

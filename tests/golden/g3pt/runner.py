@@ -10,7 +10,7 @@ def run(case: Case) -> dict[str, Tensor]:
     config, state = case.config, case.state_dict()
     lfq = LFQ(
         config["dim"],
-        round(math.log2(config["codebook_size"])),
+        round(math.log2(config.get("codebook_size", 2 ** config["dim"]))),
         gamma=config.get("diversity_gamma", 1.0),
         inv_temperature=config.get("inv_temperature", 100.0),
     )

@@ -33,14 +33,15 @@ def layer_of(case: Case) -> Any:
     config = case.config
     made = GPSLayerConfig(dim_h=config["channels"], num_heads=config["heads"], local_gnn_type="GIN")
     layer: Any = GPSLayer(made).eval()
-    width = config["channels"] // config["heads"]
+    width, ratio = config["channels"] // config["heads"], config.get("token_ratio")
     layer.self_attn = PrunedGraphAttention.in_place_of(
         layer.self_attn,
         heads=config["heads"],
         head_dim=width,
-        token_ratio=config.get("token_ratio", 1.0),
+        token_ratio=1.0 if ratio is None else min(ratio, 0.5),  # below 1 it has the scores that the case holds
         masked=True,
     )
+    layer.self_attn.token_ratio = 1.0 if ratio is None else ratio
     state = case.state_dict()
     for published, ours in KEYS.items():
         state = {key.replace(published, ours, 1) if key.startswith(published) else key: v for key, v in state.items()}
@@ -96,15 +97,21 @@ def weight_masks(case: Case) -> dict[str, Tensor]:
     gradients = {name: case.inputs()[f"grad:{name}"] for name in weights}
     masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
     found = {}
+    way = config["method"].lower()
+    uniform = way.endswith("_uniform")
     for step in config["steps"]:
         pruned, masks = gtsp_schedule.update_weights(
             weights,
             gradients,
             masks,
-            way=config["method"].lower(),
+            way="uniform" if uniform else way,
             density=curve.density(step),
             rate=config["prune_rate"],
         )
+        if way == "granet_uniform":
+            _, masks = gtsp_schedule.update_weights(
+                weights, gradients, masks, way="dst", density=None, rate=config["prune_rate"]
+            )
         for name in weights:
             found |= {f"prune{step}.{name}": pruned[name].float(), f"regrown{step}.{name}": masks[name].float()}
     return {name: value for name, value in found.items() if name in case.outputs}

@@ -52,7 +52,7 @@ def vim(case: Case) -> dict[str, Tensor]:
     config: dict[str, Any] = {key: value for key, value in case.config.items() if key not in WITHOUT_EFFECT}
     for name, value in BUILT.items():
         assert config.pop(name, value) == value, f"{case.name}: {name} is not built"
-    schedule = tuple(layer for layer in (5, 10, 15) if layer < config["depth"])
+    schedule = tuple(layer for layer in (5, 10, 15) if layer <= config["depth"])
     model = tersor.models.load("vim", case.state_dict(), **config, prune_after=schedule, keep=0.8, pruning="snapshot")
     check_parameters(case, model)
     image = case.inputs()["x"]

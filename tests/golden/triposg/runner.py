@@ -16,8 +16,10 @@ def run(case: Case) -> dict[str, Tensor]:
     model = tersor.models.load("triposg", case.state_dict(), **case.config)
     check_parameters(case, model)
     middle = f"blocks.{model.config.num_layers // 2}"
-    results = capture(model, ["", middle], case.inputs())
-    return {name: results[middle if name == "mid_block" else ""] for name in case.outputs}
+    at = {name: middle if name == "mid_block" else "" for name in case.outputs}
+    at |= {name: f"blocks.{name.removeprefix('block')}" for name in case.outputs if name.startswith("block")}
+    results = capture(model, sorted(set(at.values())), case.inputs())
+    return {name: results[path] for name, path in at.items()}
 
 
 @torch.no_grad()
@@ -39,5 +41,9 @@ def scheduler(case: Case) -> dict[str, Tensor]:
     outputs = (inputs[f"model_output_{step}"] for step in range(steps))
     final = flow.sample(lambda x, t, context: next(outputs), inputs["sample"], steps=steps, mu=mu)
     sigmas = flow.sigmas(steps, mu=mu)
-    noised = flow.add_noise(inputs["sample"], inputs["noise"], torch.tensor(300.0))
-    return {"timesteps": flow.time(sigmas[:-1]), "sigmas": sigmas, "final": final, "noised_at_300": noised}
+    found = {"timesteps": flow.time(sigmas[:-1]), "sigmas": sigmas, "final": final}
+    for name in case.outputs:
+        if name.startswith("noised_at_"):
+            time = torch.tensor(float(name.removeprefix("noised_at_")))
+            found[name] = flow.add_noise(inputs["sample"], inputs["noise"], time)
+    return {name: found[name] for name in case.outputs}

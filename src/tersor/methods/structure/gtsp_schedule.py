@@ -43,7 +43,8 @@ class Curve:
         if step % self.frequency or update not in inside:
             return None
         u = (update - inside.start) / len(inside)
-        return self.last + (self.first - self.last) * (1 - u) ** 3
+        # As published, digit for digit: a rounding decides how many weights stay.
+        return 1 - ((1 - self.first) + (self.first - self.last) * (1 - (1 - u) ** 3))
 
 
 def prune_globally(weights: Mapping[str, Tensor], density: float) -> Masks:

@@ -378,7 +378,9 @@ def train(
             if done % SAVE_EVERY == 0 or done == method.steps:
                 save()
     except KeyboardInterrupt:
-        save()
+        if optimizer.whole:  # else the weights are half changed, and what was saved last stands
+            done = started + optimizer.taken
+            save()
         raise
     if done > started:
         rows.append(

@@ -68,7 +68,7 @@ class VimConfig:
         if not 0 < self.keep <= 1:
             raise TersorError(f"vim keeps a share of its tokens in 0..1, not {self.keep}")
         for layer in self.prune_after:
-            one_of("vim", "prune_after", layer, range(1, self.depth))
+            one_of("vim", "prune_after", layer, range(1, self.depth + 1))
 
     @property
     def patches(self) -> int:
