@@ -75,8 +75,11 @@ def forecast(
     """
     if plot is not None:
         check_plot(plot)
-    if out is not None and out.suffix not in (".csv", ".parquet"):
+    if out is not None and out.suffix.lower() not in (".csv", ".parquet"):
         raise TersorError(f"--out {out}: a forecast is written as .csv or .parquet")
+    for path in (each for each in (out, plot) if each is not None):
+        if not path.expanduser().absolute().parent.is_dir():
+            raise TersorError(f"there is no folder {path.parent} to write {path.name} into")
     levels = None if interval is None else levels_of(interval)
     opened = open_model(model, checkpoint=checkpoint, device=device)
     config = TableConfig(time=time, target=target, id=id, fill=fill)
@@ -131,22 +134,22 @@ def _table(made: Forecast) -> None:
         typer.echo(f"... {len(rows) - MOST_PRINTED - 1} more rows; --out FILE.csv writes all")
 
 
-def _rows(made: Forecast) -> Iterable[list[str]]:
+def _rows(made: Forecast, *, exact: bool = False) -> Iterable[list[str]]:
     columns = made.columns()
     yield list(columns)
     kinds = [column.dtype.kind for column in columns.values()]
     for row in zip(*columns.values(), strict=True):
         yield [
-            told(cell) if kind == "M" else f"{cell:.7g}" if kind == "f" else str(cell)
+            told(cell) if kind == "M" else (repr(float(cell)) if exact else f"{cell:.7g}") if kind == "f" else str(cell)
             for kind, cell in zip(kinds, row, strict=True)
         ]
 
 
 def _write(made: Forecast, out: Path) -> None:
     with replacing(out) as partial:
-        if out.suffix == ".csv":
+        if out.suffix.lower() == ".csv":
             with partial.open("w", newline="", encoding="utf-8") as file:
-                csv.writer(file, lineterminator="\n").writerows(_rows(made))
+                csv.writer(file, lineterminator="\n").writerows(_rows(made, exact=True))
             return
         try:
             import pyarrow

@@ -422,6 +422,7 @@ class Any2Point(nn.Module):
             if name not in found or found[name].shape != own[name].shape:
                 told = f"holds {list(found[name].shape)}" if name in found else "has none"
                 raise TersorError(f"any2point needs {name} {list(own[name].shape)}; the source checkpoint {told}")
+        for name in [*wanted, "position_table"]:
             own[name].copy_(found[name])
 
 
