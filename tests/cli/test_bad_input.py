@@ -13,6 +13,8 @@ import pytest
 import torch
 from conftest import Ran, change_json, change_tensors, files_of
 
+from tersor.methods.method import methods
+
 Command = Callable[..., Ran]
 FEW = ("--samples", 2, "--seq-len", 32, "--group-size", 32)
 
@@ -162,7 +164,7 @@ def test_a_group_size_that_does_not_divide_names_the_layer_and_sizes_that_would(
         (["--damp", "nan"], "damp=nan is not allowed"),
         (
             ["--method", "magic"],
-            "unknown method 'magic'; known: ats, awq-scale, dopq-vit, drop-blocks, dsformer, fusegpt, gptq",
+            f"unknown method 'magic'; known: {', '.join(methods())}",
         ),
         (["--method", "rtn", "--damp", 0.1], "method rtn has no option 'damp'"),
         (["--method", "rtn", "--desc-act"], "method rtn has no option 'desc_act'"),

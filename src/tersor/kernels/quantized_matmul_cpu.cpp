@@ -618,8 +618,10 @@ template <int BITS, bool PAIRS> bool run(const Call& c) {
                 for (int64_t i = 0; i < chunk.count; i++) {
                     load_scale(c, panel, s[i].group, scales[i]);
 #ifdef __AMX_BF16__
-                    const uint32_t* words = panel_words + s[i].block * WORDS * PANEL;
-                    if (amx) decode_tile<BITS>(words, s[i], decoded + (s[i].unit - chunk.unit) * PANEL);
+                    if constexpr (PAIRS) {  // dense float32, which has no pairs, must not be compiled for them
+                        const uint32_t* words = panel_words + s[i].block * WORDS * PANEL;
+                        if (amx) decode_tile<BITS>(words, s[i], decoded + (s[i].unit - chunk.unit) * PANEL);
+                    }
 #endif
                 }
                 const int64_t last = s[chunk.count - 1].block + s[chunk.count - 1].blocks;
