@@ -251,7 +251,7 @@ class Block(nn.Module):
 @register(
     "sd3",
     task="generate-image",
-    input="image",
+    input="latents",
     paper="arXiv 2403.03206",
     variants={
         "sd3_medium": (2_028_328_000, {}),

@@ -151,7 +151,7 @@ class KeysValues(nn.Module):
 @register(
     "ted_viton",
     task="try-on",
-    input="image",
+    input="latents",
     paper="arXiv 2411.17017",
     variants={"ted_viton": (4_193_786_688, {})},
     small={
