@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from zoo.tiny_models import samples
 
-import tersor.compress.settings as settings
+import tersor.compress.samples as drawing
 import tersor.methods.block as block
 from tersor.cli.main import main
 
@@ -44,5 +44,5 @@ if __name__ == "__main__":
         batches[1] = {name: torch.full_like(value, float("nan")) for name, value in batches[1].items()}
     elif accident != "none":
         happen(accident)
-    settings.make_batches = lambda *args, **kwargs: batches
+    drawing.make_batches = lambda *args, **kwargs: batches
     main(["quantize", *arguments])
