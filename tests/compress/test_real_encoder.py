@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from zoo.sentences import SENTENCES
 
 import tersor
 from tersor import GPTQ, RTN
@@ -15,22 +16,6 @@ from tersor.checkpoint.load import load_tokenizer
 from tersor.methods.method import Method
 
 pytestmark = pytest.mark.slow
-
-# Pairs that mean nearly the same, one after the other.
-SENTENCES = [
-    "A man is eating food.",
-    "A man is eating a piece of bread.",
-    "A monkey is playing the drums.",
-    "An ape hits a drum.",
-    "The stock market fell sharply today.",
-    "Share prices dropped after the announcement.",
-    "How do I reset my password?",
-    "I forgot my login details.",
-    "The doctor prescribed an antibiotic.",
-    "She was given medicine against the infection.",
-    "It will rain heavily tomorrow.",
-    "The forecast says that a storm is coming.",
-]
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from zoo.sentences import SENTENCES
 
 import tersor
 from tersor.calibrate.batches import call, first_tensor
@@ -347,22 +348,6 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 def test_a_model_with_nothing_to_put_into_blocks() -> None:
     with pytest.raises(TersorError, match="Sequential has nothing that can be put into blocks"):
         tersor.compress(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), BCT())
-
-
-SENTENCES = [
-    "A man is eating food.",
-    "A man is eating a piece of bread.",
-    "A monkey is playing the drums.",
-    "An ape hits a drum.",
-    "The stock market fell sharply today.",
-    "Share prices dropped after the announcement.",
-    "How do I reset my password?",
-    "I forgot my login details.",
-    "The doctor prescribed an antibiotic.",
-    "She was given medicine against the infection.",
-    "It will rain heavily tomorrow.",
-    "The forecast says that a storm is coming.",
-]
 
 
 @torch.no_grad()

@@ -69,15 +69,23 @@ def converted(
         dict(config) if OURS in config else models.options_of(name, {k: v for k, v in config.items() if k != TIMMS})
     )
     options = {key: value for key, value in options.items() if key not in (OURS, "id2label", "dtype", "tersor_steps")}
+    said = json.dumps(options, sort_keys=True)
     try:
-        with torch.device("meta"):
-            wanted = _own_tensors(models.create(name, **options))
+        wanted = _wanted(name, said)
     except Exception:
         return None  # whoever builds the model says what is wrong
     found = {} if shapes is None else shapes()
-    if all(found.get(key) == tuple(tensor.shape) for key, tensor in wanted.items()):
+    if all(found.get(key) == shape for key, shape in wanted.items()):
         return None
-    return _converted(directory.resolve(), name, json.dumps(options, sort_keys=True), _stamp(directory), dict(config))
+    return _converted(directory.resolve(), name, said, _stamp(directory), dict(config))
+
+
+@functools.cache
+def _wanted(name: str, options: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of a model's own tensors; found once, for a job opens its model several times."""
+    with torch.device("meta"):
+        own = _own_tensors(models.create(name, **json.loads(options)))
+    return {key: tuple(tensor.shape) for key, tensor in own.items()}
 
 
 def weight_bytes(directory: Path) -> int:

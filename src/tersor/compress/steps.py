@@ -101,7 +101,6 @@ def _on_disk(name: str, steps: Sequence[Recipe], asked: Settings, run: Run) -> C
         if not goes_on:
             _make(folder, said)
     summaries: list[Summary] = []
-    before: Tensor | None = None
     at = name
     for n, step in enumerate(steps[:-1]):
         target, report = folder / str(n + 1), folder / REPORTED.format(n + 1)
@@ -119,7 +118,7 @@ def _on_disk(name: str, steps: Sequence[Recipe], asked: Settings, run: Run) -> C
         summaries.append(Summary(**{**values, "layers": [Line(row) for row in values["layers"]]}))
         at = str(target)
     try:
-        before = load_file(folder / "before.safetensors")["before"]
+        before: Tensor | None = load_file(folder / "before.safetensors")["before"]
     except (OSError, SafetensorError):
         before = None  # the model's output is no tensor
     asked.progress(f"step {len(steps)} of {len(steps)}: {steps[-1].method.name}", 0, 0)

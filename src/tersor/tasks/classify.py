@@ -47,6 +47,13 @@ def load_data(model: Any, data: Path, validation: Path | None, table: Mapping[st
     config = checked_config(ImageConfig, {"size": example["image"].shape[-1], **table}, "data")
     train = load_images(data, config)
     held_out = load_images(validation, dataclasses.replace(config, augment=False)) if validation else None
+    check_classes(model, train, held_out, data, validation)
+    preprocessing = preprocessor_config({"size": config.size, "mean": config.mean, "std": config.std})
+    return Sets(train, held_out, preprocessing=preprocessing, labels=train.classes)
+
+
+def check_classes(model: Any, train: Any, held_out: Any, data: Path, validation: Path | None) -> None:
+    """Raise TersorError where two sets of labelled files have unlike classes, or more than the model has."""
     if held_out is not None and held_out.classes != train.classes:
         other = sorted(set(held_out.classes) ^ set(train.classes))
         raise TersorError(f"{data} and {validation} do not have the same classes: {other[0]} is in one of them")
@@ -56,8 +63,6 @@ def load_data(model: Any, data: Path, validation: Path | None, table: Mapping[st
             f"{data} has {len(train.classes)} classes, the model has num_classes {room}; "
             f"--set model.num_classes={len(train.classes)}"
         )
-    preprocessing = preprocessor_config({"size": config.size, "mean": config.mean, "std": config.std})
-    return Sets(train, held_out, preprocessing=preprocessing, labels=train.classes)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tersor.data.clouds import SUFFIXES, CloudConfig, centred, load_clouds, read_cloud
 from tersor.errors import TersorError
 from tersor.models.config import checked_config
-from tersor.tasks.classify import Classes, likeliest
+from tersor.tasks.classify import Classes, check_classes, likeliest
 from tersor.tasks.task import Sets, Task
 from tersor.train.objectives import classification
 
@@ -22,15 +22,7 @@ def load_data(model: Any, data: Path, validation: Path | None, table: Mapping[st
     config = checked_config(CloudConfig, {"points": points_of(model), **table}, "data")
     train = load_clouds(data, config)
     held_out = load_clouds(validation, dataclasses.replace(config, augment=False)) if validation else None
-    if held_out is not None and held_out.classes != train.classes:
-        other = sorted(set(held_out.classes) ^ set(train.classes))
-        raise TersorError(f"{data} and {validation} do not have the same classes: {other[0]} is in one of them")
-    room = model.config.num_classes
-    if len(train.classes) > room:
-        raise TersorError(
-            f"{data} has {len(train.classes)} classes, the model has num_classes {room}; "
-            f"--set model.num_classes={len(train.classes)}"
-        )
+    check_classes(model, train, held_out, data, validation)
     return Sets(train, held_out, labels=train.classes)
 
 

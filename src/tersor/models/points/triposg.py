@@ -50,6 +50,7 @@ from torch.nn import functional as F
 
 from tersor.errors import TersorError
 from tersor.layers.checks import at_least, divides
+from tersor.models.points.triposg_vae import FeedForward
 from tersor.models.registry import register
 
 
@@ -118,24 +119,6 @@ class Attention(nn.Module):
             k, v = rearrange(joined, "b n (h c) -> b h n c", h=self.heads).chunk(2, -1)
         mixed = F.scaled_dot_product_attention(self.norm_q(q), self.norm_k(k), v)
         return self.to_out[0](rearrange(mixed, "b h n c -> b n (h c)"))
-
-
-class GELUProjection(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(width, 4 * width)
-
-    def forward(self, z: Tensor) -> Tensor:
-        return F.gelu(self.proj(z))
-
-
-class FeedForward(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.net = nn.Sequential(GELUProjection(width), nn.Identity(), nn.Linear(4 * width, width))
-
-    def forward(self, z: Tensor) -> Tensor:
-        return self.net(z)
 
 
 class Mixture(nn.Module):
