@@ -123,7 +123,9 @@ def test_the_pruned_folder_is_trained_on_and_keeps_its_preprocessing(
     assert "leave --checkpoint out" in run(
         "train", tmp_path / "pruned", *again, "--checkpoint", tmp_path / "dense", status=2
     )
-    run("quantize", tmp_path / "tuned", "--method", "rtn", "--group-size", -1, "--bits", 8, "--out", tmp_path / "packed")
+    run(
+        "quantize", tmp_path / "tuned", "--method", "rtn", "--group-size", -1, "--bits", 8, "--out", tmp_path / "packed"
+    )
     run("compress", "greenformers", tmp_path / "tuned", "--rank", 0.5, "--out", tmp_path / "low")
     assert "train first, then compress" in run("train", tmp_path / "low", *again, status=2)
     assert "train first, then quantize" in run("train", tmp_path / "packed", *again, status=2)

@@ -38,6 +38,7 @@ VERBS = (
     "doctor",
     "train",
     "predict",
+    "transcribe",
     "forecast",
     "backtest",
     "sample",
