@@ -236,7 +236,7 @@ def read_transcripts(folder: Path) -> Transcripts:
 
 def _soundfile() -> Any:
     try:
-        import soundfile
+        import soundfile  # type: ignore[import-not-found,import-untyped,unused-ignore]
     except ImportError:
         raise TersorError("recordings are read by soundfile: pip install 'tersor[audio]'") from None
     return soundfile
@@ -244,7 +244,7 @@ def _soundfile() -> Any:
 
 def _soxr() -> Any:
     try:
-        import soxr
+        import soxr  # type: ignore[import-not-found,import-untyped,unused-ignore]
     except ImportError:
         raise TersorError("recordings are brought to another rate by soxr: pip install 'tersor[audio]'") from None
     return soxr

@@ -222,7 +222,7 @@ class Recordings:
 def hidden(speech: Tensor, front: FrontEnd, chance: torch.Generator) -> Tensor:
     """SpecAugment on normalized features: two bands of up to 30/80 of the bins and two stretches of up to 0.4 s, at most a
     quarter of the recording, are zero."""
-    speech = speech.unflatten(1, (front.m, front.bins)).clone()
+    speech = speech.reshape(len(speech), front.m, front.bins).clone()
 
     def stretch(length: int, most: int) -> slice:
         width = int(torch.randint(0, max(1, most) + 1, (), generator=chance))
