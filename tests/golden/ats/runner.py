@@ -66,8 +66,8 @@ def run(case: Case) -> dict[str, Tensor]:
         full = torch.nn.functional.pad(full, (0, x.shape[1] - full.shape[1]))
         seen["policy"] = full[..., None].float()
         seen["sampler"] = seen["policy"].nonzero()
-        m = result[2].shape[1]
-        assert torch.equal(result[2], full[:, :m].float())  # what the model itself took
+        policy = torch.ones_like(result[1][..., 0]) if result[2] is None else result[2]  # None: all are there
+        assert torch.equal(policy, full[:, : policy.shape[1]].float())  # what the model itself took
 
     handle = model.blocks[chosen[0]].attn.register_forward_hook(watch)
     logits = model(image)

@@ -101,13 +101,14 @@ class ATSConfig(ViTConfig):
         return min(max(int(asked * self.tokens if asked <= 1 else asked), FEWEST_TOKENS), self.tokens)
 
 
-def masked_softmax(logits: Tensor, policy: Tensor) -> Tensor:
-    """logits [B, h, n, n], policy [B, n] -> attention [B, h, n, n], at least in float32."""
+def masked_softmax(logits: Tensor, policy: Tensor | None) -> Tensor:
+    """logits [B, h, n, n], policy [B, n] or None (all tokens are there) -> attention [B, h, n, n], at least in float32."""
     n = logits.shape[-1]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    itself = torch.eye(n, dtype=torch.bool, device=logits.device)
-    allowed = policy[:, None, None, :].to(logits.dtype).masked_fill(itself, 1)  # [B, 1, n, n]
-    a = (logits - logits.amax(-1, keepdim=True)).exp() * allowed
+    a = (logits - logits.amax(-1, keepdim=True)).exp()
+    if policy is not None:
+        itself = torch.eye(n, dtype=torch.bool, device=logits.device)
+        a = a * policy[:, None, None, :].to(logits.dtype).masked_fill(itself, 1)  # [B, 1, n, n]
     return (a + EPSILON / n) / (a.sum(-1, keepdim=True) + EPSILON)
 
 
@@ -137,7 +138,8 @@ def sample_tokens(scores: Tensor, points: int) -> Tensor:
 
 
 class AtsAttention(Attention):
-    """x [B, n, D], policy [B, n] -> rows [B, m], out [B, m, D], policy [B, m]; rows are the places in x of what is kept.
+    """x [B, n, D], policy [B, n] -> rows [B, m], out [B, m, D], policy [B, m]; rows are the places in x of what is kept, and None
+    where all is. A policy of None says that every token is there: an image alone, or a batch whose images keep equally many.
 
     points: how many samples are drawn; 0: every token stays.
     """
@@ -146,35 +148,39 @@ class AtsAttention(Attention):
         super().__init__(config)
         self.points, self.drop_tokens = points, config.drop_tokens
 
-    def forward(self, x: Tensor, policy: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        n = x.shape[1]
-        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
-        if self.points:
+    def forward(  # type: ignore[override]
+        self, x: Tensor, policy: Tensor | None
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        B, n = x.shape[:2]
+        q, k, v = self.qkv(x).view(B, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind()  # [B, h, n, d]
+        if self.points and policy is not None:
             there = policy[:, None, :, None]
             q, k, v = q * there, k * there, v * there
         attention = masked_softmax(self.qk(q, k.transpose(-2, -1)) * self.scale, policy)
-        rows = torch.arange(n, device=x.device).expand(len(x), -1)
+        rows = None
         if self.points and n > 2:
             rows, policy = self._choose(token_scores(attention, v), policy)
-            attention = attention.gather(2, rows[:, None, :, None].expand(-1, self.num_heads, -1, n))
-        out = rearrange(self.av(attention.to(v.dtype), v), "b h m d -> b m (h d)")
-        return rows, self.proj(out) * policy[..., None], policy
+            attention = _rows(attention, rows[:, None].expand(-1, self.num_heads, -1))
+        out = self.proj(self.av(attention.to(v.dtype), v).transpose(1, 2).flatten(2))
+        return rows, out if policy is None else out * policy[..., None], policy
 
-    def _choose(self, scores: Tensor, policy: Tensor) -> tuple[Tensor, Tensor]:
+    def _choose(self, scores: Tensor, policy: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Places of the kept tokens [B, m], the class token's first, and their policy; empty places show the class token."""
-        n = policy.shape[1]
+        n = scores.shape[1] + 1
         rows = F.pad(sample_tokens(scores, self.points) + 1, (1, 0))  # n where nothing is
-        kept = F.pad(policy, (0, 1)).gather(1, rows)
-        rows = rows.masked_fill(rows == n, 0)
+        empty = rows == n
+        rows = rows.masked_fill(empty, 0)
+        kept = (~empty).to(scores.dtype) if policy is None else policy.gather(1, rows).masked_fill(empty, 0)
         if self.drop_tokens:
-            m = int((kept > 0).sum(1).max())
-            return rows[:, :m], kept[:, :m]
-        empty = (0, n - rows.shape[1])
-        return F.pad(rows, empty), F.pad(kept, empty)
+            counts = (kept > 0).sum(1).tolist()
+            m = max(counts)
+            return rows[:, :m], None if min(counts) == m else kept[:, :m]
+        more = (0, n - rows.shape[1])
+        return F.pad(rows, more), F.pad(kept, more)
 
 
 class AtsBlock(nn.Module):
-    """x [B, n, D], policy [B, n] -> x [B, m, D], policy [B, m]."""
+    """x [B, n, D], policy [B, n] or None -> x [B, m, D], policy [B, m] or None."""
 
     def __init__(self, config: ATSConfig, points: int) -> None:
         super().__init__()
@@ -183,12 +189,21 @@ class AtsBlock(nn.Module):
         self.norm2 = nn.LayerNorm(config.embed_dim, eps=config.norm_eps)
         self.mlp = Mlp(config.embed_dim, int(config.embed_dim * config.mlp_ratio))
 
-    def forward(self, x: Tensor, policy: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, policy: Tensor | None) -> tuple[Tensor, Tensor | None]:
         rows, out, policy = self.attn(self.norm1(x), policy)
-        x = x.gather(1, rows[..., None].expand(-1, -1, x.shape[2])) + out
+        x = (x if rows is None else _rows(x, rows)) + out
+        if policy is None:
+            return x + self.mlp(self.norm2(x)), None
         x = x * policy[..., None]
         x = x + self.mlp(self.norm2(x))
         return x * policy[..., None], policy
+
+
+def _rows(x: Tensor, rows: Tensor) -> Tensor:
+    """x [..., n, D], rows [..., m] -> [..., m, D]. Of one image whole rows are copied, which is much faster than a gather."""
+    if len(x) == 1:
+        return x.index_select(-2, rows.flatten()[: rows.shape[-1]])  # the same ones in all heads
+    return x.gather(-2, rows[..., None].expand(*rows.shape, x.shape[-1]))
 
 
 @register(
@@ -236,10 +251,11 @@ class ATS(nn.Module):
     def _run(self, image: Tensor) -> tuple[Tensor, Tensor]:
         patches = self.patch_embed(image)
         x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], 1) + self.pos_embed
-        policy, counts = torch.ones_like(x[..., 0]), []
+        policy = None if self.config.drop_tokens else torch.ones_like(x[..., 0])
+        counts = []
         for block in self.blocks:
             x, policy = block(x, policy)
-            counts.append(policy.sum(1).long())
+            counts.append(torch.full_like(x[:, 0, 0], x.shape[1]).long() if policy is None else policy.sum(1).long())
         return self.head(self.pre_logits(self.norm(x)[:, 0])), torch.stack(counts, 1)
 
     def operations(self, tokens: Tensor) -> Tensor:
