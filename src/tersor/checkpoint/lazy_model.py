@@ -65,6 +65,11 @@ class LazyModel:
         if packed:
             self._make_room_for_packed()
 
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """That the checkpoint says its weights have."""
+        return torch_dtype(self.checkpoint.config)
+
     def load(self, module: nn.Module) -> None:
         """Bring every parameter and persistent buffer of `module` into memory."""
         prefix, before = self._name_of(module), {id(tensor) for _, tensor in _state(module, "") if not tensor.is_meta}

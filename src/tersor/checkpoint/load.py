@@ -13,7 +13,7 @@ from tersor.checkpoint.gguf_tokenizer import tokenizer_from
 from tersor.checkpoint.into import load_into
 from tersor.checkpoint.lazy_model import LazyModel, compute_dtype
 from tersor.checkpoint.published import checkpoint_as
-from tersor.checkpoint.source import open_checkpoint
+from tersor.checkpoint.source import Checkpoint, open_checkpoint
 from tersor.errors import TersorError
 from tersor.layers.quantized_linear import prepare_layers
 from tersor.untrusted import first_words, pretrained
@@ -54,8 +54,13 @@ def load(
         return load_into(open_checkpoint(model, allow_pickle=allow_pickle), into)
     where = pick_device(device)
     checkpoint = open_checkpoint(model, allow_pickle=allow_pickle)
-    lazy = LazyModel(checkpoint, dtype=compute_dtype(checkpoint, where, dtype), device=where, packed=True)
-    module = lazy.load_all().to(where)  # with computed buffers, which no checkpoint holds
+    return load_opened(checkpoint, dtype=compute_dtype(checkpoint, where, dtype), device=where)
+
+
+def load_opened(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The module of a checkpoint that is open, ready to be called."""
+    lazy = LazyModel(checkpoint, dtype=dtype, device=device, packed=True)
+    module = lazy.load_all().to(device)  # with computed buffers, which no checkpoint holds
     prepare_layers(module)
     _read_generation_config(checkpoint.directory, module)
     return module

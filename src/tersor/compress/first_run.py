@@ -4,66 +4,54 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from tersor.calibrate.batches import Batch, Calibration
+from tersor.calibrate.batches import Batch
 from tersor.calibrate.padding import decoder_inputs
 from tersor.compress.plan import Plan, without
 from tersor.compress.samples import asked_for_samples, check_reached, needs_samples
-from tersor.compress.walk import Hooks, Trace, called_only, trace
+from tersor.compress.settings import Job
+from tersor.compress.walk import Prepared, Probe, Source, called_only, trace
 from tersor.errors import BrokenWeightError, NotFiniteError, TersorError
+from tersor.methods.method import Progress
 
 # What models raise where a sample is not what they take.
 UNFIT = (TersorError, ValueError, TypeError, AttributeError, LookupError, RuntimeError, AssertionError)
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """plan: what is left of it once it is known which layers are called; batches, probe: the samples as the model takes them;
-    traced: the probe's run. probe and traced are None where nothing is run, which only methods without samples can do."""
-
-    plan: Plan
-    batches: list[Batch]
-    probe: Batch | None
-    traced: Trace | None
-
-
-def prepare(
-    model: nn.Module, plan: Plan, calibration: Calibration, batches: list[Batch], probe: Batch | None, hooks: Hooks
-) -> Prepared:
-    """Run the probe. Raises TersorError where samples are needed, or were asked for, and do not fit the model."""
-    if probe is None:
-        return Prepared(plan, batches, None, None)
-    optional = not (needs_samples(plan) or asked_for_samples(calibration))
+def prepare(source: Source, plan: Plan, job: Job, batches: list[Batch], batch: Batch | None) -> Prepared:
+    """Run the probe's batch. Raises TersorError where samples are needed, or were asked for, and do not fit the model."""
+    if batch is None:
+        return Prepared(plan, batches, None)
+    optional = not (needs_samples(plan) or asked_for_samples(job.calibration))
     try:
-        traced, batches, probe = _run(model, batches, probe, hooks)
+        probe, batches = _run(source, batches, batch, job.progress)
     except (NotFiniteError, BrokenWeightError):
         raise
     except UNFIT as error:
         if not optional:
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        hooks.progress(f"nothing is compared: the model does not run on the sample ({reason})", 0, 0)
-        return Prepared(plan, [], None, None)
-    if optional and (unseen := _unreached(plan, traced)):
-        hooks.progress(f"nothing is compared: the sample does not reach all blocks ({next(iter(unseen))})", 0, 0)
+        job.progress(f"nothing is compared: the model does not run on the sample ({reason})", 0, 0)
+        return Prepared(plan, [], None)
+    if optional and (unseen := _unreached(plan, probe)):
+        job.progress(f"nothing is compared: the sample does not reach all blocks ({next(iter(unseen))})", 0, 0)
         seen = {name for block, each in plan.linears.items() if block not in unseen for name in each}
-        return Prepared(without(plan, {name for name in seen if not traced.is_called(name)}), [], None, None)
-    plan = called_only(plan, traced)
-    check_reached(plan, traced.visits)
-    return Prepared(plan, batches, probe, traced)
+        return Prepared(without(plan, {name for name in seen if not probe.is_called(name)}), [], None)
+    plan = called_only(plan, probe)
+    check_reached(plan, probe.visits)
+    return Prepared(plan, batches, probe)
 
 
-def _run(model: nn.Module, batches: list[Batch], probe: Batch, hooks: Hooks) -> tuple[Trace, list[Batch], Batch]:
+def _run(source: Source, batches: list[Batch], batch: Batch, progress: Progress) -> tuple[Probe, list[Batch]]:
     try:
-        return trace(model, probe, hooks), batches, probe
+        return trace(source, batch, progress), batches
     except UNFIT as error:
-        if isinstance(error, TersorError) or not lacks_second_text(model, probe):
+        if isinstance(error, TersorError) or not lacks_second_text(source.module, batch):
             raise
-    *batches, probe = completed(model, [*batches, probe])
-    return trace(model, probe, hooks), batches, probe
+    *batches, batch = completed(source.module, [*batches, batch])
+    return trace(source, batch, progress), batches
 
 
 def lacks_second_text(model: nn.Module, probe: Batch) -> bool:
@@ -92,5 +80,5 @@ def completed(model: nn.Module, batches: Sequence[Batch]) -> list[Batch]:
     return [decoder_inputs(batch, start) for batch in batches]
 
 
-def _unreached(plan: Plan, traced: Trace) -> set[str]:
-    return {unit.name for unit in plan.blocks if plan.linears[unit.name] and not traced.visits[unit.name]}
+def _unreached(plan: Plan, probe: Probe) -> set[str]:
+    return {unit.name for unit in plan.blocks if plan.linears[unit.name] and not probe.visits[unit.name]}

@@ -1,86 +1,89 @@
-"""Compress a module that is in memory: the result is a copy whose linear maps are packed layers."""
+"""A module that is in memory as what a job starts from, and a copy whose linear maps are packed layers as what it ends in."""
 
 from __future__ import annotations
 
 import copy
-import time
+from collections.abc import Iterable
 
-import torch
 from torch import nn
 
-from tersor.calibrate.batches import call, first_tensor, without_cache
+from tersor.calibrate.batches import call, first_tensor
 from tersor.calibrate.draws import PROBE, drawing
 from tersor.compress.describe import quantization_config
-from tersor.compress.first_run import prepare
-from tersor.compress.plan import make_plan, without_stacks
-from tersor.compress.result import Compressed, Size, Summary, Timer, loss_of, peak_memory
-from tersor.compress.samples import samples_of
+from tersor.compress.driver import Sink, compress_blocks
+from tersor.compress.result import Compressed
 from tersor.compress.settings import Job
-from tersor.compress.walk import Hooks, walk, walk_without_samples
-from tersor.formats.grid import Stored
+from tersor.compress.walk import Prepared
 from tersor.formats.layouts import write
-from tersor.layers.experts import ExpertMap, stored_name
-from tersor.layers.linear_map import packable_maps
+from tersor.layers.experts import stored_name
+from tersor.layers.linear_map import matrix_shape, packable_maps
 from tersor.layers.quantized_linear import place_packed
-from tersor.methods.block import Block, LayerReport
+from tersor.methods.block import Block
 
 
 def compress_module(model: nn.Module, job: Job) -> Compressed:
-    module = copy.deepcopy(model).eval()
-    for parameter in module.parameters():
-        parameter.requires_grad_(False)
-    if hasattr(module, "set_experts_implementation"):
-        # the plain loop is the one whose products with single experts can be seen
-        module.set_experts_implementation("eager")  # type: ignore[operator]
-    plan = make_plan(module, job)
-    if job.layout is not None and job.layout.name == "compressed-tensors" and hasattr(module, "base_model_prefix"):
-        # saved under the module's own names, where transformers looks for whole stacks
-        stacked = [name for name, each in plan.all_linears().items() if isinstance(each, ExpertMap)]
-        plan = without_stacks(plan, stacked, include=job.include, progress=job.progress)
-    maps = packable_maps(module)
-    first_parameter = next(module.parameters())
-    dtype, device = first_parameter.dtype, first_parameter.device
-    batches, probe = samples_of(job, job.calibration, plan, module, job.tokenizer, device, dtype)
-    stored = None if job.layout is None else Stored(job.layout.scale_dtype or dtype, job.layout.min_zero)
-    hessian_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    timer, size = Timer(), Size()
-    reports: list[LayerReport] = []
+    """A compressed copy of a module."""
+    source = InMemory(model)
+    return compress_blocks(source, ToModule(source), job)
 
-    def finished(block: Block) -> None:
-        timer.lap(block.name)
-        reports.extend(block.reports)
-        place_packed(module, block.linears, block.packed)
+
+class InMemory:
+    """A source of which all is loaded: a copy of a module."""
+
+    checkpoint = None
+
+    def __init__(self, model: nn.Module) -> None:
+        self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        if hasattr(self.module, "set_experts_implementation"):
+            # the plain loop is the one whose products with single experts can be seen
+            self.module.set_experts_implementation("eager")  # type: ignore[operator]
+        self.maps = packable_maps(self.module)
+        first = next(self.module.parameters())
+        self.dtype = self.stored_dtype = first.dtype
+        self.device = first.device
+
+    def load(self, module: nn.Module) -> None:
+        pass
+
+    def release(self, module: nn.Module) -> None:
+        pass
+
+    def load_rest(self, units: Iterable[nn.Module]) -> None:
+        pass
+
+    def named_pieces(self, linear: str) -> list[tuple[str, int]]:
+        """None of a model of transformers, which looks for whole stacks under the module's own names."""
+        found = self.maps[linear]
+        known = not hasattr(self.module, "base_model_prefix")
+        return [(stored_name(linear, found), matrix_shape(found)[0])] if known else []
+
+
+class ToModule(Sink):
+    """Finished blocks stay where they are, with packed layers."""
+
+    def __init__(self, source: InMemory) -> None:
+        super().__init__()
+        self.source, self.module = source, source.module
+
+    def write(self, block: Block) -> None:
+        self.tally.lap(block.name)
+        self.tally.reports.extend(block.reports)
+        place_packed(self.module, block.linears, block.packed)
         for weight in block.packed.values():
-            size.add(write(weight, job.layout, sym=False) if job.layout else {}, weight)
+            self.tally.add(write(weight, self.job.layout, sym=False) if self.job.layout else {}, weight)
 
-    hooks = Hooks(lambda unit: None, lambda unit: None, lambda block: False, finished, job.progress)
-    before = after = None
-    with torch.no_grad(), without_cache(module):
-        prepared = prepare(module, plan, job.calibration, batches, probe, hooks)
-        plan, batches, probe, first = prepared.plan, prepared.batches, prepared.probe, prepared.traced
-        if probe is None or first is None:
-            walk_without_samples(module, plan, stored, hessian_dtype, hooks)
-        else:
-            before = first_tensor(first.output)
-            walk(module, plan, batches, probe, first, stored, hessian_dtype, job.routing, hooks)
+    def finish(self, first: Prepared) -> Compressed:
+        job, probe = self.job, first.probe
+        if probe is not None:
             with drawing(PROBE):
-                after = first_tensor(call(module, probe))
-    described = {}
-    if job.layout is not None:
-        described = quantization_config(
-            module, plan, job.recipe, job.layout, lambda name: [stored_name(name, maps[name])]
+                probe.after = first_tensor(call(self.module, probe.batch))
+        described = {}
+        if job.layout is not None:
+            maps = self.source.maps
+            described = quantization_config(
+                self.module, first.plan, job.recipe, job.layout, lambda name: [stored_name(name, maps[name])]
+            )
+        summary = self.tally.summary(
+            job, first, self.source.device, model=type(self.module).__name__, quantization=described
         )
-    summary = Summary(
-        model=type(model).__name__,
-        method=job.recipe.method.options(),
-        format=job.layout.name if job.layout else None,
-        layers=reports,
-        left=plan.left,
-        seconds=time.perf_counter() - job.started,
-        seconds_per_block=timer.laps,
-        peak_memory=peak_memory(device),
-        bits_per_weight=size.bits_per_weight,
-        quantization=described,
-        **loss_of(before, after),
-    )
-    return Compressed(summary, None, before, after, _module=module)
+        return Compressed(summary, None, first.before, first.after, _module=self.module)

@@ -12,7 +12,6 @@ from torch import nn
 
 from tersor.calibrate.parallel import processes
 from tersor.compress.in_memory import compress_module
-from tersor.compress.layout_choice import with_fitting_layout
 from tersor.compress.recipe import Recipe, Rule, make_rules
 from tersor.compress.result import Compressed
 from tersor.compress.settings import Job, Settings, job_of, refuse_idle, settings_of
@@ -81,7 +80,7 @@ def run_job(model: str | Path | nn.Module, job: Job) -> Compressed:
     if whole and processes() > 1:
         raise TersorError(f"{job.recipe.method.name} runs in one process: start it without torchrun")
     if isinstance(model, nn.Module):
-        return compress_whole_module(model, job) if whole else compress_module(model, with_fitting_layout(model, job))
+        return compress_whole_module(model, job) if whole else compress_module(model, job)
     return compress_whole_checkpoint(str(model), job) if whole else compress_checkpoint(str(model), job)
 
 

@@ -14,7 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from tersor.checkpoint.load import load
+from tersor.compress.settings import Job
+from tersor.compress.walk import Prepared
 from tersor.formats.quantized_weight import QuantizedWeight
+from tersor.methods.block import LayerReport
 from tersor.methods.method import Report
 
 
@@ -78,33 +81,40 @@ class Compressed:
         return save_module(self.model, self.summary, target, overwrite=overwrite)
 
 
-@dataclass
-class Size:
-    """Bits that the packed layers take, per weight in them."""
+class Tally:
+    """What a walk adds up: reports of layers, seconds by block, and the bits of what is packed."""
 
-    bits: int = 0
-    weights: int = 0
+    def __init__(self) -> None:
+        self.reports: list[LayerReport] = []
+        self.seconds: dict[str, float] = {}
+        self.resumed = 0  # blocks of an earlier run
+        self.bits, self.weights = 0, 0
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """The seconds since the last lap are those of `name`."""
+        now = time.perf_counter()
+        self.seconds[name] = now - self._last
+        self._last = now
 
     def add(self, tensors: Mapping[str, Tensor], weight: QuantizedWeight) -> None:
         self.weights += weight.in_features * weight.out_features
         self.bits += 8 * sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
-    @property
-    def bits_per_weight(self) -> float:
-        return self.bits / max(self.weights, 1)
-
-
-class Timer:
-    """Seconds between laps, by name."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[name] = now - self._last
-        self._last = now
+    def summary(self, job: Job, first: Prepared, device: torch.device, **facts: Any) -> Summary:
+        return Summary(
+            method=job.recipe.method.options(),
+            format=None if job.layout is None else job.layout.name,
+            layers=self.reports,
+            left=first.plan.left,
+            seconds=time.perf_counter() - job.started,
+            seconds_per_block=self.seconds,
+            peak_memory=peak_memory(device),
+            bits_per_weight=self.bits / max(self.weights, 1),
+            resumed_blocks=self.resumed,
+            **facts,
+            **loss_of(first.before, first.after),
+        )
 
 
 def peak_memory(device: torch.device) -> int:

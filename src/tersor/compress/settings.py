@@ -143,6 +143,9 @@ def settings_of(given: Mapping[str, Any]) -> Settings:
             values[name] = _patterns(name, values[name])
     if "out" in values:
         values["out"] = Path(values["out"]).expanduser().absolute()  # `demo` is the user's directory here
+    given_samples = values.get("calibration")
+    if given_samples is not None and not isinstance(given_samples, str | Path):
+        values["calibration"] = list(given_samples)  # for every step, and for a job that starts anew in float32
     return Settings(**values)
 
 

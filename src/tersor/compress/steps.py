@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import tersor
-from tersor.calibrate.batches import Calibration, fingerprint
+from tersor.calibrate.batches import fingerprint
 from tersor.calibrate.parallel import processes
 from tersor.checkpoint.room import RESULT_FILE, check_free, disk_errors, inputs_of, read_object, replacing
 from tersor.checkpoint.source import JOB_FOLDER, Checkpoint, open_checkpoint
@@ -62,15 +62,9 @@ def run_steps(model: str | Path | nn.Module, steps: Sequence[Recipe], asked: Set
         raise TersorError("a recipe of several steps runs in one process: start it without torchrun")
     if asked.redo:
         raise TersorError("redo works on the result of one method, not of several steps; leave it out")
-    asked = replace(asked, calibration=_kept(asked.calibration))
     if isinstance(model, nn.Module):
         return _in_memory(model, steps, asked, run)
     return _on_disk(str(model), steps, asked, run)
-
-
-def _kept(calibration: Calibration) -> Calibration:
-    """Samples that every step can read: an iterator would be used up by the first."""
-    return calibration if calibration is None or isinstance(calibration, str | Path) else list(calibration)
 
 
 def _in_memory(model: nn.Module, steps: Sequence[Recipe], asked: Settings, run: Run) -> Compressed:

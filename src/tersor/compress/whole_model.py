@@ -14,7 +14,7 @@ from torch import nn
 from tersor.calibrate.batches import Batch, call, first_tensor, probe_of, without_cache, without_target
 from tersor.calibrate.draws import PROBE, drawing
 from tersor.checkpoint.lazy_model import compute_dtype
-from tersor.checkpoint.load import load, load_tokenizer
+from tersor.checkpoint.load import load_opened, load_tokenizer
 from tersor.checkpoint.preprocessing import PREPROCESSOR, image_settings, preprocessor_config
 from tersor.checkpoint.room import check_free, inputs_of
 from tersor.checkpoint.source import open_checkpoint, torch_dtype
@@ -37,7 +37,7 @@ def compress_whole_checkpoint(name: str, job: Job) -> Compressed:
     if job.out is not None:
         check_free(job.out, overwrite=job.overwrite, inputs=inputs)
     dtype = compute_dtype(checkpoint, job.place, job.dtype)
-    module = load(name, dtype=str(dtype).removeprefix("torch."), device=str(job.place), allow_pickle=job.allow_pickle)
+    module = load_opened(checkpoint, dtype=dtype, device=job.place)
     job = replace(job, tokenizer=job.tokenizer or load_tokenizer(checkpoint.directory))
     result = _compress(
         module, replace(job, calibration=samples_by_path(checkpoint, job)), torch_dtype(checkpoint.config)
