@@ -1,24 +1,32 @@
-"""The one driver of methods that go block by block: whatever the model comes from, and wherever the result goes.
+"""The one driver of methods that go block by block, whatever the model comes from and wherever the result goes.
 
-A source gives a walk the weights that it asks for; a sink takes the blocks as they are finished. A checkpoint goes to files
-(`stream.py`), a module to another module (`in_memory.py`).
+A source (`in_memory.py`) gives a walk the weights that it asks for; a sink takes the blocks as they are finished. A checkpoint
+goes to files (`stream.py`), a module to a copy of it.
 """
 
 from __future__ import annotations
 
-from contextlib import closing
+import copy
+from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import nn
 
-from tersor.calibrate.batches import Batch, without_cache
+from tersor.calibrate.batches import Batch, call, first_tensor, without_cache
+from tersor.calibrate.draws import PROBE, drawing
+from tersor.compress.describe import quantization_config
 from tersor.compress.first_run import prepare
+from tersor.compress.in_memory import InMemory, Source
 from tersor.compress.layout_choice import with_fitting_layout
 from tersor.compress.plan import Plan, make_plan, without_stacks
 from tersor.compress.result import Compressed, Tally
 from tersor.compress.samples import samples_of
 from tersor.compress.settings import Job
-from tersor.compress.walk import Prepared, Source, units_of, walk
+from tersor.compress.walk import Prepared, units_of, walk
+from tersor.formats.layouts import write
 from tersor.layers.experts import ExpertMap
+from tersor.layers.quantized_linear import place_packed
 from tersor.methods.block import Block
 
 
@@ -31,25 +39,21 @@ class Sink:
         self.tally = Tally()
 
     def open(self, job: Job, plan: Plan, samples: list[Batch]) -> None:
-        """Raises TersorError where there is no place for this job's result; changes nothing. samples: all that are run."""
+        """Raises TersorError where this job's result cannot be put; changes nothing. samples: all that are run."""
         self.job = job
 
     def start(self, first: Prepared) -> None:
-        """The model runs, and the walk begins."""
+        """Called when the model runs on the samples, before the first block."""
 
     def restore(self, block: Block) -> bool:
-        """Put back a block that an earlier run finished. False where none did."""
+        """Put back a block that an earlier run finished; False where none did."""
         return False
 
     def write(self, block: Block) -> None:
         raise NotImplementedError
 
     def finish(self, first: Prepared) -> Compressed:
-        """The result, after all blocks."""
         raise NotImplementedError
-
-    def close(self) -> None:
-        """Nothing is written any more."""
 
 
 def compress_blocks(source: Source, sink: Sink, job: Job) -> Compressed:
@@ -62,10 +66,46 @@ def compress_blocks(source: Source, sink: Sink, job: Job) -> Compressed:
         plan = without_stacks(plan, stacked, include=job.include, progress=job.progress)
     batches, probe = samples_of(job, plan, source)
     sink.open(job, plan, batches if probe is None else [*batches, probe])
-    with torch.no_grad(), without_cache(module), closing(sink):
+    with torch.no_grad(), without_cache(module):
         source.load_rest([unit.module for unit in units_of(module)])
         first = prepare(source, plan, job, batches, probe)
         sink.start(first)
         for block in walk(source, first, job, sink.restore):
             sink.write(block)
         return sink.finish(first)
+
+
+def compress_module(model: nn.Module, job: Job) -> Compressed:
+    """A copy of a module, whose linear maps are packed layers."""
+    module = copy.deepcopy(model).eval().requires_grad_(False)
+    if hasattr(module, "set_experts_implementation"):
+        # the plain loop is the one whose products with single experts can be seen
+        module.set_experts_implementation("eager")  # type: ignore[operator]
+    source = InMemory(module)
+    return compress_blocks(source, ToModule(source), job)
+
+
+class ToModule(Sink):
+    """Finished blocks stay where they are, with packed layers."""
+
+    def __init__(self, source: InMemory) -> None:
+        super().__init__()
+        self.source = source
+
+    def write(self, block: Block) -> None:
+        self.tally.lap(block.name)
+        self.tally.reports.extend(block.reports)
+        place_packed(self.source.module, block.linears, block.packed)
+        for weight in block.packed.values():
+            self.tally.add(write(weight, self.job.layout, sym=False) if self.job.layout else {}, weight)
+
+    def finish(self, first: Prepared) -> Compressed:
+        module, job = self.source.module, self.job
+        if first.probe is not None:
+            with drawing(PROBE):
+                first.probe.after = first_tensor(call(module, first.probe.batch))
+        described: dict[str, Any] = {}
+        if job.layout is not None:
+            described = quantization_config(module, first.plan, job.recipe, job.layout, self.source.published)
+        name, device = type(module).__name__, self.source.device
+        return replace(self.tally.result(job, first, device, model=name, quantization=described), _module=module)

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from tersor.calibrate.batches import Batch
 from tersor.calibrate.padding import decoder_inputs
+from tersor.compress.in_memory import Source
 from tersor.compress.plan import Plan, without
 from tersor.compress.samples import asked_for_samples, check_reached, needs_samples
 from tersor.compress.settings import Job
-from tersor.compress.walk import Prepared, Probe, Source, called_only, trace
+from tersor.compress.walk import Prepared, Probe, called_only, trace
 from tersor.errors import BrokenWeightError, NotFiniteError, TersorError
 from tersor.methods.method import Progress
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from tersor.calibrate.parallel import processes
-from tersor.compress.in_memory import compress_module
+from tersor.compress.driver import compress_module
 from tersor.compress.recipe import Recipe, Rule, make_rules
 from tersor.compress.result import Compressed
 from tersor.compress.settings import Job, Settings, job_of, refuse_idle, settings_of

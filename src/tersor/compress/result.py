@@ -101,8 +101,10 @@ class Tally:
         self.weights += weight.in_features * weight.out_features
         self.bits += 8 * sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
-    def summary(self, job: Job, first: Prepared, device: torch.device, **facts: Any) -> Summary:
-        return Summary(
+    def result(self, job: Job, first: Prepared, device: torch.device, **facts: Any) -> Compressed:
+        """What a walk gives; facts: what else a summary says."""
+        before, after = (None, None) if first.probe is None else (first.probe.before, first.probe.after)
+        summary = Summary(
             method=job.recipe.method.options(),
             format=None if job.layout is None else job.layout.name,
             layers=self.reports,
@@ -113,8 +115,9 @@ class Tally:
             bits_per_weight=self.bits / max(self.weights, 1),
             resumed_blocks=self.resumed,
             **facts,
-            **loss_of(first.before, first.after),
+            **loss_of(before, after),
         )
+        return Compressed(summary, None, before, after)
 
 
 def peak_memory(device: torch.device) -> int:

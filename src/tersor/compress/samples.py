@@ -17,9 +17,9 @@ from tersor.checkpoint.load import check_tokens, load_tokenizer
 from tersor.checkpoint.positions import positions_of
 from tersor.checkpoint.preprocessing import class_names, image_processor, image_settings
 from tersor.checkpoint.source import Checkpoint
+from tersor.compress.in_memory import Source
 from tersor.compress.plan import Plan
 from tersor.compress.settings import Job
-from tersor.compress.walk import Source
 from tersor.errors import TersorError
 
 

@@ -8,7 +8,6 @@ written is what was computed. A model that overflows float16 is walked through o
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields, replace
 from fnmatch import fnmatchcase
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 import tersor
-from tersor.calibrate.batches import Batch, fingerprint, first_tensor, without_cache
+from tersor.calibrate.batches import Batch, fingerprint, without_cache
 from tersor.calibrate.parallel import agree, is_first, processes
 from tersor.checkpoint.hashes import Seen
 from tersor.checkpoint.lazy_model import LazyModel, classes_of, compute_dtype, read_layer
@@ -34,7 +33,7 @@ from tersor.compress.plan import Plan
 from tersor.compress.result import Compressed
 from tersor.compress.settings import Job, Settings
 from tersor.compress.shared_writer import follow, lead, open_writer
-from tersor.compress.walk import Prepared, Probe, run, units_of
+from tersor.compress.walk import Prepared, Probe, trace, units_of
 from tersor.errors import NotFiniteError, TersorError
 from tersor.formats.layouts import Layout, write
 from tersor.formats.quantized_weight import QuantizedWeight
@@ -68,12 +67,12 @@ def compress_checkpoint(name: str, job: Job) -> Compressed:
             job.progress("float16 overflows: running in float32", 0, 0)
             dtype = torch.float32
         lazy = LazyModel(checkpoint, dtype=dtype, device=job.place)
-        files = Files(lazy, name, target)
         try:
-            return replace(compress_blocks(lazy, files, job), _folder=folder)
+            with ThreadPoolExecutor(1, thread_name_prefix="tersor-writer") as background:
+                files = Files(lazy, name, target, background)
+                return replace(compress_blocks(lazy, files, job), _folder=folder)
         except NotFiniteError:
-            others_go_on = files.started and processes() > 1  # which do not know of it
-            if widen or not may_widen or others_go_on:
+            if widen or not may_widen or (files.started and processes() > 1):  # the others do not know, and go on
                 raise
         widen, job = True, replace(job, overwrite=job.overwrite or files.started)
 
@@ -88,11 +87,11 @@ class Files(Sink):
     config: QuantizationConfig
     writer: ResultWriter
 
-    def __init__(self, lazy: LazyModel, name: str, target: Path) -> None:
+    def __init__(self, lazy: LazyModel, name: str, target: Path, background: ThreadPoolExecutor) -> None:
         super().__init__()
         self.lazy, self.name, self.target = lazy, name, target
         self.started = False
-        self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tersor-writer")
+        self._background = background  # of one thread
         self._writing: Future[None] | None = None
 
     def open(self, job: Job, plan: Plan, samples: list[Batch]) -> None:
@@ -119,7 +118,10 @@ class Files(Sink):
         self.started = True
         self.writer.start(self.marks, overwrite=job.overwrite, redo=bool(job.redo))
         if job.redo:
-            self.writer.redo(again, _stems_of(plan, self._published))
+            names = {
+                block: {name: self._published(name) for name in each} for block, each in plan.linears.items() if each
+            }
+            self.writer.redo(again, names)
         job.progress(forecast(self.lazy, plan, first.batches, job.place, job.activations).text(), 0, 0)
         self.tally.lap("")
 
@@ -193,11 +195,8 @@ class Files(Sink):
         self.writer.seal()
         job.progress("writing", 1, 1)
         sizes = {"size_before": lazy.checkpoint.size(), "size_after": written.size()}
-        summary = self.tally.summary(job, first, job.place, model=self.name, quantization=config, **sizes)
-        return lead(Compressed(summary, self.target, first.before, first.after))
-
-    def close(self) -> None:
-        self._background.shutdown()
+        result = self.tally.result(job, first, job.place, model=self.name, quantization=config, **sizes)
+        return lead(replace(result, directory=self.target))
 
     def _wait(self) -> None:
         """Until everything finished so far is on disk."""
@@ -236,11 +235,6 @@ def _blocks_to_redo(plan: Plan, patterns: tuple[str, ...]) -> set[str]:
     }
 
 
-def _stems_of(plan: Plan, published: Callable[[str], list[str]]) -> dict[str, dict[str, list[str]]]:
-    """{block: {layer: its published names}}"""
-    return {block: {name: published(name) for name in linears} for block, linears in plan.linears.items() if linears}
-
-
 def _result(job: Job, layout: Layout, marks: dict[str, str], reports: list[LayerReport]) -> dict[str, Any]:
     """What is kept beside the checkpoint: no times, so that the same job gives the same bytes."""
     return {
@@ -255,11 +249,9 @@ def _result(job: Job, layout: Layout, marks: dict[str, str], reports: list[Layer
 def _read_back(written: Checkpoint, probe: Probe, original: LazyModel) -> Tensor:
     """The probe's output from the checkpoint that was written."""
     lazy = LazyModel(written, dtype=original.dtype, device=original.device)
-    names = {unit.name for unit in probe.units}
-    mine = [unit for unit in units_of(lazy.module) if unit.name in names]
-    lazy.load_rest([unit.module for unit in mine])
+    lazy.load_rest([unit.module for unit in units_of(lazy.module)])
     with without_cache(lazy.module):
-        read = first_tensor(run(lazy, mine, probe.batch))
+        read = trace(lazy, probe.batch, lambda what, done, total: None).before
     assert read is not None
     return read
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from tersor.calibrate.draws import PROBE
 from tersor.calibrate.lockstep import Call, Lockstep, Stop
 from tersor.calibrate.parallel import sample_number, share
 from tersor.calibrate.statistics import kind_of, watch_inputs
-from tersor.checkpoint.source import Checkpoint
+from tersor.compress.in_memory import Source
 from tersor.compress.plan import Plan, without
 from tersor.compress.settings import Job
 from tersor.errors import NotFiniteError, TersorError
@@ -31,40 +31,6 @@ from tersor.methods.method import Progress
 Compress = Callable[[Unit, Sequence[Call]], Block]
 
 
-class Source(Protocol):
-    """Where a walk gets a model from: a checkpoint, of which only the parts in use are in memory, or a module that is there."""
-
-    @property
-    def module(self) -> nn.Module:
-        """The whole tree; what is not loaded has parameters on the meta device."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """That the model runs in."""
-
-    @property
-    def stored_dtype(self) -> torch.dtype:
-        """That its weights are stored in."""
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def checkpoint(self) -> Checkpoint | None: ...
-
-    def load(self, module: nn.Module) -> None:
-        """Bring the weights of a part into memory."""
-
-    def release(self, module: nn.Module) -> None:
-        """Let them go again."""
-
-    def load_rest(self, units: Iterable[nn.Module]) -> None:
-        """Bring what lies outside `units` into memory."""
-
-    def named_pieces(self, linear: str) -> list[tuple[str, int]]:
-        """The names that an expert's parts have on disk, with their numbers of outputs; none where it lies in a stack."""
-
-
 @dataclass
 class Probe:
     """The sample that is compared, and what its run through the original showed."""
@@ -72,14 +38,12 @@ class Probe:
     batch: Batch
     units: list[Unit]
     visits: Counter[str]  # how often each unit is reached
-    called: set[
-        str
-    ]  # kinds of linear layers and embeddings (names without numbers) that compute W x + b, or look rows up
+    called: set[str]  # kinds of layers (names without numbers) that compute W x + b, or look rows up
     before: Tensor | None  # what the original computes of it
     after: Tensor | None = None  # what the compressed model computes of it, once a walk has come to its end
 
     def is_called(self, name: str) -> bool:
-        """Whether a layer is called, by a block that does not just read its weight, and its class computes nothing else."""
+        """Whether a layer is called, by a block that does not only read its weight, and computes nothing else."""
         return kind_of(name) in self.called
 
 
@@ -90,14 +54,6 @@ class Prepared:
     plan: Plan
     batches: list[Batch]  # the samples as the model takes them
     probe: Probe | None  # None where nothing is run, which only methods without samples can do
-
-    @property
-    def before(self) -> Tensor | None:
-        return None if self.probe is None else self.probe.before
-
-    @property
-    def after(self) -> Tensor | None:
-        return None if self.probe is None else self.probe.after
 
 
 def trace(source: Source, batch: Batch, progress: Progress) -> Probe:
@@ -259,16 +215,6 @@ def units_of(model: nn.Module) -> list[Unit]:
     """The units of a model; the whole model as one block where nothing is repeated."""
     units = find_units(model)
     return units if any(unit.is_block for unit in units) else [Unit("", model, True)]
-
-
-def run(source: Source, units: Sequence[Unit], batch: Batch) -> Any:
-    """The output of a sample from a model that is loaded unit by unit."""
-    with Lockstep(source.module, units, [batch], lambda batch: call(source.module, batch)) as passes:
-        for stop in passes:
-            source.load(stop.unit.module)
-            stop.run()
-            source.release(stop.unit.module)
-    return passes.outputs.get(0)
 
 
 def _check_weights(unit: Unit) -> None:
