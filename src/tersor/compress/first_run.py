@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from torch import Tensor, nn
 
@@ -15,7 +16,8 @@ from tersor.compress.samples import asked_for_samples, check_reached, needs_samp
 from tersor.compress.settings import Job
 from tersor.compress.walk import Prepared, Probe, called_only, trace
 from tersor.errors import BrokenWeightError, NotFiniteError, TersorError
-from tersor.methods.method import Progress
+
+T = TypeVar("T")
 
 # What models raise where a sample is not what they take.
 UNFIT = (TersorError, ValueError, TypeError, AttributeError, LookupError, RuntimeError, AssertionError)
@@ -27,7 +29,7 @@ def prepare(source: Source, plan: Plan, job: Job, batches: list[Batch], batch: B
         return Prepared(plan, batches, None)
     optional = not (needs_samples(plan) or asked_for_samples(job.calibration))
     try:
-        probe, batches = _run(source, batches, batch, job.progress)
+        probe, batches, _ = fitted(source.module, batches, batch, lambda each: trace(source, each, job.progress))
     except (NotFiniteError, BrokenWeightError):
         raise
     except UNFIT as error:
@@ -45,24 +47,27 @@ def prepare(source: Source, plan: Plan, job: Job, batches: list[Batch], batch: B
     return Prepared(plan, batches, probe)
 
 
-def _run(source: Source, batches: list[Batch], batch: Batch, progress: Progress) -> tuple[Probe, list[Batch]]:
+def fitted(
+    model: nn.Module, batches: list[Batch], batch: Batch, run: Callable[[Batch], T]
+) -> tuple[T, list[Batch], Batch]:
+    """What `run` makes of a batch, and the samples as the model takes them: with decoder inputs where it does not run without."""
     try:
-        return trace(source, batch, progress), batches
+        return run(batch), batches, batch
     except UNFIT as error:
-        if isinstance(error, TersorError) or not lacks_second_text(source.module, batch):
+        if isinstance(error, TersorError) or not _lacks_second_text(model, batch):
             raise
-    *batches, batch = completed(source.module, [*batches, batch])
-    return trace(source, batch, progress), batches
+    *batches, batch = _completed(model, [*batches, batch])
+    return run(batch), batches, batch
 
 
-def lacks_second_text(model: nn.Module, probe: Batch) -> bool:
+def _lacks_second_text(model: nn.Module, probe: Batch) -> bool:
     """Whether the model is an encoder-decoder and the sample says nothing of what its decoder reads."""
     given = {"decoder_input_ids", "decoder_inputs_embeds", "labels"} & probe.keys()
     takes = "decoder_input_ids" in inspect.signature(model.forward).parameters
     return takes and not given and bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
-def completed(model: nn.Module, batches: Sequence[Batch]) -> list[Batch]:
+def _completed(model: nn.Module, batches: Sequence[Batch]) -> list[Batch]:
     """Samples for a model that reads a second text and does not make it of the first itself, as T5: with that text.
 
     Raises TersorError where the samples have none and it cannot be made of them.

@@ -59,9 +59,8 @@ def compress_checkpoint(name: str, job: Job) -> Compressed:
         raise TersorError("a model given by name is written as it is compressed: format=None is for modules in memory")
     dtype = compute_dtype(checkpoint, job.place, job.dtype)
     may_widen = job.dtype == "auto" and dtype == torch.float16
-    widen = may_widen and open_writer(target, checkpoint).mark("dtype") == str(
-        torch.float32
-    )  # as an earlier run decided
+    wide = str(torch.float32)
+    widen = may_widen and open_writer(target, checkpoint).mark("dtype") == wide  # as an earlier run decided
     while True:
         if widen:
             job.progress("float16 overflows: running in float32", 0, 0)

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from tersor.calibrate.batches import Batch, call, first_tensor, probe_of, without_cache, without_target
+from tersor.calibrate.batches import call, first_tensor, probe_of, without_cache, without_target
 from tersor.calibrate.draws import PROBE, drawing
 from tersor.checkpoint.lazy_model import compute_dtype
 from tersor.checkpoint.load import load_opened, load_tokenizer
 from tersor.checkpoint.preprocessing import PREPROCESSOR, image_settings, preprocessor_config
 from tersor.checkpoint.room import check_free, inputs_of
 from tersor.checkpoint.source import open_checkpoint, torch_dtype
-from tersor.compress.first_run import UNFIT, completed, lacks_second_text
+from tersor.compress.first_run import fitted
 from tersor.compress.result import Compressed, Summary, loss_of, peak_memory
 from tersor.compress.samples import read_samples, samples_by_path
 from tersor.compress.save import PLAIN, save_plain
@@ -76,12 +76,12 @@ def _compress(module: nn.Module, job: Job, stored: torch.dtype) -> Compressed:
         samples = read_samples(job, job.calibration, module, job.tokenizer, first.device, first.dtype)
     size = _parameters_of(module)
     probe = probe_of(without_target(samples[0])) if samples else None
+    before = None
     module.eval()
     with without_cache(module):
         with torch.no_grad(), drawing(PROBE):
-            if probe and lacks_second_text(module, probe):
-                samples, probe = _with_second_text(module, samples, probe)
-            before = first_tensor(call(module, probe)) if probe else None
+            if probe:
+                before, samples, probe = fitted(module, samples, probe, lambda batch: first_tensor(call(module, batch)))
         work = Work(samples, lambda name: _is_wanted(job, name), job.progress)
         compressed = method.compress_model(module, work).eval()
         for parameter in compressed.parameters():
@@ -104,15 +104,6 @@ def _compress(module: nn.Module, job: Job, stored: torch.dtype) -> Compressed:
         **loss_of(before, after),
     )
     return Compressed(summary, None, before, after, _module=compressed)
-
-
-def _with_second_text(module: nn.Module, samples: list[Batch], probe: Batch) -> tuple[list[Batch], Batch]:
-    """With decoder inputs, where the model does not run without."""
-    try:
-        call(module, probe)
-    except UNFIT:
-        *samples, probe = completed(module, [*samples, probe])
-    return samples, probe
 
 
 def _parameters_of(module: nn.Module) -> int:
