@@ -72,6 +72,7 @@ def compress_blocks(source: Source, sink: Sink, job: Job) -> Compressed:
         sink.start(first)
         for block in walk(source, first, job, sink.restore):
             sink.write(block)
+            del block  # or it would be held while the next is solved
         return sink.finish(first)
 
 

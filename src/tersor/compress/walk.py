@@ -193,6 +193,7 @@ def _walk(source: Source, first: Prepared, probe: Probe, job: Job, compressed: C
                     block = compressed(stop.unit, calls)
                     _run_checked(stop)
                     yield block
+                    del block, calls  # the next is solved without them in memory
                     remaining.discard(name)
                     job.progress(f"compressed {name or 'the model'}", total - len(remaining), total)
             else:
