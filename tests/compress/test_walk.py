@@ -58,7 +58,7 @@ def test_a_sample_that_the_model_fails_on_is_told_in_its_own_words_and_leaves_no
     build("llama").save_pretrained(tmp_path)
     lazy = LazyModel(open_checkpoint(tmp_path), dtype=torch.float32)
     batch = {**samples("llama", 1)[0], "attention_mask": torch.ones(1, 1, 7, 7)}
-    with pytest.raises(RuntimeError, match="size of tensor") as failed:
+    with pytest.raises(RuntimeError, match="size") as failed:
         trace(lazy, batch, lambda what, done, total: None)
     assert "meta" not in str(failed.value)
     outside = [unit.module for unit in units_of(lazy.module) if not unit.is_block]
