@@ -38,10 +38,9 @@ def compress_whole_checkpoint(name: str, job: Job) -> Compressed:
         check_free(job.out, overwrite=job.overwrite, inputs=inputs)
     dtype = compute_dtype(checkpoint, job.place, job.dtype)
     module = load_opened(checkpoint, dtype=dtype, device=job.place)
-    job = replace(job, tokenizer=job.tokenizer or load_tokenizer(checkpoint.directory))
-    result = _compress(
-        module, replace(job, calibration=samples_by_path(checkpoint, job)), torch_dtype(checkpoint.config)
-    )
+    tokenizer = job.tokenizer or load_tokenizer(checkpoint.directory)
+    job = replace(job, tokenizer=tokenizer, calibration=samples_by_path(checkpoint, job))
+    result = _compress(module, job, torch_dtype(checkpoint.config))
     summary = replace(result.summary, model=name, size_before=checkpoint.size())
     extra: dict[str, Any] = {}
     if "mean" in checkpoint.config:  # facts that lie in a config.json of timm's and not in ours
