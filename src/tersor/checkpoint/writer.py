@@ -26,6 +26,7 @@ from tersor.checkpoint.room import (
     JOURNAL,
     OWN_IN_JOB,
     RESULT_FILE,
+    RUN_FILE,
     Inputs,
     block_name,
     check_replaceable,
@@ -275,8 +276,8 @@ class ResultWriter:
             parts = [*blocks, rest]
             one_file = sum(path.stat().st_size for path in parts) <= SINGLE_FILE_LIMIT
             shards = ["model.safetensors"] if one_file else [*_shard_names(len(parts)), INDEX]
-            others = self._other_files(source, {"config.json", RESULT_FILE, *shards, *extra})
-            self._claim({*shards, *others, *extra, "config.json", RESULT_FILE})
+            others = self._other_files(source, {"config.json", RESULT_FILE, RUN_FILE, *shards, *extra})
+            self._claim({*shards, *others, *extra, "config.json", RESULT_FILE, RUN_FILE})
             if one_file:
                 together = {name: piece for path in parts for name, piece in pieces_of(path).items()}
                 self._splice(together, self.out / "model.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from rich.table import Table
 from tersor.calibrate.statistics import is_expert
 from tersor.compress.result import Summary
 
+HIDDEN = ("condition",)  # of a row: the report shows it
 WIDTH_OF_FILES = 200  # columns, where the output is no terminal
 
 
@@ -19,7 +21,8 @@ def print_summary(summary: Summary, out: Path) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH_OF_FILES)
-    every = [report.row() for report in summary.layers]
+    rows_of_all = (report.row() for report in summary.layers)
+    every = [{key: value for key, value in row.items() if key not in HIDDEN} for row in rows_of_all]
     for _, group in groupby(every, key=tuple):  # of several steps each has columns of its own
         rows = list(group)
         table = Table(title=None, box=None, pad_edge=False)
@@ -59,6 +62,7 @@ def print_summary(summary: Summary, out: Path) -> None:
             f"predictions on a sample: KL divergence {summary.divergence:.4f} nats from the original, "
             f"{summary.agreement:.1%} of the first choices the same"
         )
+    console.print(f"what was lost, and where, as a page: tersor report {shlex.quote(str(out))}", highlight=False)
 
 
 def _shown(value: Any) -> str:

@@ -43,7 +43,7 @@ def compress_module(model: nn.Module, job: Job) -> Compressed:
     batches, probe = samples_of(job, job.calibration, plan, module, job.tokenizer, device, dtype)
     stored = None if job.layout is None else Stored(job.layout.scale_dtype or dtype, job.layout.min_zero)
     hessian_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    timer, size = Timer(), Size()
+    timer, size = Timer(device), Size()
     reports: list[LayerReport] = []
 
     def finished(block: Block) -> None:
@@ -78,6 +78,7 @@ def compress_module(model: nn.Module, job: Job) -> Compressed:
         left=plan.left,
         seconds=time.perf_counter() - job.started,
         seconds_per_block=timer.laps,
+        memory_per_block=timer.memory,
         peak_memory=peak_memory(device),
         bits_per_weight=size.bits_per_weight,
         quantization=described,

@@ -15,6 +15,7 @@ from tersor.compress.in_memory import compress_module
 from tersor.compress.layout_choice import with_fitting_layout
 from tersor.compress.recipe import Recipe, Rule, make_rules
 from tersor.compress.result import Compressed
+from tersor.compress.run_record import keep_run
 from tersor.compress.settings import Job, Settings, job_of, refuse_idle, settings_of
 from tersor.compress.steps import run_steps
 from tersor.compress.stream import compress_checkpoint
@@ -61,8 +62,10 @@ def compress(
     asked, steps = settings_of(settings), _steps(method, rules)
     refuse_idle(asked, [step.method for step in steps], by_name=not isinstance(model, nn.Module))
     if len(steps) > 1:
-        return run_steps(model, steps, asked, run_job)
-    return run_job(model, job_of(steps[0], asked))
+        result = run_steps(model, steps, asked, run_job)
+    else:
+        result = run_job(model, job_of(steps[0], asked))
+    return keep_run(result, model, steps, asked)
 
 
 def _steps(method: Method | Sequence[Method | Recipe], rules: Sequence[Rule | Mapping[str, Any]]) -> list[Recipe]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tersor import models
 from tersor.checkpoint.quantization_config import parse_config
-from tersor.checkpoint.room import RESULT_FILE, Inputs, appearing, write_record
+from tersor.checkpoint.room import RESULT_FILE, RUN_FILE, Inputs, appearing, write_record
 from tersor.checkpoint.source import STEPS, Checkpoint, torch_dtype
 from tersor.compress.result import Summary
 from tersor.errors import TersorError
@@ -100,7 +100,7 @@ def save_plain(
     with appearing(target, overwrite=overwrite, inputs=inputs) as partial:
         save_file(_own_tensors(module, stored), partial / "model.safetensors", {"format": "pt"})
         for relative, path in kept.items():
-            if relative.as_posix() not in (*written, RESULT_FILE):
+            if relative.as_posix() not in (*written, RESULT_FILE, RUN_FILE):
                 (partial / relative).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, partial / relative)
         for name, content in written.items():

@@ -167,6 +167,7 @@ def compress_checkpoint(name: str, job: Job) -> Compressed:
         left=plan.left,
         seconds=time.perf_counter() - job.started,
         seconds_per_block=blocks.timer.laps,
+        memory_per_block=blocks.timer.memory,
         peak_memory=peak_memory(job.place),
         bits_per_weight=blocks.size.bits_per_weight,
         quantization=config,
@@ -205,7 +206,7 @@ class _Blocks:
 
     def __init__(self, lazy: LazyModel, writer: ResultWriter, layout: Layout, config: QuantizationConfig) -> None:
         self.lazy, self.writer, self.layout, self.config = lazy, writer, layout, config
-        self.timer, self.size = Timer(), Size()
+        self.timer, self.size = Timer(lazy.device), Size()
         self.reports: list[LayerReport] = []
         self.resumed = 0
         self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tersor-writer")

@@ -29,7 +29,8 @@ STATISTICS_MEMORY = 8 * 2**30  # bytes of experts' Hessians that are gathered at
 
 @dataclass(frozen=True)
 class LayerReport:
-    """How one linear map was solved. error: the method's own measure; tokens: how many calibrated it; note: what was unusual."""
+    """How one linear map was solved. error: the method's own measure; tokens: how many calibrated it; note: what was unusual;
+    condition: a lower bound of the damped Hessian's condition number, None where the method factorizes none."""
 
     name: str
     bits: float
@@ -39,6 +40,7 @@ class LayerReport:
     tokens: int
     seconds: float
     note: str = ""
+    condition: float | None = None
 
     def row(self) -> dict[str, Any]:
         return asdict(self)
@@ -153,5 +155,15 @@ class Block:
             self.packed[name] = solution.pack(group_size, self.stored)
         width = 2 if bits == "ternary" else bits
         self.reports.append(
-            LayerReport(name, width, group_size, solution.error, solution.damp, tokens, solved.seconds, solved.note)
+            LayerReport(
+                name,
+                width,
+                group_size,
+                solution.error,
+                solution.damp,
+                tokens,
+                solved.seconds,
+                solved.note,
+                solution.condition,
+            )
         )

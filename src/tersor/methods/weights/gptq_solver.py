@@ -39,7 +39,7 @@ class Solution:
 
     error: Σ (w - q)² / (2 U_ii²) with w as it was when its turn came, which equals ½ Σ_rows dᵀ (H + damp·I) d with d = W - Q.
     damp: the fraction of the mean diagonal that was added to it in the end. in_float64: whether H could be inverted in this
-    precision only.
+    precision only. condition: as in `Factor`; None where no H was factorized.
     """
 
     codes: Tensor
@@ -50,6 +50,7 @@ class Solution:
     error: float
     damp: float
     in_float64: bool = False
+    condition: float | None = None
 
     def dequantize(self) -> Tensor:
         """The weight that a reader of the packed result gets back, [rows, columns]."""
@@ -79,6 +80,12 @@ class Factor:
     R: Tensor
     damp: float
     in_float64: bool
+
+    @property
+    def condition(self) -> float:
+        """A lower bound of the damped Hessian's condition number: (max r_ii / min r_ii)²."""
+        diagonal = self.R.diagonal()
+        return float((diagonal.max() / diagonal.min()).double().square())
 
 
 def factorize(hessian: Tensor, *, damp: float = 0.01, desc_act: bool = False) -> Factor:
@@ -189,6 +196,7 @@ def solve_factorized(
         error=float(errors.sum()),
         damp=factor.damp,
         in_float64=factor.in_float64,
+        condition=factor.condition,
     )
 
 
