@@ -28,6 +28,7 @@ VERBS = (
     "compress",
     "sweep",
     "eval",
+    "report",
     "generate",
     "bench",
     "inspect",

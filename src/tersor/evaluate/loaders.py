@@ -1,4 +1,4 @@
-"""Which engines load a checkpoint, and which of them were seen to: what docs/formats.md and docs/gguf.md say, for one directory."""
+"""Which engines load a checkpoint, and which were seen to: what docs/formats.md and docs/gguf.md say, for one directory."""
 
 from __future__ import annotations
 

@@ -124,8 +124,6 @@ def _with_fewer_histograms(views: list[LayerView]) -> list[LayerView]:
         return views
     kept = {each.name for each in sorted(views, key=lambda each: -(each.relative_error or 0))[:MOST]}
     return [
-        each
-        if each.name in kept
-        else LayerView(each.name, each.shape, None, relative_error=each.relative_error)
+        each if each.name in kept else LayerView(each.name, each.shape, None, relative_error=each.relative_error)
         for each in views
     ]

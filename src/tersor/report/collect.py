@@ -78,9 +78,7 @@ def collect(
                     compared=compared[each.name],
                     continuations=[
                         Continuation(prompt, first, second)
-                        for prompt, first, second in zip(
-                            given, written[str(against)], written[each.name], strict=True
-                        )
+                        for prompt, first, second in zip(given, written[str(against)], written[each.name], strict=True)
                     ],
                 )
                 for each in results
@@ -242,5 +240,3 @@ def _compared(
             floor = each.noise_floor if n == 0 else floor
             found[name].append(Compared(text, dataclasses.replace(each, noise_floor=floor)))
     return found
-
-

@@ -84,7 +84,9 @@ def confidence_figure(result: Result) -> Figure | None:
     data: list[Any] = []
     shapes: list[Any] = []
     notes: list[Any] = []
-    logarithmic = all(v > 0 for each in result.compared for v in (each.found.kl.mean, *(b.kl for b in each.found.buckets)))
+    logarithmic = all(
+        v > 0 for each in result.compared for v in (each.found.kl.mean, *(b.kl for b in each.found.buckets))
+    )
     for n, each in enumerate(result.compared):
         found = each.found
         x = [*(f"{b.low:.2f} to {b.high:.2f}" for b in found.buckets), "all"]
@@ -127,7 +129,9 @@ def confidence_figure(result: Result) -> Figure | None:
 
 
 Measure = Callable[[Layer], float | None]
-MEASURES: dict[str, tuple[str, Measure, str]] = {  # key: what a cell says, its value, and how values of a cell are put together
+MEASURES: dict[
+    str, tuple[str, Measure, str]
+] = {  # key: what a cell says, its value, and how values of a cell are put together
     "cost": ("KL that it costs, nats", lambda each: _cost(each), "sum"),
     "error": ("error that the method reports", lambda each: each.error, "sum"),
     "relative_error": ("‖W - Q‖ / ‖W‖", lambda each: each.relative_error, "mean"),
@@ -235,7 +239,12 @@ def experts_figure(layers: Sequence[Layer]) -> Figure | None:
         [trace],
         min(420, 110 + 22 * len(depths)),
         xaxis={"title": {"text": "expert"}, "showgrid": False},
-        yaxis={"title": {"text": "block"}, "autorange": "reversed", "showgrid": False, "dtick": max(1, len(depths) // 12)},
+        yaxis={
+            "title": {"text": "block"},
+            "autorange": "reversed",
+            "showgrid": False,
+            "dtick": max(1, len(depths) // 12),
+        },
     )
 
 
@@ -338,9 +347,7 @@ def loss_name(report: Report) -> str:
 def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
     """The points to which none is better in one way and no worse in the other."""
     return [
-        n
-        for n, (x, y) in enumerate(points)
-        if not any((a <= x and b <= y) and (a < x or b < y) for a, b in points)
+        n for n, (x, y) in enumerate(points) if not any((a <= x and b <= y) and (a < x or b < y) for a, b in points)
     ]
 
 

@@ -34,7 +34,9 @@ def prompts_from(model: str | Path, text: str) -> list[str]:
     tokenizer = load_tokenizer(resolve(model))
     ids = tokens_of(text if text == "builtin" else Path(text), tokenizer)
     starts = [n * len(ids) // PROMPTS for n in range(PROMPTS)]
-    found = [tokenizer.decode(ids[start : start + PROMPT_TOKENS].tolist(), skip_special_tokens=True) for start in starts]
+    found = [
+        tokenizer.decode(ids[start : start + PROMPT_TOKENS].tolist(), skip_special_tokens=True) for start in starts
+    ]
     return [each.strip() for each in found if each.strip()]
 
 
@@ -78,7 +80,9 @@ def measure_speed(models: Mapping[str, Sizes], dtype: str, device: str, progress
             try:
                 found[name] = alone.submit(_speed_of, name, sizes, dtype, device, threads).result()
             except BrokenProcessPool:
-                raise TersorError(f"{name} could not be measured: its process ended, maybe for lack of memory") from None
+                raise TersorError(
+                    f"{name} could not be measured: its process ended, maybe for lack of memory"
+                ) from None
     progress("measuring", len(models), len(models))
     return found
 

@@ -57,10 +57,7 @@ def page_of(report: Report) -> str:
     script, version = _plotly()
     figures: dict[str, Any] = {}
     anchors = [f"result-{n + 1}" for n in range(len(report.results))]
-    sections = [
-        result_section(report, n, anchor, figures, level=2)
-        for n, anchor in enumerate(anchors)
-    ]
+    sections = [result_section(report, n, anchor, figures, level=2) for n, anchor in enumerate(anchors)]
     several = _several(report, anchors, figures) if len(report.results) > 1 else ""
     title = ", ".join(short(each.name) for each in report.results)
     base = "" if report.base is None else f" beside {text(short(report.base.name))}"

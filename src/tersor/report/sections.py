@@ -65,7 +65,9 @@ def _cards(report: Report, result: Result) -> str:
         found = result.compared[0].found
         cards.append(("KL from the original", _value(found.kl), "nats a token, ± half of a 95 % interval"))
         cards.append(("Same first choice", f"{_value(found.same_top1, 100)} %", "of the tokens"))
-        cards.append(("Perplexity", f"{found.perplexity.mean:.4g}", f"the original's is {found.base_perplexity.mean:.4g}"))
+        cards.append(
+            ("Perplexity", f"{found.perplexity.mean:.4g}", f"the original's is {found.base_perplexity.mean:.4g}")
+        )
     elif isinstance(result.run.get("divergence"), float):
         cards.append(("KL on the job's sample", f"{result.run['divergence']:.4f}", "nats from the original"))
         cards.append(("Same first choice", f"{result.run['agreement']:.1%}", "on the job's sample"))
@@ -153,7 +155,9 @@ def _fidelity(report: Report, result: Result, anchor: str, figures: Figures) -> 
     assert figure is not None
     figures[f"{anchor}-confidence"] = figure
     floor = " The dashed line is the noise floor." if result.compared[0].found.noise_floor is not None else ""
-    label = f"KL divergence from the original, by how sure the original was, and of all tokens with a 95 % interval.{floor}"
+    label = (
+        f"KL divergence from the original, by how sure the original was, and of all tokens with a 95 % interval.{floor}"
+    )
     drawn = plot(f"{anchor}-confidence", f"{anchor}-confidence", label)
     tables = "".join(_compared(each) for each in result.compared)
     return f'{"".join(_verdict(each) for each in result.compared)}<div class="pair">{drawn}<div>{tables}</div></div>'
@@ -193,7 +197,11 @@ def _compared(each: Compared) -> str:
 
 
 def _hint(report: Report, what: str) -> str:
-    return "" if report.base is not None else f'<p class="help muted">With <code>--against ORIGINAL</code> a report can {what}.</p>'
+    return (
+        ""
+        if report.base is not None
+        else f'<p class="help muted">With <code>--against ORIGINAL</code> a report can {what}.</p>'
+    )
 
 
 # ---- Where
@@ -243,7 +251,7 @@ def _explained(result: Result, key: str) -> str:
         return (
             "<p>The error is the method's own measure: for GPTQ half of the squared error of the layer's outputs over the "
             "calibration inputs. It says how hard a layer was to quantize, not how much the model lost by it; "
-            '<code>tersor attribute</code> measures that.</p>'
+            "<code>tersor attribute</code> measures that.</p>"
         )
     if key == "relative_error":
         return "<p>‖W - Q‖ / ‖W‖ is how far a layer's weights moved, without regard to its inputs.</p>"
@@ -335,12 +343,21 @@ def _weights(result: Result, at: int, anchor: str, figures: Figures) -> str:
         figures[f"{anchor}-error"] = {"data": [], "layout": {"height": 260}}
         drawn += plot(f"{anchor}-error", f"{anchor}-error", f"Histogram of the error of {worst.name}")
     else:
-        note += '<p class="help muted">With <code>--against ORIGINAL</code> the original\'s weights and the errors are shown too.</p>'
+        note += (
+            '<p class="help muted">With <code>--against ORIGINAL</code> its weights and the errors are shown too.</p>'
+        )
     rows = [
-        (each.name, f"{each.shape[0]} x {each.shape[1]}", number(each.weights.limit if each.weights else None), number(each.relative_error))
+        (
+            each.name,
+            f"{each.shape[0]} x {each.shape[1]}",
+            number(each.weights.limit if each.weights else None),
+            number(each.relative_error),
+        )
         for each in sorted(shown, key=lambda each: -(each.relative_error or 0))[:MOST_ROWS]
     ]
-    listed = table("Largest weights and relative errors", ["layer", "shape", "largest |w|", "‖W - Q‖ / ‖W‖"], rows, numbers=(2, 3))
+    listed = table(
+        "Largest weights and relative errors", ["layer", "shape", "largest |w|", "‖W - Q‖ / ‖W‖"], rows, numbers=(2, 3)
+    )
     return (
         f'<h3>Weights of a layer</h3><p class="choice"><label for="{anchor}-layer">Layer </label>'
         f'<select id="{anchor}-layer" data-result="{at}" data-prefix="{anchor}">{options}</select></p>{note}'
@@ -368,7 +385,10 @@ def _text(report: Report, result: Result) -> str:
         table(
             f"Where they differ most on {short(each.text)}",
             ["passage", "KL, nats a token"],
-            [(Raw(f"<code>{text(json.dumps(p.text, ensure_ascii=False))}</code>"), number(p.kl)) for p in each.found.passages],
+            [
+                (Raw(f"<code>{text(json.dumps(p.text, ensure_ascii=False))}</code>"), number(p.kl))
+                for p in each.found.passages
+            ],
             numbers=(1,),
         )
         for each in result.compared
@@ -404,7 +424,10 @@ def _timeline(result: Result, anchor: str, figures: Figures) -> str:
         ("finished", run.get("finished", "")),
         ("took", f"{run.get('seconds', 0):.1f} s in {run.get('processes', 1)} process(es)"),
         ("peak memory", f"{megabytes(run.get('peak_memory', 0))} of {of}"),
-        ("on", f"{machine.get('system')}, {machine.get('device')}, {machine.get('threads')} of {machine.get('cores')} threads"),
+        (
+            "on",
+            f"{machine.get('system')}, {machine.get('device')}, {machine.get('threads')} of {machine.get('cores')} threads",
+        ),
         ("with", ", ".join(f"{name} {version}" for name, version in versions.items())),
     ]
     if run.get("resumed_blocks"):
@@ -415,7 +438,7 @@ def _timeline(result: Result, anchor: str, figures: Figures) -> str:
 
 def _speed(report: Report, result: Result) -> str:
     if result.speed is None:
-        return '<p>Not measured: <code>--measure</code> runs the models on this machine.</p>'
+        return "<p>Not measured: <code>--measure</code> runs the models on this machine.</p>"
     rows = []
     for each in (report.base, result):
         if each is None or each.speed is None:
