@@ -89,7 +89,7 @@ def confidence_figure(result: Result) -> Figure | None:
     )
     for n, each in enumerate(result.compared):
         found = each.found
-        x = [*(f"{b.low:.2f} to {b.high:.2f}" for b in found.buckets), "all"]
+        x = [*(f"{b.low:.2f}<br>to {b.high:.2f}" for b in found.buckets), "all"]
         half = found.kl.half_width
         data.append(
             {
@@ -118,7 +118,7 @@ def confidence_figure(result: Result) -> Figure | None:
     return _figure(
         data,
         280,
-        xaxis={"title": {"text": "probability of the original's first choice"}, "type": "category"},
+        xaxis={"type": "category", "tickangle": 0},
         yaxis={"title": {"text": "KL, nats"}, **axis},
         shapes=shapes,
         annotations=notes,

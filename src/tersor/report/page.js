@@ -4,7 +4,7 @@
   root.classList.add("scripted");
   const report = JSON.parse(document.getElementById("tersor-report").textContent);
   const figures = JSON.parse(document.getElementById("figures").textContent);
-  const PRINTED = { width: 345, height: 150 }; // pixels of half a page
+  const PRINTED = { width: 345, height: 125 }; // pixels of half a page
 
   // ---- plots: the figures with the colours of the present theme
   const style = (name) => getComputedStyle(root).getPropertyValue(name).trim();
@@ -28,7 +28,8 @@
       made.autosize = false;
       made.width = plot.closest(".pair") ? PRINTED.width : 2 * PRINTED.width + 10;
       made.height = Math.min(made.height, PRINTED.height);
-      made.margin = { l: 45, r: 8, t: 6, b: 30 };
+      made.margin = { l: 45, r: 8, t: 6, b: 28 };
+      if (made.legend) made.legend = { ...made.legend, font: { size: 7 } };
     }
     return made;
   }
