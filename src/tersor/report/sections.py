@@ -155,7 +155,10 @@ def _fidelity(report: Report, result: Result, anchor: str, figures: Figures) -> 
     assert figure is not None
     figures[f"{anchor}-confidence"] = figure
     floor = " The dashed line is the noise floor." if result.compared[0].found.noise_floor is not None else ""
-    label = f"KL divergence from the original, by the probability that it gave its first choice, and of all tokens with a 95 % interval.{floor}"
+    label = (
+        "KL divergence from the original, by the probability that it gave its first choice, and of all tokens with a "
+        f"95 % interval.{floor}"
+    )
     drawn = plot(f"{anchor}-confidence", f"{anchor}-confidence", label)
     tables = "".join(_compared(each) for each in result.compared)
     return f'{"".join(_verdict(each) for each in result.compared)}<div class="pair">{drawn}<div>{tables}</div></div>'
