@@ -110,8 +110,8 @@ def _summary(report: Report, result: Result, anchor: str, figures: Figures) -> s
     rows += [(f"in packed layers: {p.kind}", megabytes(p.bytes), f"{p.bytes / total:.1%}") for p in result.sizes.packed]
     sizes = table("Size by kind of tensor", ["kind", "size", "share"], rows, numbers=(1, 2))
     return (
-        f"<h3>What it is</h3>{_what(report, result)}<h3>Size</h3>{drawn}{details('Sizes as numbers', sizes)}"
-        f"<h3>What was lost</h3>{_fidelity(report, result, anchor, figures)}"
+        f"<h3>What was lost</h3>{_fidelity(report, result, anchor, figures)}<h3>Size</h3>{drawn}"
+        f"{details('Sizes as numbers', sizes)}<h3>What it is</h3>{_what(report, result)}"
     )
 
 
