@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -21,7 +22,7 @@ from tersor.evaluate.sizes import sizes_of
 from tersor.evaluate.weight_view import BINS, histogram, layer_views, place_of
 from tersor.report import read
 from tersor.report.collect import collect
-from tersor.report.data import Report, embedded
+from tersor.report.data import Report, Speed, embedded
 from tersor.report.figures import frontier, heat_map
 from tersor.report.html import differences
 from tersor.report.page import page_of, write_page
@@ -264,3 +265,13 @@ def test_a_file_that_is_no_report_is_refused(tmp_path: Path) -> None:
         (tmp_path / "file").write_text(content)
         with pytest.raises(TersorError, match="is no report"):
             read(tmp_path / "file")
+
+
+def test_a_measured_speed_is_shown_with_its_share_of_the_bandwidth(report: Report) -> None:
+    assert "Not measured" in page_of(report)
+    speed = Speed("LlamaCPU", (50.0, 40.0, 60.0), (500.0, 400.0, 600.0), 128, 32, 10**9, 10**8, 1e10, 0.5, "2 threads")
+    measured = dataclasses.replace(report, results=[dataclasses.replace(report.results[0], speed=speed)])
+    page = page_of(measured)
+    assert "50.0 (40.0 - 60.0)" in page
+    assert ">50%<" in page
+    assert "10.0 GB/s" in page
