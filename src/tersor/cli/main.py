@@ -29,6 +29,7 @@ VERBS = (
     "sweep",
     "eval",
     "generate",
+    "chat",
     "bench",
     "inspect",
     "export",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
-from tersor.runtime.cache_room import check_room
+from tersor.runtime.engine import check_room
 from tersor.runtime.static_step import StaticStep, agree
 
 _CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # the argument's name, which depends on version and model
@@ -43,6 +43,9 @@ class StaticGrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             buffer[:, :, start:end] = new
         self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
         return self.keys, self.values
+
+
+_PLAIN = (DynamicLayer, StaticGrowingLayer)  # layers whose last tokens can be taken off
 
 
 def _with_room(tensor: Tensor, capacity: int) -> Tensor:
@@ -87,6 +90,29 @@ class CachedModule:
     def reset(self) -> None:
         """Start new sequences."""
         self.length, self._cache, self._seen, self._in_step = 0, None, None, False
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens; all of them where the cache holds more than plain keys and values."""
+        if length >= self.length:
+            return
+        if length <= 0 or not self._cut(length):
+            self.reset()
+        else:
+            self.length = length
+
+    def _cut(self, length: int) -> bool:
+        if self._in_step:
+            return self._step is not None and self._step.rewind(length)
+        if self._cache is None:
+            self._seen = None if self._seen is None else self._seen[:, :length]
+            return self._seen is not None
+        layers = getattr(self._cache, "layers", None)
+        if not isinstance(layers, list) or any(type(each) not in _PLAIN for each in layers):
+            return False
+        for layer in layers:
+            if layer.is_initialized:
+                layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
+        return True
 
     @torch.inference_mode()
     def forward(self, ids: Tensor) -> Tensor:
