@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from tersor.runtime.engine import check_room
 from tersor.runtime.static_step import StaticStep, agree
@@ -80,6 +80,7 @@ class CachedModule:
         self._cache: Any = None
         self._seen: Tensor | None = None
         self._step: StaticStep | None = None
+        self._recurrent = False  # whether the cache holds states that go from token to token
         self._in_step = False  # where the text is: in the step's own cache, or in _cache
 
     @property
@@ -119,6 +120,10 @@ class CachedModule:
         """Logits [batch, vocabulary], float32, of what follows ids [batch, tokens], which are added to the cache."""
         check_room(self, ids)
         tokens = ids.shape[1]
+        if tokens > 1 and self.length and self._recurrent:  # several tokens at once would begin a new text
+            for token in ids.split(1, dim=1):
+                logits = self.forward(token)
+            return logits
         ids = ids.to(self.device)
         if tokens == 1 and self._step is not None and self._cache is not None:
             self._step.load(self._cache, self.length)
@@ -141,6 +146,8 @@ class CachedModule:
             given[self._name] = self._cache
         output = self.module(input_ids=ids, **given)
         self._cache = None if self._name is None else getattr(output, self._name, None)
+        layers = getattr(self._cache, "layers", None)
+        self._recurrent = isinstance(layers, list) and any(isinstance(each, LinearAttentionLayer) for each in layers)
         if self._cache is None:
             self._seen, self.why_no_graph = ids, "it keeps no cache"
         elif self.why_no_graph is not None:

@@ -68,7 +68,7 @@ def make_engine(module: nn.Module, *, capacity: int, batch: int = 1, take_over: 
     Raises TersorError where it cannot continue a text.
     """
     if stepped_module.is_registered(module):
-        return _engine_of_ours(module, capacity=capacity, batch=batch)
+        return _engine_of_ours(module, capacity=capacity, batch=batch, take_over=take_over)
     if reason := cached_module.why_not(module):
         raise TersorError(reason)
     if llama_cpu.why_not(module) is None:
@@ -78,12 +78,12 @@ def make_engine(module: nn.Module, *, capacity: int, batch: int = 1, take_over: 
     return CachedModule(module, capacity=capacity, batch=batch)
 
 
-def _engine_of_ours(module: nn.Module, *, capacity: int, batch: int) -> Engine:
+def _engine_of_ours(module: nn.Module, *, capacity: int, batch: int, take_over: bool) -> Engine:
     if reason := stepped_module.why_not(module):
         raise TersorError(reason)
     if reason := stepped_module.why_no_state(module):
         return RecomputedModule(module, reason, capacity=capacity, batch=batch)
-    return SteppedModule(module, capacity=capacity, batch=batch)
+    return SteppedModule(module, capacity=capacity, batch=batch, take_over=take_over)
 
 
 def load_module(model: str | Path, *, dtype: str = "auto", device: str = "auto") -> nn.Module:

@@ -28,7 +28,7 @@ from tersor.runtime.llama import rotary_tables, unlike_family, visible, window_o
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 CHUNK = 512  # prompt tokens that go through the layers together, which bounds the buffers
-_BF16 = ("avx512_bf16", "amx")
+_BF16 = cpu.BF16
 
 
 class _Linear(ctypes.Structure):

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tersor.errors import TersorError
+from tersor.kernels import quantized_matmul_cpu as cpu
+from tersor.layers.quantized_linear import QuantizedLinear
 from tersor.models import registry
 from tersor.runtime.engine import check_room
 
@@ -51,12 +53,43 @@ def why_no_state(module: Any) -> str | None:
     return None
 
 
-class SteppedModule:
-    """An engine of a model with `prefill` and `step`. What a token costs does not grow with the text where the state does not."""
+class PreparedLinear(nn.Module):
+    """A linear map whose weight lies as the CPU's kernel streams it: x [..., in] -> [..., out], both float32. Activations are
+    rounded to bfloat16 where the processor multiplies that type."""
 
-    def __init__(self, module: Any, *, capacity: int, batch: int = 1) -> None:
+    def __init__(self, weight: cpu.PreparedWeight, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight_in_panels = weight
+        self.register_buffer("bias", None if bias is None else bias.detach().float())
+        self._rounds = weight.implementation in cpu.BF16
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = cpu.matmul(x.bfloat16() if self._rounds else x, self.weight_in_panels).float()
+        return y if self.bias is None else y + self.bias
+
+
+def prepare_linears(module: nn.Module) -> None:
+    """Exchange the linear maps of a float32 module on a CPU that are packed, or hold nothing that bfloat16 does not."""
+    if cpu.choose()[0] is None or any(each.dtype != torch.float32 for each in module.parameters()):
+        return
+    for name, each in list(module.named_modules()):
+        if isinstance(each, QuantizedLinear) and isinstance(each.prepared, cpu.PreparedWeight):
+            module.set_submodule(name, PreparedLinear(each.prepared, each.bias))
+        elif type(each) is nn.Linear and torch.equal(each.weight, each.weight.bfloat16().float()):
+            module.set_submodule(name, PreparedLinear(cpu.prepare_dense(each.weight), each.bias))
+
+
+class SteppedModule:
+    """An engine of a model with `prefill` and `step`. What a token costs does not grow with the text where the state does not.
+
+    take_over: the module's linear maps may be exchanged on a CPU (`prepare_linears`), for speed.
+    """
+
+    def __init__(self, module: Any, *, capacity: int, batch: int = 1, take_over: bool = False) -> None:
         self.module, self.capacity, self.batch, self.length = module, capacity, batch, 0
         self.device = _device_of(module)
+        if take_over and self.device.type == "cpu":
+            prepare_linears(module)
         self._vocabulary = vocabulary_of(module)
         self._states: dict[int, Any] = {}  # by the number of tokens read before
         self._prompt = 0  # where the last prompt ends
