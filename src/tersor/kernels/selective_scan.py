@@ -9,7 +9,7 @@ are float32 (float64 for float64), y has x's dtype. dt is used as softplus(dt + 
 lengths share a batch, padded at either end.
 
 `step` is the formula for one token, `reference` a loop over it. `selective_scan` is what models call: the op
-`tersor::selective_scan`, compiled on CPUs (selective_scan_cpu.cpp; in torch, `chunked`, where there is no compiler) and in Triton
+`tersor::selective_scan`, compiled on CPUs (mamba_cpu.cpp; in torch, `chunked`, where there is no compiler) and in Triton
 on GPUs (selective_scan_triton.py). All keep only the states between chunks of time; the backward pass, in torch on either,
 recomputes the rest from these.
 """
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tersor.kernels import selective_scan_cpu
+from tersor.kernels import mamba_cpu
 
 
 def step(
@@ -88,17 +88,16 @@ def selective_scan(
 
     Beside the outputs it keeps l / chunk_size states, and while it runs chunk_size more.
     """
+    small = mask is None and A.shape[1] <= mamba_cpu.LARGEST_STATE
+    if small and mamba_cpu.plain(x, dt, A, B, C, D, z, dt_bias, initial_state):
+        dt = dt if dt_bias is None else dt + dt_bias
+        first = x.new_zeros(x.shape[0], *A.shape) if initial_state is None else initial_state
+        y, state, _ = mamba_cpu.scan(x, dt, A, B, C, first, D=D, z=z, dt_softplus=dt_softplus)
+        return y, state
     dt = time_step(dt, dt_bias=dt_bias, dt_softplus=dt_softplus, mask=mask)
     wide = dt.dtype
     if initial_state is None:
         initial_state = dt.new_zeros(x.shape[0], *A.shape)
-    learns = torch.is_grad_enabled() and any(each.requires_grad for each in (x, dt, A, B, C, initial_state))
-    plain = type(x) is Tensor and not learns and not torch.compiler.is_compiling()
-    if plain and x.device.type == "cpu":  # what the operator would do, without its dispatch
-        tensors = (x.to(wide), dt, A.to(wide), B.to(wide), C.to(wide), initial_state.to(wide))
-        if selective_scan_cpu.usable(tensors[0], A):
-            y, state, _ = selective_scan_cpu.forward(*tensors, None)
-            return skip_and_gate(y, x, D=D, z=z), state
     if x.shape[1] == 1:
         z = None if z is None else z[:, 0]
         y, state = step(initial_state.to(wide), x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D=D, z=z)
@@ -147,8 +146,8 @@ def chunked(
 def _selective_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor, chunk_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if selective_scan_cpu.usable(x, A):
-        y, state, kept = selective_scan_cpu.forward(x, dt, A, B, C, initial_state, chunk_size)
+    if mamba_cpu.usable(x, A):
+        y, state, kept = mamba_cpu.scan(x, dt, A, B, C, initial_state, chunk_size=chunk_size)
         assert kept is not None
         return y, state, kept
     y, state, before = chunked(x, dt, A, B, C, initial_state, chunk_size=chunk_size)
