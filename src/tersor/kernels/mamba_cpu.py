@@ -55,10 +55,24 @@ def plain(*tensors: Tensor | None) -> bool:
     return fits and _library() is not None
 
 
-def usable(x: Tensor, A: Tensor) -> bool:
-    """Whether `scan` takes tensors like these."""
-    fits = x.device.type == "cpu" and x.dtype == torch.float32 and 0 < A.shape[1] <= LARGEST_STATE and x.numel() > 0
-    return fits and _library() is not None
+def takes(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_state: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+) -> bool:
+    """Whether `scan` takes tensors of these shapes; broadcasting is for the plain form."""
+    if x.dim() != 3 or A.dim() != 2 or A.shape[0] != x.shape[2] or not 0 < A.shape[1] <= LARGEST_STATE:
+        return False
+    (batch, tokens, channels), n = x.shape, A.shape[1]
+    inputs = dt.shape == x.shape and B.shape == C.shape == (batch, tokens, n)
+    beside = (D is None or D.shape == (channels,)) and (z is None or z.shape == x.shape)
+    return inputs and beside and initial_state.shape == (batch, channels, n)
 
 
 def scan(
@@ -78,6 +92,8 @@ def scan(
     meaning as in selective_scan.py."""
     compiled = _library()
     assert compiled is not None
+    if not takes(x, dt, A, B, C, initial_state, D=D, z=z):
+        raise ValueError(f"no scan of x {list(x.shape)}, dt {list(dt.shape)}, A {list(A.shape)}, B {list(B.shape)}")
     batch, tokens, channels = x.shape
     n = A.shape[1]
     inputs = [each.contiguous() for each in (x, dt, A, B, C)]
@@ -102,6 +118,8 @@ def causal_conv(
     assert compiled is not None
     batch, tokens, channels = x.shape
     width = weight.shape[-1]
+    if len(weight) != channels or width > WIDEST or (state is not None and state.shape != (batch, channels, width - 1)):
+        raise ValueError(f"no convolution of x {list(x.shape)} with weights {list(weight.shape)}")
     rows, kernel = _rows(x), weight.contiguous()
     before = None if state is None else state.contiguous()
     y, after = x.new_empty(batch, tokens, channels), x.new_empty(batch, channels, width - 1)

@@ -88,12 +88,12 @@ def selective_scan(
 
     Beside the outputs it keeps l / chunk_size states, and while it runs chunk_size more.
     """
-    small = mask is None and A.shape[1] <= mamba_cpu.LARGEST_STATE
-    if small and mamba_cpu.plain(x, dt, A, B, C, D, z, dt_bias, initial_state):
-        dt = dt if dt_bias is None else dt + dt_bias
+    if mask is None and mamba_cpu.plain(x, dt, A, B, C, D, z, dt_bias, initial_state):
         first = x.new_zeros(x.shape[0], *A.shape) if initial_state is None else initial_state
-        y, state, _ = mamba_cpu.scan(x, dt, A, B, C, first, D=D, z=z, dt_softplus=dt_softplus)
-        return y, state
+        moved = dt if dt_bias is None else dt + dt_bias
+        if mamba_cpu.takes(x, moved, A, B, C, first, D=D, z=z):
+            y, state, _ = mamba_cpu.scan(x, moved, A, B, C, first, D=D, z=z, dt_softplus=dt_softplus)
+            return y, state
     dt = time_step(dt, dt_bias=dt_bias, dt_softplus=dt_softplus, mask=mask)
     wide = dt.dtype
     if initial_state is None:
@@ -146,7 +146,8 @@ def chunked(
 def _selective_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor, chunk_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if mamba_cpu.usable(x, A):
+    inputs = (x, dt, A, B, C, initial_state)
+    if mamba_cpu.plain(*(each.detach() for each in inputs)) and mamba_cpu.takes(*inputs):
         y, state, kept = mamba_cpu.scan(x, dt, A, B, C, initial_state, chunk_size=chunk_size)
         assert kept is not None
         return y, state, kept
