@@ -18,8 +18,8 @@ from torch import nn
 from zoo.tiny_models import GPT, LLAMA
 
 from tersor import models
+from tersor.byte_tokenizer import ByteTokenizer
 from tersor.cli.chat import _lines, stopped_by_ctrl_c
-from tersor.data.text import ByteTokenizer
 from tersor.errors import TersorError
 from tersor.models.registry import find
 from tersor.runtime import chat_template

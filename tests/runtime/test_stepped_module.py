@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tersor import models
+from tersor.byte_tokenizer import ByteTokenizer
 from tersor.compress import RTN, compress
-from tersor.data.text import ByteTokenizer
 from tersor.errors import TersorError
 from tersor.kernels import quantized_matmul_cpu as cpu
 from tersor.models.registry import find, list_models

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tersor.byte_tokenizer import ByteTokenizer
 from tersor.checkpoint.gguf_read import open_gguf
 from tersor.checkpoint.gguf_tokenizer import tokenizer_from
 from tersor.checkpoint.into import load_into
@@ -15,7 +16,6 @@ from tersor.checkpoint.lazy_model import LazyModel, compute_dtype
 from tersor.checkpoint.preprocessing import PREPROCESSOR
 from tersor.checkpoint.published import checkpoint_as
 from tersor.checkpoint.source import open_checkpoint
-from tersor.data.text import ByteTokenizer
 from tersor.errors import TersorError
 from tersor.layers.quantized_linear import prepare_layers
 from tersor.untrusted import first_words, pretrained, read_json_object
