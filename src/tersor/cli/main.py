@@ -39,6 +39,7 @@ VERBS = (
     "doctor",
     "train",
     "predict",
+    "transcribe",
     "forecast",
     "backtest",
     "sample",

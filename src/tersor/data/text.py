@@ -85,7 +85,7 @@ def read_text(path: str | Path) -> str:
 def hub_text(name: str, *, documents: int = 2000) -> str:
     """The first training documents of a hub data set's `text` column, joined by blank lines (needs the `datasets` package)."""
     try:
-        import datasets  # type: ignore[import-not-found,unused-ignore]
+        import datasets  # type: ignore[import-not-found,import-untyped,unused-ignore]
     except ImportError:
         raise TersorError(f"hf:{name} needs the datasets package: pip install 'tersor[hub-data]'") from None
     try:
