@@ -173,15 +173,16 @@ def test_a_trained_mamba_generates(tersor_command: Callable[..., Ran], trained: 
 
 
 def test_its_packed_weights_generate(tersor_command: Callable[..., Ran], trained: Path, tmp_path: Path) -> None:
-    """In the greedy tokens of whole passes of the module that is loaded plainly."""
+    """In the logits of whole passes of the module that is loaded plainly, but for activations rounded to bfloat16."""
     compress(str(trained), RTN(bits=4, group_size=16), out=tmp_path / "packed", exclude=["*.dt_proj"])
-    text = "".join(stream(tmp_path / "packed", "It is", max_new_tokens=6))
+    assert len("".join(stream(tmp_path / "packed", "It is", max_new_tokens=6))) > 0
     module = load_module(tmp_path / "packed")
-    read = ByteTokenizer()("It is")["input_ids"]
-    for _ in range(6):
-        with torch.inference_mode():
-            read = torch.cat([read, module(input_ids=read)[:, -1:, :256].argmax(-1)], 1)
-    assert "It is" + text == ByteTokenizer().decode(read[0].tolist())
+    ids = torch.randint(256, (1, 12), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        wanted = module(input_ids=ids)[:, 6:, :256]
+    engine = make_engine(load_module(tmp_path / "packed"), capacity=12, take_over=True)
+    found = torch.stack([engine.forward(ids[:, :7]), *(engine.forward(ids[:, n : n + 1]) for n in range(7, 12))], 1)
+    assert float((found - wanted).norm() / wanted.norm()) < 0.03
     sizes = ("--prompt-tokens", 4, "--new-tokens", 2, "--repeats", 1, "--json")
     ran = tersor_command("bench", tmp_path / "packed", *sizes)
     assert ran.status == 0, ran.err

@@ -121,7 +121,7 @@ class CachedModule:
         check_room(self, ids)
         tokens = ids.shape[1]
         if tokens > 1 and self.length and self._recurrent:  # several tokens at once would begin a new text
-            for token in ids.split(1, dim=1):
+            for token in torch.split(ids, 1, dim=1):
                 logits = self.forward(token)
             return logits
         ids = ids.to(self.device)

@@ -27,7 +27,7 @@ def is_registered(module: nn.Module) -> bool:
 
 def why_not(module: nn.Module) -> str | None:
     """Why this model of `tersor.models` does not continue a text, or None."""
-    found = registry.find(type(module).system)  # type: ignore[arg-type]
+    found = registry.find(type(module).system)  # type: ignore[attr-defined]
     if found.task == "language-model":
         return None
     if found.task == "masked-language-model":
@@ -60,6 +60,7 @@ class PreparedLinear(nn.Module):
     def __init__(self, weight: cpu.PreparedWeight, bias: Tensor | None) -> None:
         super().__init__()
         self.weight_in_panels = weight
+        self.bias: Tensor | None
         self.register_buffer("bias", None if bias is None else bias.detach().float())
         self._rounds = weight.implementation in cpu.BF16
 
@@ -113,7 +114,7 @@ class SteppedModule:
         if ids.shape[1] == 1 and state is not None:
             logits, state = self.module.step(ids[:, 0], state)
         else:
-            for piece in ids.split(CHUNK, dim=1):
+            for piece in torch.split(ids, CHUNK, dim=1):
                 logits, state = self.module.prefill(piece, state, last_only=True)
             logits = logits[:, -1]
         self.length = before + ids.shape[1]
