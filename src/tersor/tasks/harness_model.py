@@ -167,8 +167,8 @@ class TersorLM(TemplateLM):  # type: ignore[misc,unused-ignore]
         **_: Any,
     ) -> list[tuple[float, bool]]:
         found = self._scores([(context, rest) for _, context, rest in requests], disable=disable_tqdm)
-        for (asked, _, _), answer in zip(requests, found, strict=True):
-            self.cache_hook.add_partial("loglikelihood", asked, answer)
+        for request, answer in zip(requests, found, strict=True):
+            self.cache_hook.add_partial("loglikelihood", request[0], answer)
         return found
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
