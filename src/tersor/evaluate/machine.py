@@ -44,6 +44,7 @@ EXTRAS = {  # extra: its package, and what it is for
     "tables": ("pandas", "tables from CSV and Parquet files"),
     "report": ("plotly", "`tersor report`, pages about compressed models"),
     "ray": ("ray", "sweeps on a Ray cluster"),
+    "lm-eval": ("lm-eval", "`tersor eval --tasks`: EleutherAI's harness"),
 }
 BITS = (4, 8, 3, 2)
 SIZE, GROUP = 4096, 128  # what is measured: 4096 x 4096 in groups of 128
