@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from tersor.errors import TersorError
 from tersor.formats.grid import Bits, ClipSearch
-from tersor.formats.layouts import Layout
+from tersor.formats.layout import Layout, UniformGrids
 from tersor.layers.linear_map import weight_matrix
 from tersor.methods.block import Block, Statistics
 from tersor.methods.method import BlockMethod, check_options, option, register
@@ -68,9 +68,9 @@ class GPTQ(BlockMethod):
     def check_linear(self, name: str, out_features: int, in_features: int, layout: Layout | None) -> None:
         check_grid(name, self.bits, self.group_size, self.sym, out_features, in_features, layout)
         scattered = self.desc_act and not self.static_groups and self.group_size != -1
-        if scattered and layout is not None and layout.name == "compressed-tensors":
+        if scattered and layout is not None and not layout.scattered_groups:
             raise TersorError(
-                "--desc-act scatters the groups, which compressed-tensors no longer has a place for: "
+                f"--desc-act scatters the groups, which {layout.name} no longer has a place for: "
                 "add --static-groups, or use --format gptq"
             )
 
@@ -108,16 +108,16 @@ class GPTQ(BlockMethod):
             notes.append("factorized in float64")
         return solution, "; ".join(notes)
 
-    def quantization(self) -> Mapping[str, Any]:
-        return {
-            "bits": width_of(self.bits),
-            "group_size": self.group_size,
-            "sym": self.sym,
-            "desc_act": self.desc_act,
-            "static_groups": self.static_groups,
-            "true_sequential": self.true_sequential,
-            "damp": self.damp,
-        }
+    def quantization(self) -> UniformGrids:
+        return UniformGrids(
+            bits=width_of(self.bits),
+            group_size=self.group_size,
+            sym=self.sym,
+            desc_act=self.desc_act,
+            static_groups=self.static_groups,
+            true_sequential=self.true_sequential,
+            damp=self.damp,
+        )
 
 
 class _Factors:

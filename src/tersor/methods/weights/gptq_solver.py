@@ -39,7 +39,7 @@ class Solution:
 
     error: Σ (w - q)² / (2 U_ii²) with w as it was when its turn came, which equals ½ Σ_rows dᵀ (H + damp·I) d with d = W - Q.
     damp: the fraction of the mean diagonal that was added to it in the end. in_float64: whether H could be inverted in this
-    precision only.
+    precision only. sparsity: the share of zeros, where the method makes weights so.
     """
 
     codes: Tensor
@@ -50,13 +50,22 @@ class Solution:
     error: float
     damp: float
     in_float64: bool = False
+    sparsity: float | None = None
+
+    @property
+    def width(self) -> int:
+        """Bits that a code takes in a file."""
+        return 2 if self.bits == "ternary" else self.bits
 
     def dequantize(self) -> Tensor:
         """The weight that a reader of the packed result gets back, [rows, columns]."""
         return dequantize(self.codes, self.scales[:, self.g_idx], self.zeros[:, self.g_idx], self.bits)
 
-    def pack(self, group_size: int, stored: Stored | None) -> QuantizedWeight:
-        """The packed weight. Symmetric ternary levels -s, 0, s are 2-bit codes 1, 2, 3: the zero point of all symmetric grids."""
+    def pack(self, group_size: int, stored: Stored | None) -> QuantizedWeight | None:
+        """The packed weight. Symmetric ternary levels -s, 0, s are 2-bit codes 1, 2, 3: the zero point of all symmetric grids.
+        None for ternary levels of two magnitudes, which no file format holds."""
+        if self.bits == "ternary" and not torch.equal(self.scales, -self.zeros):
+            return None
         scales = self.scales if stored is None else self.scales.to(stored.scale_dtype)
         codes, zeros, bits = self.codes, self.zeros, self.bits
         if bits == "ternary":
