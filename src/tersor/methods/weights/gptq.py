@@ -11,16 +11,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from tersor.errors import TersorError
 from tersor.formats.grid import Bits, ClipSearch
 from tersor.formats.layout import Layout, UniformGrids
 from tersor.layers.linear_map import weight_matrix
 from tersor.methods.block import Block, Statistics
 from tersor.methods.method import BlockMethod, check_options, option, register
-from tersor.methods.weights.gptq_solver import Factor, Solution, factorize, solve_factorized
+from tersor.methods.weights.factors import Factors
+from tersor.methods.weights.gptq_solver import Solution, solve_factorized
 from tersor.methods.weights.rtn import RTN
 from tersor.methods.weights.uniform import BITS_HELP, GROUP_HELP, SYM_HELP, check_grid, is_bits, is_group_size, width_of
 
@@ -79,11 +77,11 @@ class GPTQ(BlockMethod):
         for names in groups if self.true_sequential else [[name for group in groups for name in group]]:
             for statistics in block.hessians(names):
                 tokens = {name: each.tokens for name, each in statistics.items()}
-                factors = _Factors(self, block.device)
+                factors = Factors(block.device, damp=self.damp, desc_act=self.desc_act)
                 block.solve(statistics, partial(self._solve, block, statistics, factors), self.group_size, tokens)
 
     def _solve(
-        self, block: Block, statistics: Mapping[str, Statistics], factors: _Factors, name: str
+        self, block: Block, statistics: Mapping[str, Statistics], factors: Factors, name: str
     ) -> tuple[Solution, str]:
         factor, informed = factors.of(statistics[name].hessian)
         solution = solve_factorized(
@@ -118,24 +116,3 @@ class GPTQ(BlockMethod):
             true_sequential=self.true_sequential,
             damp=self.damp,
         )
-
-
-class _Factors:
-    """The factor of the Hessian that was asked for last, which the maps that share it ask for one after another."""
-
-    def __init__(self, method: GPTQ, device: torch.device) -> None:
-        self.method, self.device = method, device
-        self.last: tuple[Tensor, Factor, bool] | None = None
-
-    def of(self, hessian: Tensor) -> tuple[Factor, bool]:
-        """And whether the Hessian says anything: one of zeros stands for a map that no token reached, which is rounded."""
-        if self.last is None or self.last[0] is not hessian:
-            self.last = None  # a large one is let go before the next is made
-            informed = bool(hessian.any())
-            H = (
-                hessian.to(self.device)
-                if informed
-                else torch.eye(len(hessian), dtype=hessian.dtype, device=self.device)
-            )
-            self.last = hessian, factorize(H, damp=self.method.damp, desc_act=self.method.desc_act), informed
-        return self.last[1:]
