@@ -21,7 +21,7 @@ from tersor import GPTQ
 from tersor.checkpoint.lazy_model import LazyModel
 from tersor.checkpoint.source import open_checkpoint
 from tersor.errors import TersorError
-from tersor.layers.linear_map import linear_maps
+from tersor.layers.linear_map import linear_maps, weight_matrix
 from tersor.methods.method import from_options
 from tersor.methods.weights import magnitude, wanda
 from tersor.methods.weights.gptq_solver import factorize, solve_gptq
@@ -194,14 +194,18 @@ def test_a_width_that_the_pattern_does_not_divide_and_formats_that_do_not_fit_ar
     with pytest.raises(TersorError, match=r"0\.0 has 30 inputs, which pattern 2:4 does not divide"):
         tersor.compress(odd, Magnitude(pattern="2:4"))
     with pytest.raises(TersorError, match="method magnitude cannot be stored as gptq; it can as safetensors"):
-        tersor.compress("demo", Magnitude(), format="gptq")
+        tersor.compress(odd, Magnitude(), format="gptq")
     with pytest.raises(TersorError, match="method gptq cannot be stored as safetensors; it can as gptq"):
-        tersor.compress("demo", GPTQ(), format="safetensors")
+        tersor.compress(odd, GPTQ(), format="safetensors")
     with pytest.raises(TersorError, match="wanda does not compress embeddings"):
         Wanda().without_inputs()
 
 
-SMALL: dict[str, Any] = {"samples": 2, "seq_len": 64, "include": ["*.0.*"]}
+def saved(name: str, folder: Path) -> tuple[Path, list[dict[str, Any]]]:
+    """A tiny model on disk, and samples for it."""
+    model = build(name).float()
+    model.save_pretrained(folder / name)  # type: ignore[operator]
+    return folder / name, samples(name, 3)
 
 
 @pytest.mark.parametrize(
@@ -210,8 +214,9 @@ SMALL: dict[str, Any] = {"samples": 2, "seq_len": 64, "include": ["*.0.*"]}
 def test_a_pruned_checkpoint_is_the_models_own_and_transformers_reads_it(method: Any, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    result = tersor.compress("demo", method, out=tmp_path / "pruned", **SMALL)
-    original = open_checkpoint("demo")
+    model, batches = saved("llama", tmp_path)
+    result = tersor.compress(model, method, calibration=batches, include=["*.0.*"], out=tmp_path / "pruned")
+    original = open_checkpoint(model)
     written = load_file(tmp_path / "pruned" / "model.safetensors")
     assert written.keys() == original.shard_of.keys()
     assert "quantization_config" not in open_checkpoint(tmp_path / "pruned").config
@@ -226,17 +231,17 @@ def test_a_pruned_checkpoint_is_the_models_own_and_transformers_reads_it(method:
     assert result.summary.format == "safetensors"
     assert result.summary.sparsity == pytest.approx(method.sparsity, abs=1e-3)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", dtype=torch.float32).eval()
-    ids = torch.arange(16)[None]
     ours = tersor.load(tmp_path / "pruned", dtype="float32")
     with torch.no_grad():
-        torch.testing.assert_close(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
+        torch.testing.assert_close(ours(**batches[0]).logits, theirs(**batches[0]).logits)
 
 
 @pytest.mark.parametrize("format", ["gptq", "compressed-tensors"])
 @pytest.mark.parametrize("sym", [True, False])
 def test_sparse_and_quantized_keeps_its_zeros_on_disk(format: str, sym: bool, tmp_path: Path) -> None:
-    method = SparseGPT(pattern="2:4", bits=4, sym=sym)
-    result = tersor.compress("demo", method, out=tmp_path / "out", format=format, **SMALL)
+    model, batches = saved("llama", tmp_path)
+    method = SparseGPT(pattern="2:4", bits=4, sym=sym, group_size=32)
+    result = tersor.compress(model, method, calibration=batches, out=tmp_path / "out", format=format)
     dense = LazyModel(open_checkpoint(tmp_path / "out"), dtype=torch.float32).load_all()
     for report in result.summary.layers:
         weight = dense.get_submodule(report.name).weight
@@ -246,30 +251,34 @@ def test_sparse_and_quantized_keeps_its_zeros_on_disk(format: str, sym: bool, tm
 
 
 def test_a_quantized_result_without_sparsity_has_the_bytes_of_gptqs(tmp_path: Path) -> None:
-    tersor.compress("demo", GPTQ(bits=4), out=tmp_path / "one", **SMALL)
-    tersor.compress("demo", SparseGPT(sparsity=0.0, bits=4), out=tmp_path / "other", **SMALL)
+    model, batches = saved("llama", tmp_path)
+    how = {"bits": 4, "group_size": 32}
+    tersor.compress(model, GPTQ(**how), calibration=batches, out=tmp_path / "one")
+    tersor.compress(model, SparseGPT(sparsity=0.0, **how), calibration=batches, out=tmp_path / "other")
     one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "other"))
     assert one == other
 
 
-def test_every_layout_of_a_weight_is_written_as_the_model_has_it(tmp_path: Path) -> None:
-    """Conv1D holds its transpose."""
-    model, batches = build("gpt2").float(), samples("gpt2", 2)
-    model.save_pretrained(tmp_path / "gpt2")
-    tersor.compress(tmp_path / "gpt2", SparseGPT(), calibration=batches, out=tmp_path / "out")
-    in_memory = tersor.compress(model, SparseGPT(), calibration=batches).model
-    for name, each in linear_maps(tersor.load(tmp_path / "out", dtype="float32")).items():
-        expected = in_memory.get_submodule(name).weight
-        assert isinstance(each.weight, Tensor)
-        assert isinstance(expected, Tensor)
-        torch.testing.assert_close(each.weight, expected)
-        if "lm_head" not in name:
-            assert zeros_in(expected) == pytest.approx(0.5, abs=1e-3)
+@pytest.mark.parametrize("name", ["gpt2", "mixtral"])
+def test_every_layout_of_a_weight_is_written_as_the_model_has_it(name: str, tmp_path: Path) -> None:
+    """GPT-2 holds its weights transposed, Mixtral its experts in stacks that are published apart."""
+    path, batches = saved(name, tmp_path)
+    model = tersor.load(path, dtype="float32")
+    tersor.compress(path, SparseGPT(), calibration=batches, out=tmp_path / "out")
+    found = linear_maps(tersor.load(tmp_path / "out", dtype="float32"))
+    result = tersor.compress(model, SparseGPT(), calibration=batches)
+    expected = linear_maps(result.model)
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == open_checkpoint(path).shard_of.keys()
+    for report in result.summary.layers:
+        weight = weight_matrix(found[report.name])
+        torch.testing.assert_close(weight, weight_matrix(expected[report.name]))
+        assert zeros_in(weight) == pytest.approx(0.5, abs=1e-3)
 
 
 def test_a_stopped_job_goes_on_and_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = {"samples": 2, "seq_len": 64, "include": ["*.0.mlp.*", "*.1.mlp.*"]}
-    tersor.compress("demo", Wanda(), out=tmp_path / "whole", **asked)
+    model, batches = saved("llama", tmp_path)
+    asked: dict[str, Any] = {"calibration": batches}
+    tersor.compress(model, Wanda(), out=tmp_path / "whole", **asked)
     real, calls = Wanda.compress_block, itertools.count()
 
     def stopping(self: Wanda, block: Any) -> None:
@@ -280,28 +289,29 @@ def test_a_stopped_job_goes_on_and_gives_the_same_bytes(tmp_path: Path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(Wanda, "compress_block", stopping)
         with pytest.raises(KeyboardInterrupt):
-            tersor.compress("demo", Wanda(), out=tmp_path / "stopped", **asked)
-    again = tersor.compress("demo", Wanda(), out=tmp_path / "stopped", **asked)
+            tersor.compress(model, Wanda(), out=tmp_path / "stopped", **asked)
+    again = tersor.compress(model, Wanda(), out=tmp_path / "stopped", **asked)
     assert again.summary.resumed_blocks == 1
     one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "stopped"))
     assert one == other
-    redone = tersor.compress("demo", Wanda(), out=tmp_path / "stopped", redo=["*.1.mlp.*"], **asked)
+    redone = tersor.compress(model, Wanda(), out=tmp_path / "stopped", redo=["*.1.mlp.*"], **asked)
     assert redone.summary.resumed_blocks == 1
     assert (tmp_path / "stopped" / "model.safetensors").read_bytes() == one
 
 
 def test_a_pruned_model_may_be_the_step_before_another(tmp_path: Path) -> None:
-    steps = [Magnitude(sparsity=0.2), GPTQ(bits=8)]
-    result = tersor.compress("demo", steps, out=tmp_path / "out", format="gptq", **SMALL)
+    model, batches = saved("llama", tmp_path)
+    steps = [Magnitude(sparsity=0.2), GPTQ(bits=8, group_size=32)]
+    result = tersor.compress(model, steps, calibration=batches, out=tmp_path / "out", format="gptq")
     assert result.summary.format == "gptq"
     with pytest.raises(TersorError, match="step 1, sparsegpt, packs the weights"):
-        tersor.compress("demo", [SparseGPT(bits=4), GPTQ()], out=tmp_path / "no")
+        tersor.compress(model, [SparseGPT(bits=4), GPTQ()], out=tmp_path / "no")
 
 
 def test_the_command_shows_the_sparsity(tersor_command: Callable[..., Ran], tmp_path: Path) -> None:
-    ran = tersor_command(
-        "compress", "magnitude", "demo", "--pattern", "2:4", "--include", "*.0.mlp.*", "--out", str(tmp_path / "out")
-    )
+    model, _ = saved("llama", tmp_path)
+    where = ["--out", str(tmp_path / "out")]
+    ran = tersor_command("compress", "magnitude", str(model), "--pattern", "2:4", "--include", "*.0.mlp.*", *where)
     assert ran.status == 0
     assert "50.0% of the weights in 3 layers are zero" in ran.out
     wrong = tersor_command("quantize", "demo", "--method", "wanda", "--out", str(tmp_path / "no"))
