@@ -34,9 +34,7 @@ METHODS: dict[str, Method] = {
     "2:4: magnitude": Magnitude(pattern="2:4"),
     "2:4: Wanda": Wanda(pattern="2:4"),
     "2:4: SparseGPT": SparseGPT(pattern="2:4"),
-    "4:8: SparseGPT": SparseGPT(pattern="4:8"),
     "4 bits: GPTQ": GPTQ(),
-    "50 % and 4 bits: SparseGPT": SparseGPT(bits=4),
     "2:4 and 4 bits: SparseGPT": SparseGPT(pattern="2:4", bits=4),
 }
 
@@ -84,9 +82,9 @@ def main() -> None:
     for name, method in METHODS.items():
         rows.append(measure(name, method, arguments.samples, arguments.windows))
         print(f"{rows[-1].perplexity:10.2f}  {name}", file=sys.stderr, flush=True)
+        if arguments.write:  # after every row, so that a run that is stopped leaves what it has
+            write(rows, arguments.samples, arguments.windows)
     print(table(rows))
-    if arguments.write:
-        write(rows, arguments.samples, arguments.windows)
 
 
 def write(rows: list[Row], samples: int, windows: int) -> None:
@@ -96,7 +94,7 @@ def write(rows: list[Row], samples: int, windows: int) -> None:
 
 The built-in model `demo` (12.6 million parameters, of which the blocks' linear layers are pruned), perplexity on WikiText-2
 (test split, the first {windows} windows of {SEQ_LEN} tokens), calibrated on {samples} samples of {SEQ_LEN} tokens of English
-books. 2:4 and 4:8: so many weights stay of every 4 or 8 consecutive inputs. Zeros: the share in the pruned layers, with those
+books. 2:4: two weights stay of every four consecutive inputs. Zeros: the share in the pruned layers, with those
 that rounding to 4 bits makes. A pruned model is stored in plain numbers and takes as much disk as the original. Seconds are those
 of the whole job, reading and writing included; other jobs ran on the machine.
 

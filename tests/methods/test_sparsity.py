@@ -275,6 +275,20 @@ def test_every_layout_of_a_weight_is_written_as_the_model_has_it(name: str, tmp_
         assert zeros_in(weight) == pytest.approx(0.5, abs=1e-3)
 
 
+def test_experts_in_one_tensor_stay_as_they_are_and_a_line_says_so(tmp_path: Path) -> None:
+    path, batches = saved("gpt_oss", tmp_path)
+    told: list[str] = []
+    result = tersor.compress(
+        path, Magnitude(), calibration=batches, out=tmp_path / "out", progress=lambda what, _, __: told.append(what)
+    )
+    assert any("experts stay as they are: one tensor holds all of a stack" in line for line in told)
+    assert not any(".experts." in report.name for report in result.summary.layers)
+    with pytest.raises(TersorError, match="compress the model as a module in memory"):
+        tersor.compress(path, Magnitude(), include=["*.experts.*"], out=tmp_path / "no")
+    in_memory = tersor.compress(tersor.load(path), Magnitude())
+    assert any(".experts." in report.name for report in in_memory.summary.layers)
+
+
 def test_a_stopped_job_goes_on_and_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batches = saved("llama", tmp_path)
     asked: dict[str, Any] = {"calibration": batches}
