@@ -9,8 +9,8 @@ error.
 
 Layer by layer, GPTQ's statistics and solver. In blocks of 128 columns, the weights with the least w² / U_jj² go, and the columns
 that remain make up for each (`sparse_solver.py`). Without bits the result is the model's own checkpoint with zeros in it: it
-takes as much disk, and engines gain only where they know the pattern. (compressed-tensors 0.20 no longer reads its 2:4 files.) With bits it is a quantized checkpoint like any other; a
-zero is stored exactly.
+takes as much disk (compressed-tensors 0.20 no longer reads sparse files), and engines gain only where they know the pattern.
+With bits it is a quantized checkpoint like any other; a zero is stored exactly.
 
 Origin: IST-DASLab/sparsegpt (Apache-2.0), not copied. There exactly one weight more than asked goes in each block, the
 quantizer is fitted to the whole row, and all layers of a block are pruned before any sees the others' effect (its option
