@@ -41,8 +41,16 @@ def solve_sparse(
     error: Σ (w - ŵ)² / (2 U_jj²) with w as it was when its turn came, which equals ½ Σ_rows dᵀ (H + damp·I) d with d = W - Ŵ.
     """
     if bits is not None:
-        how = {"bits": bits, "group_size": group_size, "sym": sym, "block_size": block_size}
-        return solve_factorized(weight, factor, pruner=pruner if pruner.sparsity else None, stored=stored, **how)
+        return solve_factorized(
+            weight,
+            factor,
+            bits=bits,
+            group_size=group_size,
+            sym=sym,
+            block_size=block_size,
+            stored=stored,
+            pruner=pruner if pruner.sparsity else None,
+        )
     R = factor.R
     W = weight.detach().to(R.device, R.dtype, copy=True).masked_fill_(factor.dead, 0)
     found, D, errors = torch.empty_like(W), torch.empty_like(W), W.new_zeros(len(W))
