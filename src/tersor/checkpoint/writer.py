@@ -201,26 +201,33 @@ class ResultWriter:
             }
         return own
 
-    def redo(self, blocks: set[str], layers: Mapping[str, Mapping[str, Sequence[str]]]) -> None:
+    def redo(
+        self, blocks: set[str], layers: Mapping[str, Mapping[str, Sequence[str]]], suffixes: Collection[str]
+    ) -> None:
         """Forget these finished blocks. Where the whole result is finished, its other blocks become those of an unfinished job.
 
-        layers: {block: {layer: the published names under which its tensors lie}}, for all blocks.
+        layers: {block: {layer: the published names under which its tensors lie}}, for all blocks. suffixes: of these tensors.
         """
         result = self._result()
         with disk_errors(self.out):
             if not self.done and result is not None:
-                self._take_apart(result, layers)
+                self._take_apart(result, layers, suffixes)
             for block in blocks & set(self.done):
                 del self.done[block], self.hashes[block]
             self._write_journal()
 
-    def _take_apart(self, result: Mapping[str, Any], layers: Mapping[str, Mapping[str, Sequence[str]]]) -> None:
+    def _take_apart(
+        self,
+        result: Mapping[str, Any],
+        layers: Mapping[str, Mapping[str, Sequence[str]]],
+        suffixes: Collection[str],
+    ) -> None:
         reports = {row["name"]: {**row, "seconds": 0.0} for row in result["layers"]}
         shards = [load_file(path) for path in sorted(self.out.glob("*.safetensors"))]
         for block, linears in layers.items():
             stems = {stem for names in linears.values() for stem in names}
-            mine = {k: t for shard in shards for k, t in shard.items() if k.rpartition(".")[0] in stems}
-            packed = {k: t for k, t in mine.items() if not k.endswith((".bias", ".weight"))}
+            names = {f"{stem}.{suffix}" for stem in stems for suffix in suffixes}
+            packed = {k: t for shard in shards for k, t in shard.items() if k in names}
             rows = [reports[name] for name in linears if name in reports]
             if block_hash(packed, rows) == result["blocks"].get(block):
                 self.write_block(block, packed, rows)

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from tersor.calibrate.statistics import is_expert
 from tersor.compress.result import Summary
+from tersor.formats.layouts import PLAIN
 
 HIDDEN = ("condition",)  # of a row: the report shows it
 WIDTH_OF_FILES = 200  # columns, where the output is no terminal
@@ -48,13 +49,15 @@ def print_summary(summary: Summary, out: Path) -> None:
     if summary.parameters_before and summary.parameters_after:
         share = summary.parameters_after / summary.parameters_before
         facts.append(f"{summary.parameters_before:,} -> {summary.parameters_after:,} parameters ({share:.1%})")
-    else:
+    elif summary.format != PLAIN.name:
         facts.append(f"{summary.bits_per_weight:.3f} bits a quantized weight")
+    if summary.sparsity is not None:
+        facts.append(f"{summary.sparsity:.1%} of the weights in {len(summary.layers)} layers are zero")
     blocks = [seconds for name, seconds in summary.seconds_per_block.items() if name]
     a_block = f"{sum(blocks) / len(blocks):.1f} s a block, " if blocks else ""
     earlier = f", {summary.resumed_blocks} blocks from an earlier run" if summary.resumed_blocks else ""
     console.print(
-        f"{out}: {', '.join(facts)}\n"
+        f"{out}: {', '.join(facts) or summary.format}\n"
         f"{summary.seconds:.1f} s in all, {a_block}peak memory {summary.peak_memory / 1e9:.2f} GB{earlier}"
     )
     if summary.divergence is not None:

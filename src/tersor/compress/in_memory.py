@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from tersor.calibrate.draws import PROBE, drawing
 from tersor.compress.describe import quantization_config
 from tersor.compress.first_run import prepare
 from tersor.compress.plan import make_plan, without_stacks
-from tersor.compress.result import Compressed, Size, Summary, Timer, loss_of, peak_memory
+from tersor.compress.result import Compressed, Size, Summary, Timer, loss_of, peak_memory, sparsity_of
 from tersor.compress.samples import samples_of
 from tersor.compress.settings import Job
 from tersor.compress.walk import Hooks, walk, walk_without_samples
@@ -33,10 +34,11 @@ def compress_module(model: nn.Module, job: Job) -> Compressed:
         # the plain loop is the one whose products with single experts can be seen
         module.set_experts_implementation("eager")  # type: ignore[operator]
     plan = make_plan(module, job)
-    if job.layout is not None and job.layout.name == "compressed-tensors" and hasattr(module, "base_model_prefix"):
+    packs = job.layout is not None and not (job.layout.is_plain or job.layout.expert_stacks)
+    if job.layout is not None and packs and hasattr(module, "base_model_prefix"):
         # saved under the module's own names, where transformers looks for whole stacks
         stacked = [name for name, each in plan.all_linears().items() if isinstance(each, ExpertMap)]
-        plan = without_stacks(plan, stacked, include=job.include, progress=job.progress)
+        plan = without_stacks(plan, stacked, job.layout, include=job.include, progress=job.progress)
     maps = packable_maps(module)
     first_parameter = next(module.parameters())
     dtype, device = first_parameter.dtype, first_parameter.device
@@ -65,7 +67,7 @@ def compress_module(model: nn.Module, job: Job) -> Compressed:
             walk(module, plan, batches, probe, first, stored, hessian_dtype, job.routing, hooks)
             with drawing(PROBE):
                 after = first_tensor(call(module, probe))
-    described = {}
+    described: dict[str, Any] = {}
     if job.layout is not None:
         described = quantization_config(
             module, plan, job.recipe, job.layout, lambda name: [stored_name(name, maps[name])]
@@ -82,6 +84,7 @@ def compress_module(model: nn.Module, job: Job) -> Compressed:
         peak_memory=peak_memory(device),
         bits_per_weight=size.bits_per_weight,
         quantization=described,
+        sparsity=sparsity_of(reports, plan.all_linears()),
         **loss_of(before, after),
     )
     return Compressed(summary, None, before, after, _module=module)

@@ -43,8 +43,9 @@ def compress(
     The settings:
 
     calibration: a text file, "builtin" (also None), "hf:NAME", a list of strings, or an iterable of the model's own inputs.
-    format: how the result is stored, which also bounds its precision: "gptq", "gptq_v2" or "compressed-tensors"; "auto" is
-        "gptq" where it holds every layer, else "compressed-tensors"; None keeps exact numbers, for a module in memory only.
+    format: how the result is stored, which also bounds its precision: "gptq", "gptq_v2", "compressed-tensors", or "safetensors"
+        for plain numbers; "auto" is "gptq" where it holds every layer, else "compressed-tensors", and "safetensors" for what is
+        pruned only; None keeps exact numbers, for a module in memory only.
     include, exclude: patterns of linear layers, such as "*.mlp.*". head: compress the output head too. embeddings: the token
         embedding too, rounded to nearest with the method's options, as it has no inputs; in format compressed-tensors.
     redo: patterns of layers whose blocks are solved again although an earlier run of the same job finished them.

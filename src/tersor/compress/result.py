@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from tersor.checkpoint.load import load
-from tersor.formats.quantized_weight import QuantizedWeight
+from tersor.formats.packed_weight import PackedWeight
+from tersor.layers.linear_map import LinearMap, matrix_shape
+from tersor.methods.block import LayerReport
 from tersor.methods.method import Report
 
 
@@ -44,6 +46,7 @@ class Summary:
     resumed_blocks: int = 0
     parameters_before: int | None = None
     parameters_after: int | None = None
+    sparsity: float | None = None  # share of zeros in the layers that were made sparse
     steps: Sequence[dict[str, Any]] = ()  # of a recipe of several: the methods, in order
     memory_per_block: dict[str, int] = field(default_factory=dict)  # bytes held when each block was finished
 
@@ -90,13 +93,20 @@ class Size:
     bits: int = 0
     weights: int = 0
 
-    def add(self, tensors: Mapping[str, Tensor], weight: QuantizedWeight) -> None:
+    def add(self, tensors: Mapping[str, Tensor], weight: PackedWeight) -> None:
         self.weights += weight.in_features * weight.out_features
         self.bits += 8 * sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
     @property
     def bits_per_weight(self) -> float:
         return self.bits / max(self.weights, 1)
+
+
+def sparsity_of(reports: Sequence[LayerReport], maps: Mapping[str, LinearMap]) -> float | None:
+    """The share of zeros in the layers that a method made sparse; None where none did."""
+    shares = {each.name: each.sparsity for each in reports if each.sparsity is not None}
+    sizes = {name: rows * columns for name in shares for rows, columns in [matrix_shape(maps[name])]}
+    return sum(shares[name] * sizes[name] for name in sizes) / sum(sizes.values()) if sizes else None
 
 
 class Timer:
