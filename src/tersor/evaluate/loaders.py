@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tersor.checkpoint.quantization_config import QuantizationConfig, read_config
+from tersor.checkpoint.quantization_config import read_config
 from tersor.checkpoint.source import open_checkpoint
+from tersor.formats.layout import QuantizationConfig
 from tersor.layers.exchange import EXCHANGED
 
 TESTED, UNTESTED, REFUSED = "tested", "not tested", "does not load"
