@@ -24,6 +24,7 @@ from tersor.compress.result import Compressed, Tally
 from tersor.compress.samples import samples_of
 from tersor.compress.settings import Job
 from tersor.compress.walk import Prepared, units_of, walk
+from tersor.formats.layout import Layout
 from tersor.formats.layouts import write
 from tersor.layers.experts import ExpertMap
 from tersor.layers.quantized_linear import place_packed
@@ -35,12 +36,16 @@ class Sink:
 
     job: Job
 
-    def __init__(self) -> None:
-        self.tally = Tally()
+    def __init__(self, device: torch.device) -> None:
+        self.tally = Tally(device)
 
     def open(self, job: Job, plan: Plan, samples: list[Batch]) -> None:
         """Raises TersorError where this job's result cannot be put; changes nothing. samples: all that are run."""
         self.job = job
+
+    def takes_stacks(self, layout: Layout) -> bool:
+        """Whether readers find experts that lie in one tensor."""
+        return layout.expert_stacks
 
     def start(self, first: Prepared) -> None:
         """Called when the model runs on the samples, before the first block."""
@@ -60,10 +65,10 @@ def compress_blocks(source: Source, sink: Sink, job: Job) -> Compressed:
     module = source.module
     job = with_fitting_layout(module, job)
     plan = make_plan(module, job)
-    if job.layout is not None and job.layout.name == "compressed-tensors":
+    if job.layout is not None and not sink.takes_stacks(job.layout):
         experts = [name for name, each in plan.all_linears().items() if isinstance(each, ExpertMap)]
         stacked = [name for name in experts if not source.named_pieces(name)]
-        plan = without_stacks(plan, stacked, include=job.include, progress=job.progress)
+        plan = without_stacks(plan, stacked, job.layout, include=job.include, progress=job.progress)
     batches, probe = samples_of(job, plan, source)
     sink.open(job, plan, batches if probe is None else [*batches, probe])
     with torch.no_grad(), without_cache(module):
@@ -90,8 +95,11 @@ class ToModule(Sink):
     """Finished blocks stay where they are, with packed layers."""
 
     def __init__(self, source: InMemory) -> None:
-        super().__init__()
+        super().__init__(source.device)
         self.source = source
+
+    def takes_stacks(self, layout: Layout) -> bool:
+        return layout.expert_stacks or layout.is_plain  # plain numbers stay in the parameter that holds them
 
     def write(self, block: Block) -> None:
         self.tally.lap(block.name)
@@ -108,5 +116,5 @@ class ToModule(Sink):
         described: dict[str, Any] = {}
         if job.layout is not None:
             described = quantization_config(module, first.plan, job.recipe, job.layout, self.source.published)
-        name, device = type(module).__name__, self.source.device
-        return replace(self.tally.result(job, first, device, model=name, quantization=described), _module=module)
+        result = self.tally.result(job, first, model=type(module).__name__, quantization=described)
+        return replace(result, _module=module)

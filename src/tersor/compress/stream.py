@@ -21,12 +21,11 @@ import tersor
 from tersor.calibrate.batches import Batch, fingerprint, without_cache
 from tersor.calibrate.parallel import agree, is_first, processes
 from tersor.checkpoint.hashes import Seen
-from tersor.checkpoint.lazy_model import LazyModel, classes_of, compute_dtype, read_layer
-from tersor.checkpoint.quantization_config import QuantizationConfig, parse_config
+from tersor.checkpoint.lazy_model import LazyModel, classes_of, compute_dtype
 from tersor.checkpoint.room import RESULT_FILE, inputs_of
 from tersor.checkpoint.source import STEPS, Checkpoint, open_checkpoint
 from tersor.checkpoint.writer import ResultWriter, model_fingerprint
-from tersor.compress.describe import quantization_config
+from tersor.compress.describe import described_by, quantization_config
 from tersor.compress.driver import Sink, compress_blocks
 from tersor.compress.forecast import forecast
 from tersor.compress.plan import Plan
@@ -35,9 +34,9 @@ from tersor.compress.settings import Job, Settings
 from tersor.compress.shared_writer import follow, lead, open_writer
 from tersor.compress.walk import Prepared, Probe, trace, units_of
 from tersor.errors import NotFiniteError, TersorError
-from tersor.formats.layouts import Layout, write
-from tersor.formats.quantized_weight import QuantizedWeight
-from tersor.layers.linear_map import columns_of, set_weight_matrix
+from tersor.formats.layout import Layout, QuantizationConfig
+from tersor.formats.layouts import write
+from tersor.layers.linear_map import as_matrix, columns_of, own_layout, set_weight_matrix
 from tersor.methods.block import Block, LayerReport
 
 
@@ -87,7 +86,7 @@ class Files(Sink):
     writer: ResultWriter
 
     def __init__(self, lazy: LazyModel, name: str, target: Path, background: ThreadPoolExecutor) -> None:
-        super().__init__()
+        super().__init__(lazy.device)
         self.lazy, self.name, self.target = lazy, name, target
         self.started = False
         self._background = background  # of one thread
@@ -109,7 +108,7 @@ class Files(Sink):
             "calibration": fingerprint(samples),
         }
         self.writer.check(self.marks, overwrite=job.overwrite, redo=bool(job.redo))
-        self.config = parse_config(self._described(plan))
+        self.config = described_by(self.layout, self._described(plan))
 
     def start(self, first: Prepared) -> None:
         job, plan = self.job, first.plan
@@ -120,7 +119,7 @@ class Files(Sink):
             names = {
                 block: {name: self._published(name) for name in each} for block, each in plan.linears.items() if each
             }
-            self.writer.redo(again, names)
+            self.writer.redo(again, names, self.layout.suffixes)
         job.progress(forecast(self.lazy, plan, first.batches, job.place, job.activations).text(), 0, 0)
         self.tally.lap("")
 
@@ -136,6 +135,8 @@ class Files(Sink):
                 part = weight.rows(first, first + rows)
                 sym = self.config.for_layer(stem, classes=classes_of(block.linears[linear])).sym
                 mine = write(part, self.layout, sym=sym)
+                if self.layout.is_plain:
+                    mine = {suffix: own_layout(block.linears[linear], each) for suffix, each in mine.items()}
                 self.tally.add(mine, part)
                 tensors |= {f"{stem}.{suffix}": tensor for suffix, tensor in mine.items()}
                 first += rows
@@ -159,11 +160,12 @@ class Files(Sink):
             parts = []
             for stem, _ in self.lazy.pieces(linear):
                 mine = {key.rpartition(".")[2]: t for key, t in tensors.items() if key.rpartition(".")[0] == stem}
-                parts.append(
-                    read_layer(stem, mine, columns_of(found), self.config.for_layer(stem, classes=classes_of(found)))
-                )
+                if self.layout.is_plain:
+                    mine = {suffix: as_matrix(found, each) for suffix, each in mine.items()}
+                config = self.config.for_layer(stem, classes=classes_of(found))
+                parts.append(self.layout.read(stem, mine, columns_of(found), config))
                 self.tally.add(mine, parts[-1])
-            packed = QuantizedWeight.stack_rows(parts)
+            packed = type(parts[0]).stack_rows(parts)
             set_weight_matrix(found, packed.to(self.lazy.device).dequantize(self.lazy.dtype))
         self.tally.reports.extend(LayerReport(**row) for row in self.writer.done[block.name])
         return True
@@ -176,15 +178,14 @@ class Files(Sink):
         job.progress("writing", 0, 1)
         config = self._described(plan)
         extra: dict[str, Any] = {RESULT_FILE: _result(job, self.layout, self.marks, self.tally.reports)}
-        if self.layout.name != "compressed-tensors":
-            extra["quantize_config.json"] = config
+        if self.layout.config_beside is not None:
+            extra[self.layout.config_beside] = config
         replaced = {key for linear in plan.all_linears() for key in lazy.keys_of_map(linear)}
         earlier = lazy.checkpoint.config.get(STEPS) or []
         steps = job.steps or ([*earlier, job.recipe.method.options()] if earlier else [])
-        described = {STEPS: steps} if steps else {}
-        self.writer.place(
-            lazy.checkpoint, replaced, {**lazy.config(), **described, "quantization_config": config}, extra
-        )
+        described: dict[str, Any] = {STEPS: steps} if steps else {}
+        described |= {"quantization_config": config} if config else {}
+        self.writer.place(lazy.checkpoint, replaced, {**lazy.config(), **described}, extra)
         written = open_checkpoint(self.target, unfinished=True)
         if probe is not None and probe.after is not None:
             read = _read_back(written, probe, lazy)
@@ -194,7 +195,7 @@ class Files(Sink):
         self.writer.seal()
         job.progress("writing", 1, 1)
         sizes = {"size_before": lazy.checkpoint.size(), "size_after": written.size()}
-        result = self.tally.result(job, first, job.place, model=self.name, quantization=config, **sizes)
+        result = self.tally.result(job, first, model=self.name, quantization=config, **sizes)
         return lead(replace(result, directory=self.target))
 
     def _wait(self) -> None:
