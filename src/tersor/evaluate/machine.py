@@ -43,6 +43,7 @@ EXTRAS = {  # extra: its package, and what it is for
     "tables": ("pandas", "tables from CSV and Parquet files"),
     "ray": ("ray", "sweeps on a Ray cluster"),
     "lm-eval": ("lm-eval", "`tersor eval --tasks`: EleutherAI's harness"),
+    "onnx": ("onnxruntime", "`tersor export --onnx`"),
 }
 BITS = (4, 8, 3, 2)
 SIZE, GROUP = 4096, 128  # what is measured: 4096 x 4096 in groups of 128

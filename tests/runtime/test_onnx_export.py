@@ -1,0 +1,177 @@
+"""ONNX files: the same outputs in onnxruntime, packed layers as integers, and one line where a model cannot be exported."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Ran
+from torch import nn
+from zoo.tiny_models import build
+
+import tersor
+import tersor.models
+from tersor.errors import TersorError
+from tersor.runtime import onnx_export
+from tersor.runtime.onnx_export import example_inputs, export_module
+
+onnx = pytest.importorskip("onnx", reason="the extra onnx is not installed")
+runtime = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
+
+Command = Callable[..., Ran]
+
+
+def run(path: Path, inputs: dict[str, Any]) -> torch.Tensor:
+    """The file's first output, in onnxruntime with float32 between layers."""
+    options = runtime.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    found = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+    return torch.from_numpy(found[0])
+
+
+def types_of_weights(path: Path) -> set[int]:
+    """The element types of what DequantizeLinear reads."""
+    graph = onnx.load(str(path)).graph
+    kinds = {each.name: each.data_type for each in graph.initializer}
+    return {kinds[node.input[0]] for node in graph.node if node.op_type == "DequantizeLinear"}
+
+
+def small(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return tersor.models.create(name, **tersor.models.find(name).small).eval()
+
+
+@pytest.mark.parametrize("name", ["shvit", "itransformer"])
+def test_a_model_of_ours_gives_the_same_outputs(name: str, tmp_path: Path) -> None:
+    model, path = small(name), tmp_path / "model.onnx"
+    found = export_module(model, path)
+    assert found.difference < 1e-3
+    inputs = example_inputs(model, 2)
+    with torch.no_grad():
+        expected = onnx_export._tensors(model(**inputs))[0]
+    torch.testing.assert_close(run(path, inputs), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "vit"])
+def test_a_model_of_transformers_takes_any_batch(name: str, tmp_path: Path) -> None:
+    model, path = build(name).eval(), tmp_path / "model.onnx"
+    found = export_module(model, path)
+    assert any(each.endswith("[0]") for each in found.dynamic), found.fixed
+    inputs = example_inputs(model, 5)
+    with torch.no_grad():
+        expected = onnx_export._tensors(model(**inputs))[0]
+    torch.testing.assert_close(run(path, inputs), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("bits", "group_size", "kind"), [(8, -1, "UINT8"), (8, 32, "UINT8"), (4, 32, "UINT4")])
+def test_packed_layers_stay_integers(bits: int, group_size: int, kind: str, tmp_path: Path) -> None:
+    model = build("llama").eval()
+    packed = tersor.compress(
+        model, tersor.RTN(bits=bits, group_size=group_size), calibration=[example_inputs(model, 1)]
+    ).model
+    path = tmp_path / "packed.onnx"
+    found = export_module(packed, path)
+    assert found.integers == {bits: 14}
+    assert types_of_weights(path) == {getattr(onnx.TensorProto, kind)}
+    inputs = example_inputs(packed, 2)
+    with torch.no_grad():
+        expected = packed(**inputs, use_cache=False).logits
+    assert torch.equal(run(path, inputs).argmax(-1), expected.argmax(-1))
+    assert (found.rounded_difference is not None) == (bits == 4)
+
+
+def test_other_bits_are_dense_only_where_asked(tmp_path: Path) -> None:
+    model = build("llama").eval()
+    packed = tersor.compress(model, tersor.RTN(bits=3, group_size=32), calibration=[example_inputs(model, 1)]).model
+    path = tmp_path / "packed.onnx"
+    with pytest.raises(TersorError, match=r"integers of 3 bits have no form in ONNX.*--dequantize"):
+        export_module(packed, path)
+    assert not path.exists()
+    assert export_module(packed, path, dequantize=True).integers == {}
+    with pytest.raises(TersorError, match="opset 20 knows neither"):
+        export_module(
+            tersor.compress(
+                build("llama").eval(), tersor.RTN(bits=4, group_size=32), calibration=[example_inputs(model, 1)]
+            ).model,
+            tmp_path / "old.onnx",
+            opset=20,
+        )
+
+
+def test_columns_of_a_group_that_are_no_neighbours(tmp_path: Path) -> None:
+    """Act-order: the columns of the weight and those of x are brought into the order of the groups."""
+    from tersor.formats.quantized_weight import QuantizedWeight
+    from tersor.layers.quantized_linear import QuantizedLinear
+    from tersor.runtime.onnx_weights import exportable
+
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 256, (24, 64), generator=generator)
+    groups = torch.arange(64).remainder(2)
+    scales, zeros = torch.rand(2, 24, generator=generator), torch.randint(0, 256, (2, 24), generator=generator)
+    weight = QuantizedWeight.from_codes(codes, scales, zeros, bits=8, group_size=32, g_idx=groups)
+    model = nn.Sequential(QuantizedLinear(weight))
+    found, kept = exportable(model, dequantize_others=False, opset=21)
+    x = torch.randn(3, 64, generator=generator)
+    assert kept == {8: 1}
+    torch.testing.assert_close(found(x), x @ weight.dequantize(torch.float32).t(), rtol=1e-4, atol=1e-2)
+
+
+def test_a_file_that_differs_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_export, "MOST_DIFFERENCE", -1.0)
+    with pytest.raises(TersorError, match="no file is left"):
+        export_module(small("shvit"), tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_writes_how_images_are_prepared(tersor_command: Command, tmp_path: Path) -> None:
+    path = tmp_path / "vit.onnx"
+    ran = tersor_command("export", "demo-vit", "--onnx", path, "--json")
+    assert ran.status == 0, ran.err
+    said = json.loads(ran.out)
+    assert said["difference"] < 1e-3
+    assert said["same_top1"] is True
+    metadata = {each.key: json.loads(each.value) for each in onnx.load(str(path)).metadata_props}
+    assert {"size", "mean", "std"} <= set(metadata["tersor.preprocessing"])
+    assert "airplane" in metadata["tersor.classes"]
+    again = tersor_command("export", "demo-vit", "--onnx", path)
+    assert again.status == 2
+    assert "--overwrite replaces it" in again.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("nowhere/at/all", "--onnx", "m.onnx"), "no model at nowhere/at/all"),
+        (("demo", "--onnx", "m.bin"), "ends in .onnx"),
+        (("demo", "--onnx", "no/folder/m.onnx"), "its folder does not exist"),
+        (("demo",), "either --out FILE.gguf or --onnx FILE.onnx"),
+        (("demo", "--onnx", "m.onnx", "--dtype", "float16"), "--dtype does nothing for --onnx"),
+        (("demo", "--out", "m.gguf", "--image-size", 32), "--image-size does nothing for GGUF files"),
+        (("demo", "--onnx", "m.onnx", "--opset", 9), "opset 9 is not written"),
+        (("demo", "--onnx", "m.onnx", "--image-size", 32), "takes no images"),
+    ],
+)
+def test_bad_input_is_one_line(
+    tersor_command: Command,
+    arguments: tuple[object, ...],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = tersor_command("export", *arguments)
+    assert ran.status == 2
+    assert len(ran.err.strip().splitlines()) == 1, ran.err
+    assert said in ran.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_whose_shapes_depend_on_values_says_so(tmp_path: Path) -> None:
+    with pytest.raises(TersorError, match="how many tokens are kept depends on the images"):
+        export_module(small("ats"), tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
