@@ -31,7 +31,8 @@ from tersor.checkpoint.positions import positions_of
 from tersor.checkpoint.source import open_checkpoint
 from tersor.errors import TersorError
 from tersor.evaluate.perplexity import check_causal, logits_of, why_not_causal
-from tersor.runtime.generate import Engine, end_tokens, make_engine
+from tersor.runtime.engine import Engine
+from tersor.runtime.generate import end_tokens, make_engine
 from tersor.runtime.sampling import Sampling, choose, penalize
 from tersor.untrusted import first_words
 
