@@ -156,7 +156,7 @@ class VisionTransformer(nn.Module):
         patches = self.patch_embed(image)
         tokens = [
             token.expand(patches.shape[0], -1, -1) for token in first
-        ]  # not len(): traced, it would fix the batch
+        ]  # len() would fix the batch of a traced model
         return torch.cat([*tokens, patches], 1) + self.pos_embed
 
     def forward(self, image: Tensor) -> Tensor | tuple[Tensor, Tensor]:
