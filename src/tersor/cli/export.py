@@ -89,12 +89,14 @@ def _export_onnx(
     typer.echo(f"{found.path}: {found.bytes / 1e6:.1f} MB, opset {found.opset}{kept}")
     sizes = f"any size: {', '.join(found.dynamic)}" if found.dynamic else f"all sizes are fixed: {found.fixed}"
     typer.echo(sizes)
-    same = {True: ", the same first choices", False: ", other first choices", None: ""}[found.same_top1]
-    typer.echo(f"onnxruntime and torch differ by {found.difference:.1e} of the largest output at most{same}")
+    same = {True: ", the same first choices", False: ", not all the same first choices", None: ""}
+    typer.echo(
+        f"onnxruntime and torch differ by {found.difference:.1e} of the largest output at most{same[found.same_top1]}"
+    )
     if found.rounded_difference is not None:
         typer.echo(
-            f"by {found.rounded_difference:.1e} with onnxruntime's defaults, which round inputs of 4-bit layers to 8 bits "
-            "(session.qdq_matmulnbits_accuracy_level 1 does not)"
+            f"by {found.rounded_difference:.1e}{same[found.rounded_same_top1]} with onnxruntime's defaults, which round what "
+            "packed layers multiply to 8 bits (session.qdq_matmulnbits_accuracy_level 1 does not)"
         )
     typer.echo(
         f"a call with a batch of {found.batch}: onnxruntime {found.onnx_ms:.2f} ms, tersor {found.torch_ms:.2f} ms"

@@ -10,6 +10,7 @@ import functools
 import importlib
 import json
 import logging
+import re
 import statistics
 import time
 import warnings
@@ -39,9 +40,8 @@ MOST_DIFFERENCE = 1e-3  # of the largest output
 LARGEST_FILE = 2**31 - 1  # bytes of a protobuf message, and so of a file of one piece
 TOKENS = 16  # of the text that is traced
 _TURNS, _SECONDS = 15, 2.0
-_EXACT = (
-    "session.qdq_matmulnbits_accuracy_level"  # 1: float32 between 4-bit weights, where the default rounds to 8 bits
-)
+# onnxruntime's option of a session: 1 multiplies by packed weights in float32; its default rounds what they multiply to 8 bits.
+_EXACT = "session.qdq_matmulnbits_accuracy_level"
 Inputs = dict[str, Any]
 
 
@@ -49,8 +49,10 @@ Inputs = dict[str, Any]
 class OnnxExported:
     """bytes: of the file; dynamic: the inputs' axes that may have any size, such as image[0]; fixed: why that is not so of the
     batch, or None. difference: the largest between onnxruntime and torch in float32, as a share of the largest output;
-    rounded_difference: the same with onnxruntime's defaults, where 4-bit layers round what they multiply to 8 bits, else None.
-    same_top1: whether both choose the same class or token as MODEL does in tersor, None where outputs are no scores.
+    rounded_difference: the same with onnxruntime's defaults, where packed layers round what they multiply to 8 bits; None
+    where the file has no packed layers.
+    same_top1: whether every class or token that onnxruntime chooses is the one that MODEL chooses in tersor, None where outputs
+    are no scores; rounded_same_top1: the same with onnxruntime's defaults.
     onnx_ms, torch_ms: one call with a batch of `batch`, the median of several in turn. integers: layers that stay packed, by
     bits."""
 
@@ -62,6 +64,7 @@ class OnnxExported:
     difference: float
     rounded_difference: float | None
     same_top1: bool | None
+    rounded_same_top1: bool | None
     batch: int
     onnx_ms: float
     torch_ms: float
@@ -145,17 +148,18 @@ def export_module(
             for each in sizes:
                 found, expected = _run(session, each), _tensors(plain(**each))
                 difference = max(difference, _difference(found, expected))
-                if integers:
-                    same = _all(same, _same_top1(found, _tensors(module(**each))))
-                else:
-                    same = _all(same, _same_top1(found, expected))
+                same = _all(same, _same_top1(found, _tensors(module(**each)) if integers else expected))
             if not difference <= MOST_DIFFERENCE:
                 raise TersorError(
                     f"onnxruntime's outputs differ by {difference:.2g} of the largest, more than {MOST_DIFFERENCE}; no file is "
                     "left"
                 )
             session = _session(runtime, partial, exact=False)  # as users make it
-            rounded = _difference(_run(session, inputs), _tensors(plain(**inputs))) if 4 in integers else None
+            rounded = rounded_same = None
+            if integers:
+                found = _run(session, inputs)
+                rounded = _difference(found, _tensors(plain(**inputs)))
+                rounded_same = _same_top1(found, _tensors(module(**inputs)))
             onnx_ms, torch_ms = _times(functools.partial(_run, session, inputs), functools.partial(module, **inputs))
             del session
     return OnnxExported(
@@ -167,6 +171,7 @@ def export_module(
         difference=difference,
         rounded_difference=rounded,
         same_top1=same,
+        rounded_same_top1=rounded_same,
         batch=2,
         onnx_ms=onnx_ms,
         torch_ms=torch_ms,
@@ -218,12 +223,16 @@ def _traced(module: nn.Module, inputs: Inputs, opset: int, image_size: int | Non
     for name, value in inputs.items():
         shapes = zip(value.shape, other[name].shape, strict=True) if isinstance(value, Tensor) else ()
         axes[name] = {n: batch for n, (two, three) in enumerate(shapes) if (two, three) == (2, 3)}
-    tries = [({name: dict(each) for name, each in axes.items()}, True)] if any(axes.values()) else []
+    tries = []
+    if any(axes.values()):
+        # The second lets torch bound the batch where the first, any batch at all, is refused.
+        loose = {name: dict.fromkeys(each, torch.export.Dim.DYNAMIC) for name, each in axes.items()}
+        tries = [axes, loose]
     if set(inputs) <= {"input_ids", "attention_mask"} and hasattr(module, "can_generate"):
         length = torch.export.Dim("length", min=2)
-        tries.insert(0, ({name: {**each, 1: length} for name, each in axes.items()}, True))
+        tries.insert(0, {name: {**each, 1: length} for name, each in axes.items()})
     why = None if tries else "no axis of its inputs is that of the batch alone"
-    for dynamic, _ in tries:
+    for dynamic in tries:
         try:
             return _export(module, inputs, opset, dynamic), _axis_names(dynamic), None
         except Exception as error:  # torch.export has many ways to say that a size must be fixed
@@ -266,7 +275,9 @@ def _root(error: BaseException) -> str:
     """Where the trouble began, in one line: the exporter wraps an error in others that tell of its steps."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return first_words(error, 200)
+    if missing := re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'", str(error)):
+        return f"ONNX has no form of the operation {missing[1]}"
+    return first_words(str(error).replace('For more information, run with TORCH_LOGS="+dynamic".', ""), 200)
 
 
 def _session(runtime: Any, path: Path, *, exact: bool) -> Any:
