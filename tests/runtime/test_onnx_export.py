@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,14 @@ def test_bad_input_is_one_line(
     assert len(ran.err.strip().splitlines()) == 1, ran.err
     assert said in ran.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_missing_extra_is_named(tersor_command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # as import finds it where it is not installed
+    ran = tersor_command("export", "demo", "--onnx", tmp_path / "m.onnx")
+    assert ran.status == 2
+    assert "pip install 'tersor[onnx]'" in ran.err
+    assert len(ran.err.strip().splitlines()) == 1, ran.err
 
 
 def test_a_model_whose_shapes_depend_on_values_says_so(tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def to_cells(x: Tensor, side: int) -> Tensor:
 
 def from_cells(cells: Tensor, side: int, grid: tuple[int, int]) -> Tensor:
     """The inverse, for a grid of cells."""
-    B, C = len(cells), cells.shape[-1]
+    B, C = cells.shape[0], cells.shape[-1]
     x = cells.reshape(B, *grid, side, side, C).permute(0, 5, 1, 3, 2, 4)
     return x.reshape(B, C, grid[0] * side, grid[1] * side)
 

@@ -90,7 +90,7 @@ class GarmentNet(nn.Module):
     def forward(self, garment: Tensor, encoder_hidden_states: Tensor, pooled_projections: Tensor) -> list[Tensor]:
         """Latents (B, C, H, W) and the garment's text -> for each block of the base (B, G, D)."""
         x, y = self.pos_embed(garment), self.context_embedder(encoder_hidden_states)
-        c = self.time_text_embed(garment.new_zeros(len(garment)), pooled_projections)
+        c = self.time_text_embed(garment.new_zeros(garment.shape[0]), pooled_projections)
         entered = [x]
         for block in self.transformer_blocks:
             x, y = block(x, y, c)
