@@ -95,8 +95,8 @@ def _export_onnx(
     )
     if found.rounded_difference is not None:
         typer.echo(
-            f"by {found.rounded_difference:.1e}{same[found.rounded_same_top1]} with onnxruntime's defaults, which round what "
-            "packed layers multiply to 8 bits (session.qdq_matmulnbits_accuracy_level 1 does not)"
+            f"with onnxruntime's defaults by {found.rounded_difference:.1e}{same[found.rounded_same_top1]}: they round what "
+            "packed layers multiply to 8 bits; session.qdq_matmulnbits_accuracy_level 1 does not"
         )
     typer.echo(
         f"a call with a batch of {found.batch}: onnxruntime {found.onnx_ms:.2f} ms, tersor {found.torch_ms:.2f} ms"
