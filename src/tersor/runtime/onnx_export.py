@@ -183,7 +183,7 @@ def export_module(
 def example_inputs(module: nn.Module, batch: int, *, image_size: int | None = None) -> Inputs:
     """Random inputs of the model's own kind. Images [batch, channels, H, W] get sides of image_size."""
     if hasattr(module, "example_inputs"):
-        inputs: Inputs = dict(module.example_inputs(batch))
+        inputs: Inputs = dict(module.example_inputs(batch))  # type: ignore[operator]
     else:
         inputs = _inputs_of_transformers(module, batch, image_size)
     images = [name for name in ("image", "pixel_values") if isinstance(inputs.get(name), Tensor)]
@@ -277,7 +277,7 @@ def _root(error: BaseException) -> str:
         error = error.__cause__
     if missing := re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'", str(error)):
         return f"ONNX has no form of the operation {missing[1]}"
-    return first_words(str(error).replace('For more information, run with TORCH_LOGS="+dynamic".', ""), 200)
+    return first_words(error, 300)
 
 
 def _session(runtime: Any, path: Path, *, exact: bool) -> Any:

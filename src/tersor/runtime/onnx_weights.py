@@ -89,7 +89,7 @@ class _Linear(nn.Module):
         self.register_buffer("bias", layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = (x if self.matrix.order is None else x[..., self.matrix.order]) @ self.matrix()
+        y: Tensor = (x if self.matrix.order is None else x[..., self.matrix.order]) @ self.matrix()
         return y if self.bias is None else y + self.bias
 
 
@@ -154,17 +154,13 @@ def _dense(layer: QuantizedLinear | QuantizedConv2d | QuantizedEmbedding) -> nn.
     if isinstance(layer, QuantizedEmbedding):
         if layer.embed_scale is not None:
             raise TersorError("a packed embedding that scales its rows has no form in ONNX")
-        return nn.Embedding.from_pretrained(layer.packed.dequantize(torch.float32))
+        embedding = nn.Embedding(layer.num_embeddings, layer.embedding_dim)
+        embedding.weight.data = layer.packed.dequantize(torch.float32)
+        return embedding
     if isinstance(layer, QuantizedConv2d):
-        conv = nn.Conv2d(
-            layer.in_channels,
-            layer.out_channels,
-            layer.kernel_size,
-            layer.stride,
-            layer.padding,
-            layer.dilation,
-            bias=layer.bias is not None,
-        )
+        conv_of: Any = nn.Conv2d  # whose types want pairs, where the layer holds tuples
+        sizes = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+        conv: nn.Conv2d = conv_of(layer.in_channels, layer.out_channels, *sizes, bias=layer.bias is not None)
         conv.weight.data = layer.matrix.packed.dequantize(torch.float32).view_as(conv.weight)
         if layer.bias is not None:
             conv.bias = layer.bias
