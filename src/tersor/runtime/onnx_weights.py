@@ -79,10 +79,13 @@ class _Weight(nn.Module):
     def forward(self) -> Tensor:
         """[in, out], the inputs in `order`."""
         codes, zeros = getattr(self, f"codes{self.ending}"), getattr(self, f"zeros{self.ending}")
-        return dequantize(codes, self.scales, zeros, self.block)
+        found: Tensor = dequantize(codes, self.scales, zeros, self.block)
+        return found
 
 
 class _Linear(nn.Module):
+    bias: Tensor | None
+
     def __init__(self, layer: QuantizedLinear) -> None:
         super().__init__()
         self.matrix = _Weight(layer.packed)
