@@ -28,6 +28,7 @@ VERBS = (
     "compress",
     "sweep",
     "eval",
+    "attribute",
     "generate",
     "bench",
     "inspect",

@@ -27,6 +27,7 @@ from tersor.methods.method import Method, ModelMethod, Progress
 from tersor.untrusted import check_seed
 
 AUTO = "auto"
+IN_PYTHON = "given in Python"  # what a record says of samples that came from no file
 SAMPLES, TOKENS = 1 << 20, 1 << 30  # at most
 
 
@@ -165,6 +166,19 @@ def job_of(recipe: Recipe, settings: Settings, *, history: Sequence[Mapping[str,
         routing=parse_routing(settings.experts),
         history=tuple(history),
     )
+
+
+def recorded(job: Settings) -> dict[str, Any]:
+    """What a job was asked beside its method, where that is no default: with it the job can be done again. As JSON has it;
+    `calibration` is IN_PYTHON where the samples were no file's."""
+    found: dict[str, Any] = {}
+    for each in dataclasses.fields(Settings):
+        value = getattr(job, each.name)
+        if (each.metadata["decides"] or each.name in ("samples", "seq_len", "seed")) and value != each.default:
+            found[each.name] = list(value) if isinstance(value, tuple) else value
+    if job.calibration is not None:
+        found["calibration"] = str(job.calibration) if isinstance(job.calibration, str | Path) else IN_PYTHON
+    return found
 
 
 def applies(each: dataclasses.Field[Any], methods: Sequence[type[Method]], *, by_name: bool) -> bool:

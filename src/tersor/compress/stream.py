@@ -35,9 +35,10 @@ from tersor.compress.first_run import prepare
 from tersor.compress.forecast import forecast
 from tersor.compress.layout_choice import with_fitting_layout
 from tersor.compress.plan import Plan, make_plan, without_stacks
+from tersor.compress.recipe import plain_rule
 from tersor.compress.result import Compressed, Size, Summary, Timer, loss_of, peak_memory
 from tersor.compress.samples import samples_by_path, samples_of
-from tersor.compress.settings import Job, Settings
+from tersor.compress.settings import Job, Settings, recorded
 from tersor.compress.shared_writer import follow, lead, open_writer
 from tersor.compress.walk import (
     Hooks,
@@ -291,6 +292,8 @@ def _result(job: Job, layout: Layout, marks: dict[str, str], reports: list[Layer
         "format": layout.name,
         "version": tersor.__version__,
         "fingerprint": marks,
+        "settings": recorded(job),
+        "rules": [plain_rule(rule) for rule in job.recipe.rules],
         "layers": [{k: v for k, v in report.row().items() if k != "seconds"} for report in reports],
     }
 

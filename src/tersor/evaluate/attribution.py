@@ -12,8 +12,9 @@ Kullback-Leibler divergence of predictions in nats; of forecasts it is the mean 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from tersor.errors import TersorError
@@ -26,7 +27,7 @@ class Row:
     name: str
     kind: str  # its name within the block, such as self_attn.q_proj; `block` for a whole one
     depth: int | None  # the block's number; None outside the blocks
-    bits: float | None  # a weight on disk; None where it is not packed
+    bits: float | None  # of its weights' grid; None where they are on none
     kl: float
     half_width: float | None
     restored: float
@@ -89,3 +90,9 @@ class Attribution:
             return cls(**{**values, "left": tuple(values["left"]), "notes": tuple(values["notes"])})
         except (KeyError, TypeError) as error:
             raise TersorError(f"the attribution cannot be read: {error}") from None
+
+
+def cumulative(rows: Sequence[Row]) -> list[float]:
+    """The share of the first n rows in the sum of all positive costs, n = 1, 2, ...; zeros where nothing costs anything."""
+    sums = list(accumulate(max(row.cost, 0.0) for row in rows))
+    return [each / sums[-1] if sums[-1] else 0.0 for each in sums]
