@@ -96,8 +96,9 @@ def attribute(
 ) -> Attribution:
     """What each layer (or block) of `model` costs against `base`, which are both on one device.
 
-    meter: measures distances from `base`. names: what the two are called. seconds: None for as long as it takes; at least one group is measured. state: the file that keeps what was measured, removed when
-    all is; fingerprint: of the two models. Both modules are as before when it returns or raises.
+    meter: measures distances from `base`. names: what the two are called. seconds: None for as long as it takes; at least one
+    group is measured. state: the file that keeps what was measured, removed when all is; fingerprint: of the two models. Both
+    modules are as before when it returns or raises.
     Raises TersorError where the layers do not correspond.
     """
     if by not in BY:
@@ -174,12 +175,18 @@ class _Search:
             taken.append(group)
             return True
 
+        def take_all(chosen: Sequence[Group]) -> bool:
+            known = [
+                take(group) for group in chosen
+            ]  # also those after one that there is no time for: they may be known
+            return all(known)
+
         taken: list[Group] = []
-        going = all([take(group) for group in roots])
+        going = take_all(roots)
         while going and queue:
             _, _, group = heapq.heappop(queue)
             if len(group.blocks) > 1:
-                going = all([take(half) for half in _halves([Group(each, (each,)) for each in group.blocks])])
+                going = take_all(_halves([Group(each, (each,)) for each in group.blocks]))
             elif by == "layer":
                 for part in (part for part in group.parts if part.changed):
                     if not self._measure(Group((part,))):

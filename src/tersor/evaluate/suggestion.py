@@ -7,8 +7,9 @@ rule more for each of the layers. Nothing is predicted.
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,13 @@ from tersor.checkpoint.load import load
 from tersor.checkpoint.room import record_of
 from tersor.checkpoint.source import STEPS, open_checkpoint
 from tersor.compress.job import compress
-from tersor.compress.settings import IN_PYTHON
+from tersor.compress.settings import IN_PYTHON, Settings
 from tersor.errors import TersorError
 from tersor.evaluate.attribution import Attribution, Row, Suggestion
 from tersor.evaluate.measures import Meter, half_width
 from tersor.methods.method import BlockMethod, from_options
 
 Progress = Callable[[str, int, int], None]
-RECORDED = {"samples": "--samples", "seq_len": "--seq-len", "seed": "--seed", "calibration": "--calibration"}
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,18 @@ def recipe_text(base: str, job: Job, rules: Sequence[dict[str, Any]]) -> str:
     """A recipe file, with the command that uses it."""
     options = job.method.options()
     content = {"method": options.pop("name"), **options, "rules": list(rules)}
-    given = " ".join(f"{RECORDED[key]} {value}" for key, value in job.settings.items() if key in RECORDED)
-    command = " ".join(filter(None, (f"tersor quantize {base} --recipe THIS-FILE", given, "--out DIR")))
+    words = ["tersor", "quantize", base, "--recipe", "THIS-FILE", *_options(job.settings), "--out", "DIR"]
     text: str = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, allow_unicode=True)
-    return f"# {command}\n{text}"
+    return f"# {shlex.join(words)}\n{text}"
+
+
+def _options(settings: Mapping[str, Any]) -> list[str]:
+    """A record's settings as options of the command."""
+    about = {
+        each.name: each.metadata["flag"] or f"--{each.name.replace('_', '-')}" for each in dataclasses.fields(Settings)
+    }
+    words: list[str] = []
+    for name, value in settings.items():
+        for each in value if isinstance(value, list) else [value]:
+            words += [about[name]] if each is True else [about[name], str(each)]
+    return words

@@ -76,7 +76,7 @@ def _bars(axis: Any, found: Attribution) -> None:
         )
     axis.set_yticks(places, [_short(row) for row in rows], fontsize="small")
     axis.set_xlabel(found.measure, fontsize="small")
-    axis.legend(fontsize="small", frameon=False)
+    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize="small", frameon=False)
 
 
 def _short(row: Row) -> str:

@@ -33,8 +33,8 @@ def attribution(
 ) -> Attribution:
     """Load both models, exchange their layers, and try more bits for those that cost most.
 
-    inputs: what predictions are compared on. seconds: for the exchanges. layers, bits: what is tried then; bits None: nothing. Raises
-    TersorError where the two are of unlike kinds, their layers do not correspond, or the inputs do not fit.
+    inputs: what predictions are compared on. seconds: for the exchanges. layers, bits: what is tried then; bits None: nothing.
+    Raises TersorError where the two are of unlike kinds, their layers do not correspond, or the inputs do not fit.
     """
     how = compared_on(model, against)
     if how == "sentences":
