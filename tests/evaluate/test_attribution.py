@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import Ran, change_tensors
@@ -120,8 +119,8 @@ def test_in_a_short_time_halves_are_measured_and_the_costly_one_first(base: nn.M
     assert len(first.left) == 14
     calls = 1
     while (found := attribute(model, base, measure, seconds=1e-9, state=state)).left:
-        if any(row.name == DAMAGED for row in found.rows):
-            assert all(row.depth != 0 or row.kl == 0 for row in found.rows)  # the costly block goes first
+        depths = [row.depth for row in found.rows]
+        assert 0 not in depths or depths.count(1) == 7  # the costly block goes first
         calls += 1
         assert calls < 30
     assert found.rows == attribute(model, base, measure).rows
@@ -188,30 +187,6 @@ def _outlier(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     weight = tensors["model.layers.0.mlp.gate_proj.weight"].clone()
     weight[::4, ::8] *= 8
     return {"model.layers.0.mlp.gate_proj.weight": weight}
-
-
-def test_forecasters_are_measured_by_their_forecasts(tmp_path: Path, tersor_command: Command) -> None:
-    table, run = tmp_path / "x.csv", tmp_path / "run"
-    hours = np.arange(300)
-    rows = [f"{np.datetime64('2024-01-01T00', 'h') + h},{np.sin(h / 4):.5f},{np.cos(h / 5):.5f}" for h in hours]
-    table.write_text("\n".join(["date,a,b", *rows]) + "\n")
-    sizes = {"seq_len": 24, "pred_len": 12, "d_model": 32, "d_ff": 32, "n_heads": 2, "e_layers": 2}
-    words = [word for name, value in sizes.items() for word in ("--set", f"model.{name}={value}")]
-    ran = tersor_command(
-        *("train", "itransformer", "--data", table, "--out", run, *words, "--max-steps", 2, "--device", "cpu")
-    )
-    assert ran.status == 0, ran.err
-    tersor.compress(run, tersor.RTN(bits=2, group_size=-1), out=tmp_path / "small", device="cpu")
-    ran = tersor_command(
-        *("attribute", tmp_path / "small", "--against", run, "--data", table, "--no-suggest", "--json"),
-        *("--device", "cpu", "--samples", 4),
-    )
-    assert ran.status == 0, ran.err
-    found = Attribution.from_json(json.loads(ran.out))
-    assert (found.measure, found.samples) == ("MSE", 4)
-    assert found.total_kl > 0
-    assert any(row.kl > 0 for row in found.rows)
-    assert all(row.bits == 2 for row in found.rows if row.kl > 0)
 
 
 def test_bad_input_is_one_line(small: Path, tmp_path: Path, base: nn.Module, tersor_command: Command) -> None:

@@ -85,7 +85,8 @@ def evaluate(
                 return similarities(each, against, source, progress=said, **place)
             if how == "data":
                 assert data is not None
-                return forecasts_compared(each, against, data, most=max_windows or FORECASTS, **place)
+                most = FORECASTS if max_windows is None else max_windows
+                return forecasts_compared(each, against, data, most=most, **place)
             sizes: dict[str, Any] = {"seq_len": seq_len, "max_windows": max_windows}
             return divergence(each, against, source, cache=cache, cache_size=size, progress=said, **sizes, **place)
 

@@ -157,18 +157,17 @@ class _Search:
         self.total()
         groups = _groups(parts)
         queue: list[tuple[float, int, Group]] = []
-        roots = groups if self._is_flat(groups) else _halves(groups)
+        differing = [group for group in groups if group.members]
+        roots = differing if self._is_flat(differing) else _halves(differing)
         blocks: dict[str, Row] = {}
         found: dict[str, Row] = {part.name: _row(part, None, None, None) for part in parts if not part.changed}
-        self.shown = (0, len([g for g in groups if g.members]) + (by == "layer") * sum(p.changed for p in parts))
+        self.shown = (0, len(differing) + (by == "layer") * sum(part.changed for part in parts))
 
         def take(group: Group) -> bool:
-            """Measure a group and queue what it consists of; False where the time is over."""
-            if not group.members:
-                return True
+            """Measure a group and queue it; False where the time is over."""
             if not self._measure(group):
                 return False
-            row = self._row_of(group)
+            row = self._row_of(group, whole=group.parts[0].block is not None)
             if len(group.blocks) <= 1:
                 blocks[group.parts[0].block or group.parts[0].name] = row
             heapq.heappush(queue, (-row.cost, len(taken), group))
@@ -176,9 +175,7 @@ class _Search:
             return True
 
         def take_all(chosen: Sequence[Group]) -> bool:
-            known = [
-                take(group) for group in chosen
-            ]  # also those after one that there is no time for: they may be known
+            known = [take(group) for group in chosen]  # no stop at one without time: the next may be known already
             return all(known)
 
         taken: list[Group] = []
@@ -192,7 +189,7 @@ class _Search:
                     if not self._measure(Group((part,))):
                         going = False
                         break
-                    found[part.name] = self._row_of(Group((part,)))
+                    found[part.name] = self._row_of(Group((part,)), whole=False)
         if by == "block":
             whole = {group.parts[0].block or group.parts[0].name: group for group in groups}
             rows = [
@@ -215,7 +212,7 @@ class _Search:
     def _is_flat(self, groups: Sequence[Group]) -> bool:
         if self.state.flat is None:
             rest = None if self.deadline is None else self.deadline - time.monotonic()
-            needed = 2 * self.slowest * sum(bool(group.members) for group in groups)
+            needed = 2 * self.slowest * len(groups)
             self.state.flat = rest is None or needed <= SHARE * rest
         return self.state.flat
 
@@ -241,10 +238,10 @@ class _Search:
         self.progress("exchanging", min(self.shown), self.shown[1])
         return True
 
-    def _row_of(self, group: Group) -> Row:
+    def _row_of(self, group: Group, *, whole: bool) -> Row:
         known = self.state.measured[group.key]
         alone, rest = (torch.tensor(known[name], dtype=torch.float64) for name in ("alone", "rest"))
-        part = group.parts[0] if len(group.parts) == 1 else _whole(group)
+        part = _whole(group) if whole else group.parts[0]
         return _row(part, alone, self.total() - rest, group.members)
 
 

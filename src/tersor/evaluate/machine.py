@@ -39,7 +39,7 @@ EXTRAS = {  # extra: its package, and what it is for
     "compressed-tensors": ("compressed-tensors", "loading compressed-tensors checkpoints with transformers itself"),
     "gguf": ("gguf", "`tersor export` to GGUF, and reading types such as the K types"),
     "graphs": ("torch_geometric", "checkpoints and data of torch_geometric"),
-    "plots": ("matplotlib", "pictures of forecasts and of samples"),
+    "plots": ("matplotlib", "pictures of forecasts, of samples and of what was lost where"),
     "tables": ("pandas", "tables from CSV and Parquet files"),
     "ray": ("ray", "sweeps on a Ray cluster"),
 }

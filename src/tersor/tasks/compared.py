@@ -117,6 +117,8 @@ class TableWindows:
 
 def table_windows(base: str | Path, data: Path, *, most: int) -> TableWindows:
     """The last windows of every series, one after another without overlap, at most `most` in all."""
+    if most < 1:
+        raise TersorError(f"{most} windows at most leave nothing to measure on; use at least 1")
     opened = open_forecaster(base)
     table: SeriesTable = read_series(data, as_trained(opened, TableConfig()))
     horizon = opened.trained or 1
