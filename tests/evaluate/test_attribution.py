@@ -22,6 +22,7 @@ from tersor.evaluate.correspondence import parts_of
 from tersor.evaluate.measures import Meter, image_measure, text_measure
 from tersor.methods.activations.repquant import RepQuant
 from tersor.methods.weights.smoothquant import SmoothQuant
+from tersor.report.attribution_plot import heat_of, kinds_of
 
 Command = Callable[..., Ran]
 TOKENS = torch.randint(3, 8000, (256,), generator=torch.Generator().manual_seed(0))
@@ -235,10 +236,16 @@ def test_a_job_that_cannot_be_done_again_is_told(base: nn.Module, small: Path, t
     assert "note: no suggestion: the record of" in ran.out
 
 
-def test_the_cumulative_curve_ends_at_one(base: nn.Module) -> None:
-    shares = cumulative(attribute(damaged(base), base, meter(base)).rows)
+def test_the_picture_shows_each_layer_in_its_place(base: nn.Module) -> None:
+    rows = attribute(damaged(base), base, meter(base)).rows
+    shares = cumulative(rows)
     assert shares == sorted(shares)
     assert shares[-1] == pytest.approx(1)
+    inside = [row for row in rows if row.depth is not None]
+    heat = heat_of(inside, kinds := kinds_of(inside))
+    assert heat.shape == (7, 2)
+    assert all(heat[kinds.index(row.kind), row.depth] == row.cost for row in inside)
+    assert math.isnan(heat_of(inside[:1], kinds)[0].min())
 
 
 def test_other_files_are_no_attributions(tmp_path: Path) -> None:
