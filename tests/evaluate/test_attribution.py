@@ -25,7 +25,7 @@ from tersor.methods.weights.smoothquant import SmoothQuant
 from tersor.report.attribution_plot import heat_of, kinds_of
 
 Command = Callable[..., Ran]
-TOKENS = torch.randint(3, 8000, (256,), generator=torch.Generator().manual_seed(0))
+TOKENS = torch.randint(3, 96, (128,), generator=torch.Generator().manual_seed(0))
 DAMAGED = "model.layers.1.mlp.up_proj"
 QUICK = ("--seq-len", 32, "--samples", 2, "--device", "cpu")
 
@@ -35,8 +35,13 @@ class Stopped(BaseException):
 
 
 @pytest.fixture(scope="module")
-def base(small_source: Path) -> nn.Module:
-    return tersor.load(small_source, dtype="float32", device="cpu").eval()
+def base() -> nn.Module:
+    """A LLaMA of two narrow layers and few tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=96, num_key_value_heads=2, initializer_range=0.1, **sizes)).eval()
 
 
 def damaged(base: nn.Module, name: str = DAMAGED) -> nn.Module:
@@ -51,7 +56,7 @@ def damaged(base: nn.Module, name: str = DAMAGED) -> nn.Module:
 
 
 def meter(base: nn.Module) -> Meter:
-    return Meter(text_measure(base, TOKENS, seq_len=64, max_windows=None), base)
+    return Meter(text_measure(base, TOKENS, seq_len=32, max_windows=None), base)
 
 
 def test_the_damaged_layer_comes_first_and_both_models_stay_as_they_were(base: nn.Module) -> None:
