@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -179,7 +180,8 @@ def test_the_suggestion_is_what_its_recipe_gives(small: Path, tmp_path: Path, te
     assert found.suggestion.layers == tuple(row.name for row in found.rows[:2])
     assert "<svg" in picture.read_text()
     recipe = out.with_suffix(".yaml")
-    command = recipe.read_text().splitlines()[0].removeprefix("# tersor ").replace("lost.yaml", str(recipe)).split()
+    told = recipe.read_text().splitlines()[0].removeprefix("# tersor ").replace("lost.yaml", str(recipe))
+    command = shlex.split(told)
     ran = tersor_command(*command[:-1], tmp_path / "again", "--device", "cpu")
     assert ran.status == 0, ran.err
     assert read_recipe(recipe).method_for(found.rows[0].name) == tersor.RTN(bits=8, group_size=32)
@@ -203,7 +205,7 @@ def test_bad_input_is_one_line(small: Path, tmp_path: Path, base: nn.Module, ter
         ((small, "--against", "demo"), "the layers of the two models do not correspond"),
         ((small, "--against", "demo-vit"), "compared on"),
         (("demo-vit", "--against", "demo-vit"), "give --images DIR"),
-        ((small, "--against", small, "--text", empty), "the text has 0 tokens"),
+        ((small, "--against", small, "--text", empty), "empty.txt is empty"),
         ((small, "--against", small, "--text", tmp_path / "none.txt"), "none.txt"),
         ((small, "--against", small, "--images", tmp_path), "--images does nothing"),
         ((small, "--against", small, "--time", "soon"), "--time soon"),
