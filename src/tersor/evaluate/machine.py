@@ -35,6 +35,7 @@ REQUIRED = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 EXTRAS = {  # extra: its package, and what it is for
     "hub-data": ("datasets", "calibration texts from hub data sets"),
     "images": ("pillow", "images from files"),
+    "audio": ("soundfile", "recordings from files, at any rate"),
     "meshes": ("trimesh", "point clouds and meshes, from files and as files"),
     "compressed-tensors": ("compressed-tensors", "loading compressed-tensors checkpoints with transformers itself"),
     "gguf": ("gguf", "`tersor export` to GGUF, and reading types such as the K types"),

@@ -16,7 +16,7 @@ __all__ = ["Prediction", "Sets", "Task", "task_named", "task_of", "tasks"]
 
 NO_TASKS = (
     "__init__", "task", "predict", "sample", "tiles", "forecaster", "forecast_table", "origins", "backtest", "long_range_arena",
-    "graph_inputs", "compared", "attribution", "forecast_compared",
+    "graph_inputs", "subtitles",
 )  # fmt: skip
 
 
