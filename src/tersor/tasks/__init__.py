@@ -1,7 +1,8 @@
 """What models are for: one file a task, and the verbs that dispatch on it.
 
-A model says its task and its kind of input in `@register`; `task_of(task, input)` is what tersor knows of both. Each file holds
-a `TASK` (the others help them); it is imported when it is asked for. `classify` is for images, `classify_points.py` for models that classify points.
+A model says its task and its kind of input in `@register`; `task_of(task, input)` is what tersor knows of both. A file with a
+`TASK` is a task's (the others help them); it is imported when it is asked for. `classify` is for images, `classify_points.py`
+for models that classify points.
 """
 
 from __future__ import annotations
