@@ -103,7 +103,7 @@ def _classes(
     module = (model if isinstance(model, nn.Module) else load(model, dtype=dtype, device=device)).eval()
     first = next(module.parameters())
     found = []
-    for batch in pixels.split(AT_ONCE):
+    for batch in torch.split(pixels, AT_ONCE):
         logits = class_logits(module, batch.to(first.device, first.dtype))
         if not bool(torch.isfinite(logits).all()):
             raise TersorError(

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tersor.checkpoint.source import open_checkpoint
 from tersor.compress.job import compress
@@ -25,6 +26,6 @@ def anchor_of(
         raise TersorError(f"{against} is quantized already and cannot be rounded to {BITS} bits: leave --anchors out")
     with tempfile.TemporaryDirectory(prefix="tersor-") as folder:
         out = Path(folder) / "model"
-        more = {} if progress is None else {"progress": progress}
+        more: dict[str, Any] = {} if progress is None else {"progress": progress}
         compress(against, RTN(bits=BITS, group_size=-1), out=out, device=device, samples=1, seq_len=64, **more)
         yield out

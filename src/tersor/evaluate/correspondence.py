@@ -173,18 +173,31 @@ def _places(base: nn.Module, batch: Mapping[str, Any]) -> list[tuple[str, tuple[
 
 
 def _moved(base: nn.Module, other: nn.Module, source: str, reader: str) -> bool:
-    """Whether channels of the source changed by the inverse of the change of the reader's columns."""
-    rows = [_matrix(each.get_submodule(source)) for each in (base, other)]
-    columns = [_matrix(each.get_submodule(reader)) for each in (base, other)]
-    if any(each is None for each in (*rows, *columns)):
+    """Whether channels of the source changed by the inverse of the change of the reader's columns.
+
+    Both may have other scales on their other side, as W' = diag(a) W diag(b); so medians of log |W' / W| are compared, which tell
+    a and b apart but for one factor.
+    """
+    rows = _log_ratio(base, other, source)
+    columns = _log_ratio(base, other, reader)
+    if rows is None or columns is None or rows.shape[0] != columns.shape[1]:
         return False
-    r = _log_ratio(*(each.norm(dim=1) for each in rows if each is not None))
-    c = _log_ratio(*(each.norm(dim=0) for each in columns if each is not None))
-    return len(r) == len(c) and float(r.abs().mean()) > MOVED and float((r + c).norm()) < 0.5 * float(r.norm())
+    r, c = (_centred(each) for each in (rows.nanmedian(dim=1).values, columns.nanmedian(dim=0).values))
+    return float(r.abs().mean()) > MOVED and float((r + c).norm()) < 0.5 * float(r.norm())
 
 
-def _log_ratio(before: Tensor, after: Tensor) -> Tensor:
-    return (after.double().clamp_min(1e-12) / before.double().clamp_min(1e-12)).log()
+def _log_ratio(base: nn.Module, other: nn.Module, name: str) -> Tensor | None:
+    """log |W' / W| [out, in], NaN where one is zero; None where there is no matrix."""
+    before, after = (_matrix(each.get_submodule(name)) for each in (base, other))
+    if before is None or after is None:
+        return None
+    ratio: Tensor = (after.to(before.device).abs() / before.abs()).log()
+    return ratio.masked_fill(~ratio.isfinite(), torch.nan)
+
+
+def _centred(values: Tensor) -> Tensor:
+    values = values.nan_to_num(0.0)
+    return values - values.mean()
 
 
 def _matrix(module: nn.Module) -> Tensor | None:

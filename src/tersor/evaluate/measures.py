@@ -102,7 +102,7 @@ def image_measure(pixels: Tensor, told: str) -> Measure:
 
     def outputs(module: nn.Module) -> Iterator[Tensor]:
         first = next(module.parameters())
-        for batch in pixels.split(AT_ONCE):
+        for batch in torch.split(pixels, AT_ONCE):
             yield class_logits(module, batch.to(first.device, first.dtype))
 
     return Measure("KL", f"{len(pixels)} images of {told}", key_of(pixels), outputs, _mean_kl)
@@ -131,7 +131,7 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
     """Logits [(tokens,) classes] -> the mean over tokens."""
     p, q = p.reshape(-1, p.shape[-1]), q.reshape(-1, q.shape[-1])
     sums = []
-    for a, b in zip(p.split(ROWS), q.split(ROWS), strict=True):
+    for a, b in zip(torch.split(p, ROWS), torch.split(q, ROWS), strict=True):
         a, b = a.double().log_softmax(-1), b.double().log_softmax(-1)
         sums.append((a.exp() * (a - b)).sum(-1).clamp_min(0).sum())
     return torch.stack(sums).sum() / len(p)

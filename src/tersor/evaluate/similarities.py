@@ -105,7 +105,7 @@ def spearman(x: Tensor, y: Tensor) -> float:
 
 def ranks(values: Tensor) -> Tensor:
     """float64, from 0."""
-    _, place, count = values.unique(return_inverse=True, return_counts=True)
+    _, place, count = torch.unique(values, return_inverse=True, return_counts=True)
     last = count.cumsum(0)
     mean: Tensor = (last - 1).double() - (count - 1).double() / 2
     return mean[place]
