@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import _thread
 import copy
 import json
 import math
 import shlex
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,9 +21,10 @@ import tersor
 from tersor.compress.recipe import Recipe, read_recipe
 from tersor.errors import TersorError
 from tersor.evaluate.attribute import attribute, read_attribution, state_file
-from tersor.evaluate.attribution import Attribution, cumulative
+from tersor.evaluate.attribution import Attribution, Row, cumulative
 from tersor.evaluate.correspondence import parts_of
 from tersor.evaluate.measures import Meter, image_measure, text_measure
+from tersor.evaluate.suggestion import most_costly
 from tersor.methods.activations.repquant import RepQuant
 from tersor.methods.weights.smoothquant import SmoothQuant
 from tersor.report.attribution_plot import heat_of, kinds_of
@@ -112,12 +116,48 @@ def test_a_call_that_was_stopped_goes_on(base: nn.Module, tmp_path: Path) -> Non
         attribute(model, base, measure, state=state, progress=stop)
     kept = json.loads(state.read_text())["measured"]
     assert len(kept) == 1 + 5  # and the total
-    assert attribute(model, base, measure, state=state) == whole
-    assert not state.exists()
+    calls.clear()
+    assert (
+        attribute(model, base, measure, state=state, progress=lambda *_: calls.append(len(_measured(state)))) == whole
+    )
+    assert calls[:6] == [6] * 5 + [7]  # nothing that was known is measured again
     with pytest.raises(Stopped):
         attribute(model, base, measure, state=state, progress=lambda *_: (_ for _ in ()).throw(Stopped))
     with pytest.raises(TersorError, match="unfinished attribution of other models"):
         attribute(damaged(base), base, measure, state=state, fingerprint="another")
+
+
+def _measured(state: Path) -> dict[str, object]:
+    found: dict[str, object] = json.loads(state.read_text())["measured"]
+    return found
+
+
+def test_ctrl_c_while_the_suggestion_is_tried_loses_no_measurement(
+    small: Path, tmp_path: Path, tersor_command: Command
+) -> None:
+    made, out = tmp_path / "made", tmp_path / "lost.json"
+    tersor.compress(small, tersor.RTN(bits=2, group_size=32), out=made, device="cpu")
+    command = ("attribute", made, "--against", small, *QUICK, "--out", out)
+    state, wanted = state_file(out), 1 + 2 + 14  # the total, blocks, layers
+
+    def interrupt() -> None:
+        for _ in range(6000):
+            if state.exists() and len(_measured(state)) == wanted:
+                _thread.interrupt_main()
+                return
+            time.sleep(0.005)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    ran = tersor_command(*command)
+    assert ran.status == 130
+    assert "interrupted; what is finished is kept" in ran.err
+    assert not out.exists()
+    assert len(_measured(state)) == wanted
+    ran = tersor_command(*command, "--no-suggest")
+    assert ran.status == 0, ran.err
+    assert not state.exists()
+    whole = tersor_command(*command[:-2], "--no-suggest", "--json")
+    assert json.loads(whole.out) == json.loads(out.read_text())
 
 
 def test_in_a_short_time_halves_are_measured_and_the_costly_one_first(base: nn.Module, tmp_path: Path) -> None:
@@ -141,6 +181,9 @@ def test_norms_that_took_scales_go_with_their_readers(base: nn.Module) -> None:
     found = attribute(smooth, base, measure)
     together = {row.kind for row in found.rows if row.depth == 0}
     assert any("q_proj + k_proj" in kind and "input_layernorm" in kind for kind in together)
+    assert (
+        "mlp.gate_proj + up_proj + down_proj + post_attention_layernorm" in together
+    )  # up_proj took down_proj's scales
     assert all(row.kl < 3 * found.total_kl for row in found.rows)  # a norm alone would cost far more
     alone = copy.deepcopy(base)
     alone.set_submodule("model.layers.0.input_layernorm", smooth.get_submodule("model.layers.0.input_layernorm"))
@@ -158,6 +201,7 @@ def test_classifiers_with_quantized_activations(tmp_path: Path) -> None:
     assert found.total_kl > 0
     assert found.samples == 12
     assert {row.depth for row in found.rows} >= {0, 1}
+    assert {"attn.qkv + norm1", "mlp.fc1 + norm2"} <= {row.kind for row in found.rows}
     assert all(row.kl <= 5 * found.total_kl for row in found.rows)
     assert "noise" in found.text
 
@@ -189,6 +233,17 @@ def test_the_suggestion_is_what_its_recipe_gives(small: Path, tmp_path: Path, te
     assert len(parts_of(original, model)) == 15
     text = tersor_command("attribute", tmp_path / "again", "--against", small, *QUICK, "--no-suggest", "--json")
     assert json.loads(text.out)["total_kl"] == pytest.approx(found.suggestion.kl_after, rel=1e-6)
+
+
+def test_of_blocks_whole_ones_are_given_more() -> None:
+    rows = [
+        Row(f"m.{n}", "block", n, 2.0, cost, None, cost, None, members=(f"m.{n}.a", f"m.{n}.b"))
+        for n, cost in enumerate((0.1, 0.3, 0.0, 0.2))
+    ]
+    layers = frozenset(f"m.{n}.{name}" for n in range(4) for name in ("a", "b"))
+    for most, wanted in ((1, [1]), (3, [1]), (4, [1, 3]), (99, [1, 3, 0])):
+        assert most_costly(rows, layers, most=most, bits=8) == [f"m.{n}.{name}" for n in wanted for name in ("a", "b")]
+    assert most_costly(rows, layers, most=4, bits=2) == []
 
 
 def _outlier(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -100,6 +100,25 @@ def test_anchors_stand_beside_each_figure(small_source: Path, rounded: Path, ter
     assert 0 < told["anchor"]["kl"]["mean"] < 0.1 * told["kl"]["mean"]
 
 
+def test_the_cache_on_the_command_line(
+    small_source: Path, rounded: Path, tmp_path: Path, tersor_command: Command
+) -> None:
+    cache = tmp_path / "logits"
+    how = ("eval", rounded, "--against", small_source, "--seq-len", 8, "--max-windows", 2, "--json", *CPU)
+    plain = tersor_command(*how).out
+    assert tersor_command(*how, "--cache", cache).out == plain
+    written = {path: path.read_bytes() for path in cache.iterdir()}
+    assert len(written) == 2
+    assert tersor_command(*how, "--cache", cache).out == plain
+    assert {path: path.read_bytes() for path in cache.iterdir()} == written
+    one, other = written
+    one.write_bytes(written[other])  # the logits of another window, which are found and believed
+    assert tersor_command(*how, "--cache", cache).out != plain
+    one.unlink()
+    assert tersor_command(*how, "--cache", cache, "--cache-size", "1kb").out == plain
+    assert len(list(cache.iterdir())) == 1
+
+
 # ---- classifiers
 
 
@@ -214,7 +233,8 @@ def test_forecasters_are_compared_and_attributed(tmp_path: Path, tersor_command:
     assert told["windows"] == 4
     assert told["apart"]["mean"] > 0
     assert told["mse_change"]["mean"] == pytest.approx(told["mse"]["mean"] - told["base_mse"]["mean"])
-    assert "MAE" in tersor_command("eval", small, *how).out
+    beside = tersor_command("eval", small, *how, "--anchors")
+    assert ("MAE" in beside.out, beside.out.count("[8 bits: ")) == (True, 5), beside.err
     ran = tersor_command("attribute", small, *how, "--no-suggest", "--json", "--samples", 4)
     assert ran.status == 0, ran.err
     found = Attribution.from_json(json.loads(ran.out))

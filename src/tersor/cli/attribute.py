@@ -59,7 +59,8 @@ def attribute(
 
     Each compressed layer is put into the original (alone), and each original layer into the compressed model (restored); the
     change of the divergence is shown with half of its 95 % interval. Blocks come first, then the layers of the costly ones.
-    Then the job is done again with more bits for the most costly layers; that takes as long as the job did.
+    Then the job is done again with more bits for the most costly layers; that takes as long as the job did. Both models are in
+    memory.
 
     Example: `tersor attribute demo-3bit --against demo --out lost.json --plot lost.png`.
     """
@@ -144,6 +145,8 @@ def _write(found: Attribution, out: Path | None) -> Path | None:
         if recipe is not None and found.suggestion is not None:
             with replacing(recipe) as partial:
                 partial.write_text(found.suggestion.recipe.replace("THIS-FILE", recipe.name, 1), encoding="utf-8")
+        if not found.left:
+            state_file(out).unlink(missing_ok=True)
     return recipe
 
 

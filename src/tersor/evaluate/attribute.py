@@ -97,8 +97,8 @@ def attribute(
     """What each layer (or block) of `model` costs against `base`, which are both on one device.
 
     meter: measures distances from `base`. names: what the two are called. seconds: None for as long as it takes; at least one
-    group is measured. state: the file that keeps what was measured, removed when all is; fingerprint: of the two models. Both
-    modules are as before when it returns or raises.
+    group is measured. state: the file that keeps what was measured, which the caller removes when the result is kept;
+    fingerprint: of the two models. Both modules are as before when it returns or raises.
     Raises TersorError where the layers do not correspond.
     """
     if by not in BY:
@@ -113,8 +113,6 @@ def attribute(
     search = _Search(model, base, meter, open_state(state, hash_of_json(asked)), progress or _silent)
     search.deadline = None if seconds is None else started + seconds
     rows, blocks, left = search.run(parts, by)
-    if not left and state is not None:
-        state.unlink(missing_ok=True)
     total = search.total()
     return Attribution(
         model=names[0],
