@@ -18,6 +18,7 @@ from conftest import Ran, change_tensors
 from torch import Tensor, nn
 
 import tersor
+from tersor.cli.attribute import lines_of
 from tersor.compress.recipe import Recipe, read_recipe
 from tersor.errors import TersorError
 from tersor.evaluate.attribute import attribute, read_attribution, state_file
@@ -164,6 +165,7 @@ def test_in_a_short_time_halves_are_measured_and_the_costly_one_first(base: nn.M
     model, measure, state = damaged(base), meter(base), tmp_path / "state"
     first = attribute(model, base, measure, seconds=1e-9, state=state)
     assert len(first.left) == 14
+    assert lines_of(first)[-1] == "14 layers were not measured in the time given; give more --time"
     calls = 1
     while (found := attribute(model, base, measure, seconds=1e-9, state=state)).left:
         depths = [row.depth for row in found.rows]

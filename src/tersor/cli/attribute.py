@@ -168,9 +168,8 @@ def lines_of(found: Attribution) -> list[str]:
     if len(found.rows) > SHOWN:
         lines.append(f"... {len(found.rows) - SHOWN} more cost less; --json and --out hold all")
     if found.left:
-        lines.append(
-            f"{len(found.left)} {found.by}s were not measured in the time given, of groups that cost less; give more --time"
-        )
+        which = ", of groups that cost less" if any(row.cost for row in found.rows) else ""
+        lines.append(f"{len(found.left)} {found.by}s were not measured in the time given{which}; give more --time")
     lines += [f"note: {note}" for note in found.notes]
     if found.suggestion is not None:
         lines += ["", *told(found.suggestion, found.measure)]
