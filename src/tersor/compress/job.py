@@ -13,6 +13,7 @@ from torch import nn
 from tersor.calibrate.parallel import processes
 from tersor.compress.in_memory import compress_module
 from tersor.compress.layout_choice import with_fitting_layout
+from tersor.compress.packed import compress_packed_checkpoint, compress_packed_module
 from tersor.compress.recipe import Recipe, Rule, make_rules
 from tersor.compress.result import Compressed
 from tersor.compress.settings import Job, Settings, job_of, refuse_idle, settings_of
@@ -20,7 +21,7 @@ from tersor.compress.steps import run_steps
 from tersor.compress.stream import compress_checkpoint
 from tersor.compress.whole_model import compress_whole_checkpoint, compress_whole_module
 from tersor.errors import TersorError
-from tersor.methods.method import Method, ModelMethod
+from tersor.methods.method import BlockMethod, Method, PackedMethod
 
 
 def compress(
@@ -51,6 +52,7 @@ def compress(
     experts: which experts of a mixture the samples visit while statistics are gathered: "as-is" (those that the router
         chooses), "top-k:N" (the N best), or "all" (every token counts for every expert, by the router's weight).
     activations: where samples wait between blocks: "device", "cpu" or "disk".
+    original: the model that was packed, for a method that tunes a packed one: a directory, a name or a module.
     allow_pickle: read pickled weights (.bin), which are opened without running any code in them, but by Python's unpickler.
     progress: called as progress(what, done, total).
     samples, seq_len, seed, device, dtype, out, overwrite, tokenizer: as `tersor quantize --help` says (`settings.py`).
@@ -77,9 +79,16 @@ def _steps(method: Method | Sequence[Method | Recipe], rules: Sequence[Rule | Ma
 
 def run_job(model: str | Path | nn.Module, job: Job) -> Compressed:
     """One step: one method, with its rules, on one model."""
-    whole = isinstance(job.recipe.method, ModelMethod)
+    method = job.recipe.method
+    whole = not isinstance(method, BlockMethod)
     if whole and processes() > 1:
-        raise TersorError(f"{job.recipe.method.name} runs in one process: start it without torchrun")
+        raise TersorError(f"{method.name} runs in one process: start it without torchrun")
+    if isinstance(method, PackedMethod):
+        return (
+            compress_packed_module(model, job)
+            if isinstance(model, nn.Module)
+            else compress_packed_checkpoint(str(model), job)
+        )
     if isinstance(model, nn.Module):
         return compress_whole_module(model, job) if whole else compress_module(model, with_fitting_layout(model, job))
     return compress_whole_checkpoint(str(model), job) if whole else compress_checkpoint(str(model), job)

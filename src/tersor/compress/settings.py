@@ -23,7 +23,7 @@ from tersor.checkpoint.load import pick_device
 from tersor.compress.recipe import Recipe
 from tersor.errors import TersorError
 from tersor.formats.layouts import Layout, layout_named
-from tersor.methods.method import Method, ModelMethod, Progress
+from tersor.methods.method import BlockMethod, Method, PackedMethod, Progress
 from tersor.untrusted import check_seed
 
 AUTO = "auto"
@@ -36,15 +36,16 @@ def setting(
     *,
     blocks: bool = False,
     by_name: bool = False,
+    packed: bool = False,
     decides: bool = False,
     flag: str = "",
     typed: type | None = None,
 ) -> Any:
-    """A setting. blocks: only for methods that go block by block. by_name: only for a model given by name, not for a module in
+    """A setting. blocks: only for methods that go block by block. packed: only for those that work on a packed model. by_name: only for a model given by name, not for a module in
     memory. decides: whether it changes the bytes of the result by itself. flag: its name on the command line where that is not
     simply its own. typed: what the command line takes, where the field takes more; `object` for nothing."""
-    about = {"help": help, "blocks": blocks, "by_name": by_name, "decides": decides, "flag": flag, "typed": typed}
-    return field(default=default, metadata=about)
+    about = {"help": help, "blocks": blocks, "packed": packed, "by_name": by_name, "decides": decides}
+    return field(default=default, metadata={**about, "flag": flag, "typed": typed})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +93,9 @@ class Settings:
     )
     activations: str = setting(
         "device", "Where samples wait between blocks: device, cpu or disk.", blocks=True, by_name=True
+    )
+    original: Any = setting(
+        None, "The model that was packed: a directory or a name. A recipe of steps knows it.", packed=True, typed=str
     )
     allow_pickle: bool = setting(False, "Read pickled weights (.bin) too.", by_name=True)
     tokenizer: Any = setting(None, "The tokenizer of a text, where the model has none of its own.", typed=object)
@@ -169,7 +173,9 @@ def job_of(recipe: Recipe, settings: Settings, *, history: Sequence[Mapping[str,
 
 def applies(each: dataclasses.Field[Any], methods: Sequence[type[Method]], *, by_name: bool) -> bool:
     """Whether a setting does anything for a job of these methods."""
-    if each.metadata["blocks"] and all(issubclass(method, ModelMethod) for method in methods):
+    if each.metadata["blocks"] and not any(issubclass(method, BlockMethod) for method in methods):
+        return False
+    if each.metadata["packed"] and not any(issubclass(method, PackedMethod) for method in methods):
         return False
     return by_name or not each.metadata["by_name"]
 
@@ -188,6 +194,5 @@ def refuse_idle(settings: Settings, methods: Sequence[Method], *, by_name: bool)
             )
         if each.metadata["by_name"] and not by_name:
             raise TersorError(f"{each.name}={value!r} does nothing for a module in memory; leave it out")
-        raise TersorError(
-            f"{each.name}={value!r} does nothing for method {methods[0].name}, which works on the whole model; leave it out"
-        )
+        how = "does not compare with it" if each.metadata["packed"] else "works on the whole model"
+        raise TersorError(f"{each.name}={value!r} does nothing for method {methods[0].name}, which {how}; leave it out")

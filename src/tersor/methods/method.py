@@ -101,6 +101,16 @@ class ModelMethod(Method):
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
+class PackedMethod(Method):
+    """Works on a packed model beside its original, both in memory: it changes integers and steps, and nothing of the file's
+    layout. In a recipe it is a step after one that packs."""
+
+    def tune(self, model: nn.Module, original: nn.Module, work: Work) -> None:
+        """Change packed layers of `model` in place, by `QuantizedLinear.put`. Call `work.report(...)` for each part."""
+        raise NotImplementedError
+
+
 def register(method: M) -> M:
     _METHODS[method.name] = method
     return method

@@ -1,0 +1,61 @@
+"""What methods that tune packed layers share: samples kept apart, batches in an order of their own, and the loss on them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from tersor.calibrate.batches import Batch, without_target
+from tersor.errors import TersorError
+from tersor.methods.structure.dsformer import loss_of
+from tersor.methods.training.batches import joined, shapes_of
+
+SHARE = 8  # one sample of so many is kept apart
+
+
+def split(samples: Sequence[dict[str, Any]], method: str) -> tuple[list[Batch], list[Batch]]:
+    """Samples to learn from, and every eighth, at least one, to judge by. Raises TersorError where there are too few."""
+    given = [without_target(dict(each)) for each in samples]
+    if len(given) < 2:
+        raise TersorError(f"{method} keeps samples apart to judge by: give at least 2, not {len(given)}")
+    apart = [n for n in range(len(given)) if n % SHARE == SHARE - 1] or [len(given) - 1]
+    return [each for n, each in enumerate(given) if n not in apart], [given[n] for n in apart]
+
+
+def drawn(count: int, size: int, epochs: int, seed: int) -> list[list[int]]:
+    """The samples of every step: each epoch has an order of its own, and its last step may have fewer."""
+    found = []
+    for epoch in range(epochs):
+        chance = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order: list[int] = torch.randperm(count, generator=chance).tolist()
+        found += [order[first : first + size] for first in range(0, count, size)]
+    return found
+
+
+def rate(step: int, steps: int, warm_up: float = 0.05) -> float:
+    """The learning rate of a step, from 0 to 1: a linear rise, then half a cosine."""
+    rise = max(1.0, warm_up * steps)
+    return min(1.0, (step + 1) / rise) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def as_batches(samples: Sequence[Batch]) -> list[tuple[Batch, float]]:
+    """Samples that can run together as one, and the weight of each part."""
+    if len({shapes_of(each) for each in samples}) == 1:
+        return [(joined(samples), 1.0)]
+    return [(each, 1 / len(samples)) for each in samples]
+
+
+def divergence(model: nn.Module, original: nn.Module, samples: Sequence[Batch]) -> torch.Tensor:
+    """The mean over samples: KL(original || model) of predictions where the model has `logits`, else the squared error of its
+    first output relative to the output."""
+    losses = [loss_of(model, original, batch, "distill") * weight for batch, weight in as_batches(samples)]
+    return torch.stack(losses).sum()
+
+
+@torch.no_grad()
+def judged(model: nn.Module, original: nn.Module, apart: Sequence[Batch]) -> float:
+    return sum(float(divergence(model, original, [each])) for each in apart) / len(apart)
