@@ -144,7 +144,9 @@ def _changed_tensors(lazy: LazyModel, module: nn.Module, layout: Layout) -> dict
         stems = lazy.quantized[name]
         for stem in stems:
             shape = lazy.checkpoint.shape
-            scales = next(f"{stem}.{s}" for s in ("scales", "weight_scale") if f"{stem}.{s}" in lazy.checkpoint.shard_of)
+            scales = next(
+                f"{stem}.{s}" for s in ("scales", "weight_scale") if f"{stem}.{s}" in lazy.checkpoint.shard_of
+            )
             rows = shape(scales)[1 if scales.endswith(".scales") else 0]
             assert lazy.quantization is not None
             sym = lazy.quantization.for_layer(stem, name, classes=classes_of(lazy.maps[name])).sym

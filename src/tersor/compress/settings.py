@@ -41,9 +41,10 @@ def setting(
     flag: str = "",
     typed: type | None = None,
 ) -> Any:
-    """A setting. blocks: only for methods that go block by block. packed: only for those that work on a packed model. by_name: only for a model given by name, not for a module in
-    memory. decides: whether it changes the bytes of the result by itself. flag: its name on the command line where that is not
-    simply its own. typed: what the command line takes, where the field takes more; `object` for nothing."""
+    """A setting. blocks: only for methods that go block by block. packed: only for those that work on a packed model. by_name:
+    only for a model given by name, not for a module in memory. decides: whether it changes the bytes of the result by itself.
+    flag: its name on the command line where that is not simply its own. typed: what the command line takes, where the field
+    takes more; `object` for nothing."""
     about = {"help": help, "blocks": blocks, "packed": packed, "by_name": by_name, "decides": decides}
     return field(default=default, metadata={**about, "flag": flag, "typed": typed})
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import shutil
 import tempfile
@@ -54,7 +55,7 @@ class Line:
 
 def run_steps(model: str | Path | nn.Module, steps: Sequence[Recipe], asked: Settings, run: Run) -> Compressed:
     """Raises TersorError where a step cannot follow another, before anything is done."""
-    for n, (step, following) in enumerate(zip(steps, steps[1:], strict=False), 1):
+    for n, (step, following) in enumerate(itertools.pairwise(steps), 1):
         packs, tunes = isinstance(step.method, BlockMethod | PackedMethod), isinstance(following.method, PackedMethod)
         if packs and not tunes:
             raise TersorError(

@@ -42,6 +42,11 @@ def rate(step: int, steps: int, warm_up: float = 0.05) -> float:
     return min(1.0, (step + 1) / rise) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
+def travelled(steps: int) -> float:
+    """The sum of the rates of all steps: how far Adam at rate 1 goes where a gradient keeps its sign."""
+    return sum(rate(step, steps) for step in range(steps))
+
+
 def as_batches(samples: Sequence[Batch]) -> list[tuple[Batch, float]]:
     """Samples that can run together as one, and the weight of each part."""
     if len({shapes_of(each) for each in samples}) == 1:

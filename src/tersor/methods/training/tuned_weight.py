@@ -7,7 +7,7 @@ r [out, groups] and v [out, in] learn; both roundings let the gradient through. 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -92,3 +92,15 @@ def learning(weights: Iterable[TunedWeight]) -> Iterator[None]:
             del each.layer.forward
     for each in held:
         each.layer.put(each.weight())
+
+
+@contextmanager
+def requiring(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """These tensors gather gradients."""
+    for each in parameters:
+        each.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for each in parameters:
+            each.requires_grad_(False)
