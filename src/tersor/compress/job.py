@@ -19,6 +19,7 @@ from tersor.compress.result import Compressed
 from tersor.compress.settings import Job, Settings, job_of, refuse_idle, settings_of
 from tersor.compress.steps import run_steps
 from tersor.compress.stream import compress_checkpoint
+from tersor.compress.target_bits import with_chosen_bits
 from tersor.compress.whole_model import compress_whole_checkpoint, compress_whole_module
 from tersor.errors import TersorError
 from tersor.methods.method import BlockMethod, Method, PackedMethod
@@ -48,6 +49,7 @@ def compress(
     include, exclude: patterns of linear layers, such as "*.mlp.*". head: compress the output head too. embeddings: the token
         embedding too, rounded to nearest with the method's options, as it has no inputs; in format compressed-tensors.
     redo: patterns of layers whose blocks are solved again although an earlier run of the same job finished them.
+    target_bits: bits a weight in all; each layer gets bits and a group size by what they do to the model's predictions.
     target_tp: check that every layer can be split over so many devices for tensor-parallel serving.
     experts: which experts of a mixture the samples visit while statistics are gathered: "as-is" (those that the router
         chooses), "top-k:N" (the N best), or "all" (every token counts for every expert, by the router's weight).
@@ -89,6 +91,8 @@ def run_job(model: str | Path | nn.Module, job: Job) -> Compressed:
             if isinstance(model, nn.Module)
             else compress_packed_checkpoint(str(model), job)
         )
+    if job.target_bits:
+        job = with_chosen_bits(model if isinstance(model, nn.Module) else str(model), job)
     if isinstance(model, nn.Module):
         return compress_whole_module(model, job) if whole else compress_module(model, with_fitting_layout(model, job))
     return compress_whole_checkpoint(str(model), job) if whole else compress_checkpoint(str(model), job)

@@ -78,6 +78,18 @@ def layout_named(name: str) -> Layout:
     return LAYOUTS[name]
 
 
+def bytes_of(
+    rows: int, columns: int, bits: int, group_size: int, layout: Layout | None, scale_dtype: torch.dtype, *, sym: bool
+) -> int:
+    """What one layer [rows, columns] of natural groups takes on disk, its steps in scale_dtype."""
+    groups = -(-columns // (columns if group_size == -1 else group_size))
+    codes, zeros = 4 * packed_size(columns, bits) * rows, 4 * groups * packed_size(rows, bits)
+    steps = scale_dtype.itemsize * groups * rows
+    if layout is not None and layout.name != "compressed-tensors":
+        return codes + steps + zeros + 4 * columns
+    return codes + steps + 16 + (0 if sym else zeros)
+
+
 def write(weight: QuantizedWeight, layout: Layout, *, sym: bool) -> dict[str, Tensor]:
     """The tensors of one layer by suffix, on the CPU."""
     weight = weight.to("cpu")

@@ -24,8 +24,8 @@ takes more memory), so that memory is bounded by both models, one block's activa
 What differs from EfficientQAT's second phase: the target is the original's predictions, not the text, so a text that the model
 was never trained on does not teach it that text; steps move in proportion to their size.
 
-Proven: without `--integers` only scales change, with it integers by one at most; the loss on samples kept apart never rises; the file's numbers are those that were tuned; saved and
-loaded equal. Measured: benchmarks/results/ladder.md.
+Proven: without `--integers` only scales change, with it integers by one at most; the loss on samples kept apart never rises;
+the file's numbers are those that were tuned; saved and loaded equal. Measured: benchmarks/results/ladder.md.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tersor.errors import TersorError
-from tersor.formats.grid import Bits, ClipSearch
+from tersor.formats.grid import Bits, ClipSearch, Stored
 from tersor.formats.layouts import Layout
 from tersor.layers.linear_map import weight_matrix
 from tersor.methods.block import Block, Statistics
@@ -86,18 +86,7 @@ class GPTQ(BlockMethod):
         self, block: Block, statistics: Mapping[str, Statistics], factors: _Factors, name: str
     ) -> tuple[Solution, str]:
         factor, informed = factors.of(statistics[name].hessian)
-        solution = solve_factorized(
-            weight_matrix(block.linears[name]),
-            factor,
-            bits=self.bits,
-            group_size=self.group_size,
-            sym=self.sym,
-            static_groups=self.static_groups,
-            clip_search=ClipSearch(norm=2.0) if self.weighted else ClipSearch() if self.mse else None,
-            weighted=self.weighted,
-            refits=self.refits,
-            stored=block.stored,
-        )
+        solution = self.solution(weight_matrix(block.linears[name]), factor, block.stored)
         notes = []
         if statistics[name].tokens == 0:
             instead = "solved with the mean of its layer's experts" if informed else "rounded to nearest"
@@ -107,6 +96,21 @@ class GPTQ(BlockMethod):
         if solution.in_float64:
             notes.append("factorized in float64")
         return solution, "; ".join(notes)
+
+    def solution(self, weight: Tensor, factor: Factor, stored: Stored | None) -> Solution:
+        """A weight [out, in] solved with the factor of its inputs' Hessian, on grids as the file keeps them."""
+        return solve_factorized(
+            weight,
+            factor,
+            bits=self.bits,
+            group_size=self.group_size,
+            sym=self.sym,
+            static_groups=self.static_groups,
+            clip_search=ClipSearch(norm=2.0) if self.weighted else ClipSearch() if self.mse else None,
+            weighted=self.weighted,
+            refits=self.refits,
+            stored=stored,
+        )
 
     def quantization(self) -> Mapping[str, Any]:
         return {
