@@ -129,12 +129,14 @@ def write(rows: list[Row], original: float, arguments: argparse.Namespace) -> No
     reached = "\n".join(
         f"- {bits}: {row.perplexity:.2f} of a goal of {GOALS[bits]:g} ({row.rung})" for bits, row in best.items()
     )
+    evaluated = f"the first {arguments.windows} windows of {SEQ_LEN} tokens"
+    learned = f"{arguments.samples} of {arguments.seq_len} tokens"
     text = f"""# What each rung above GPTQ keeps
 
-The built-in model `demo` (12.6 million parameters) in groups of 128 with symmetric levels, perplexity on WikiText-2 (test split, the
-first {arguments.windows} windows of {SEQ_LEN} tokens); the original has {original:.2f}. GPTQ calibrates on 64 samples of {SEQ_LEN} tokens of English
-books, the rungs above it on {arguments.samples} of {arguments.seq_len} tokens of the same text; one draw. Seconds are those of all rungs up to a row, on one
-thread. All rows of one number of bits are files of the same format and size.
+The built-in model `demo` (12.6 million parameters) in groups of 128 with symmetric levels, perplexity on WikiText-2 (test split,
+{evaluated}); the original has {original:.2f}. GPTQ calibrates on 64 samples of {SEQ_LEN} tokens
+of English books, the rungs above it on {learned} of the same text; one draw. Seconds are those of all rungs up to a
+row, on one thread beside other work. All rows of one number of bits are files of the same format and size.
 
 {table(rows)}
 
