@@ -17,6 +17,7 @@ from zoo.tiny_models import build, samples
 
 import tersor
 from tersor import GPTQ, RTN, TersorError
+from tersor.calibrate.batches import without_cache
 from tersor.compress import from_options
 from tersor.layers.quantized_linear import QuantizedLinear, packed_layers
 from tersor.methods.method import Method, PackedMethod, Work
@@ -29,17 +30,10 @@ PACKED = GPTQ(bits=2, group_size=16)
 
 
 def teacher() -> nn.Module:
-    """A model whose outputs say something: random weights, made larger, as small ones give uniform predictions."""
-    model = build("llama").float()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(3)
-    return model
+    return build("llama").float()
 
 
-def texts(count: int = 16) -> list[dict[str, Any]]:
+def texts(count: int = 48) -> list[dict[str, Any]]:
     drawn_ = torch.Generator().manual_seed(0)
     return [{"input_ids": torch.randint(0, 96, (1, 24), generator=drawn_)} for _ in range(count)]
 
@@ -55,7 +49,7 @@ def tuned(method: PackedMethod, *, base: Method = PACKED) -> tuple[nn.Module, nn
     after, work = copy.deepcopy(before), Work(texts(), lambda name: True, lambda what, done, total: None)
     for each in (model, after):
         each.requires_grad_(False)
-    with torch.no_grad():
+    with torch.no_grad(), without_cache(model), without_cache(after):
         method.tune(after, model, work)
     return model, before, after, work
 
