@@ -91,7 +91,7 @@ def run_job(model: str | Path | nn.Module, job: Job) -> Compressed:
             if isinstance(model, nn.Module)
             else compress_packed_checkpoint(str(model), job)
         )
-    if job.target_bits:
+    if job.target_bits is not None:
         job = with_chosen_bits(model if isinstance(model, nn.Module) else str(model), job)
     if isinstance(model, nn.Module):
         return compress_whole_module(model, job) if whole else compress_module(model, with_fitting_layout(model, job))

@@ -85,8 +85,8 @@ class Settings:
     embeddings: bool = setting(
         False, "Quantize the token embedding too, in format compressed-tensors.", blocks=True, decides=True
     )
-    target_bits: float = setting(
-        0.0,
+    target_bits: float | None = setting(
+        None,
         "Bits a weight in all, such as 3.25: measures what each layer needs, and gives it 2, 3, 4 or 8.",
         blocks=True,
         decides=True,
@@ -118,7 +118,7 @@ class Settings:
         check_seed(self.seed)
         if self.activations not in PLACES:
             raise TersorError(f"activations={self.activations!r} is not one of {', '.join(PLACES)}")
-        if self.target_bits and not 2 < self.target_bits <= 9:
+        if self.target_bits is not None and not 2 < self.target_bits <= 9:
             raise TersorError(f"target_bits={self.target_bits} is not above 2 and at most 9")
         if self.target_tp < 1:
             raise TersorError(f"target_tp={self.target_tp} must be positive")

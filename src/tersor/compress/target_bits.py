@@ -190,6 +190,7 @@ def _lost(output: Any, wanted: Any) -> float:
 
 def _recipe(items: Sequence[_Item], method: GPTQ, job: Job) -> Recipe:
     """The method with the commonest choice, and a rule for every layer that has another."""
+    assert job.target_bits is not None
     weights = sum(item.numbers for item in items)
     options = [[(size, lost) for _, size, lost in item.options] for item in items]
     found = choose(options, int(job.target_bits * weights / 8))
