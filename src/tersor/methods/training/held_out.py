@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from tersor.calibrate.batches import Batch, without_target
+from tersor.calibrate.batches import Batch, call, first_tensor, without_target
 from tersor.errors import TersorError
-from tersor.methods.structure.dsformer import loss_of
 from tersor.methods.training.batches import joined, shapes_of
 
 SHARE = 8  # one sample of so many is kept apart
@@ -54,11 +54,29 @@ def as_batches(samples: Sequence[Batch]) -> list[tuple[Batch, float]]:
     return [(each, 1 / len(samples)) for each in samples]
 
 
-def divergence(model: nn.Module, original: nn.Module, samples: Sequence[Batch]) -> torch.Tensor:
-    """The mean over samples: KL(original || model) of predictions where the model has `logits`, else the squared error of its
-    first output relative to the output."""
-    losses = [loss_of(model, original, batch, "distill") * weight for batch, weight in as_batches(samples)]
-    return torch.stack(losses).sum()
+def divergence(model: nn.Module, original: nn.Module, samples: Sequence[Batch]) -> Tensor:
+    """The mean over samples, in float32: KL(original || model) of predictions where the model has `logits`, else the squared
+    error of its first output relative to the output. Padding does not count."""
+    return torch.stack([_loss(model, original, batch) * weight for batch, weight in as_batches(samples)]).sum()
+
+
+def _loss(model: nn.Module, original: nn.Module, batch: Batch) -> Tensor:
+    made = call(model, batch)
+    with torch.no_grad():
+        wanted = first_tensor(call(original, batch))
+    output = first_tensor(made)
+    if output is None or wanted is None:
+        raise TersorError(f"{type(model).__name__} gives no tensor to tune on")
+    output, wanted = output.float(), wanted.float()
+    shown = batch.get("attention_mask")
+    if not isinstance(shown, Tensor) or output.dim() != 3 or shown.shape != output.shape[:2]:
+        shown = torch.ones(output.shape[:-1], device=output.device)
+    if isinstance(getattr(made, "logits", None), Tensor):
+        p, q = wanted.log_softmax(-1), output.log_softmax(-1)
+        losses = F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+    else:
+        losses = (output - wanted).square().sum(-1) / wanted.square().sum(-1).mean().clamp(min=1e-30)
+    return (losses * shown).sum() / shown.sum()
 
 
 @torch.no_grad()
