@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,6 @@ from tersor.methods.training.rounding import Rounding
 from tersor.methods.training.scales import Scales
 
 BITS: tuple[Bits | float, ...] = (4, 3.25, 3, 2, "ternary")  # 3.25: all told, bits where they pay
-GOALS = {"4": 35.5, "3": 38.5, "2": 55.0, "ternary": 90.0}
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ def rungs(bits: Bits | float) -> list[tuple[str, str, Method]]:
     ]
 
 
-def climb(bits: Bits | float, samples: int, seq_len: int, windows: int, folder: Path) -> list[Row]:
-    """The rows of one number of bits."""
+def climb(bits: Bits | float, samples: int, seq_len: int, windows: int, folder: Path) -> Iterator[Row]:
+    """The rows of one number of bits, as they are measured."""
     rows: dict[str, Row] = {}
     for n, (name, below, method) in enumerate(rungs(bits)):
         out = folder / f"{bits}-{n}"
@@ -72,7 +72,7 @@ def climb(bits: Bits | float, samples: int, seq_len: int, windows: int, folder: 
         found = perplexity(out, windows)
         rows[name] = Row(str(bits), name, done.summary.bits_per_weight, found, seconds)
         print(f"{found:10.2f}  {seconds:6.0f} s  {bits}: {name}", file=sys.stderr, flush=True)
-    return list(rows.values())
+        yield rows[name]
 
 
 def table(rows: list[Row]) -> str:
@@ -105,10 +105,10 @@ def main() -> None:
     original = perplexity(resolve(MODEL), arguments.windows)
     for bits in chosen:
         with tempfile.TemporaryDirectory() as folder:
-            rows += climb(bits, arguments.samples, arguments.seq_len, arguments.windows, Path(folder))
-        rows.sort(key=lambda row: list(map(str, BITS)).index(row.bits))
-        if arguments.write:
-            write(rows, original, arguments)
+            for row in climb(bits, arguments.samples, arguments.seq_len, arguments.windows, Path(folder)):
+                rows = sorted([*rows, row], key=lambda row: list(map(str, BITS)).index(row.bits))
+                if arguments.write:  # after every row, so that a run that is stopped leaves what it has
+                    write(rows, original, arguments)
     print(f"original: {original:.2f}\n\n{table(rows)}")
 
 
@@ -121,14 +121,6 @@ def write(rows: list[Row], original: float, arguments: argparse.Namespace) -> No
     versions = f"tersor {tersor.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
     options = f"--samples {arguments.samples} --seq-len {arguments.seq_len} --windows {arguments.windows}"
     command = f"python benchmarks/ladder.py {options} --write"
-    best = {
-        bits: min((row for row in rows if row.bits == bits), key=lambda row: row.perplexity)
-        for bits in GOALS
-        if any(row.bits == bits for row in rows)
-    }
-    reached = "\n".join(
-        f"- {bits}: {row.perplexity:.2f} of a goal of {GOALS[bits]:g} ({row.rung})" for bits, row in best.items()
-    )
     evaluated = f"the first {arguments.windows} windows of {SEQ_LEN} tokens"
     learned = f"{arguments.samples} samples of {arguments.seq_len} tokens"
     text = f"""# What each rung above GPTQ keeps
@@ -139,10 +131,6 @@ books; one draw. `quality.md` has plain rounding and plain GPTQ. Seconds are tho
 row, on one thread beside other work. All rows of one number of bits are files of the same format and size.
 
 {table(rows)}
-
-The best row of each:
-
-{reached}
 
 Command: `{command}`. {machine()}; {versions}.
 """

@@ -145,8 +145,8 @@ def test_layers_that_are_not_wanted_stay() -> None:
 @pytest.mark.parametrize("format", ["gptq", "compressed-tensors"])
 def test_steps_on_disk_write_the_same_format_with_what_was_tuned(tmp_path: Path, format: str) -> None:
     teacher().save_pretrained(tmp_path / "model")
-    job: dict[str, Any] = {"calibration": texts(16), "format": format}
-    steps: list[Method] = [PACKED, Rounding(epochs=1), Scales(epochs=2)]
+    job: dict[str, Any] = {"calibration": texts(9), "format": format}
+    steps: list[Method] = [PACKED, Rounding(epochs=1), Scales(epochs=2, lr=3e-3)]
     plain = tersor.compress(tmp_path / "model", PACKED, out=tmp_path / "plain", **job).summary
     done = tersor.compress(tmp_path / "model", steps, out=tmp_path / "out", **job)
     assert done.summary.quantization == plain.quantization
@@ -162,9 +162,9 @@ def test_steps_on_disk_write_the_same_format_with_what_was_tuned(tmp_path: Path,
     assert scale in changed
     assert all(first[key].dtype == second[key].dtype and first[key].shape == second[key].shape for key in first)
     said_after = done.summary.divergence
-    read = tersor.load(tmp_path / "out")(**texts(1)[0]).logits
-    torch.testing.assert_close(read, done.model(**texts(1)[0]).logits)
-    original = tersor.load(tmp_path / "model")(**texts(1)[0]).logits.log_softmax(-1)
+    with torch.no_grad():
+        read = tersor.load(tmp_path / "out")(**texts(1)[0]).logits
+        original = tersor.load(tmp_path / "model")(**texts(1)[0]).logits.log_softmax(-1)
     assert said_after == pytest.approx(
         float((original.exp() * (original - read.log_softmax(-1))).sum(-1).mean()), rel=1e-3
     )
