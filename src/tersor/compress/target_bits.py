@@ -34,7 +34,7 @@ from tersor.errors import TersorError
 from tersor.formats.grid import Stored
 from tersor.formats.layouts import bytes_of
 from tersor.layers.experts import ExpertMap
-from tersor.layers.linear_map import LinearMap, matrix_shape, set_weight_matrix, weight_matrix
+from tersor.layers.linear_map import matrix_shape, set_weight_matrix, weight_matrix
 from tersor.methods.method import Work
 from tersor.methods.structure.greenformers import input_hessians, turns
 from tersor.methods.weights.gptq import GPTQ
@@ -100,8 +100,9 @@ class _Item:
 
 
 def _measure(module: nn.Module, job: Job, method: GPTQ, samples: list[Batch], stored: Stored) -> list[_Item]:
-    layers = make_plan(module, job).all_linears()
-    if any(isinstance(each, ExpertMap) for each in layers.values()):
+    planned = make_plan(module, job).all_linears()
+    layers = {name: each for name, each in planned.items() if isinstance(each, nn.Module)}
+    if any(isinstance(each, ExpertMap) for each in planned.values()):
         raise TersorError("target_bits does not choose among experts: give their bits by rules of a recipe")
     judged = [probe_of(each, TOKENS) for each in samples[:JUDGED_ON]]
     wanted = [call(module, batch) for batch in judged]
@@ -146,7 +147,7 @@ def _candidates(item: _Item, method: GPTQ, job: Job) -> list[tuple[int, int]]:
     return found
 
 
-def _together(module: nn.Module, layers: dict[str, LinearMap], batch: Batch) -> list[list[str]]:
+def _together(module: nn.Module, layers: dict[str, nn.Module], batch: Batch) -> list[list[str]]:
     """The layers that are called, those that read one and the same tensor together."""
     groups: list[list[str]] = []
     inputs: list[Tensor] = []  # held, so that no other tensor gets the identity of one
@@ -166,9 +167,7 @@ def _together(module: nn.Module, layers: dict[str, LinearMap], batch: Batch) -> 
 
         return hook
 
-    handles = [
-        each.register_forward_pre_hook(note(name)) for name, each in layers.items() if isinstance(each, nn.Module)
-    ]
+    handles = [each.register_forward_pre_hook(note(name)) for name, each in layers.items()]
     try:
         call(module, batch)
     finally:

@@ -18,8 +18,9 @@ With `--integers` they move too, each by one at most, as in `rounding` but for t
 Every forward pass uses the steps as the file will hold them (float16 or the model's own dtype); the gradient goes through that
 rounding. The rate rises over the first twentieth of the steps, and falls as half a cosine. Every eighth sample is kept apart:
 the loss on these is taken at the start and after every epoch, and the best state is kept, so the result is never worse there
-than the start. Inside blocks activations are computed again for the gradient (`--no-checkpoint`: kept, which is faster and
-takes more memory), so that memory is bounded by both models, one block's activations and the logits.
+than the start; where no epoch was better, all epochs run once more at a quarter of the rates, which finer grids may ask for.
+Inside blocks activations are computed again for the gradient (`--no-checkpoint`: kept, which is faster and takes more memory),
+so that memory is bounded by both models, one block's activations and the logits.
 
 What differs from EfficientQAT's second phase: the target is the original's predictions, not the text, so a text that the model
 was never trained on does not teach it that text; steps move in proportion to their size.
@@ -46,6 +47,8 @@ from tersor.layers.quantized_linear import packed_layers
 from tersor.methods.method import PackedMethod, Work, check_options, option, register
 from tersor.methods.training.held_out import as_batches, divergence, drawn, judged, rate, split, travelled
 from tersor.methods.training.tuned_weight import TunedWeight, learning, requiring
+
+SHARES = (1.0, 0.25)  # of the rates, tried in turn until the samples kept apart get better
 
 
 @dataclass(frozen=True)
@@ -100,24 +103,28 @@ class Scales(PackedMethod):
             parameters = [*steps, *offsets]
             kept = [each.clone() for each in parameters]
             order = drawn(len(samples), self.batch_size, self.epochs, self.order_seed)
-            rates = [self.lr, *[self.travel / travelled(len(order))] * self.integers]
-            groups = [{"params": each} for each in (steps, offsets) if each]
-            optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
             an_epoch = len(order) // self.epochs
-            for step, chosen in enumerate(order):
-                with requiring(parameters), torch.enable_grad(), checkpointed(blocks):
-                    loss = self._backward(model, original, [samples[n] for n in chosen])
-                if not math.isfinite(loss):
-                    raise TersorError(f"the loss is not finite at step {step + 1}: a lower lr may help")
-                for group, lr in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = lr * rate(step, len(order))
-                optimizer.step()
-                optimizer.zero_grad()
-                for each in offsets:
-                    each.clamp_(-1, 1)
-                work.progress(f"tuning scales, loss {loss:.4g}", step + 1, len(order))
-                if (step + 1) % an_epoch == 0 and (now := judged(model, original, apart)) < best:
-                    best, kept = now, [each.clone() for each in parameters]
+            for share in SHARES:
+                for each in parameters:
+                    each.zero_()
+                rates = [share * self.lr, *[share * self.travel / travelled(len(order))] * self.integers]
+                optimizer = torch.optim.Adam([{"params": each} for each in (steps, offsets) if each], betas=(0.9, 0.95))
+                for step, chosen in enumerate(order):
+                    with requiring(parameters), torch.enable_grad(), checkpointed(blocks):
+                        loss = self._backward(model, original, [samples[n] for n in chosen])
+                    if not math.isfinite(loss):
+                        raise TersorError(f"the loss is not finite at step {step + 1}: a lower lr may help")
+                    for group, lr in zip(optimizer.param_groups, rates, strict=True):
+                        group["lr"] = lr * rate(step, len(order))
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    for each in offsets:
+                        each.clamp_(-1, 1)
+                    work.progress(f"tuning scales, loss {loss:.4g}", step + 1, len(order))
+                    if (step + 1) % an_epoch == 0 and (now := judged(model, original, apart)) < best:
+                        best, kept = now, [each.clone() for each in parameters]
+                if best < start:
+                    break
             for parameter, state in zip(parameters, kept, strict=True):
                 parameter.copy_(state)
             for name, weight in weights.items():
@@ -152,5 +159,5 @@ def _wrap(block: nn.Module, stack: ExitStack) -> None:
     def again(*args: Any, **kwargs: Any) -> Any:
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
-    block.forward = again  # type: ignore[method-assign]
+    block.forward = again
     stack.callback(delattr, block, "forward")
