@@ -120,6 +120,7 @@ def kept() -> list[Row]:
 def write(rows: list[Row], original: float, arguments: argparse.Namespace) -> None:
     versions = f"tersor {tersor.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
     options = f"--samples {arguments.samples} --seq-len {arguments.seq_len} --windows {arguments.windows}"
+    options += f" --only {' '.join(arguments.only)}" if arguments.only else ""
     command = f"python benchmarks/ladder.py {options} --write"
     evaluated = f"the first {arguments.windows} windows of {SEQ_LEN} tokens"
     learned = f"{arguments.samples} samples of {arguments.seq_len} tokens"
