@@ -1,6 +1,6 @@
 """Rounding learned block by block: integers of a packed model move by one where a block comes closer to the original's.
 
-What it is for: a step after `gptq` and before `scales`, which gains most at 2 and 3 bits. GPTQ looks at one layer at a time and
+What it is for: a step after `gptq` and before `scales`, which gains most at 2 bits. GPTQ looks at one layer at a time and
 decides each integer once; here the layers of a block learn together what each other's errors ask for.
 
     steps: [{method: gptq, bits: 2}, {method: rounding}, {method: scales}]

@@ -1,7 +1,7 @@
 """Scales tuned end to end: those of a packed model learn to give what the original gives (EfficientQAT, arXiv 2407.11062).
 
 What it is for: the last step after `gptq`, which looks at one layer at a time. Here all layers are tuned together on what the
-model says in the end. The file keeps its format and its size; any reader takes it. It gains most at 2 and 3 bits.
+model says in the end. The file keeps its format and its size; any reader takes it. It gains most at 2 bits.
 
     tersor compress recipe steps.yaml demo --calibration text.txt --out out      # steps: [{method: gptq, ...}, {method: scales}]
     tersor compress scales PACKED --original MODEL --calibration text.txt --out out
