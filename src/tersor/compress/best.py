@@ -1,14 +1,13 @@
 """`--method best` and `best-fast`: the steps that keep most at a number of bits, as a recipe; and how long they will take.
 
     best-fast   gptq (act-order, static groups, ranges by the Hessian), then one pass of `scales`
-    best        the same, then `rounding`, then `scales` with integers; without integers where memory is short
+    best        the same, then `rounding`, then `scales`
 
 At 8 bits there is nothing left to gain, and both are gptq alone. benchmarks/results/ladder.md has what each rung is worth.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,12 +29,11 @@ from tersor.methods.weights.gptq import GPTQ
 
 NAMES = ("best", "best-fast")
 TAKEN = ("bits", "group_size", "sym")  # the options that they leave to the user
-TRAINING_BYTES = 24  # a weight, while its integers learn: both models, offset, gradient, Adam's two, and room
 
 
-def best_steps(name: str, options: Mapping[str, Any], *, weights: int = 0, memory: int | None = None) -> list[Recipe]:
-    """The steps of `best` or `best-fast`. options: of bits, group_size and sym, what the user gave. weights: how many the model
-    has; memory: bytes that there are for it. Raises TersorError for another option."""
+def best_steps(name: str, options: Mapping[str, Any]) -> list[Recipe]:
+    """The steps of `best` or `best-fast`. options: of bits, group_size and sym, what the user gave. Raises TersorError for
+    another option."""
     for given in options:
         if given not in TAKEN:
             raise TersorError(
@@ -46,8 +44,7 @@ def best_steps(name: str, options: Mapping[str, Any], *, weights: int = 0, memor
     if base.bits != 8 and name == "best-fast":
         steps += [Scales(epochs=1)]
     elif base.bits != 8:
-        fits = memory is None or weights * TRAINING_BYTES <= memory
-        steps += [Rounding(), Scales(integers=fits)]
+        steps += [Rounding(), Scales()]
     return [Recipe(step) for step in steps]
 
 
@@ -59,7 +56,7 @@ def steps_for(name: str, model: str, options: Mapping[str, Any], asked: Settings
     lazy = LazyModel(checkpoint, dtype=dtype, device=place)
     shapes = [matrix_shape(each) for each in linear_maps(lazy.module).values()]
     weights = sum(rows * columns for rows, columns in shapes)
-    steps = best_steps(name, options, weights=weights, memory=memory_of(place))
+    steps = best_steps(name, options)
     words = ", ".join(step.method.name for step in steps)
     line = f"{name}: {words}"
     if any((checkpoint.directory / file).is_file() for file in TOKENIZER_FILES):
@@ -82,10 +79,3 @@ def passes(steps: Sequence[Recipe]) -> float:
         else:
             total += PASSES
     return total
-
-
-def memory_of(place: torch.device) -> int:
-    """Bytes of the device's memory."""
-    if place.type == "cuda":
-        return torch.cuda.get_device_properties(place).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
