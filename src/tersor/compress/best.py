@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from tersor.checkpoint.lazy_model import LazyModel, compute_dtype
 from tersor.checkpoint.load import TOKENIZER_FILES, pick_device
 from tersor.checkpoint.positions import positions_of
