@@ -119,7 +119,7 @@ def examine() -> Machine:
         cores=os.cpu_count() or 1,
         threads=torch.get_num_threads(),
         memory=_memory_total(),
-        memory_available=_memory_available(),
+        memory_available=memory_available(),
         compiler=compiler,
         compiler_missing=missing,
         kernel_cache=str(cpp.CACHE),
@@ -267,7 +267,7 @@ def _memory_total() -> int | None:
         return None
 
 
-def _memory_available() -> int | None:
+def memory_available() -> int | None:
     """What new work can have without swapping; only Linux tells without a package."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()

@@ -6,7 +6,7 @@ inverse Hessian of the layer's inputs. See `gptq_solver.py` for the mathematics.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -19,7 +19,7 @@ from tersor.formats.grid import Bits, ClipSearch
 from tersor.formats.layouts import Layout
 from tersor.layers.linear_map import weight_matrix
 from tersor.methods.block import Block, Statistics
-from tersor.methods.method import BlockMethod, check_options, option, register
+from tersor.methods.method import BlockMethod, Method, check_options, option, register
 from tersor.methods.weights.gptq_solver import Factor, Solution, factorize, solve_factorized
 from tersor.methods.weights.rtn import RTN
 from tersor.methods.weights.uniform import BITS_HELP, GROUP_HELP, SYM_HELP, check_grid, is_bits, is_group_size, width_of
@@ -31,6 +31,15 @@ class GPTQ(BlockMethod):
     """Quantize to `bits` with error compensation from calibration samples."""
 
     name: ClassVar[str] = "gptq"
+    survey_nodes: ClassVar[tuple[str, ...]] = (
+        "inference/quantization-ptq",
+        "inference/quantization-uniform",
+        "inference/quantization-granularity",
+        "inference/quantization-mixed",
+        "inference/quantization-binary",
+        "inference/quantization-llm",
+        "practical/quantization",
+    )
     layouts: ClassVar[tuple[str, ...]] = ("gptq", "gptq_v2", "compressed-tensors")
 
     bits: Bits = option(4, BITS_HELP, check=is_bits, allowed="2, 3, 4, 8 or 'ternary'", word=True)
@@ -60,6 +69,12 @@ class GPTQ(BlockMethod):
         check_options(self)
         if self.mse and self.weighted:
             raise TersorError("mse and weighted are two ways to search for the same ranges: choose one")
+
+    @classmethod
+    def recipes(cls, kind: str) -> Sequence[Sequence[Method]]:
+        best = {"desc_act": True, "static_groups": True, "mse": True}
+        few = [cls(bits=bits, group_size=group, **best) for bits in (4, 3, 2) for group in (128, 32)]
+        return [[each] for each in (cls(bits=8), *few)]
 
     def without_inputs(self) -> RTN:
         """Rounding to nearest on the same grids: nothing is multiplied with an embedding, so there is no Hessian."""
