@@ -384,8 +384,13 @@ class _Session:
             and objective(plan, bounded_loss=bounded, hopeful=True) < best
         ]
 
+        if not any(plan.measured and plan.recipe for plan in plans) and all(plan.loss is None for plan in open_plans):
+            by_size = sorted(open_plans, key=lambda plan: plan.disk.value if plan.disk is not None else float("inf"))
+            sized = [plan for plan in by_size if plan.disk is not None] or by_size
+            return sized[len(sized) // 2] if sized else None  # nothing is known of losses: begin in the middle
+
         def key(plan: Plan) -> tuple[bool, float, str]:
-            return (not self.budget.allows(plan), objective(plan, bounded_loss=bounded), plan.name)
+            return (not self.budget.expects(plan), objective(plan, bounded_loss=bounded), plan.name)
 
         return min(open_plans, key=key, default=None)
 

@@ -37,6 +37,11 @@ class Budget:
         hopeful: at the good end, for a plan that a measurement could still prove to fit."""
         return all(self.keeps(name, plan, hopeful=hopeful) for name in self.limits())
 
+    def expects(self, plan: Plan) -> bool:
+        """Whether a plan keeps every limit by its figures' values, intervals aside."""
+        limits = self.limits()
+        return all((each := plan.figure(name)) is not None and each.value <= limits[name] for name in limits)
+
     def keeps(self, name: str, plan: Plan, *, hopeful: bool = False) -> bool:
         figure = plan.figure(name)
         if figure is None:

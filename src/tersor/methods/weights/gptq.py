@@ -74,7 +74,7 @@ class GPTQ(BlockMethod):
     def recipes(cls, kind: str) -> Sequence[Sequence[Method]]:
         best = {"desc_act": True, "static_groups": True, "mse": True}
         few = [cls(bits=bits, group_size=group, **best) for bits in (4, 3, 2) for group in (128, 32)]
-        return [[each] for each in (cls(bits=8), *few)]
+        return [[each] for each in (cls(bits=8), cls(bits=8, group_size=-1), *few)]
 
     def without_inputs(self) -> RTN:
         """Rounding to nearest on the same grids: nothing is multiplied with an embedding, so there is no Hessian."""
