@@ -14,8 +14,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ from tersor.advise.workloads import KINDS, PROMPT, Workload, kind_of, loss_betwe
 from tersor.checkpoint.lazy_model import LazyModel
 from tersor.checkpoint.load import pick_device
 from tersor.checkpoint.positions import positions_of
-from tersor.checkpoint.source import Checkpoint, open_checkpoint
+from tersor.checkpoint.source import Checkpoint, open_checkpoint, torch_dtype
 from tersor.errors import TersorError
 from tersor.evaluate.machine import Machine, examine, memory_available
 from tersor.layers.linear_map import matrix_shape
@@ -348,23 +349,20 @@ class _Session:
         base = self._known(())
         assert base is not None
         packed = packed_maps(self.lazy, candidate.steps)
-        layers, width = self.layers, self.lazy.dtype.itemsize
+        width = self.lazy.dtype.itemsize
         if packed and self.probe is None:
             self.tell("probing the machine", 0, 1)
             self.probe = examine()
         latency = base.latency
         if packed and self.probe is not None:
             rows = 1 if self.work.kind == "text" else PROMPT
-            latency = latency_formula(base.latency, layers, packed, self.probe, rows=rows)
+            latency = latency_formula(
+                base.latency, layers_of(self.lazy, packed, self.work.kind), packed, self.probe, rows=rows
+            )
         memory = base.memory - bytes_in_memory(self.lazy, {}, width) + bytes_in_memory(self.lazy, packed, width)
         self._cache[candidate.name] = (latency, float(memory))
         self.formulated.append(candidate)
         return self._cache[candidate.name]
-
-    @property
-    def layers(self) -> Layers:
-        shapes = [matrix_shape(each) for each in self.lazy.maps.values()]
-        return Layers(sum(rows * columns for rows, columns in shapes), self.lazy.dtype.itemsize)
 
     def __post_init__(self) -> None:
         self._cache: dict[str, tuple[float, float]] = {}
@@ -411,6 +409,12 @@ class _Session:
             settings=self.settings,
             binding=why,
         )
+
+
+def layers_of(lazy: LazyModel, packed: Mapping[str, int], kind: str) -> Layers:
+    """What the original reads of the layers that are packed. The engines read a text model's weights as they are stored."""
+    width = torch_dtype(lazy.checkpoint.config).itemsize if kind == "text" else lazy.dtype.itemsize
+    return Layers(sum(math.prod(matrix_shape(lazy.maps[name])) for name in packed), width)
 
 
 def _exact(value: float, *, measured: bool = True) -> Figure:

@@ -28,7 +28,7 @@ MEMORY = 1.1
 
 @dataclass(frozen=True)
 class Layers:
-    """The linear layers of a model: numbers in all of them, bytes of one where it is not packed."""
+    """The layers that are packed: numbers in all of them, bytes that the original reads of each."""
 
     weights: int
     width: int
