@@ -54,7 +54,7 @@ from tersor.checkpoint.positions import positions_of
 from tersor.checkpoint.source import Checkpoint, open_checkpoint, torch_dtype
 from tersor.errors import TersorError
 from tersor.evaluate.machine import Machine, examine, memory_available
-from tersor.layers.linear_map import matrix_shape
+from tersor.layers.linear_map import linear_maps, matrix_shape
 
 Progress = Callable[[str, int, int], None]
 ROOM = 1.3  # of the original's weights, that must be free in memory to measure it
@@ -414,7 +414,8 @@ class _Session:
 def layers_of(lazy: LazyModel, packed: Mapping[str, int], kind: str) -> Layers:
     """What the original reads of the layers that are packed. The engines read a text model's weights as they are stored."""
     width = torch_dtype(lazy.checkpoint.config).itemsize if kind == "text" else lazy.dtype.itemsize
-    return Layers(sum(math.prod(matrix_shape(lazy.maps[name])) for name in packed), width)
+    taken = sum(math.prod(matrix_shape(lazy.maps[name])) for name in packed)
+    return Layers(taken, sum(math.prod(matrix_shape(each)) for each in linear_maps(lazy.module).values()), width)
 
 
 def _exact(value: float, *, measured: bool = True) -> Figure:

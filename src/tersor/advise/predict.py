@@ -24,13 +24,17 @@ NEAR, FAR = (
 )  # log10 of half an interval: for the same method at the next bits, and more for each unit of distance
 SPEED_NEAR, SPEED_FAR = 1.25, 1.6  # factors of the interval of a latency: with evidence on this machine, without
 MEMORY = 1.1
+LINEAR = 0.9  # of the original's time
+FEW = 16  # rows, below which reading a layer takes the time
 
 
 @dataclass(frozen=True)
 class Layers:
-    """The layers that are packed: numbers in all of them, bytes that the original reads of each."""
+    """packed: numbers in the layers that are packed; all: in all linear layers, the head too; width: bytes that the original
+    reads of each."""
 
-    weights: int
+    packed: int
+    all: int
     width: int
 
 
@@ -87,22 +91,30 @@ def kernel_ratio(machine: Machine, bits: int, rows: int) -> float:
     found = next((each for each in machine.kernels if each.bits == bits), None)
     if found is None:
         return 1.0
-    size = 1 if rows < 16 else 64
+    size = 1 if rows < FEW else 64
     return 1 / found.speedup[size]
 
 
 def bandwidth(machine: Machine) -> float:
     """Bytes a second at which a dense matrix is read by a product with one row."""
-    width = 4 if machine.dtype == "float32" else 2
-    return SIZE * SIZE * width / (machine.dense[1] / 1e3)
+    return SIZE * SIZE * _width(machine) / (machine.dense[1] / 1e3)
+
+
+def _width(machine: Machine) -> int:
+    return 4 if machine.dtype == "float32" else 2
 
 
 def latency_formula(base: float, layers: Layers, packed: Mapping[str, int], machine: Machine, *, rows: int) -> float:
-    """base: seconds of the original; packed: bits by layer, each taken as an equal part of the layers."""
+    """base: seconds of the original; packed: bits by layer, each taken as an equal part of the layers.
+
+    Linear layers take LINEAR of the time, each by its numbers. With few rows a dense layer's time is that of reading it, so the
+    kernels' ratios, which are to the probe's dtype, are scaled by the bytes of both.
+    """
     if not packed:
         return base
-    share = min(0.9, max(0.1, layers.weights * layers.width * max(1.0, rows / 16) / bandwidth(machine) / base))
-    ratios = [kernel_ratio(machine, bits, rows) for bits in packed.values()]
+    share = LINEAR * layers.packed / layers.all
+    scale = _width(machine) / layers.width if rows < FEW else 1.0
+    ratios = [scale * kernel_ratio(machine, bits, rows) for bits in packed.values()]
     return base * (1 - share + share * sum(ratios) / len(ratios))
 
 
