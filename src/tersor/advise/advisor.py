@@ -42,6 +42,7 @@ from tersor.advise.predict import (
     SPEED_FAR,
     SPEED_NEAR,
     Layers,
+    bandwidth,
     fitted,
     latency_formula,
     predicted_loss,
@@ -63,7 +64,8 @@ ROOM = 1.3  # of the original's weights, that must be free in memory to measure 
 @dataclass(frozen=True)
 class Advice:
     """plans: those that keep the budget, in order; front: the names of those that no other dominates; left: recipes that are
-    out, with the reason; binding: which limit leaves no plan, empty where there is one; settings: of the compression."""
+    out, with the reason; binding: which limit leaves no plan, empty where there is one; settings: of the compression; notes: what
+    the machine's probe found."""
 
     model: str
     kind: str
@@ -285,7 +287,6 @@ class _Session:
             machine=self.machine,
             version=tersor.__version__,
             settings=self.settings,
-            weights=self.checkpoint.size(),
             disk=measured.disk,
             memory=measured.run.memory,
             latency=measured.latency,
@@ -408,6 +409,7 @@ class _Session:
             left=left,
             settings=self.settings,
             binding=why,
+            notes=() if self.probe is None else (_told(self.probe),),
         )
 
 
@@ -416,6 +418,15 @@ def layers_of(lazy: LazyModel, packed: Mapping[str, int], kind: str) -> Layers:
     width = torch_dtype(lazy.checkpoint.config).itemsize if kind == "text" else lazy.dtype.itemsize
     taken = sum(math.prod(matrix_shape(lazy.maps[name])) for name in packed)
     return Layers(taken, sum(math.prod(matrix_shape(each)) for each in linear_maps(lazy.module).values()), width)
+
+
+def _told(probe: Machine) -> str:
+    """What the probe measured, which predictions of speed are made of."""
+    faster = ", ".join(f"{each.bits} bits {each.speedup[1]:.1f}" for each in probe.kernels)
+    return (
+        f"this machine reads {bandwidth(probe) / 1e9:.1f} GB/s of a {probe.dtype} layer with one row; packed layers are so many "
+        f"times as fast: {faster}"
+    )
 
 
 def _exact(value: float, *, measured: bool = True) -> Figure:

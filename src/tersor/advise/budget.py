@@ -69,7 +69,7 @@ def _best(name: str, limit: float, plans: Sequence[Plan]) -> str:
     return f"{OPTIONS[name]} {shown(name, limit)} binds: the least is {shown(name, value)} ({plan})"
 
 
-OPTIONS = {"memory": "--memory", "disk": "--disk", "loss": "--max-loss", "latency": "--max-latency"}
+OPTIONS = {"memory": "--memory", "disk": "--disk", "loss": "--max-loss", "latency": "--max-latency or --min-speed"}
 
 
 def shown(name: str, value: float) -> str:

@@ -39,7 +39,6 @@ class Evidence:
     machine: str
     version: str
     settings: dict[str, Any]
-    weights: int  # of the original, bytes on disk
     disk: int
     memory: int
     latency: float

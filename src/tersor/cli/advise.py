@@ -163,6 +163,8 @@ def _print(found: Advice, out: Path | None) -> None:
             typer.echo(f"  {_command(found, plan, out)}")
     for name, why in found.left.items():
         typer.echo(f"\nleft out: {name}: {why}")
+    for note in found.notes:
+        typer.echo(f"\n{note}")
 
 
 def _command(found: Advice, plan: Plan, out: Path | None) -> str:
@@ -216,5 +218,6 @@ def _plain(found: Advice, out: Path | None) -> dict[str, Any]:
         "original": asdict(found.original),
         "plans": [plan(each) for each in found.plans],
         "left": found.left,
+        "notes": list(found.notes),
         "binding": found.binding,
     }
