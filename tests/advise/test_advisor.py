@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ SETTINGS = {"samples": 2, "seq_len": 64}
 Command = Callable[..., Any]
 
 
+@cache
 def fitting(model: Path) -> dict[str, tuple[Candidate, int]]:
     """Recipes that fit the small model and whose size has a formula."""
     checkpoint = open_checkpoint(model)
@@ -87,7 +89,7 @@ def seen(small_source: Path, tmp_path: Path) -> Path:
 
 
 def ask(model: Path, budget: Budget, evidence: Path, **changes: Any) -> Any:
-    only = changes.pop("only", list(fitting(model)))
+    only = changes.pop("only", list(fitting(model))[::2])
     return advise(model, budget, units=UNITS, device="cpu", evidence=evidence, only=only, **{**SETTINGS, **changes})
 
 
