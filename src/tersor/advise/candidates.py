@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tersor.advise.plans import Recipe, name_of
@@ -39,7 +40,7 @@ def candidates_for(kind: str, *, calibration: bool, training: bool) -> list[Cand
     return [found[name] for name in sorted(found)]
 
 
-def needs_of(steps: tuple[Method, ...] | list[Method]) -> str:
+def needs_of(steps: Sequence[Method]) -> str:
     if any(step.trains for step in steps):
         return "training"
     return "calibration" if any(step.needs_samples for step in steps) else "none"

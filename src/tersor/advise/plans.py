@@ -49,6 +49,11 @@ class Plan:
         found: Figure | None = getattr(self, name)
         return found
 
+    def values(self) -> tuple[float, ...] | None:
+        """All figures, in the order of FIGURES; None where one is not known."""
+        found = [each.value for name in FIGURES if (each := self.figure(name)) is not None]
+        return tuple(found) if len(found) == len(FIGURES) else None
+
     @property
     def measured(self) -> bool:
         return all((each := self.figure(name)) is not None and each.measured for name in FIGURES)
@@ -80,15 +85,12 @@ def ordered(plans: Sequence[Plan], *, bounded_loss: bool) -> list[Plan]:
 def frontier(plans: Sequence[Plan]) -> list[Plan]:
     """Those that no other plan dominates: at most as much of every figure, and less of one. Plans that lack a figure are left
     out."""
-    whole = [plan for plan in plans if all(plan.figure(name) is not None for name in FIGURES)]
-    points = [tuple(plan.figure(name).value for name in FIGURES) for plan in whole]  # type: ignore[union-attr]
+    points = {n: found for n, plan in enumerate(plans) if (found := plan.values()) is not None}
+    return [plans[n] for n, point in points.items() if not any(_dominates(each, point) for each in points.values())]
 
-    def dominated(n: int) -> bool:
-        return any(
-            all(a <= b for a, b in zip(other, points[n], strict=True)) and other != points[n] for other in points
-        )
 
-    return [plan for n, plan in enumerate(whole) if not dominated(n)]
+def _dominates(one: Sequence[float], other: Sequence[float]) -> bool:
+    return tuple(one) != tuple(other) and all(a <= b for a, b in zip(one, other, strict=True))
 
 
 def reason(plan: Plan, plans: Sequence[Plan], *, bounded_loss: bool) -> str:
@@ -96,23 +98,15 @@ def reason(plan: Plan, plans: Sequence[Plan], *, bounded_loss: bool) -> str:
     wanted = "the least size times latency" if bounded_loss else "the least loss"
     if plans and plan is plans[0]:
         return f"{wanted} of those that keep the budget"
-    if any(plan.figure(name) is None for name in FIGURES):
+    mine = plan.values()
+    if mine is None:
         return "not all is known of it"
-    mine = [plan.figure(name).value for name in FIGURES]  # type: ignore[union-attr]
-    for other in plans:
-        if other is plan or any(other.figure(name) is None for name in FIGURES):
-            continue
-        theirs = [other.figure(name).value for name in FIGURES]  # type: ignore[union-attr]
-        if theirs != mine and all(a <= b for a, b in zip(theirs, mine, strict=True)):
-            return f"{other.name} is as good or better in everything"
-    least = [
-        what
-        for name, what in zip(FIGURES, ("smallest on disk", "least memory", "fastest", "least loss"), strict=True)
-        if all(
-            (found := other.figure(name)) is None or plan.figure(name).value <= found.value  # type: ignore[union-attr]
-            for other in plans
-        )
-    ]
+    known = {other.name: found for other in plans if (found := other.values()) is not None}
+    for name, theirs in known.items():
+        if _dominates(theirs, mine):
+            return f"{name} is as good or better in everything"
+    words = ("smallest on disk", "least memory", "fastest", "least loss")
+    least = [word for n, word in enumerate(words) if mine[n] <= min(each[n] for each in known.values())]
     return ", ".join(least) or "between the others: no plan is better in everything"
 
 

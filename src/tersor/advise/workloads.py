@@ -149,7 +149,7 @@ def _pictures(model: str | Path, work: Workload) -> tuple[Start, Evaluate]:
         return found.argmax(-1).cpu()
 
     def evaluate() -> tuple[list[float], list[int]]:
-        answers = torch.cat([classes(part) for part in pixels.split(50)])
+        answers = torch.cat([classes(part) for part in torch.split(pixels, 50)])
         return (answers != labels).double().tolist(), answers.tolist()
 
     return lambda: _timed(lambda: classes(pixels[:1])), evaluate
