@@ -158,7 +158,7 @@ def _check_room(lazy: LazyModel, place: torch.device) -> None:
     """Raise TersorError where the original does not fit in memory: nothing could be compared with it."""
     needed = ROOM * bytes_in_memory(lazy, {}, lazy.dtype.itemsize)
     if place.type == "cuda":
-        free = torch.cuda.mem_get_info(place)[0]
+        free: float = torch.cuda.mem_get_info(place)[0]
     else:
         free = memory_available() or needed
     if needed > free:

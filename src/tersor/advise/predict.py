@@ -63,7 +63,8 @@ def distance(one: Recipe, other: Recipe) -> float:
         for x, y in zip(one, other, strict=False)
         for key in (x.keys() | y.keys()) - {"bits", "w_bits", "group_size", "name"}
     )
-    return abs(bits_of(one) - bits_of(other)) + apart + 0.1 * min(others, 5) + 0.05
+    bits = abs(bits_of(one) - bits_of(other))
+    return bits + apart + 0.1 * min(int(others), 5) + 0.05
 
 
 def predicted_loss(recipe: Recipe, rows: Sequence[Evidence], *, model: str, data: str, machine: str) -> Figure | None:
