@@ -202,6 +202,8 @@ def test_what_is_lost_is_predicted_from_the_nearest_run(small_source: Path) -> N
     wider = predicted_loss(three, [foreign], model=mark, data=four.data_mark, machine=four.machine)
     assert wider is not None
     assert wider.high / wider.low > found.high / found.low
+    dropped: Recipe = ({"name": "drop-blocks", "blocks": 1},)
+    assert predicted_loss(dropped, [four], model=mark, data="", machine="") is None  # rounding says nothing of it
     assert predicted_loss(three, [], model=mark, data="", machine="") is None
     assert (
         distance(three, three)

@@ -67,6 +67,12 @@ def distance(one: Recipe, other: Recipe) -> float:
     return bits + apart + 0.1 * min(int(others), 5) + 0.05
 
 
+def _alike(one: Recipe, other: Recipe) -> bool:
+    """Whether one's loss says anything of the other's: both round weights, or both are of the same methods."""
+    rounds = all(any("bits" in step or "w_bits" in step for step in each) for each in (one, other))
+    return rounds or [step["name"] for step in one] == [step["name"] for step in other]
+
+
 def predicted_loss(recipe: Recipe, rows: Sequence[Evidence], *, model: str, data: str, machine: str) -> Figure | None:
     """rows: of models of the same kind. None where none is near enough to say anything."""
 
@@ -74,7 +80,7 @@ def predicted_loss(recipe: Recipe, rows: Sequence[Evidence], *, model: str, data
         foreign = 0.0 if row.model_mark == model else 2.0
         return (distance(recipe, row.steps) + foreign + (row.data_mark != data), row.machine != machine, row.id)
 
-    known = [row for row in rows if row.recipe]
+    known = [row for row in rows if row.recipe and _alike(recipe, row.steps)]
     if not known:
         return None
     row = min(known, key=farness)
