@@ -32,6 +32,13 @@ def image() -> tuple[nn.Module, Batches]:
     return model, [{"image": torch.randn(2, 3, 32, 32), "target": torch.tensor([n % 5, 1])} for n in range(3)]
 
 
+def scanned() -> tuple[nn.Module, Batches]:
+    torch.manual_seed(0)
+    info = tersor.models.find("vim")
+    model: Any = tersor.models.create("vim", **{**info.small, "prune_after": ()}).eval()
+    return model, [model.example_inputs(2) for _ in range(2)]
+
+
 def graph() -> tuple[nn.Module, Batches]:
     torch.manual_seed(0)
     info = tersor.models.find("graphgps")
@@ -56,6 +63,7 @@ CASES: dict[str, tuple[Callable[[], tuple[nn.Module, Batches]], dict[str, Any]]]
     "repquant": (image, {}),
     "rtn": (text, {"group_size": 16}),
     "smoothquant": (text, {}),
+    "ssm-token-pruning": (scanned, {"prune_after": "1"}),
     "teacher-intervention": (text, {"steps": 2, "intervention_steps": 1}),
 }
 MEASURES_TIME = ("nvit",)  # what it makes depends on how long a run takes

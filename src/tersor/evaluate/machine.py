@@ -35,6 +35,7 @@ REQUIRED = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 EXTRAS = {  # extra: its package, and what it is for
     "hub-data": ("datasets", "calibration texts from hub data sets"),
     "images": ("pillow", "images from files"),
+    "audio": ("soundfile", "recordings from files, at any rate"),
     "meshes": ("trimesh", "point clouds and meshes, from files and as files"),
     "compressed-tensors": ("compressed-tensors", "loading compressed-tensors checkpoints with transformers itself"),
     "gguf": ("gguf", "`tersor export` to GGUF, and reading types such as the K types"),
@@ -42,6 +43,7 @@ EXTRAS = {  # extra: its package, and what it is for
     "plots": ("matplotlib", "pictures of forecasts and of samples"),
     "tables": ("pandas", "tables from CSV and Parquet files"),
     "ray": ("ray", "sweeps on a Ray cluster"),
+    "lm-eval": ("lm-eval", "`tersor eval --tasks`: EleutherAI's harness"),
 }
 BITS = (4, 8, 3, 2)
 SIZE, GROUP = 4096, 128  # what is measured: 4096 x 4096 in groups of 128
