@@ -58,13 +58,16 @@ CASES: dict[str, tuple[Callable[[], tuple[nn.Module, Batches]], dict[str, Any]]]
     "gptq": (text, {"group_size": 16}),
     "greenformers": (text, {"rank": 0.5}),
     "gtsp": (graph, {"tokens": 0.5, "epochs": 1}),
+    "magnitude": (text, {}),
     "nvit": (image, {"latency_target": 0.9, "interval": 1, "finetune_steps": 1}),
     "q-hyvit": (image, {"w_bits": 8, "a_bits": 8}),
     "repquant": (image, {}),
     "rtn": (text, {"group_size": 16}),
     "smoothquant": (text, {}),
+    "sparsegpt": (text, {"pattern": "2:4"}),
     "ssm-token-pruning": (scanned, {"prune_after": "1"}),
     "teacher-intervention": (text, {"steps": 2, "intervention_steps": 1}),
+    "wanda": (text, {}),
 }
 MEASURES_TIME = ("nvit",)  # what it makes depends on how long a run takes
 

@@ -292,9 +292,9 @@ def kind_named(name: str) -> Kind:
 
 @torch.no_grad()
 def counted(kind: Kind, shape: Shape) -> int:
-    """Operations as torch's counter counts them."""
-    layer, x = kind.build(shape), torch.randn(1, shape.n, shape.d)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    """Operations as torch's counter counts them: with gradients, which take torch's own operations instead of compiled ones."""
+    layer, x = kind.build(shape), torch.randn(1, shape.n, shape.d, requires_grad=True)
+    with torch.enable_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         layer(x)
     return int(counter.get_total_flops())
 

@@ -18,7 +18,6 @@ from tersor.compress.layout_choice import with_fitting_layout
 from tersor.compress.plan import make_plan
 from tersor.compress.recipe import Recipe
 from tersor.compress.settings import Job, job_of, settings_of
-from tersor.formats.layouts import GPTQ_SUFFIXES
 from tersor.formats.packing import packed_size
 from tersor.layers.linear_map import matrix_shape
 from tersor.methods.method import BlockMethod, Method, ModelMethod
@@ -36,6 +35,8 @@ def size_on_disk(checkpoint: Checkpoint, lazy: LazyModel, steps: Sequence[Method
     if isinstance(last, ModelMethod):
         return checkpoint.size() if last.keeps_size else None
     assert isinstance(last, BlockMethod)
+    if last.quantization() is None:
+        return checkpoint.size()  # other numbers in the place of the old ones
     job = with_fitting_layout(lazy.module, job_of(Recipe(last), settings_of({})))
     return checkpoint.size() - _replaced(checkpoint, lazy, job) + _packed(lazy, job)
 
@@ -51,7 +52,8 @@ def packed_maps(lazy: LazyModel, steps: Sequence[Method]) -> dict[str, int]:
     if not isinstance(last, BlockMethod):
         return {}
     plan = make_plan(lazy.module, with_fitting_layout(lazy.module, job_of(Recipe(last), settings_of({}))))
-    return {name: int(method.quantization().get("bits", 16)) for name, method in plan.methods.items()}
+    grids = {name: method.quantization() for name, method in plan.methods.items()}
+    return {name: found.bits for name, found in grids.items() if found is not None}
 
 
 def _replaced(checkpoint: Checkpoint, lazy: LazyModel, job: Job) -> int:
@@ -66,8 +68,9 @@ def _packed(lazy: LazyModel, job: Job) -> int:
     steps = (layout.scale_dtype or torch_dtype(lazy.checkpoint.config)).itemsize
     total = 0
     for name, found in plan.all_linears().items():
-        said = plan.methods[name].quantization()
-        bits, group, sym = int(said["bits"]), int(said["group_size"]), bool(said["sym"])
+        grids = plan.methods[name].quantization()
+        assert grids is not None  # a recipe is one method for all layers, and this one packs
+        bits, group, sym = grids.bits, grids.group_size, grids.sym
         columns = matrix_shape(found)[1]
         groups = 1 if group == -1 else -(-columns // group)
         for stem, rows in lazy.pieces(name):
@@ -77,12 +80,12 @@ def _packed(lazy: LazyModel, job: Job) -> int:
                 groups * packed_size(rows, bits),
             )
             if layout.name == "compressed-tensors":
-                moved = bool(said.get("desc_act")) and not said.get("static_groups") and group != -1
+                moved = grids.desc_act and not grids.static_groups and group != -1
                 total += WORD * (codes + (0 if sym else zeros) + (columns if moved else 0)) + scales + 16
                 count = 3 + (not sym) + moved
             else:
                 total += WORD * (codes + zeros + columns) + scales
-                count = len(GPTQ_SUFFIXES)
+                count = len(layout.suffixes)
             total += count * (ENTRY + len(stem) + 12)
     return total
 

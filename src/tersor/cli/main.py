@@ -31,6 +31,7 @@ VERBS = (
     "catalog",
     "complexity",
     "eval",
+    "report",
     "generate",
     "chat",
     "bench",

@@ -42,6 +42,7 @@ EXTRAS = {  # extra: its package, and what it is for
     "graphs": ("torch_geometric", "checkpoints and data of torch_geometric"),
     "plots": ("matplotlib", "pictures of forecasts and of samples"),
     "tables": ("pandas", "tables from CSV and Parquet files"),
+    "report": ("plotly", "`tersor report`, pages about compressed models"),
     "ray": ("ray", "sweeps on a Ray cluster"),
     "lm-eval": ("lm-eval", "`tersor eval --tasks`: EleutherAI's harness"),
 }

@@ -20,7 +20,7 @@ from tersor.errors import TersorError
 if TYPE_CHECKING:
     from torch import nn
 
-    from tersor.formats.layouts import Layout
+    from tersor.formats.layout import Layout, UniformGrids
     from tersor.methods.block import Block
 
 # progress(what is being done, steps done, steps in all); a total of 0 makes `what` a line that stays on the screen.
@@ -83,17 +83,20 @@ class Method:
 
 @dataclass(frozen=True)
 class BlockMethod(Method):
-    """Works block by block, on models of any size. `layouts`: the formats on disk that can hold its result."""
+    """Works block by block, on models of any size."""
 
-    layouts: ClassVar[tuple[str, ...]]
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        """The formats on disk that can hold its result, the usual one first: "safetensors" for plain numbers."""
+        raise NotImplementedError
 
     def compress_block(self, block: Block) -> None:
         """Compress the linear maps of one block: call `block.replace(name, ...)` for each of `block.linears`."""
         raise NotImplementedError
 
-    def quantization(self) -> Mapping[str, Any]:
-        """What `quantization_config` on disk says of this method."""
-        raise NotImplementedError
+    def quantization(self) -> UniformGrids | None:
+        """The grids of its result; None where that is plain numbers."""
+        return None
 
     def without_inputs(self) -> BlockMethod:
         """The method for a table of which rows are looked up: one that needs no inputs, of which it has none."""

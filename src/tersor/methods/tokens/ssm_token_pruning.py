@@ -51,6 +51,10 @@ class SsmTokenPruning(ModelMethod):
     """Drop the tokens that a state-space vision model's scans say least about; no training, no calibration."""
 
     name: ClassVar[str] = "ssm-token-pruning"
+    survey_nodes: ClassVar[tuple[str, ...]] = (
+        "inference/pruning-tokens",
+        "practical/pruning",
+    )
     needs_samples: ClassVar[bool] = False
 
     prune_after: str = option(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from tersor.formats.grid import Bits, ClipSearch
-from tersor.formats.layouts import Layout
+from tersor.formats.layout import Layout, UniformGrids
 from tersor.layers.linear_map import weight_matrix
 from tersor.methods.block import Block
 from tersor.methods.method import BlockMethod, Method, check_options, option, register
@@ -19,7 +19,7 @@ from tersor.methods.weights.uniform import (
     check_grid,
     is_bits,
     is_group_size,
-    uniform_quantization,
+    width_of,
 )
 
 
@@ -71,5 +71,5 @@ class RTN(BlockMethod):
 
         block.solve(block.linears, solve, self.group_size, tokens={})
 
-    def quantization(self) -> Mapping[str, Any]:
-        return uniform_quantization(self.bits, group_size=self.group_size, sym=self.sym)
+    def quantization(self) -> UniformGrids:
+        return UniformGrids(width_of(self.bits), self.group_size, self.sym)
