@@ -32,6 +32,13 @@ def image() -> tuple[nn.Module, Batches]:
     return model, [{"image": torch.randn(2, 3, 32, 32), "target": torch.tensor([n % 5, 1])} for n in range(3)]
 
 
+def scanned() -> tuple[nn.Module, Batches]:
+    torch.manual_seed(0)
+    info = tersor.models.find("vim")
+    model: Any = tersor.models.create("vim", **{**info.small, "prune_after": ()}).eval()
+    return model, [model.example_inputs(2) for _ in range(2)]
+
+
 def graph() -> tuple[nn.Module, Batches]:
     torch.manual_seed(0)
     info = tersor.models.find("graphgps")
@@ -51,6 +58,7 @@ CASES: dict[str, tuple[Callable[[], tuple[nn.Module, Batches]], dict[str, Any]]]
     "gptq": (text, {"group_size": 16}),
     "greenformers": (text, {"rank": 0.5}),
     "gtsp": (graph, {"tokens": 0.5, "epochs": 1}),
+    "magnitude": (text, {}),
     "nvit": (image, {"latency_target": 0.9, "interval": 1, "finetune_steps": 1}),
     "q-hyvit": (image, {"w_bits": 8, "a_bits": 8}),
     "repquant": (image, {}),
@@ -58,7 +66,10 @@ CASES: dict[str, tuple[Callable[[], tuple[nn.Module, Batches]], dict[str, Any]]]
     "rtn": (text, {"group_size": 16}),
     "scales": (text, {"epochs": 1, "integers": True}),
     "smoothquant": (text, {}),
+    "sparsegpt": (text, {"pattern": "2:4"}),
+    "ssm-token-pruning": (scanned, {"prune_after": "1"}),
     "teacher-intervention": (text, {"steps": 2, "intervention_steps": 1}),
+    "wanda": (text, {}),
 }
 MEASURES_TIME = ("nvit",)  # what it makes depends on how long a run takes
 

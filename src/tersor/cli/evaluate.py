@@ -1,4 +1,4 @@
-"""`tersor eval`: perplexity of a model on a text, or accuracy on images."""
+"""`tersor eval`: perplexity of a model on a text, accuracy on images, or tasks of EleutherAI's harness."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from tersor.cli.harness import given, refuse, show_harness
 from tersor.cli.options import AsJson, Device, Variant, opened_as
 from tersor.cli.progress import progress_bar
 from tersor.errors import TersorError
@@ -17,6 +18,7 @@ from tersor.evaluate.perplexity import perplexity
 
 
 def evaluate(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="A directory, a .gguf file, a hub name such as org/name, or `demo`.")],
     text: Annotated[str, typer.Option(help="A text file (.gz too), or `builtin`.")] = "builtin",
     images: Annotated[
@@ -30,6 +32,18 @@ def evaluate(
     max_windows: Annotated[int | None, typer.Option(help="Evaluate only the first windows.")] = None,
     max_images: Annotated[int | None, typer.Option(help="Evaluate only the first images.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of EleutherAI's harness instead, such as lambada_openai,arc_easy.")
+    ] = None,
+    tasks_dir: Annotated[
+        Path | None, typer.Option(help="A folder of YAML files that define --tasks; code they name is run.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Evaluate only the first documents of each of --tasks.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Examples before each question of --tasks.")] = None,
+    batch_size: Annotated[str, typer.Option(help="Requests of --tasks that run together: a number, or auto.")] = "auto",
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="Put the questions of --tasks in the tokenizer's form of a chat.")
+    ] = False,
     device: Device = "auto",
     variant: Variant = None,
     as_json: AsJson = False,
@@ -38,9 +52,25 @@ def evaluate(
 
     In each window, tokens 2 to n are predicted. With --against, the model's predictions are compared with the original's.
 
-    Examples: `tersor eval demo-4bit`, `tersor eval demo-4bit --against demo --text book.txt`.
+    With --tasks, the model answers tasks of EleutherAI's harness, in windows of its own length or of --seq-len.
+
+    Examples: `tersor eval demo-4bit`, `tersor eval demo-4bit --against demo --text book.txt`,
+    `tersor eval demo-4bit --tasks lambada_openai --limit 100`.
     """
     model = opened_as(model, variant)
+    if tasks is not None:
+        refuse(context, "--tasks", ("text", "images", "against", "max_windows", "max_images"))
+        length = seq_len if given(context, "seq_len") else None
+        show_harness(
+            model, tasks, tasks_dir, limit, num_fewshot, batch_size, length, chat_template, dtype, device, as_json
+        )
+        return
+    refuse(
+        context,
+        "perplexity and accuracy",
+        ("tasks_dir", "limit", "num_fewshot", "batch_size", "chat_template"),
+        "give --tasks",
+    )
     if against is not None:
         if images is not None:
             raise TersorError("--against compares language models on a text; leave --images out")

@@ -12,7 +12,7 @@ from tersor.cli.options import SummaryAsJson, Variant, opened_as
 from tersor.compress.best import NAMES
 from tersor.compress.recipe import Recipe, read_recipe
 from tersor.errors import TersorError
-from tersor.methods.method import BlockMethod, PackedMethod, from_options, methods
+from tersor.methods.method import BlockMethod, Method, PackedMethod, from_options, methods
 
 
 def _quantize(
@@ -65,8 +65,14 @@ def _check(method: str) -> None:
     kind = methods().get(method)
     if kind is not None and issubclass(kind, PackedMethod):
         raise TersorError(f"{method} tunes a packed model: tersor compress {method} PACKED --original MODEL")
-    if kind is not None and not issubclass(kind, BlockMethod):
-        raise TersorError(f"{method} works on the whole model: tersor compress {method} MODEL")
+    if kind is not None and not _quantizes(kind):
+        does = "prunes weights" if issubclass(kind, BlockMethod) else "works on the whole model"
+        raise TersorError(f"{method} {does}: tersor compress {method} MODEL")
 
 
-quantize = with_options(_quantize, {name: kind for name, kind in methods().items() if issubclass(kind, BlockMethod)})
+def _quantizes(kind: type[Method]) -> bool:
+    """Whether a method, as it is without options, packs weights block by block."""
+    return issubclass(kind, BlockMethod) and kind().quantization() is not None
+
+
+quantize = with_options(_quantize, {name: kind for name, kind in methods().items() if _quantizes(kind)})

@@ -17,10 +17,14 @@ from rich.console import Console
 from torch import nn
 
 import tersor.models
+from tersor.checkpoint.load import load
+from tersor.checkpoint.preprocessing import PREPROCESSOR, image_settings
+from tersor.checkpoint.source import open_checkpoint
 from tersor.cli.notes import show_notes
 from tersor.cli.progress import progress_bar
 from tersor.data.denoising import DenoisingConfig
 from tersor.errors import TersorError
+from tersor.layers.exchange import EXCHANGED
 from tersor.models.config import checked_config
 from tersor.tasks import Sets, Task, task_of
 from tersor.tasks.long_range_arena import PREFIX, prepare
@@ -29,7 +33,7 @@ from tersor.train.objectives import Objective, answering
 from tersor.train.self_pretraining import self_pretrain
 from tersor.train.trainer import Progress, validate
 from tersor.train.trainer import train as run_training
-from tersor.untrusted import read_json, read_toml, readable
+from tersor.untrusted import read_json, read_json_object, read_toml, readable
 
 SECTIONS = ("model", "data", "train", "pretrain")
 Tables = dict[str, dict[str, Any]]
@@ -39,7 +43,9 @@ def _train(
     what: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", help="An architecture: `tersor models` lists them. Or lra/TASK, of the Long Range Arena."
+            metavar="MODEL",
+            help="An architecture (`tersor models` lists them), the folder of a saved model that is to be trained on, or "
+            "lra/TASK, of the Long Range Arena.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder of the run; one that was interrupted goes on.")],
@@ -77,7 +83,8 @@ def _train(
     """
     tables = _tables(config, set or [])
     tables["train"] |= {name: value for name, value in options.items() if value is not None}
-    task = None if what.startswith(PREFIX) else _task(what)
+    saved = None if what.startswith(PREFIX) else _saved(what, checkpoint, tables["model"])
+    task = None if what.startswith(PREFIX) else _task(what if saved is None else type(saved).system)  # type: ignore[attr-defined]
     defaults = {} if task is None else task.defaults
     settings = checked_config(TrainConfig, {**defaults, **tables["train"]}, "train")
     torch.manual_seed(settings.seed)
@@ -85,7 +92,7 @@ def _train(
         net, sets, objective = (
             _long_range(what, model, data, validation, checkpoint, out, settings, tables, progress)
             if task is None
-            else _by_task(task, what, model, data, validation, checkpoint, tables)
+            else _by_task(task, what, saved, model, data, validation, checkpoint, tables)
         )
         show_notes(sets.notes)
         result = run_training(
@@ -119,6 +126,7 @@ def _task(name: str) -> Task:
 def _by_task(
     task: Task,
     name: str,
+    saved: nn.Module | None,
     other: str | None,
     data: Path | None,
     validation: Path | None,
@@ -131,8 +139,9 @@ def _by_task(
         raise TersorError("the table pretrain goes with lra/TASK")
     if data is None:
         raise TersorError(f"{name} needs --data, what it is to be trained on")
-    net = _build(name, checkpoint, tables["model"])
-    return net, task.load_data(net, data, validation, tables["data"]), task.objective
+    net = saved if saved is not None else _build(name, checkpoint, tables["model"])
+    prepared = {} if saved is None else _as_it_was_trained(Path(name))
+    return net, task.load_data(net, data, validation, prepared | tables["data"]), task.objective
 
 
 def _long_range(
@@ -182,6 +191,40 @@ def _print(told: dict[str, Any], *, as_json: bool) -> None:
     for part in ("validation", "test"):
         if told.get(part):
             console.print(f"{part}: " + ", ".join(f"{name} {value:.4f}" for name, value in told[part].items()))
+
+
+def _saved(what: str, checkpoint: Path | None, overrides: dict[str, Any]) -> nn.Module | None:
+    """The model that is saved in the folder `what`; None where that is no folder with a model."""
+    folder = Path(what)
+    with readable(folder):
+        if not (folder / "config.json").is_file():
+            return None
+    if checkpoint is not None:
+        raise TersorError(f"{what} has weights of its own; leave --checkpoint out, or name an architecture")
+    if overrides:
+        raise TersorError(
+            f"{what} is built already: model.{next(iter(overrides))} goes with the name of an architecture"
+        )
+    config = read_json_object(folder / "config.json")
+    if "quantization_config" in config:
+        raise TersorError(f"{what} is quantized, and packed weights are not trained; train first, then quantize")
+    if config.get(EXCHANGED):
+        raise TersorError(f"{what} has layers that a method put in, which are not trained; train first, then compress")
+    net = load(folder, device="cpu")
+    if getattr(type(net), "system", None) is None:
+        raise TersorError(f"{what} holds a {type(net).__name__}; tersor trains its own architectures (`tersor models`)")
+    return net.requires_grad_()
+
+
+def _as_it_was_trained(folder: Path) -> dict[str, Any]:
+    """Size, mean and std of the images that a saved model knows; entries of the table `data`."""
+    if not (folder / PREPROCESSOR).is_file():
+        return {}
+    said = read_json_object(folder / PREPROCESSOR)
+    if "image_mean" not in said:  # of series, say, whose scaler comes from the new data
+        return {}
+    settings = image_settings(open_checkpoint(folder))
+    return {name: settings[name] for name in ("size", "mean", "std") if name in settings}
 
 
 def _build(name: str, checkpoint: Path | None, overrides: dict[str, Any]) -> nn.Module:

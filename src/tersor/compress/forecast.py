@@ -49,8 +49,8 @@ def forecast(lazy: LazyModel, plan: Plan, batches: Sequence[Batch], device: torc
         experts = 0
         for name, found in linears.items():
             rows, width = matrix_shape(found)
-            options = plan.methods[name].quantization()
-            bits, group = options.get("bits", 16), options.get("group_size", -1)
+            grids = plan.methods[name].quantization()
+            bits, group = (grids.bits, grids.group_size) if grids else (8 * original, -1)
             squares = 0 if isinstance(found, nn.Embedding) else width**2  # an embedding has no Hessian
             work += (PASSES * tokens * rows * width if squares else 0) + (tokens + rows + width) * squares
             solving = max(solving, SOLVER_COPIES * 4 * (squares + rows * width))

@@ -16,6 +16,7 @@ from tersor.compress.layout_choice import with_fitting_layout
 from tersor.compress.packed import compress_packed_checkpoint, compress_packed_module
 from tersor.compress.recipe import Recipe, Rule, make_rules
 from tersor.compress.result import Compressed
+from tersor.compress.run_record import keep_run
 from tersor.compress.settings import Job, Settings, job_of, refuse_idle, settings_of
 from tersor.compress.steps import run_steps
 from tersor.compress.stream import compress_checkpoint
@@ -44,8 +45,9 @@ def compress(
     The settings:
 
     calibration: a text file, "builtin" (also None), "hf:NAME", a list of strings, or an iterable of the model's own inputs.
-    format: how the result is stored, which also bounds its precision: "gptq", "gptq_v2" or "compressed-tensors"; "auto" is
-        "gptq" where it holds every layer, else "compressed-tensors"; None keeps exact numbers, for a module in memory only.
+    format: how the result is stored, which also bounds its precision: "gptq", "gptq_v2", "compressed-tensors", or "safetensors"
+        for plain numbers; "auto" is "gptq" where it holds every layer, else "compressed-tensors", and "safetensors" for what is
+        pruned only; None keeps exact numbers, for a module in memory only.
     include, exclude: patterns of linear layers, such as "*.mlp.*". head: compress the output head too. embeddings: the token
         embedding too, rounded to nearest with the method's options, as it has no inputs; in format compressed-tensors.
     redo: patterns of layers whose blocks are solved again although an earlier run of the same job finished them.
@@ -65,8 +67,10 @@ def compress(
     asked, steps = settings_of(settings), _steps(method, rules)
     refuse_idle(asked, [step.method for step in steps], by_name=not isinstance(model, nn.Module))
     if len(steps) > 1:
-        return run_steps(model, steps, asked, run_job)
-    return run_job(model, job_of(steps[0], asked))
+        result = run_steps(model, steps, asked, run_job)
+    else:
+        result = run_job(model, job_of(steps[0], asked))
+    return keep_run(result, model, steps, asked)
 
 
 def _steps(method: Method | Sequence[Method | Recipe], rules: Sequence[Rule | Mapping[str, Any]]) -> list[Recipe]:

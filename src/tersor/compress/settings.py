@@ -22,7 +22,8 @@ from tersor.calibrate.routing import Routing, parse_routing
 from tersor.checkpoint.load import pick_device
 from tersor.compress.recipe import Recipe
 from tersor.errors import TersorError
-from tersor.formats.layouts import Layout, layout_named
+from tersor.formats.layout import Layout
+from tersor.formats.layouts import layout_named
 from tersor.methods.method import BlockMethod, Method, PackedMethod, Progress
 from tersor.untrusted import check_seed
 
@@ -64,7 +65,8 @@ class Settings:
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...", by_name=True)
     format: str | None = setting(
         AUTO,
-        "gptq, gptq_v2, compressed-tensors, or auto: gptq where it holds every layer, else compressed-tensors.",
+        "gptq, gptq_v2, compressed-tensors, safetensors, or auto: gptq where it holds every layer, else compressed-tensors; "
+        "safetensors for what is pruned only.",
         blocks=True,
         decides=True,
         typed=str,
@@ -172,12 +174,17 @@ def job_of(recipe: Recipe, settings: Settings, *, history: Sequence[Mapping[str,
     return Job(
         **asked,
         recipe=recipe,
-        layout=None if format is None else layout_named("gptq" if format == AUTO else format),
+        layout=None if format is None else layout_named(_usual(recipe) if format == AUTO else format),
         may_pad=format == AUTO,
         place=pick_device(settings.device),
         routing=parse_routing(settings.experts),
         history=tuple(history),
     )
+
+
+def _usual(recipe: Recipe) -> str:
+    """The format of a job that names none."""
+    return recipe.method.layouts[0] if isinstance(recipe.method, BlockMethod) else "gptq"
 
 
 def applies(each: dataclasses.Field[Any], methods: Sequence[type[Method]], *, by_name: bool) -> bool:

@@ -31,7 +31,7 @@ from tersor.checkpoint.writer import model_fingerprint
 from tersor.compress.packed import as_packed_before
 from tersor.compress.recipe import Recipe
 from tersor.compress.result import Compressed, Summary, loss_of
-from tersor.compress.settings import Job, Settings, applies, job_of
+from tersor.compress.settings import AUTO, Job, Settings, applies, job_of
 from tersor.errors import TersorError
 from tersor.methods.method import BlockMethod, PackedMethod, Report
 
@@ -56,7 +56,9 @@ class Line:
 def run_steps(model: str | Path | nn.Module, steps: Sequence[Recipe], asked: Settings, run: Run) -> Compressed:
     """Raises TersorError where a step cannot follow another, before anything is done."""
     for n, (step, following) in enumerate(itertools.pairwise(steps), 1):
-        packs, tunes = isinstance(step.method, BlockMethod | PackedMethod), isinstance(following.method, PackedMethod)
+        dense = isinstance(step.method, BlockMethod) and step.method.quantization() is None
+        packs = isinstance(step.method, BlockMethod | PackedMethod) and not dense
+        tunes = isinstance(following.method, PackedMethod)
         if packs and not tunes:
             raise TersorError(
                 f"step {n}, {step.method.name}, packs the weights, which no later step can change: put it last"
@@ -161,6 +163,8 @@ def _job(steps: Sequence[Recipe], n: int, asked: Settings, *, by_name: bool = Tr
     idle: dict[str, Any] = {
         each.name: each.default for each in dataclasses.fields(Settings) if not applies(each, [method], by_name=by_name)
     }
+    if n < len(steps) - 1:
+        idle["format"] = AUTO  # what is asked for is the last step's
     history = [step.method.options() for step in steps[:n]]
     return job_of(steps[n], replace(asked, **idle), history=history)
 

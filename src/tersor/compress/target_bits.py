@@ -32,7 +32,8 @@ from tersor.compress.samples import read_samples, samples_by_path
 from tersor.compress.settings import Job
 from tersor.errors import TersorError
 from tersor.formats.grid import Stored
-from tersor.formats.layouts import bytes_of
+from tersor.formats.layout import Layout
+from tersor.formats.packing import packed_size
 from tersor.layers.experts import ExpertMap
 from tersor.layers.linear_map import matrix_shape, set_weight_matrix, weight_matrix
 from tersor.methods.method import Work
@@ -120,7 +121,7 @@ def _measure(module: nn.Module, job: Job, method: GPTQ, samples: list[Batch], st
                     set_weight_matrix(layers[name], tried.solution(kept[name], factor, stored).dequantize())
                 lost = sum(_lost(call(module, each), was) for each, was in zip(judged, wanted, strict=True))
                 size = sum(
-                    bytes_of(*shape, bits, group, job.layout, stored.scale_dtype, sym=method.sym)
+                    _bytes_of(*shape, bits, group, job.layout, stored.scale_dtype, sym=method.sym)
                     for shape in item.shapes
                 )
                 item.options.append(((bits, group), size, lost / len(judged)))
@@ -210,3 +211,15 @@ def _recipe(items: Sequence[_Item], method: GPTQ, job: Job) -> Recipe:
     job.progress(f"{taken:.3f} bits a weight: {shares}", 0, 0)
     rules = [Rule(name, {"bits": b, "group_size": g}) for name, (b, g) in chosen.items() if (b, g) != (bits, group)]
     return Recipe(replace(method, bits=bits, group_size=group), tuple(rules))
+
+
+def _bytes_of(
+    rows: int, columns: int, bits: int, group_size: int, layout: Layout | None, scale_dtype: torch.dtype, *, sym: bool
+) -> int:
+    """What one layer [rows, columns] of natural groups takes on disk, its steps in scale_dtype."""
+    groups = -(-columns // (columns if group_size == -1 else group_size))
+    codes, zeros = 4 * packed_size(columns, bits) * rows, 4 * groups * packed_size(rows, bits)
+    steps = scale_dtype.itemsize * groups * rows
+    if layout is not None and "qzeros" in layout.suffixes:  # as gptq writes them, with the group of each input
+        return codes + steps + zeros + 4 * columns
+    return codes + steps + 16 + (0 if sym else zeros)

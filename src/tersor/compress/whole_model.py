@@ -21,9 +21,10 @@ from tersor.checkpoint.source import open_checkpoint, torch_dtype
 from tersor.compress.first_run import UNFIT, completed, lacks_second_text
 from tersor.compress.result import Compressed, Summary, loss_of, peak_memory
 from tersor.compress.samples import read_samples, samples_by_path
-from tersor.compress.save import PLAIN, save_plain
+from tersor.compress.save import save_plain
 from tersor.compress.settings import Job
 from tersor.errors import TersorError
+from tersor.formats.layouts import PLAIN
 from tersor.layers.linear_map import linear_maps
 from tersor.methods.method import ModelMethod, Work
 
@@ -91,7 +92,7 @@ def _compress(module: nn.Module, job: Job, stored: torch.dtype) -> Compressed:
     summary = Summary(
         model=type(module).__name__,
         method=method.options(),
-        format=PLAIN,
+        format=PLAIN.name,
         layers=work.reports,
         left=[],
         seconds=time.perf_counter() - job.started,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.errors import TersorError
+from tersor.formats.packed_weight import PackedWeight
 from tersor.formats.quantized_weight import QuantizedWeight
 from tersor.kernels.quantized_matmul import PreparedWeight, prepare, quantized_matmul, restore
 from tersor.layers.experts import ExpertMap, PackedExperts
@@ -152,11 +153,14 @@ def prepare_layers(model: nn.Module) -> None:
                 child.prepare()
 
 
-def place_packed(model: nn.Module, maps: Mapping[str, LinearMap], packed: Mapping[str, QuantizedWeight]) -> None:
-    """Put packed layers in the place of the linear maps of these names; an expert stack is replaced once as a whole."""
+def place_packed(model: nn.Module, maps: Mapping[str, LinearMap], packed: Mapping[str, PackedWeight]) -> None:
+    """Put packed layers in the place of the linear maps of these names; an expert stack is replaced once as a whole. Maps with
+    plain numbers hold them already."""
     stacks: dict[str, dict[int, QuantizedWeight]] = defaultdict(dict)
     for name, weight in packed.items():
         found = maps[name]
+        if not isinstance(weight, QuantizedWeight):
+            continue
         if isinstance(found, ExpertMap):
             stacks[name.rpartition(".")[0]][found.index] = weight
         else:

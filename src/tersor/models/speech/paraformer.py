@@ -224,7 +224,10 @@ class CTC(nn.Module):
     untraceable="the number of tokens is read from the speech, so shapes depend on values",
 )
 class Paraformer(nn.Module):
-    """speech (B, T, input_size), speech_lengths (B,) -> log-probabilities (B, N, V), token counts (B,)."""
+    """speech (B, T, input_size), speech_lengths (B,) -> log-probabilities (B, N, V), token counts (B,).
+
+    text (B, L), padded with -1, and text_lengths (B,), if given -> ParaformerLosses.
+    """
 
     def __init__(self, config: ParaformerConfig) -> None:
         super().__init__()
@@ -264,11 +267,25 @@ class Paraformer(nn.Module):
             )
         return self.encoder(speech, padding_mask(speech_lengths, speech.shape[1]))
 
-    def forward(self, speech: Tensor, speech_lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        speech: Tensor,
+        speech_lengths: Tensor,
+        text: Tensor | None = None,
+        text_lengths: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor] | ParaformerLosses:
+        """With a text what `losses` gives."""
+        if text is not None and text_lengths is not None:
+            return self.losses(speech, speech_lengths, text, text_lengths)
+        log_probs, predicted = self.recognize(speech, speech_lengths)
+        return log_probs, predicted.token_num.round().long()
+
+    def recognize(self, speech: Tensor, speech_lengths: Tensor) -> tuple[Tensor, Predicted]:
+        """Log-probabilities (B, N, V), and what the predictor found: of its peaks follow the tokens' times."""
         h, mask = self.encode(speech, speech_lengths)
         predicted = self.predictor(h, mask)
         counts = predicted.token_num.round().long()
-        return self.decode(predicted.embeds, counts, h, mask).log_softmax(-1), counts
+        return self.decode(predicted.embeds, counts, h, mask).log_softmax(-1), predicted
 
     def decode(self, embeds: Tensor, counts: Tensor, h: Tensor, mask: Tensor) -> Tensor:
         """Logits (B, N, V)."""
@@ -278,8 +295,8 @@ class Paraformer(nn.Module):
 
     @torch.no_grad()
     def transcribe(self, speech: Tensor, speech_lengths: Tensor) -> list[list[int]]:
-        log_probs, counts = self(speech, speech_lengths)
-        rows = zip(log_probs.argmax(-1).tolist(), counts.tolist(), strict=True)
+        log_probs, predicted = self.recognize(speech, speech_lengths)
+        rows = zip(log_probs.argmax(-1).tolist(), predicted.token_num.round().long().tolist(), strict=True)
         return [[token for token in row[:count] if token not in (BLANK, START, END)] for row, count in rows]
 
     def losses(
