@@ -145,7 +145,8 @@ def learnt(device: str, seconds: float, tune: float) -> list[str]:
             row("random", keep, share, model)
     lines += [
         "",
-        f"The unpruned Vim learned from {len(train[0])} pictures in {steps} steps of 256; {tune:.0f} seconds of training on a row.",
+        f"The unpruned Vim learned from {len(train[0])} pictures in {steps} steps of 256; "
+        f"{tune:.0f} seconds of training on for each row.",
     ]
     return lines
 
