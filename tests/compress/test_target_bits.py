@@ -18,7 +18,8 @@ from zoo.tiny_models import build, samples
 import tersor
 from tersor import GPTQ, RTN, TersorError
 from tersor.compress.knapsack import choose
-from tersor.formats.layouts import LAYOUTS, bytes_of, write
+from tersor.compress.target_bits import bytes_of
+from tersor.formats.layouts import LAYOUTS, write
 from tersor.methods.weights.gptq_solver import solve_rtn
 
 BASE = GPTQ(group_size=64, desc_act=True, static_groups=True)

@@ -163,8 +163,8 @@ def _job(steps: Sequence[Recipe], n: int, asked: Settings, *, by_name: bool = Tr
     idle: dict[str, Any] = {
         each.name: each.default for each in dataclasses.fields(Settings) if not applies(each, [method], by_name=by_name)
     }
-    if n < len(steps) - 1:
-        idle["format"] = AUTO  # what is asked for is the last step's
+    if not all(isinstance(step.method, PackedMethod) for step in steps[n + 1 :]):
+        idle["format"] = AUTO  # what is asked for is the last step's, or that of the step whose result it tunes
     history = [step.method.options() for step in steps[:n]]
     return job_of(steps[n], replace(asked, **idle), history=history)
 

@@ -121,7 +121,7 @@ def _measure(module: nn.Module, job: Job, method: GPTQ, samples: list[Batch], st
                     set_weight_matrix(layers[name], tried.solution(kept[name], factor, stored).dequantize())
                 lost = sum(_lost(call(module, each), was) for each, was in zip(judged, wanted, strict=True))
                 size = sum(
-                    _bytes_of(*shape, bits, group, job.layout, stored.scale_dtype, sym=method.sym)
+                    bytes_of(*shape, bits, group, job.layout, stored.scale_dtype, sym=method.sym)
                     for shape in item.shapes
                 )
                 item.options.append(((bits, group), size, lost / len(judged)))
@@ -213,7 +213,7 @@ def _recipe(items: Sequence[_Item], method: GPTQ, job: Job) -> Recipe:
     return Recipe(replace(method, bits=bits, group_size=group), tuple(rules))
 
 
-def _bytes_of(
+def bytes_of(
     rows: int, columns: int, bits: int, group_size: int, layout: Layout | None, scale_dtype: torch.dtype, *, sym: bool
 ) -> int:
     """What one layer [rows, columns] of natural groups takes on disk, its steps in scale_dtype."""
