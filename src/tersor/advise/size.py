@@ -20,7 +20,7 @@ from tersor.compress.recipe import Recipe
 from tersor.compress.settings import Job, job_of, settings_of
 from tersor.formats.packing import packed_size
 from tersor.layers.linear_map import matrix_shape
-from tersor.methods.method import BlockMethod, Method, ModelMethod
+from tersor.methods.method import BlockMethod, Method, ModelMethod, PackedMethod
 
 WORD = 4  # bytes
 ENTRY = 76  # of a header beside the tensor's name: dtype, shape, offsets
@@ -29,6 +29,8 @@ ENTRY = 76  # of a header beside the tensor's name: dtype, shape, offsets
 def size_on_disk(checkpoint: Checkpoint, lazy: LazyModel, steps: Sequence[Method]) -> int | None:
     """Bytes of the tensor files; None where a step's result has no formula. Raises TersorError where a method refuses the
     model's layers."""
+    while len(steps) > 1 and isinstance(steps[-1], PackedMethod):
+        steps = steps[:-1]  # changes numbers, not their size
     *before, last = steps
     if any(isinstance(step, ModelMethod) and not step.keeps_size for step in before):
         return None
@@ -48,7 +50,7 @@ def skeleton(checkpoint: Checkpoint) -> LazyModel:
 
 def packed_maps(lazy: LazyModel, steps: Sequence[Method]) -> dict[str, int]:
     """The bits of each layer that the last step packs."""
-    last = steps[-1]
+    last = next((step for step in reversed(steps) if not isinstance(step, PackedMethod)), steps[-1])
     if not isinstance(last, BlockMethod):
         return {}
     plan = make_plan(lazy.module, with_fitting_layout(lazy.module, job_of(Recipe(last), settings_of({}))))

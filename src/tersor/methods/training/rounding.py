@@ -70,6 +70,11 @@ class Rounding(PackedMethod):
     """Move integers of a packed model by one, block by block, so that blocks give what the original's give. A step after gptq."""
 
     name: ClassVar[str] = "rounding"
+    survey_nodes: ClassVar[tuple[str, ...]] = (
+        "inference/quantization-ptq",
+        "inference/quantization-uniform",
+        "practical/quantization",
+    )
 
     epochs: int = option(4, "passes over the samples for each block", check=lambda v: v >= 1, allowed="at least 1")
     travel: float = option(

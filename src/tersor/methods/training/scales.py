@@ -73,6 +73,12 @@ class Scales(PackedMethod):
     """Tune the scales of a packed model so that it predicts what the original does. A step after gptq, rtn or rounding."""
 
     name: ClassVar[str] = "scales"
+    survey_nodes: ClassVar[tuple[str, ...]] = (
+        "inference/quantization-ptq",
+        "inference/quantization-uniform",
+        "inference/distillation-logits",
+        "practical/quantization",
+    )
 
     epochs: int = option(2, "passes over the samples", check=lambda v: v >= 1, allowed="at least 1")
     lr: float = option(
