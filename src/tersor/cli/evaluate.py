@@ -1,4 +1,4 @@
-"""`tersor eval`: perplexity of a model on a text, accuracy on images, or what a compressed model lost."""
+"""`tersor eval`: perplexity of a model on a text, accuracy on images, what a compressed model lost, or tasks of a harness."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from tersor.cli import comparison
+from tersor.cli.harness import given, refuse, show_harness
 from tersor.cli.options import AsJson, Device, Variant, opened_as
 from tersor.cli.progress import Report, progress_bar
 from tersor.errors import TersorError
@@ -27,6 +28,7 @@ Compare = Callable[[str | Path, Report], Any]  # a model, beside the original
 
 
 def evaluate(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="A directory, a .gguf file, a hub name such as org/name, or `demo`.")],
     text: Annotated[str, typer.Option(help="A text file (.gz too), or `builtin`.")] = "builtin",
     images: Annotated[
@@ -50,6 +52,18 @@ def evaluate(
     max_windows: Annotated[int | None, typer.Option(help="Evaluate only the first windows.")] = None,
     max_images: Annotated[int | None, typer.Option(help="Evaluate only the first images.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of EleutherAI's harness instead, such as lambada_openai,arc_easy.")
+    ] = None,
+    tasks_dir: Annotated[
+        Path | None, typer.Option(help="A folder of YAML files that define --tasks; code they name is run.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Evaluate only the first documents of each of --tasks.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Examples before each question of --tasks.")] = None,
+    batch_size: Annotated[str, typer.Option(help="Requests of --tasks that run together: a number, or auto.")] = "auto",
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="Put the questions of --tasks in the tokenizer's form of a chat.")
+    ] = False,
     device: Device = "auto",
     variant: Variant = None,
     as_json: AsJson = False,
@@ -59,9 +73,29 @@ def evaluate(
     In each window, tokens 2 to n are predicted. With --against, the model's predictions are compared with the original's: those
     of a language model, a classifier (--images), a sentence encoder (the lines of --text) or a forecaster (--data).
 
-    Examples: `tersor eval demo-4bit`, `tersor eval demo-4bit --against demo --text book.txt`.
+    With --tasks, the model answers tasks of EleutherAI's harness, in windows of its own length or of --seq-len.
+
+    Examples: `tersor eval demo-4bit`, `tersor eval demo-4bit --against demo --text book.txt`,
+    `tersor eval demo-4bit --tasks lambada_openai --limit 100`.
     """
     model = opened_as(model, variant)
+    if tasks is not None:
+        refuse(
+            context,
+            "--tasks",
+            ("text", "images", "data", "against", "anchors", "cache", "cache_size", "max_windows", "max_images"),
+        )
+        length = seq_len if given(context, "seq_len") else None
+        show_harness(
+            model, tasks, tasks_dir, limit, num_fewshot, batch_size, length, chat_template, dtype, device, as_json
+        )
+        return
+    refuse(
+        context,
+        "perplexity and accuracy",
+        ("tasks_dir", "limit", "num_fewshot", "batch_size", "chat_template"),
+        "give --tasks",
+    )
     source: str | Path = text if text == "builtin" else Path(text)
     place: dict[str, Any] = {"dtype": dtype, "device": device}
     if against is not None:
@@ -93,8 +127,8 @@ def evaluate(
         show = comparison.SHOWN[how]
         _against(model, against, compare, show, anchors=anchors, device=device, as_json=as_json)
         return
-    for name, given in (("--data", data), ("--anchors", anchors), ("--cache", cache), ("--cache-size", cache_size)):
-        if given:
+    for name, value in (("--data", data), ("--anchors", anchors), ("--cache", cache), ("--cache-size", cache_size)):
+        if value:
             raise TersorError(f"{name} is for a comparison: give --against the original")
     if images is not None:
         _accuracy(model, images, max_images, dtype, device, as_json)

@@ -119,7 +119,7 @@ def check_windows(module: nn.Module, windows: Tensor, tokenizer: Any = None) -> 
     check_length(module, windows.shape[1])
     check_tokens(module, windows, tokenizer)
     where = next(module.parameters(), torch.empty(0)).device
-    _check_causal(module.eval(), windows[0][:_PROBE].to(where), int(windows.max()))
+    check_causal(module.eval(), windows[0][:_PROBE].to(where), int(windows.max()))
 
 
 def why_not_causal(module: nn.Module) -> str | None:
@@ -154,7 +154,7 @@ def logits_of(module: nn.Module, inputs: Tensor) -> Tensor:
     return logits
 
 
-def _check_causal(module: nn.Module, window: Tensor, largest: int) -> None:
+def check_causal(module: nn.Module, window: Tensor, largest: int) -> None:
     """Raise TersorError where logits depend on later tokens, or are no prediction of tokens. window: tokens [n]."""
     half = (len(window) + 1) // 2
     other = window[window != window[0]]
