@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersor.checkpoint.quantization_config import QuantizationConfig, read_config
+from tersor.checkpoint.quantization_config import read_config
 from tersor.checkpoint.source import STEPS, Checkpoint, torch_dtype
 from tersor.errors import BrokenWeightError, TersorError
-from tersor.formats.gguf_blocks import BLOCK_TYPES, unpack_blocks
-from tersor.formats.layout_check import Header, check_headers
-from tersor.formats.layouts import PACKED_SUFFIXES, read_awq, read_compressed, read_gptq
+from tersor.formats.layout import Header, QuantizationConfig
+from tersor.formats.layouts import PACKED_SUFFIXES, layout_of
 from tersor.formats.quantized_weight import QuantizedWeight
 from tersor.layers.exchange import EXCHANGED, exchange, exchangeable_kinds
 from tersor.layers.experts import ExpertMap
@@ -317,30 +316,15 @@ def check_layer(name: str, headers: dict[str, Header], in_features: int, config:
     if config is None:
         raise TersorError(f"{name} is packed, and the checkpoint has no quantization config")
     found = {s: headers[f"{name}.{s}"] for s in PACKED_SUFFIXES if f"{name}.{s}" in headers}
-    check_headers(name, found, in_features, layout=config.layout, bits=config.bits, group_size=config.group_size)
+    layout_of(config, found).check(name, found, in_features, config)
 
 
 def read_layer(name: str, tensors: dict[str, Tensor], in_features: int, config: QuantizationConfig) -> QuantizedWeight:
-    """One quantized layer from its tensors by suffix, whichever layout they are in. name: its published name; config: what
+    """One quantized layer from its tensors by suffix, whichever format they are in. name: its published name; config: what
     holds for it."""
-    bits, group_size = config.bits, config.group_size
-    for kind in BLOCK_TYPES.values():
-        if kind.suffix in tensors:
-            return unpack_blocks(name, tensors[kind.suffix], kind, in_features)
-    if "weight_packed" in tensors:
-        return read_compressed(name, tensors, in_features, bits=bits, group_size=group_size)
-    if config.layout == "awq":
-        return read_awq(name, tensors, in_features, group_size=group_size)
-    return read_gptq(
-        name,
-        tensors,
-        in_features,
-        bits=bits,
-        group_size=group_size,
-        v2=config.layout == "gptq_v2",
-        sym=config.sym,
-        whole_word_zeros=config.whole_word_zeros,
-    )
+    weight = layout_of(config, tensors).read(name, tensors, in_features, config)
+    assert isinstance(weight, QuantizedWeight)  # all that a layer is loaded as
+    return weight
 
 
 def classes_of(found: LinearMap) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from tersor.calibrate.draws import PROBE, drawing
 from tersor.compress.describe import quantization_config
 from tersor.compress.first_run import prepare
 from tersor.compress.plan import make_plan, without_stacks
-from tersor.compress.result import Compressed, Size, Summary, Timer, loss_of, peak_memory
+from tersor.compress.result import Compressed, Size, Summary, Timer, loss_of, peak_memory, sparsity_of
 from tersor.compress.samples import samples_of
 from tersor.compress.settings import Job
 from tersor.compress.walk import Hooks, walk, walk_without_samples
@@ -33,17 +34,18 @@ def compress_module(model: nn.Module, job: Job) -> Compressed:
         # the plain loop is the one whose products with single experts can be seen
         module.set_experts_implementation("eager")  # type: ignore[operator]
     plan = make_plan(module, job)
-    if job.layout is not None and job.layout.name == "compressed-tensors" and hasattr(module, "base_model_prefix"):
+    packs = job.layout is not None and not (job.layout.is_plain or job.layout.expert_stacks)
+    if job.layout is not None and packs and hasattr(module, "base_model_prefix"):
         # saved under the module's own names, where transformers looks for whole stacks
         stacked = [name for name, each in plan.all_linears().items() if isinstance(each, ExpertMap)]
-        plan = without_stacks(plan, stacked, include=job.include, progress=job.progress)
+        plan = without_stacks(plan, stacked, job.layout, include=job.include, progress=job.progress)
     maps = packable_maps(module)
     first_parameter = next(module.parameters())
     dtype, device = first_parameter.dtype, first_parameter.device
     batches, probe = samples_of(job, job.calibration, plan, module, job.tokenizer, device, dtype)
     stored = None if job.layout is None else Stored(job.layout.scale_dtype or dtype, job.layout.min_zero)
     hessian_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    timer, size = Timer(), Size()
+    timer, size = Timer(device), Size()
     reports: list[LayerReport] = []
 
     def finished(block: Block) -> None:
@@ -65,7 +67,7 @@ def compress_module(model: nn.Module, job: Job) -> Compressed:
             walk(module, plan, batches, probe, first, stored, hessian_dtype, job.routing, hooks)
             with drawing(PROBE):
                 after = first_tensor(call(module, probe))
-    described = {}
+    described: dict[str, Any] = {}
     if job.layout is not None:
         described = quantization_config(
             module, plan, job.recipe, job.layout, lambda name: [stored_name(name, maps[name])]
@@ -78,9 +80,11 @@ def compress_module(model: nn.Module, job: Job) -> Compressed:
         left=plan.left,
         seconds=time.perf_counter() - job.started,
         seconds_per_block=timer.laps,
+        memory_per_block=timer.memory,
         peak_memory=peak_memory(device),
         bits_per_weight=size.bits_per_weight,
         quantization=described,
+        sparsity=sparsity_of(reports, plan.all_linears()),
         **loss_of(before, after),
     )
     return Compressed(summary, None, before, after, _module=module)

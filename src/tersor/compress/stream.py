@@ -24,20 +24,20 @@ from tersor.calibrate.batches import Batch, fingerprint, first_tensor, without_c
 from tersor.calibrate.blocks import Unit
 from tersor.calibrate.parallel import agree, is_first, processes
 from tersor.checkpoint.hashes import Seen
-from tersor.checkpoint.lazy_model import LazyModel, classes_of, compute_dtype, read_layer
+from tersor.checkpoint.lazy_model import LazyModel, classes_of, compute_dtype
 from tersor.checkpoint.load import load_tokenizer
-from tersor.checkpoint.quantization_config import QuantizationConfig, parse_config
 from tersor.checkpoint.room import RESULT_FILE, inputs_of
 from tersor.checkpoint.source import STEPS, open_checkpoint, torch_dtype
 from tersor.checkpoint.writer import ResultWriter, model_fingerprint
-from tersor.compress.describe import quantization_config
+from tersor.compress.describe import described_by, quantization_config
 from tersor.compress.first_run import prepare
 from tersor.compress.forecast import forecast
 from tersor.compress.layout_choice import with_fitting_layout
 from tersor.compress.plan import Plan, make_plan, without_stacks
-from tersor.compress.result import Compressed, Size, Summary, Timer, loss_of, peak_memory
+from tersor.compress.recipe import plain_rule
+from tersor.compress.result import Compressed, Size, Summary, Timer, loss_of, peak_memory, sparsity_of
 from tersor.compress.samples import samples_by_path, samples_of
-from tersor.compress.settings import Job, Settings
+from tersor.compress.settings import Job, Settings, recorded
 from tersor.compress.shared_writer import follow, lead, open_writer
 from tersor.compress.walk import (
     Hooks,
@@ -48,10 +48,10 @@ from tersor.compress.walk import (
 )
 from tersor.errors import NotFiniteError, TersorError
 from tersor.formats.grid import Stored
-from tersor.formats.layouts import Layout, write
-from tersor.formats.quantized_weight import QuantizedWeight
+from tersor.formats.layout import Layout, QuantizationConfig
+from tersor.formats.layouts import write
 from tersor.layers.experts import ExpertMap
-from tersor.layers.linear_map import columns_of, set_weight_matrix
+from tersor.layers.linear_map import as_matrix, columns_of, own_layout, set_weight_matrix
 from tersor.methods.block import Block, LayerReport
 
 
@@ -81,10 +81,10 @@ def compress_checkpoint(name: str, job: Job) -> Compressed:
     layout = job.layout
     assert layout is not None
     plan = make_plan(lazy.module, job)
-    if layout.name == "compressed-tensors":
+    if not layout.expert_stacks:
         experts = [name for name, each in plan.all_linears().items() if isinstance(each, ExpertMap)]
         stacked = [name for name in experts if not lazy.named_pieces(name)]
-        plan = without_stacks(plan, stacked, include=job.include, progress=job.progress)
+        plan = without_stacks(plan, stacked, layout, include=job.include, progress=job.progress)
     writer = open_writer(
         target,
         checkpoint,
@@ -107,7 +107,7 @@ def compress_checkpoint(name: str, job: Job) -> Compressed:
         return [stem for stem, _ in lazy.pieces(linear)]
 
     config = quantization_config(lazy.module, plan, job.recipe, layout, published)
-    blocks = _Blocks(lazy, writer, layout, parse_config(config))
+    blocks = _Blocks(lazy, writer, layout, described_by(layout, config))
     hooks = Hooks(lazy.load, lazy.release, blocks.restore, blocks.finished, job.progress, job.activations)
     after = None
     with torch.no_grad(), without_cache(lazy.module), blocks:
@@ -123,7 +123,7 @@ def compress_checkpoint(name: str, job: Job) -> Compressed:
         again = _blocks_to_redo(plan, job.redo)
         writer.start(marks, overwrite=job.overwrite, redo=bool(job.redo))
         if job.redo:
-            writer.redo(again, _stems_of(plan, published))
+            writer.redo(again, _stems_of(plan, published), layout.suffixes)
         job.progress(forecast(lazy, plan, batches, job.place, job.activations).text(), 0, 0)
         blocks.timer.lap("")
         if probe is None or first is None:
@@ -144,13 +144,14 @@ def compress_checkpoint(name: str, job: Job) -> Compressed:
         job.progress("writing", 0, 1)
         config = quantization_config(lazy.module, plan, job.recipe, layout, published)
         extra: dict[str, Any] = {RESULT_FILE: _result(job, layout, marks, blocks.reports)}
-        if layout.name != "compressed-tensors":
-            extra["quantize_config.json"] = config
+        if layout.config_beside is not None:
+            extra[layout.config_beside] = config
         replaced = {key for linear in plan.all_linears() for key in lazy.keys_of_map(linear)}
         earlier = checkpoint.config.get(STEPS) or []
         steps = job.steps or ([*earlier, job.recipe.method.options()] if earlier else [])
-        described = {STEPS: steps} if steps else {}
-        writer.place(checkpoint, replaced, {**lazy.config(), **described, "quantization_config": config}, extra)
+        described: dict[str, Any] = {STEPS: steps} if steps else {}
+        described |= {"quantization_config": config} if config else {}
+        writer.place(checkpoint, replaced, {**lazy.config(), **described}, extra)
         if probe is not None and first is not None and after is not None:
             read = _read_back(target, probe, first.units, dtype, job.place)
             if max(first.visits.values()) == 1:
@@ -167,11 +168,13 @@ def compress_checkpoint(name: str, job: Job) -> Compressed:
         left=plan.left,
         seconds=time.perf_counter() - job.started,
         seconds_per_block=blocks.timer.laps,
+        memory_per_block=blocks.timer.memory,
         peak_memory=peak_memory(job.place),
         bits_per_weight=blocks.size.bits_per_weight,
         quantization=config,
         size_before=checkpoint.size(),
         size_after=open_checkpoint(target).size(),
+        sparsity=sparsity_of(blocks.reports, plan.all_linears()),
         resumed_blocks=blocks.resumed,
         **loss_of(before, after),
     )
@@ -205,7 +208,7 @@ class _Blocks:
 
     def __init__(self, lazy: LazyModel, writer: ResultWriter, layout: Layout, config: QuantizationConfig) -> None:
         self.lazy, self.writer, self.layout, self.config = lazy, writer, layout, config
-        self.timer, self.size = Timer(), Size()
+        self.timer, self.size = Timer(lazy.device), Size()
         self.reports: list[LayerReport] = []
         self.resumed = 0
         self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tersor-writer")
@@ -234,6 +237,8 @@ class _Blocks:
                 part = weight.rows(first, first + rows)
                 sym = self.config.for_layer(stem, classes=classes_of(block.linears[linear])).sym
                 mine = write(part, self.layout, sym=sym)
+                if self.layout.is_plain:
+                    mine = {suffix: own_layout(block.linears[linear], each) for suffix, each in mine.items()}
                 self.size.add(mine, part)
                 tensors |= {f"{stem}.{suffix}": tensor for suffix, tensor in mine.items()}
                 first += rows
@@ -257,11 +262,12 @@ class _Blocks:
             parts = []
             for stem, _ in self.lazy.pieces(linear):
                 mine = {key.rpartition(".")[2]: t for key, t in tensors.items() if key.rpartition(".")[0] == stem}
-                parts.append(
-                    read_layer(stem, mine, columns_of(found), self.config.for_layer(stem, classes=classes_of(found)))
-                )
+                if self.layout.is_plain:
+                    mine = {suffix: as_matrix(found, each) for suffix, each in mine.items()}
+                config = self.config.for_layer(stem, classes=classes_of(found))
+                parts.append(self.layout.read(stem, mine, columns_of(found), config))
                 self.size.add(mine, parts[-1])
-            packed = QuantizedWeight.stack_rows(parts)
+            packed = type(parts[0]).stack_rows(parts)
             set_weight_matrix(found, packed.to(self.lazy.device).dequantize(self.lazy.dtype))
         self.reports.extend(LayerReport(**row) for row in self.writer.done[block.name])
         return True
@@ -291,6 +297,8 @@ def _result(job: Job, layout: Layout, marks: dict[str, str], reports: list[Layer
         "format": layout.name,
         "version": tersor.__version__,
         "fingerprint": marks,
+        "settings": recorded(job),
+        "rules": [plain_rule(rule) for rule in job.recipe.rules],
         "layers": [{k: v for k, v in report.row().items() if k != "seconds"} for report in reports],
     }
 

@@ -21,9 +21,10 @@ from tersor.checkpoint.source import open_checkpoint, torch_dtype
 from tersor.compress.first_run import UNFIT, completed, lacks_second_text
 from tersor.compress.result import Compressed, Summary, loss_of, peak_memory
 from tersor.compress.samples import read_samples, samples_by_path
-from tersor.compress.save import PLAIN, save_plain
+from tersor.compress.save import save_plain
 from tersor.compress.settings import Job
 from tersor.errors import TersorError
+from tersor.formats.layouts import PLAIN
 from tersor.layers.linear_map import linear_maps
 from tersor.methods.method import ModelMethod, Work
 
@@ -70,7 +71,7 @@ def _compress(module: nn.Module, job: Job, stored: torch.dtype) -> Compressed:
     """module: to be changed. stored: the dtype of the parameters on disk, to which the result's are rounded."""
     method = job.recipe.method
     assert isinstance(method, ModelMethod)
-    _check_patterns(job, list(linear_maps(module)))
+    check_patterns(job, list(linear_maps(module)))
     first, samples = next(module.parameters()), []
     if method.needs_samples or job.calibration is not None:
         samples = read_samples(job, job.calibration, module, job.tokenizer, first.device, first.dtype)
@@ -82,7 +83,7 @@ def _compress(module: nn.Module, job: Job, stored: torch.dtype) -> Compressed:
             if probe and lacks_second_text(module, probe):
                 samples, probe = _with_second_text(module, samples, probe)
             before = first_tensor(call(module, probe)) if probe else None
-        work = Work(samples, lambda name: _is_wanted(job, name), job.progress)
+        work = Work(samples, lambda name: is_wanted(job, name), job.progress)
         compressed = method.compress_model(module, work).eval()
         for parameter in compressed.parameters():
             parameter.data = parameter.data.to(stored).to(parameter.dtype)
@@ -91,7 +92,7 @@ def _compress(module: nn.Module, job: Job, stored: torch.dtype) -> Compressed:
     summary = Summary(
         model=type(module).__name__,
         method=method.options(),
-        format=PLAIN,
+        format=PLAIN.name,
         layers=work.reports,
         left=[],
         seconds=time.perf_counter() - job.started,
@@ -121,13 +122,15 @@ def _parameters_of(module: nn.Module) -> int:
     return packed + sum(parameter.numel() for parameter in module.parameters())
 
 
-def _is_wanted(job: Job, name: str) -> bool:
+def is_wanted(job: Job, name: str) -> bool:
+    """Whether the user asked for this layer."""
     included = not job.include or any(fnmatchcase(name, pattern) for pattern in job.include)
     excluded = any(fnmatchcase(name, pattern) for pattern in job.exclude)
     return included and not excluded and job.recipe.method_for(name) is not None
 
 
-def _check_patterns(job: Job, layers: list[str]) -> None:
+def check_patterns(job: Job, layers: list[str]) -> None:
+    """Raise TersorError where a pattern matches none of the layers, or a rule does more than skip some."""
     job.recipe.check_matches(layers)
     for rule in job.recipe.rules:
         if not rule.skip:
