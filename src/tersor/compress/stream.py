@@ -29,8 +29,9 @@ from tersor.compress.describe import described_by, quantization_config
 from tersor.compress.driver import Sink, compress_blocks
 from tersor.compress.forecast import forecast
 from tersor.compress.plan import Plan
+from tersor.compress.recipe import plain_rule
 from tersor.compress.result import Compressed
-from tersor.compress.settings import Job, Settings
+from tersor.compress.settings import Job, Settings, recorded
 from tersor.compress.shared_writer import follow, lead, open_writer
 from tersor.compress.walk import Prepared, Probe, trace, units_of
 from tersor.errors import NotFiniteError, TersorError
@@ -242,6 +243,8 @@ def _result(job: Job, layout: Layout, marks: dict[str, str], reports: list[Layer
         "format": layout.name,
         "version": tersor.__version__,
         "fingerprint": marks,
+        "settings": recorded(job),
+        "rules": [plain_rule(rule) for rule in job.recipe.rules],
         "layers": [{k: v for k, v in report.row().items() if k != "seconds"} for report in reports],
     }
 

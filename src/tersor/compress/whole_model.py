@@ -70,7 +70,7 @@ def _compress(module: nn.Module, job: Job, stored: torch.dtype) -> Compressed:
     """module: to be changed. stored: the dtype of the parameters on disk, to which the result's are rounded."""
     method = job.recipe.method
     assert isinstance(method, ModelMethod)
-    _check_patterns(job, list(linear_maps(module)))
+    check_patterns(job, list(linear_maps(module)))
     first, samples = next(module.parameters()), []
     if method.needs_samples or job.calibration is not None:
         samples = read_samples(job, job.calibration, module, job.tokenizer, first.device, first.dtype)
@@ -82,7 +82,7 @@ def _compress(module: nn.Module, job: Job, stored: torch.dtype) -> Compressed:
         with torch.no_grad(), drawing(PROBE):
             if probe:
                 before, samples, probe = fitted(module, samples, probe, lambda batch: first_tensor(call(module, batch)))
-        work = Work(samples, lambda name: _is_wanted(job, name), job.progress)
+        work = Work(samples, lambda name: is_wanted(job, name), job.progress)
         compressed = method.compress_model(module, work).eval()
         for parameter in compressed.parameters():
             parameter.data = parameter.data.to(stored).to(parameter.dtype)
@@ -112,13 +112,15 @@ def _parameters_of(module: nn.Module) -> int:
     return packed + sum(parameter.numel() for parameter in module.parameters())
 
 
-def _is_wanted(job: Job, name: str) -> bool:
+def is_wanted(job: Job, name: str) -> bool:
+    """Whether the user asked for this layer."""
     included = not job.include or any(fnmatchcase(name, pattern) for pattern in job.include)
     excluded = any(fnmatchcase(name, pattern) for pattern in job.exclude)
     return included and not excluded and job.recipe.method_for(name) is not None
 
 
-def _check_patterns(job: Job, layers: list[str]) -> None:
+def check_patterns(job: Job, layers: list[str]) -> None:
+    """Raise TersorError where a pattern matches none of the layers, or a rule does more than skip some."""
     job.recipe.check_matches(layers)
     for rule in job.recipe.rules:
         if not rule.skip:

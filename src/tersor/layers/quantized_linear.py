@@ -85,6 +85,11 @@ class QuantizedLinear(nn.Module):
             self.qweight, self.scales, self.zeros, self.g_idx, self.bits, self.group_size, self.in_features
         )
 
+    def put(self, weight: QuantizedWeight) -> None:
+        """Take another weight of the same shape and grid."""
+        self.prepared = None
+        self.qweight, self.scales, self.zeros, self.g_idx = weight.qweight, weight.scales, weight.zeros, weight.g_idx
+
     @property
     def weight(self) -> Tensor:
         """The dequantized weight [out, in]; a new tensor at every access, for code that only looks at it."""
@@ -122,6 +127,21 @@ def quantized_layer(layer: nn.Module, weight: QuantizedWeight) -> nn.Module:
     dense, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
     assert isinstance(dense, Tensor)
     return QuantizedLinear(weight, bias if isinstance(bias, Tensor) else None, dtype=dense.dtype)
+
+
+def packed_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
+    """The packed linear layers that are called, by the names of the linear maps whose place they took; those used under several
+    names come once. A packed convolution is none of them."""
+    inside = {id(each.matrix) for each in model.modules() if isinstance(each, QuantizedConv2d)}
+    found: dict[str, QuantizedLinear] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, PackedExperts):
+            mine = {f"{name}.{n}": each for n, each in enumerate(module.linears) if isinstance(each, QuantizedLinear)}
+            found |= mine
+            inside |= set(map(id, mine.values()))
+        elif isinstance(module, QuantizedLinear) and id(module) not in inside:
+            found[name] = module
+    return found
 
 
 def prepare_layers(model: nn.Module) -> None:

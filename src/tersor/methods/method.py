@@ -59,11 +59,22 @@ class Method:
     """What all methods have. A method is a `BlockMethod` or a `ModelMethod`; `name` is what the command line takes."""
 
     name: ClassVar[str]
+    survey_nodes: ClassVar[tuple[str, ...]] = ()  # its places in `tersor catalog`, such as "inference/quantization-ptq"
 
     @property
     def needs_samples(self) -> bool:
         """Whether it looks at what the model computes."""
         return True
+
+    @property
+    def trains(self) -> bool:
+        """Whether it takes training steps."""
+        return False
+
+    @classmethod
+    def recipes(cls, kind: str) -> Sequence[Sequence[Method]]:
+        """What `tersor advise` considers for models of a kind (text, image or series): recipes of one or several steps."""
+        return ()
 
     def options(self) -> dict[str, Any]:
         """The options as plain values, `name` first; `from_options` makes the method again."""
@@ -97,10 +108,23 @@ class BlockMethod(Method):
 
 @dataclass(frozen=True)
 class ModelMethod(Method):
-    """Works on the whole model in memory: changes its structure, or has to see everything at once."""
+    """Works on the whole model in memory: changes its structure, or has to see everything at once. `keeps_size`: the result
+    takes as many bytes on disk as the original."""
+
+    keeps_size: ClassVar[bool] = False
 
     def compress_model(self, model: nn.Module, work: Work) -> nn.Module:
         """The compressed model: `model` changed in place, or another one. Call `work.report(...)` for each part."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class PackedMethod(Method):
+    """Works on a packed model beside its original, both in memory: it changes integers and steps, and nothing of the file's
+    layout. In a recipe it is a step after one that packs."""
+
+    def tune(self, model: nn.Module, original: nn.Module, work: Work) -> None:
+        """Change packed layers of `model` in place, by `QuantizedLinear.put`. Call `work.report(...)` for each part."""
         raise NotImplementedError
 
 

@@ -6,19 +6,21 @@ inverse Hessian of the layer's inputs. See `gptq_solver.py` for the mathematics.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
+from torch import Tensor
+
 from tersor.errors import TersorError
-from tersor.formats.grid import Bits, ClipSearch
+from tersor.formats.grid import Bits, ClipSearch, Stored
 from tersor.formats.layout import Layout, UniformGrids
 from tersor.layers.linear_map import weight_matrix
 from tersor.methods.block import Block, Statistics
-from tersor.methods.method import BlockMethod, check_options, option, register
+from tersor.methods.method import BlockMethod, Method, check_options, option, register
 from tersor.methods.weights.factors import Factors
-from tersor.methods.weights.gptq_solver import Solution, solve_factorized
+from tersor.methods.weights.gptq_solver import Factor, Solution, solve_factorized
 from tersor.methods.weights.rtn import RTN
 from tersor.methods.weights.uniform import BITS_HELP, GROUP_HELP, SYM_HELP, check_grid, is_bits, is_group_size, width_of
 
@@ -29,6 +31,15 @@ class GPTQ(BlockMethod):
     """Quantize to `bits` with error compensation from calibration samples."""
 
     name: ClassVar[str] = "gptq"
+    survey_nodes: ClassVar[tuple[str, ...]] = (
+        "inference/quantization-ptq",
+        "inference/quantization-uniform",
+        "inference/quantization-granularity",
+        "inference/quantization-mixed",
+        "inference/quantization-binary",
+        "inference/quantization-llm",
+        "practical/quantization",
+    )
     layouts: ClassVar[tuple[str, ...]] = ("gptq", "gptq_v2", "compressed-tensors")
 
     bits: Bits = option(4, BITS_HELP, check=is_bits, allowed="2, 3, 4, 8 or 'ternary'", word=True)
@@ -59,6 +70,12 @@ class GPTQ(BlockMethod):
         if self.mse and self.weighted:
             raise TersorError("mse and weighted are two ways to search for the same ranges: choose one")
 
+    @classmethod
+    def recipes(cls, kind: str) -> Sequence[Sequence[Method]]:
+        best = {"desc_act": True, "static_groups": True, "mse": True}
+        few = [cls(bits=bits, group_size=group, **best) for bits in (4, 3, 2) for group in (128, 32)]
+        return [[each] for each in (cls(bits=8), cls(bits=8, group_size=-1), *few)]
+
     def without_inputs(self) -> RTN:
         """Rounding to nearest on the same grids: nothing is multiplied with an embedding, so there is no Hessian."""
         return RTN(bits=self.bits, group_size=self.group_size, sym=self.sym, mse=self.mse or self.weighted)
@@ -84,18 +101,7 @@ class GPTQ(BlockMethod):
         self, block: Block, statistics: Mapping[str, Statistics], factors: Factors, name: str
     ) -> tuple[Solution, str]:
         factor, informed = factors.of(statistics[name].hessian)
-        solution = solve_factorized(
-            weight_matrix(block.linears[name]),
-            factor,
-            bits=self.bits,
-            group_size=self.group_size,
-            sym=self.sym,
-            static_groups=self.static_groups,
-            clip_search=ClipSearch(norm=2.0) if self.weighted else ClipSearch() if self.mse else None,
-            weighted=self.weighted,
-            refits=self.refits,
-            stored=block.stored,
-        )
+        solution = self.solution(weight_matrix(block.linears[name]), factor, block.stored)
         notes = []
         if statistics[name].tokens == 0:
             instead = "solved with the mean of its layer's experts" if informed else "rounded to nearest"
@@ -105,6 +111,21 @@ class GPTQ(BlockMethod):
         if solution.in_float64:
             notes.append("factorized in float64")
         return solution, "; ".join(notes)
+
+    def solution(self, weight: Tensor, factor: Factor, stored: Stored | None) -> Solution:
+        """A weight [out, in] solved with the factor of its inputs' Hessian, on grids as the file keeps them."""
+        return solve_factorized(
+            weight,
+            factor,
+            bits=self.bits,
+            group_size=self.group_size,
+            sym=self.sym,
+            static_groups=self.static_groups,
+            clip_search=ClipSearch(norm=2.0) if self.weighted else ClipSearch() if self.mse else None,
+            weighted=self.weighted,
+            refits=self.refits,
+            stored=stored,
+        )
 
     def quantization(self) -> UniformGrids:
         return UniformGrids(

@@ -41,6 +41,11 @@ class Magnitude(BlockMethod):
     """Remove the smallest weights of each layer; needs no calibration."""
 
     name: ClassVar[str] = "magnitude"
+    survey_nodes: ClassVar[tuple[str, ...]] = (
+        "inference/pruning-unstructured",
+        "inference/pruning-semi",
+        "practical/pruning",
+    )
     layouts: ClassVar[tuple[str, ...]] = ("safetensors",)
     needs_samples: ClassVar[bool] = False
 

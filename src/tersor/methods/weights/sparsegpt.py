@@ -58,6 +58,13 @@ class SparseGPT(BlockMethod):
     """Remove weights with error compensation, and quantize what stays where `bits` is given."""
 
     name: ClassVar[str] = "sparsegpt"
+    survey_nodes: ClassVar[tuple[str, ...]] = (
+        "inference/pruning-unstructured",
+        "inference/pruning-semi",
+        "inference/pruning-post-training",
+        "practical/pruning",
+        "inference/quantization-ptq",
+    )
 
     sparsity: float = option(HALF, SPARSITY_HELP, check=is_sparsity, allowed="0 or more, below 1")
     pattern: str = option(

@@ -52,6 +52,12 @@ class Wanda(BlockMethod):
     """Remove the weights with the least product of size and input norm, row by row; the others stay as they are."""
 
     name: ClassVar[str] = "wanda"
+    survey_nodes: ClassVar[tuple[str, ...]] = (
+        "inference/pruning-unstructured",
+        "inference/pruning-semi",
+        "inference/pruning-post-training",
+        "practical/pruning",
+    )
     layouts: ClassVar[tuple[str, ...]] = ("safetensors",)
 
     sparsity: float = option(HALF, SPARSITY_HELP, check=is_sparsity, allowed="above 0, below 1")

@@ -100,7 +100,7 @@ class RNN(nn.Module):
         Wx = self.W(x).unflatten(-1, (self.cell.input_gates, self.num_heads, self.head_dim))
         if states is None and any(self.initial_val):
             start = Wx.new_tensor(self.initial_val)
-            states = start[:, None, None, None, None].expand(-1, len(x), 1, self.num_heads, self.head_dim)
+            states = start[:, None, None, None, None].expand(-1, x.shape[0], 1, self.num_heads, self.head_dim)
         after, last = flashrnn(Wx, self.R, self.b, states, function=self.function)
         return after[0].flatten(-2), last
 

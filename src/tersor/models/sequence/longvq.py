@@ -177,7 +177,7 @@ class Layer(nn.Module):
             u = u * valid[..., None]  # else the memory would read padding backwards
         before = None
         if remember:
-            before = state[0] if state is not None else self.memory.kernel.recurrence().initial_state(len(x))
+            before = state[0] if state is not None else self.memory.kernel.recurrence().initial_state(x.shape[0])
         m, memory = self.memory(u, before)
         z = F.silu(self.base(m))
         q = (z * self.kappa[0] + self.mu[0]) * self.config.d_z**-0.5

@@ -133,7 +133,7 @@ def sample_tokens(scores: Tensor, points: int) -> Tensor:
     position = position.sort(-1).values
     right = torch.cat([position[:, 1:], torch.ones_like(position[:, :1])], 1)
     position = position.masked_fill(position == right, N).sort(-1).values[:, :N]
-    return torch.cat([tokens, tokens.new_full((len(tokens), 1), N)], 1).gather(1, position)
+    return torch.cat([tokens, tokens.new_full((tokens.shape[0], 1), N)], 1).gather(1, position)
 
 
 class AtsAttention(Attention):
@@ -153,7 +153,7 @@ class AtsAttention(Attention):
             there = policy[:, None, :, None]
             q, k, v = q * there, k * there, v * there
         attention = masked_softmax(self.qk(q, k.transpose(-2, -1)) * self.scale, policy)
-        rows = torch.arange(n, device=x.device).expand(len(x), -1)
+        rows = torch.arange(n, device=x.device).expand(x.shape[0], -1)
         if self.points and n > 2:
             rows, policy = self._choose(token_scores(attention, v), policy)
             attention = attention.gather(2, rows[:, None, :, None].expand(-1, self.num_heads, -1, n))
@@ -235,7 +235,7 @@ class ATS(nn.Module):
 
     def _run(self, image: Tensor) -> tuple[Tensor, Tensor]:
         patches = self.patch_embed(image)
-        x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], 1) + self.pos_embed
+        x = torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], 1) + self.pos_embed
         policy, counts = torch.ones_like(x[..., 0]), []
         for block in self.blocks:
             x, policy = block(x, policy)
