@@ -16,7 +16,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxpro
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.package ## Quantize the built-in model and show what it costs and saves
+demo: $(VENV)/.package ## Quantize the built-in model, show what it costs and saves, and write a page about it
 	$(BIN)/tersor demo
 
 test: $(VENV)/.dev ## Run all tests: what CI runs
@@ -55,7 +55,7 @@ $(VENV)/.uv:
 	@touch $@
 
 $(VENV)/.package: pyproject.toml constraints.txt $(VENV)/.uv
-	$(call install,.)
+	$(call install,'.[report]')
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.uv

@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from tersor import models
-from tersor.methods.method import Method, ModelMethod, methods
+from tersor.methods.method import BlockMethod, Method, ModelMethod, PackedMethod, methods
+
+WAYS = {
+    BlockMethod: "block by block",
+    ModelMethod: "on the whole model",
+    PackedMethod: "on a packed model beside its original",
+}
 
 
 def pages() -> dict[str, str]:
@@ -40,7 +46,7 @@ def _methods_index(by_module: dict[str, list[type[Method]]]) -> str:
     for module, kinds in by_module.items():
         for kind in kinds:
             what = _escaped((kind.__doc__ or "").partition("\n")[0])
-            way = "on the whole model" if issubclass(kind, ModelMethod) else "block by block"
+            way = next(said for base, said in WAYS.items() if issubclass(kind, base))
             rows.append(f"| [`{kind.name}`]({_stem(module)}.md) | {what} | {way} |")
     return "# Methods\n\n" + "\n".join(rows) + "\n"
 
@@ -110,7 +116,7 @@ def _escaped(line: str) -> str:
 def _options(kind: type[Method]) -> str:
     verbs = [
         f"tersor compress {kind.name}",
-        *([] if issubclass(kind, ModelMethod) else [f"tersor quantize --method {kind.name}"]),
+        *([f"tersor quantize --method {kind.name}"] if issubclass(kind, BlockMethod) else []),
     ]
     rows = ["| option | | default | allowed |", "| --- | --- | --- | --- |"]
     for each in dataclasses.fields(kind):

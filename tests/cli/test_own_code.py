@@ -13,7 +13,7 @@ import torch
 from conftest import Ran, change_json
 
 import tersor.cli.evaluate
-from tersor.checkpoint.lazy_model import build_skeleton
+from tersor.checkpoint.skeleton import build_skeleton
 from tersor.checkpoint.source import open_checkpoint
 
 Command = Callable[..., Ran]

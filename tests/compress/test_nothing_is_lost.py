@@ -20,6 +20,7 @@ from zoo.tiny_models import build, samples
 import tersor
 from tersor import GPTQ, RTN, TersorError
 from tersor.checkpoint import writer
+from tersor.checkpoint.room import RUN_FILE
 from tersor.compress.result import Compressed
 
 KILLS = 24
@@ -27,12 +28,16 @@ FOLDER = ".tersor-job"
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    """All files but the record of times, which differ from run to run."""
+    files = [path for path in directory.rglob("*") if path.is_file() and path.name != RUN_FILE]
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
 def check_whole(directory: Path) -> None:
     """Every file, but for the one that is being written, can be read to its end."""
     for path in directory.rglob("*"):
+        if path.name == RUN_FILE:
+            continue  # written when all is finished, and only told about
         if path.suffix == ".json":
             json.loads(path.read_text())
         elif path.suffix == ".safetensors":

@@ -99,6 +99,13 @@ def test_a_model_that_overflows_float16_is_run_in_float32(overflowing: Path, tmp
     assert one == other
 
 
+def test_samples_of_an_iterator_are_there_for_the_run_in_float32(overflowing: Path, tmp_path: Path) -> None:
+    batches = samples("llama", 2)
+    batches[0]["input_ids"][0, 5] = 50
+    result = tersor.compress(overflowing, GPTQ(group_size=32), calibration=iter(batches), out=tmp_path / "out")
+    assert {layer.tokens for layer in result.summary.layers} == {48}  # type: ignore[attr-defined]
+
+
 def test_an_interrupted_job_goes_on_in_the_precision_that_it_had_to_take(overflowing: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
 

@@ -17,6 +17,7 @@ from zoo.tiny_models import build, samples
 
 import tersor
 from tersor import GPTQ
+from tersor.checkpoint.room import RUN_FILE
 from tersor.methods.solved_apart import assign
 
 SCRIPT = Path(__file__).with_name("shared_quantize.py")
@@ -57,7 +58,9 @@ def one_thread() -> Iterator[None]:
 
 
 def files(directory: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+    """All files but the record of times, which differ from run to run."""
+    found = [path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != RUN_FILE]
+    return {str(path.relative_to(directory)): path.read_bytes() for path in found}
 
 
 def arguments(model: Path, out: Path) -> list[str]:

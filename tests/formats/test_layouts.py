@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tersor.errors import TersorError
-from tersor.formats.layouts import BITS, LAYOUTS, layout_named, read_compressed, read_gptq, write
+from tersor.formats.layout import QuantizationConfig
+from tersor.formats.layouts import BITS, LAYOUTS, layout_named, write
 from tersor.formats.quantized_weight import QuantizedWeight
 
 IN, OUT = 96, 64
@@ -36,11 +37,10 @@ def weights(draw: st.DrawFn, in_features: int = IN, out_features: int = OUT) -> 
 
 
 def read(layout: str, tensors: dict[str, Tensor], weight: QuantizedWeight, *, sym: bool) -> QuantizedWeight:
-    bits, group_size = weight.bits, weight.group_size
-    if layout == "compressed-tensors":
-        return read_compressed("layer", tensors, weight.in_features, bits=bits, group_size=group_size)
-    v2 = layout == "gptq_v2"
-    return read_gptq("layer", tensors, weight.in_features, bits=bits, group_size=group_size, v2=v2, sym=sym)
+    config = QuantizationConfig(layout, weight.bits, weight.group_size, sym)
+    found = layout_named(layout).read("layer", tensors, weight.in_features, config)
+    assert isinstance(found, QuantizedWeight)
+    return found
 
 
 def assert_same(got: QuantizedWeight, expected: QuantizedWeight) -> None:

@@ -16,7 +16,7 @@ from zoo.tiny_models import build, samples
 
 import tersor
 from tersor.calibrate.batches import call, first_tensor, without_target
-from tersor.methods.method import ModelMethod, from_options, methods
+from tersor.methods.method import BlockMethod, Method, PackedMethod, from_options, methods
 
 Batches = list[dict[str, Any]]
 
@@ -58,21 +58,33 @@ CASES: dict[str, tuple[Callable[[], tuple[nn.Module, Batches]], dict[str, Any]]]
     "gptq": (text, {"group_size": 16}),
     "greenformers": (text, {"rank": 0.5}),
     "gtsp": (graph, {"tokens": 0.5, "epochs": 1}),
+    "magnitude": (text, {}),
     "nvit": (image, {"latency_target": 0.9, "interval": 1, "finetune_steps": 1}),
     "q-hyvit": (image, {"w_bits": 8, "a_bits": 8}),
     "repquant": (image, {}),
+    "rounding": (text, {"epochs": 1}),
     "rtn": (text, {"group_size": 16}),
+    "scales": (text, {"epochs": 1, "integers": True}),
     "smoothquant": (text, {}),
+    "sparsegpt": (text, {"pattern": "2:4"}),
     "ssm-token-pruning": (scanned, {"prune_after": "1"}),
     "teacher-intervention": (text, {"steps": 2, "intervention_steps": 1}),
+    "wanda": (text, {}),
 }
 MEASURES_TIME = ("nvit",)  # what it makes depends on how long a run takes
 
 
+def steps_to(name: str) -> list[Method]:
+    """The method, after one that packs where it tunes what is packed."""
+    method = from_options(name, CASES[name][1])
+    return (
+        [from_options("gptq", {"bits": 2, "group_size": 16}), method] if isinstance(method, PackedMethod) else [method]
+    )
+
+
 def compressed(name: str) -> tuple[Any, nn.Module, Batches]:
-    make, options = CASES[name]
-    model, batches = make()
-    return tersor.compress(model, from_options(name, options), calibration=batches), model, batches
+    model, batches = CASES[name][0]()
+    return tersor.compress(model, steps_to(name), calibration=batches), model, batches
 
 
 def output(model: nn.Module, batch: dict[str, Any]) -> Tensor:
@@ -100,15 +112,15 @@ def test_its_options_are_a_command_and_come_back_from_plain_values(
     for each in dataclasses.fields(method):
         flag = (each.metadata.get("flag") or f"--{each.name.replace('_', '-')}").partition("/")[0]
         assert flag[:20] in shown
-    assert ("--format" in ran.out) != isinstance(method, ModelMethod)
+    assert ("--format" in ran.out) == isinstance(method, BlockMethod)
+    assert ("--original" in ran.out) == isinstance(method, PackedMethod)
 
 
 @pytest.mark.parametrize("name", list(CASES))
 def test_its_result_is_saved_and_loaded_equal_and_leaves_the_original_alone(name: str, tmp_path: Path) -> None:
-    make, options = CASES[name]
-    model, batches = make()
+    model, batches = CASES[name][0]()
     before = copy.deepcopy(model.state_dict())
-    result = tersor.compress(model, from_options(name, options), calibration=batches)
+    result = tersor.compress(model, steps_to(name), calibration=batches)
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key]), key
     expected = output(result.model, batches[0])

@@ -16,18 +16,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersor.checkpoint.quantization_config import QuantizationConfig, read_config
-from tersor.checkpoint.source import STEPS, Checkpoint, torch_dtype
+from tersor.checkpoint.key_map import KeyMap, last_number
+from tersor.checkpoint.quantization_config import read_config
+from tersor.checkpoint.skeleton import build_skeleton
+from tersor.checkpoint.source import Checkpoint, torch_dtype
+from tersor.checkpoint.tree import (
+    forget_weights,
+    get_tensor,
+    initialize_buffer,
+    set_tensor,
+    state_of,
+    tied_parameters,
+)
 from tersor.errors import BrokenWeightError, TersorError
-from tersor.formats.gguf_blocks import BLOCK_TYPES, unpack_blocks
-from tersor.formats.layout_check import Header, check_headers
-from tersor.formats.layouts import PACKED_SUFFIXES, read_awq, read_compressed, read_gptq
+from tersor.formats.layout import Header, QuantizationConfig
+from tersor.formats.layouts import PACKED_SUFFIXES, layout_of
 from tersor.formats.quantized_weight import QuantizedWeight
-from tersor.layers.exchange import EXCHANGED, exchange, exchangeable_kinds
 from tersor.layers.experts import ExpertMap
 from tersor.layers.linear_map import LinearMap, matrix_shape, packable_maps, set_weight_matrix
 from tersor.layers.quantized_linear import place_packed
-from tersor.untrusted import first_words
 
 
 class LazyModel:
@@ -43,14 +50,14 @@ class LazyModel:
     ) -> None:
         self.checkpoint, self.dtype, self.device, self.packed = checkpoint, dtype, torch.device(device), packed
         self.module = build_skeleton(checkpoint, dtype)
-        self._computed = _forget_weights(self.module)
+        self._computed = forget_weights(self.module)
         for each in self.module.modules():
             for name, buffer in each._buffers.items():
                 if buffer is not None and not buffer.is_meta:
                     each._buffers[name] = buffer.to(self.device)
         self.quantization = read_config(checkpoint.directory, checkpoint.config)
-        self._keys = _KeyMap(self.module)
-        self._ties = _tied_parameters(self.module)
+        self._keys = KeyMap(self.module)
+        self._ties = tied_parameters(self.module)
         self.maps = packable_maps(self.module)
         self.keys_of: dict[str, list[str]] = defaultdict(list)
         self.quantized: dict[str, list[str]] = {}
@@ -65,10 +72,15 @@ class LazyModel:
         if packed:
             self._make_room_for_packed()
 
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """That the checkpoint says its weights have."""
+        return torch_dtype(self.checkpoint.config)
+
     def load(self, module: nn.Module) -> None:
         """Bring every parameter and persistent buffer of `module` into memory."""
-        prefix, before = self._name_of(module), {id(tensor) for _, tensor in _state(module, "") if not tensor.is_meta}
-        names = [name for name, tensor in _state(module, prefix) if tensor.is_meta]
+        prefix, before = self._name_of(module), {id(tensor) for _, tensor in state_of(module, "") if not tensor.is_meta}
+        names = [name for name, tensor in state_of(module, prefix) if tensor.is_meta]
         packed = [linear for linear in self.quantized if _is_under(linear, prefix)]
         apart = {self.parameter_of(linear) for linear in packed}
         self._load_plain([self._ties.get(name, name) for name in names if name not in apart])
@@ -82,15 +94,15 @@ class LazyModel:
     def release(self, module: nn.Module) -> None:
         """Let the tensors of `module` go; its parameters are on the meta device again."""
         prefix = self._name_of(module)
-        for name, tensor in _state(module, prefix):
+        for name, tensor in state_of(module, prefix):
             for each in {name, self._ties.get(name, name)}:
-                _set(self.module, each, torch.empty_like(tensor, device="meta"))
+                set_tensor(self.module, each, torch.empty_like(tensor, device="meta"))
         self._tie()
 
     def load_rest(self, units: Iterable[nn.Module]) -> None:
         """Load what lies outside `units`: class tokens, position tables and the like."""
-        inside = {id(tensor) for unit in units for _, tensor in _state(unit, "")}
-        names = [name for name, tensor in _state(self.module, "") if tensor.is_meta and id(tensor) not in inside]
+        inside = {id(tensor) for unit in units for _, tensor in state_of(unit, "")}
+        names = [name for name, tensor in state_of(self.module, "") if tensor.is_meta and id(tensor) not in inside]
         self._load_plain(names)
         self._tie()
 
@@ -111,7 +123,7 @@ class LazyModel:
 
     def bytes_of(self, module: nn.Module) -> int:
         """Memory that `module` takes once loaded."""
-        return sum(tensor.numel() * tensor.element_size() for _, tensor in _state(module, ""))
+        return sum(tensor.numel() * tensor.element_size() for _, tensor in state_of(module, ""))
 
     def parameter_of(self, linear: str) -> str:
         """The parameter that holds a linear map's weight: an expert's is a stack."""
@@ -151,10 +163,10 @@ class LazyModel:
 
     def _belongs(self, key: str, linear: str) -> bool:
         found = self.maps[linear]
-        return not isinstance(found, ExpertMap) or _last_number(key) == found.index
+        return not isinstance(found, ExpertMap) or last_number(key) == found.index
 
     def _sort_keys(self) -> None:
-        known = dict(_state(self.module, ""))
+        known = dict(state_of(self.module, ""))
         suffixes = PACKED_SUFFIXES if self.quantization else ()
         packed: dict[str, dict[int, str]] = defaultdict(dict)
         plain: dict[str, list[tuple[int, str]]] = defaultdict(list)
@@ -175,7 +187,7 @@ class LazyModel:
         """The linear map that a published quantized layer is (part of), and which part."""
         name, part = self._keys.runtime_name(f"{stem}.weight")
         fused = re.fullmatch(r"(.+)\.(\d+)\.([^.]+)", stem)
-        candidates = [(name.removesuffix(".weight"), part), (f"{name}.{_last_number(stem)}", part)]
+        candidates = [(name.removesuffix(".weight"), part), (f"{name}.{last_number(stem)}", part)]
         if fused is not None:
             stack, _ = self._keys.runtime_name(f"{fused[1]}.{fused[3]}")
             candidates.append((f"{stack}.{fused[2]}", 0))
@@ -192,7 +204,7 @@ class LazyModel:
             if source not in here and target in here:
                 del self._ties[target]
                 self._ties = {t: (target if s == source else s) for t, s in self._ties.items()} | {source: target}
-        missing = [name for name, _ in _state(self.module, "") if self._ties.get(name, name) not in here]
+        missing = [name for name, _ in state_of(self.module, "") if self._ties.get(name, name) not in here]
         parameters = dict(self.module.named_parameters(remove_duplicate=False))
         missing = [name for name in missing if name in parameters or not self._initialize_buffer(name)]
         if missing:
@@ -203,8 +215,8 @@ class LazyModel:
         """A persistent buffer that older checkpoints do not have: as the constructor made it, or computed by the model's own
         initialization. False where neither knows how."""
         if name not in self._computed:
-            return _initialize_buffer(self.module, name)
-        _set(self.module, name, self._computed[name].to(self.device))
+            return initialize_buffer(self.module, name)
+        set_tensor(self.module, name, self._computed[name].to(self.device))
         return True
 
     def _keep_both_of_untied(self) -> None:
@@ -213,7 +225,7 @@ class LazyModel:
             if self._is_stored(target) and self._is_stored(source) and not self._are_equal(target, source):
                 del self._ties[target]
                 is_head = self._is_head(target)
-                _set(self.module, target, _get(self.module, source).detach().clone())
+                set_tensor(self.module, target, get_tensor(self.module, source).detach().clone())
                 declared = getattr(self.module, "all_tied_weights_keys", None)
                 if isinstance(declared, dict):
                     declared.pop(target, None)
@@ -276,8 +288,8 @@ class LazyModel:
     def _load_dequantized(self, linears: Iterable[str]) -> None:
         for linear in linears:
             name, found = self.parameter_of(linear), self.maps[linear]
-            if _get(self.module, name).is_meta:
-                _set(self.module, name, torch.empty_like(_get(self.module, name), device=self.device))
+            if get_tensor(self.module, name).is_meta:
+                set_tensor(self.module, name, torch.empty_like(get_tensor(self.module, name), device=self.device))
             set_weight_matrix(found, self.read_quantized(linear).to(self.device).dequantize(self.dtype))
 
     def read_quantized(self, linear: str) -> QuantizedWeight:
@@ -303,7 +315,7 @@ class LazyModel:
     def _tie(self) -> None:
         for target, source in self._ties.items():
             owner, _, leaf = target.rpartition(".")
-            setattr(self.module.get_submodule(owner), leaf, _get(self.module, source))
+            setattr(self.module.get_submodule(owner), leaf, get_tensor(self.module, source))
 
     def _name_of(self, module: nn.Module) -> str:
         for name, each in self.module.named_modules():
@@ -317,108 +329,20 @@ def check_layer(name: str, headers: dict[str, Header], in_features: int, config:
     if config is None:
         raise TersorError(f"{name} is packed, and the checkpoint has no quantization config")
     found = {s: headers[f"{name}.{s}"] for s in PACKED_SUFFIXES if f"{name}.{s}" in headers}
-    check_headers(name, found, in_features, layout=config.layout, bits=config.bits, group_size=config.group_size)
+    layout_of(config, found).check(name, found, in_features, config)
 
 
 def read_layer(name: str, tensors: dict[str, Tensor], in_features: int, config: QuantizationConfig) -> QuantizedWeight:
-    """One quantized layer from its tensors by suffix, whichever layout they are in. name: its published name; config: what
+    """One quantized layer from its tensors by suffix, whichever format they are in. name: its published name; config: what
     holds for it."""
-    bits, group_size = config.bits, config.group_size
-    for kind in BLOCK_TYPES.values():
-        if kind.suffix in tensors:
-            return unpack_blocks(name, tensors[kind.suffix], kind, in_features)
-    if "weight_packed" in tensors:
-        return read_compressed(name, tensors, in_features, bits=bits, group_size=group_size)
-    if config.layout == "awq":
-        return read_awq(name, tensors, in_features, group_size=group_size)
-    return read_gptq(
-        name,
-        tensors,
-        in_features,
-        bits=bits,
-        group_size=group_size,
-        v2=config.layout == "gptq_v2",
-        sym=config.sym,
-        whole_word_zeros=config.whole_word_zeros,
-    )
+    weight = layout_of(config, tensors).read(name, tensors, in_features, config)
+    assert isinstance(weight, QuantizedWeight)  # all that a layer is loaded as
+    return weight
 
 
 def classes_of(found: LinearMap) -> list[str]:
     """The names by which a quantization config may mean this kind of layer: its class and those that this is derived from."""
     return ["Linear"] if isinstance(found, ExpertMap) else [each.__name__ for each in type(found).__mro__]
-
-
-def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
-    """The module tree that a config.json describes, without weights, in eval mode."""
-    module = _build(checkpoint, dtype)
-    try:
-        exchange(module, checkpoint.config.get(EXCHANGED, {}))
-    except (AttributeError, ValueError, RuntimeError, OverflowError) as error:
-        raise TersorError(
-            f"{checkpoint.directory}: config.json's {EXCHANGED} cannot be read: {first_words(error)}"
-        ) from error
-    return module.eval()
-
-
-def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
-    config = {k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", EXCHANGED, STEPS)}
-    if "tersor_model" in config:
-        config.pop("id2label", None)  # the classes' names: no option of the model
-    if "tersor_model" in config or ("architecture" in config and not config.get("architectures")):
-        from tersor import models
-
-        if "architecture" in config:  # timm's config.json: options beside facts about the training
-            config = models.options_of(config.pop("architecture"), config)
-        name = config.pop("tersor_model")
-        try:
-            with torch.device("meta"):
-                return models.create(name, **config).to(dtype)
-        except TersorError:
-            raise
-        except Exception as error:  # as below
-            raise TersorError(
-                f"{checkpoint.directory}: {name} cannot be built from config.json: {first_words(error)}"
-            ) from error
-    import transformers
-
-    architectures = config.get("architectures") or []
-    if not isinstance(architectures, list) or not all(isinstance(each, str) for each in architectures):
-        raise TersorError(
-            f"{checkpoint.directory}: config.json's architectures are {architectures!r}; expected a list of names"
-        )
-    kind = getattr(transformers, architectures[0], None) if architectures else None
-    if kind is None:
-        name = architectures[0] if architectures else "none"
-        if config.get("auto_map"):
-            raise TersorError(
-                f"{checkpoint.directory}: the architecture {name!r} needs the model's own code, which tersor does not run"
-            )
-        raise TersorError(
-            f"{checkpoint.directory}: config.json names the architecture {name!r}, which transformers "
-            f"{transformers.__version__} does not have"
-        )
-    try:
-        if checkpoint.gguf is None:
-            parsed = kind.config_class.from_pretrained(checkpoint.directory)
-        else:
-            parsed = kind.config_class.from_dict(config)
-        if hasattr(parsed, "quantization_config"):
-            del parsed.quantization_config
-        for each in (parsed, *(getattr(parsed, name, None) for name in parsed.sub_configs)):
-            if getattr(each, "_attn_implementation", None) not in (None, "eager", "sdpa", "flex_attention"):
-                each._attn_implementation = None  # a kernel that a config names is code from the hub
-        with torch.device("meta"):
-            # the plain loop over experts is the one whose products with single experts can be seen and replaced
-            module: nn.Module = kind._from_config(parsed, dtype=dtype, experts_implementation="eager")
-        _check_computed_buffers(checkpoint, module)
-        _fill_computed_buffers(module)
-    except TersorError:
-        raise
-    except Exception as error:  # whatever a model's constructor does with numbers that do not fit
-        raise TersorError(
-            f"{checkpoint.directory}: {architectures[0]} cannot be built from config.json: {first_words(error)}"
-        ) from error
-    return module
 
 
 def compute_dtype(checkpoint: Checkpoint, device: torch.device | str, dtype: str = "auto") -> torch.dtype:
@@ -436,87 +360,6 @@ def compute_dtype(checkpoint: Checkpoint, device: torch.device | str, dtype: str
     return torch.float32 if torch.device(device).type == "cpu" else torch_dtype(checkpoint.config)
 
 
-class _KeyMap:
-    """Published tensor names to the module tree's own, as transformers' conversion mapping says; the identity for others."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.state = dict(_state(module, ""))
-        self.transforms: list[Any] = []
-        self.prefix = getattr(module, "base_model_prefix", None)
-        if self.prefix is not None:
-            from transformers.conversion_mapping import get_model_conversion_mapping
-
-            self.transforms = get_model_conversion_mapping(module)  # type: ignore[arg-type]
-        self.converters: list[Any] = [t for t in self.transforms if hasattr(t, "operations")]
-        self.renamings: list[Any] = [t for t in self.transforms if not hasattr(t, "operations")]
-
-    def runtime_name(self, key: str) -> tuple[str, int]:
-        """The parameter that a published tensor goes into, and its place among the kinds of tensors that are fused there."""
-        if self.prefix is None:
-            return key, 0
-        from transformers.core_model_loading import rename_source_key
-
-        name, pattern = rename_source_key(key, self.renamings, self.converters, self.prefix, self.state)
-        if name not in self.state and key in self.state:
-            name, pattern = rename_source_key(key, [], [], self.prefix, self.state)
-        kinds = next((list(c.source_patterns) for c in self.converters if pattern in c.source_patterns), [pattern])
-        return str(name), kinds.index(pattern)
-
-    def sources(self, names: Iterable[str]) -> list[str]:
-        """The names under which keys are filed for these parameters: a converter files all its targets under the first."""
-        found = []
-        for name in names:
-            found.append(name)
-            found.extend(first for first, targets in self._targets.items() if name in targets)
-        return found
-
-    def converted(self, keys_of: dict[str, list[str]]) -> set[str]:
-        """Parameters that a conversion makes beside the one its keys are filed under."""
-        from itertools import chain
-
-        self._targets: dict[str, set[str]] = {}
-        for converter in self.converters:
-            targets = list(converter.target_patterns)
-            for name in keys_of:
-                if targets[0] in name and name in self.state:
-                    self._targets.setdefault(name, set()).update(
-                        other
-                        for other in (name.replace(targets[0], each) for each in targets[1:])
-                        if other in self.state
-                    )
-        return set(chain.from_iterable(self._targets.values()))
-
-    def load(self, slices: dict[str, Any], device: torch.device, dtype: torch.dtype) -> None:
-        if self.prefix is None:
-            for key, piece in slices.items():
-                expected = self.state[key]
-                tensor = piece[...]
-                if tensor.shape != expected.shape:
-                    raise TersorError(f"{key} is {tuple(tensor.shape)}; the model's is {tuple(expected.shape)}")
-                own = tensor.to(device, expected.dtype if expected.is_floating_point() else None, copy=True)
-                _set(self.module, key, own)
-            return
-        from transformers.core_model_loading import convert_and_load_state_dict_in_model
-        from transformers.modeling_utils import LoadStateDictConfig
-        from transformers.utils import logging
-
-        shown = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        try:
-            config = LoadStateDictConfig(device_map={"": device}, dtype=dtype, weight_mapping=self.transforms)
-            info, _ = convert_and_load_state_dict_in_model(self.module, slices, config, None)  # type: ignore[arg-type]
-        finally:
-            if shown:
-                logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-        if info.mismatched_keys:
-            name, got, expected = sorted(info.mismatched_keys)[0]
-            raise TersorError(f"{name} is {tuple(got)}; the model's is {tuple(expected)}")
-        if info.conversion_errors:
-            name, reason = sorted(info.conversion_errors.items())[0]
-            raise TersorError(f"{name} cannot be made from the checkpoint's tensors: {reason}")
-
-
 def check_finite(name: str, weight: Tensor) -> None:
     """Raise BrokenWeightError where a weight holds NaN or Inf. Its sum tells at the speed of memory, unless the sum overflows."""
     if not weight.is_floating_point() or weight.is_meta:
@@ -525,115 +368,11 @@ def check_finite(name: str, weight: Tensor) -> None:
         raise BrokenWeightError(f"the weight {name} is not finite (NaN or Inf)")
 
 
-def _state(module: nn.Module, prefix: str) -> list[tuple[str, Tensor]]:
-    """Parameters and persistent buffers by their full names; tied ones under each of their names."""
-    start = f"{prefix}." if prefix else ""
-    return [
-        (start + name, tensor)
-        for name, tensor in module.state_dict(keep_vars=True).items()
-        if isinstance(tensor, Tensor)
-    ]
-
-
-def _forget_weights(module: nn.Module) -> dict[str, Tensor]:
-    """Put what a checkpoint holds on the meta device, wherever the constructor made it, so that all of it is read. Returns the
-    buffers that were made elsewhere."""
-    made: dict[str, Tensor] = {}
-    moved: dict[int, nn.Parameter] = {}  # a parameter that several modules share stays one
-    stored = dict(_state(module, ""))
-    for owner, each in module.named_modules():
-        held: list[dict[str, Any]] = [each._parameters, each._buffers]
-        for tensors in held:
-            for leaf, tensor in tensors.items():
-                name = f"{owner}.{leaf}" if owner else leaf
-                if not isinstance(tensor, Tensor) or tensor.is_meta or id(stored.get(name)) != id(tensor):
-                    continue
-                if isinstance(tensor, nn.Parameter):
-                    if id(tensor) not in moved:
-                        moved[id(tensor)] = nn.Parameter(tensor.detach().to("meta"), requires_grad=False)
-                    tensors[leaf] = moved[id(tensor)]
-                else:
-                    made[name] = tensor
-                    tensors[leaf] = tensor.to("meta")
-    return made
-
-
 def _say_untied(config: Any) -> None:
     """What is saved of this model later holds both of its tensors, which its config must say."""
     for each in (config, getattr(config, "get_text_config", lambda: config)()):
         if getattr(each, "tie_word_embeddings", None):
             each.tie_word_embeddings = False
-
-
-def _get(module: nn.Module, name: str) -> Any:
-    owner, _, leaf = name.rpartition(".")
-    return getattr(module.get_submodule(owner), leaf)
-
-
-def _set(module: nn.Module, name: str, tensor: Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    holder = module.get_submodule(owner)
-    if leaf in holder._buffers:
-        holder._buffers[leaf] = tensor
-    else:
-        holder._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-
-
-def _tied_parameters(module: nn.Module) -> dict[str, str]:
-    """{tied name: the name that the checkpoint holds}."""
-    declared = getattr(module, "all_tied_weights_keys", None)
-    if isinstance(declared, dict):
-        return dict(declared)
-    first: dict[int, str] = {}
-    ties = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        if first.setdefault(id(parameter), name) != name:
-            ties[name] = first[id(parameter)]
-    return ties
-
-
-def _fill_computed_buffers(module: Any) -> None:
-    """Buffers that no checkpoint holds (rotary frequencies, ...) are computed by the model's own initialization, which does
-    nothing to parameters on the meta device."""
-    for each in module.modules():
-        for name in each._non_persistent_buffers_set:
-            buffer = each._buffers.get(name)
-            if buffer is not None and buffer.is_meta:  # one that the constructor made elsewhere has its values
-                each._buffers[name] = torch.zeros_like(buffer, device="cpu")
-        each._is_hf_initialized = False
-    module.initialize_weights()
-
-
-def _check_computed_buffers(checkpoint: Checkpoint, module: nn.Module) -> None:
-    """Raise TersorError where buffers that are computed, such as masks over all positions, would take far more memory than the
-    checkpoint does: then the config is wrong."""
-    most = max(1 << 30, 8 * checkpoint.size())
-    for name, buffer in module.named_buffers():
-        if buffer.numel() * buffer.element_size() > most:
-            raise TersorError(
-                f"{checkpoint.directory}: config.json asks for a buffer {name} of {tuple(buffer.shape)}, which is more than "
-                f"{most:,} bytes"
-            )
-
-
-def _initialize_buffer(module: nn.Module, name: str) -> bool:
-    """A persistent buffer that older checkpoints do not have: compute it. False where the model does not know how."""
-    owner = module.get_submodule(name.rpartition(".")[0])
-    root: Any = module
-    if not hasattr(root, "_init_weights") or type(owner) in exchangeable_kinds():
-        return False
-    leaf = name.rpartition(".")[2]
-    buffer = owner._buffers.get(leaf)
-    if buffer is None:
-        return False
-    owner._buffers[leaf] = torch.zeros_like(buffer, device="cpu")
-    root._init_weights(owner)
-    return True
-
-
-def _last_number(name: str) -> int:
-    numbers = re.findall(r"(?<=\.)\d+(?=\.|$)", name)
-    return int(numbers[-1]) if numbers else -1
 
 
 def _is_under(path: str, prefix: str) -> bool:

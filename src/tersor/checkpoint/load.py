@@ -8,15 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tersor.byte_tokenizer import ByteTokenizer
 from tersor.checkpoint.gguf_read import open_gguf
 from tersor.checkpoint.gguf_tokenizer import tokenizer_from
 from tersor.checkpoint.into import load_into
 from tersor.checkpoint.lazy_model import LazyModel, compute_dtype
+from tersor.checkpoint.preprocessing import PREPROCESSOR
 from tersor.checkpoint.published import checkpoint_as
-from tersor.checkpoint.source import open_checkpoint
+from tersor.checkpoint.source import Checkpoint, open_checkpoint
 from tersor.errors import TersorError
 from tersor.layers.quantized_linear import prepare_layers
-from tersor.untrusted import first_words, pretrained
+from tersor.untrusted import first_words, pretrained, read_json_object
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -54,8 +56,13 @@ def load(
         return load_into(open_checkpoint(model, allow_pickle=allow_pickle), into)
     where = pick_device(device)
     checkpoint = open_checkpoint(model, allow_pickle=allow_pickle)
-    lazy = LazyModel(checkpoint, dtype=compute_dtype(checkpoint, where, dtype), device=where, packed=True)
-    module = lazy.load_all().to(where)  # with computed buffers, which no checkpoint holds
+    return load_opened(checkpoint, dtype=compute_dtype(checkpoint, where, dtype), device=where)
+
+
+def load_opened(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The module of a checkpoint that is open, ready to be called."""
+    lazy = LazyModel(checkpoint, dtype=dtype, device=device, packed=True)
+    module = lazy.load_all().to(device)  # with computed buffers, which no checkpoint holds
     prepare_layers(module)
     _read_generation_config(checkpoint.directory, module)
     return module
@@ -111,7 +118,8 @@ def check_tokens(module: Any, ids: Tensor, tokenizer: Any = None) -> None:
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer in a model directory or GGUF file, or None where it has none."""
+    """The tokenizer in a model directory or GGUF file, or None where it has none. A model that `tersor train` made has the one
+    that it was trained with."""
     if directory.suffix == ".gguf" and directory.is_file():
         fields = open_gguf(directory).fields
         try:
@@ -120,11 +128,20 @@ def load_tokenizer(directory: Path) -> Any:
             raise
         except Exception as error:  # the tokenizers library raises Rust's errors as a bare Exception
             raise TersorError(f"the tokenizer of {directory} cannot be loaded: {first_words(error)}") from error
-    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
-        return None
+    if any((directory / name).is_file() for name in TOKENIZER_FILES):
+        return named_tokenizer(directory)
+    said = read_json_object(directory / PREPROCESSOR) if (directory / PREPROCESSOR).is_file() else {}
+    trained_with = said.get("tokenizer")
+    return named_tokenizer(trained_with) if isinstance(trained_with, str) else None
+
+
+def named_tokenizer(name: str | Path) -> Any:
+    """The tokenizer of a directory or hub name, or "bytes". Raises TersorError where there is none."""
+    if name == "bytes":
+        return ByteTokenizer()
     from transformers import AutoTokenizer
 
-    return pretrained(AutoTokenizer, directory, "tokenizer")
+    return pretrained(AutoTokenizer, name, "tokenizer")
 
 
 def pick_device(device: str) -> torch.device:

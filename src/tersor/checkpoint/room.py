@@ -24,6 +24,7 @@ from tersor.checkpoint.source import JOB_FOLDER, Checkpoint
 from tersor.errors import TersorError
 
 RESULT_FILE = "tersor.json"
+RUN_FILE = "tersor-run.json"  # how the job went: times and memory, which differ from run to run
 JOURNAL = f"{JOB_FOLDER}/journal.json"
 OWN_IN_JOB = (JOURNAL, f"{JOB_FOLDER}/partial", f"{JOB_FOLDER}/rest.safetensors")
 
@@ -205,7 +206,7 @@ def appearing(target: Path, *, overwrite: bool, inputs: Inputs | None = None) ->
 def write_record(folder: Path, result: Mapping[str, Any]) -> None:
     """The record of a result whose other files are all in `folder`."""
     files = sorted(
-        {RESULT_FILE, *(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())}
+        {RESULT_FILE, RUN_FILE, *(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())}
     )
     text = json.dumps({**result, "files": files}, indent=2, ensure_ascii=False) + "\n"
     (folder / RESULT_FILE).write_text(text, encoding="utf-8")

@@ -26,6 +26,7 @@ from tersor.checkpoint.room import (
     JOURNAL,
     OWN_IN_JOB,
     RESULT_FILE,
+    RUN_FILE,
     Inputs,
     block_name,
     check_replaceable,
@@ -200,26 +201,33 @@ class ResultWriter:
             }
         return own
 
-    def redo(self, blocks: set[str], layers: Mapping[str, Mapping[str, Sequence[str]]]) -> None:
+    def redo(
+        self, blocks: set[str], layers: Mapping[str, Mapping[str, Sequence[str]]], suffixes: Collection[str]
+    ) -> None:
         """Forget these finished blocks. Where the whole result is finished, its other blocks become those of an unfinished job.
 
-        layers: {block: {layer: the published names under which its tensors lie}}, for all blocks.
+        layers: {block: {layer: the published names under which its tensors lie}}, for all blocks. suffixes: of these tensors.
         """
         result = self._result()
         with disk_errors(self.out):
             if not self.done and result is not None:
-                self._take_apart(result, layers)
+                self._take_apart(result, layers, suffixes)
             for block in blocks & set(self.done):
                 del self.done[block], self.hashes[block]
             self._write_journal()
 
-    def _take_apart(self, result: Mapping[str, Any], layers: Mapping[str, Mapping[str, Sequence[str]]]) -> None:
+    def _take_apart(
+        self,
+        result: Mapping[str, Any],
+        layers: Mapping[str, Mapping[str, Sequence[str]]],
+        suffixes: Collection[str],
+    ) -> None:
         reports = {row["name"]: {**row, "seconds": 0.0} for row in result["layers"]}
         shards = [load_file(path) for path in sorted(self.out.glob("*.safetensors"))]
         for block, linears in layers.items():
             stems = {stem for names in linears.values() for stem in names}
-            mine = {k: t for shard in shards for k, t in shard.items() if k.rpartition(".")[0] in stems}
-            packed = {k: t for k, t in mine.items() if not k.endswith((".bias", ".weight"))}
+            names = {f"{stem}.{suffix}" for stem in stems for suffix in suffixes}
+            packed = {k: t for shard in shards for k, t in shard.items() if k in names}
             rows = [reports[name] for name in linears if name in reports]
             if block_hash(packed, rows) == result["blocks"].get(block):
                 self.write_block(block, packed, rows)
@@ -275,8 +283,8 @@ class ResultWriter:
             parts = [*blocks, rest]
             one_file = sum(path.stat().st_size for path in parts) <= SINGLE_FILE_LIMIT
             shards = ["model.safetensors"] if one_file else [*_shard_names(len(parts)), INDEX]
-            others = self._other_files(source, {"config.json", RESULT_FILE, *shards, *extra})
-            self._claim({*shards, *others, *extra, "config.json", RESULT_FILE})
+            others = self._other_files(source, {"config.json", RESULT_FILE, RUN_FILE, *shards, *extra})
+            self._claim({*shards, *others, *extra, "config.json", RESULT_FILE, RUN_FILE})
             if one_file:
                 together = {name: piece for path in parts for name, piece in pieces_of(path).items()}
                 self._splice(together, self.out / "model.safetensors")

@@ -19,7 +19,9 @@ from tersor.errors import TersorError
 from tersor.runtime import bench as runtime
 from tersor.runtime.bench import Spread, Turn
 from tersor.runtime.cached_module import CachedModule
-from tersor.runtime.generate import Engine, check_length, load_module, make_engine
+from tersor.runtime.engine import Engine
+from tersor.runtime.generate import check_length, load_module, make_engine
+from tersor.runtime.stepped_module import vocabulary_of
 from tersor.untrusted import check_at_once
 
 
@@ -98,7 +100,9 @@ def _runner(
     check_length(module, prompt_tokens, new_tokens)
     engine = make_engine(module, capacity=prompt_tokens + new_tokens, batch=batch, take_over=True)
     config: Any = module.config
-    ids = runtime.random_prompt(config.get_text_config().vocab_size, batch=batch, tokens=prompt_tokens)
+    vocabulary = config.get_text_config().vocab_size if hasattr(config, "get_text_config") else vocabulary_of(module)
+    assert vocabulary is not None  # make_engine refuses a model without tokens
+    ids = runtime.random_prompt(vocabulary, batch=batch, tokens=prompt_tokens)
     return engine, lambda: runtime.take_turn(engine, ids, new_tokens)
 
 

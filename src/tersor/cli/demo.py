@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +20,8 @@ from tersor.cli.progress import Report, progress_bar
 from tersor.compress import GPTQ, RTN, Method, compress
 from tersor.evaluate.inspection import inspect_checkpoint
 from tersor.evaluate.perplexity import perplexity
+from tersor.report.collect import collect
+from tersor.report.page import check_page, write_page
 from tersor.runtime.generate import stream
 
 MODEL = "demo"
@@ -32,10 +36,15 @@ def demo(
     samples: Samples = 32,
     seq_len: Annotated[int, typer.Option(help="Tokens a sample and an evaluation window.")] = 512,
     windows: Annotated[int, typer.Option(help="Windows of text to evaluate on.")] = 16,
+    report: Annotated[Path, typer.Option(help="The page about both results; a report there is replaced.")] = Path(
+        "tersor-demo.html"
+    ),
 ) -> None:
     """Quantize the built-in model by rounding and by GPTQ, compare both with the original, and let the result write."""
     if out is not None and not (out / JOB_FOLDER).exists():  # an unfinished job goes on
         check_free(out, overwrite=False)
+    if find_spec("plotly") is not None:
+        check_page(report)
     console = Console()
     table = Table(box=None, pad_edge=False)
     for column in ("", "size on disk", "bits a weight", "perplexity", "seconds"):
@@ -70,16 +79,28 @@ def demo(
     )
     with tempfile.TemporaryDirectory(prefix="tersor-demo-") as folder:
         target = out.absolute() if out else Path(folder) / "gptq"  # `demo` is the user's directory here
+        rounded = Path(folder) / "rtn"
         with progress_bar() as progress:
             measure("original", MODEL, None, progress)
-            quantize("round to nearest", RTN(bits=bits), Path(folder) / "rtn", progress)
+            quantize("round to nearest", RTN(bits=bits), rounded, progress)
             quantize("GPTQ", GPTQ(bits=bits), target, progress)
+            told = _report([target, rounded], report, seq_len, windows, progress)
         console.print(table)
         written = "".join(stream(target, PROMPT, max_new_tokens=48, temperature=0.7, seed=1))
         end = written.find(".") + 1
+        console.print(f"\n{told}", highlight=False, soft_wrap=True)
         console.print(f"\nThe GPTQ model goes on with a sentence:\n\n{PROMPT}{written[: end or None]}", highlight=False)
     if out is not None:
         console.print(f"\nThe quantized model is in {out}: tersor generate {out} --prompt '...'")
+
+
+def _report(results: Sequence[Path], page: Path, seq_len: int, windows: int, progress: Report) -> str:
+    """Write the page, and say where it is."""
+    if find_spec("plotly") is None:
+        return "A page with what was lost, and where, needs plotly: pip install 'tersor[report]'"
+    found = collect(results, against=MODEL, seq_len=seq_len, max_windows=windows, progress=progress)
+    write_page(found, page)
+    return f"What was lost, and where, is a page: open {page.absolute()}"
 
 
 def _bits_a_weight(model: str | Path) -> float:

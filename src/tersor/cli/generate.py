@@ -8,43 +8,58 @@ from typing import Annotated
 
 import typer
 
-from tersor.cli.options import Device
+from tersor.cli.options import (
+    Device,
+    Dtype,
+    MinP,
+    RepetitionPenalty,
+    SamplingSeed,
+    Temperature,
+    Tokenizer,
+    TopK,
+    TopP,
+    Variant,
+)
 from tersor.errors import TersorError
 from tersor.untrusted import read_bytes
 
 
 def generate(
     model: Annotated[str, typer.Argument(help="A directory, a .gguf file, a hub name such as org/name, or `demo`.")],
+    text: Annotated[str | None, typer.Argument(help="The text to continue.")] = None,
     prompt: Annotated[str | None, typer.Option(help="The text to continue; `-` reads standard input.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="A file with the text to continue.")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The text is a message: the model's chat template is put around it.")
+    ] = False,
+    system: Annotated[str | None, typer.Option(help="A system message before it; implies --chat.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 64,
-    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token every time.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Draw from so many likeliest tokens only; 0: from all.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Draw from the fewest tokens that have this probability together.")
-    ] = None,
-    min_p: Annotated[
-        float | None, typer.Option(help="Draw from tokens with this share of the likeliest one's probability.")
-    ] = None,
-    repetition_penalty: Annotated[
-        float | None, typer.Option(help="Makes tokens that were there already less likely; 1 does nothing.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    seed: SamplingSeed = 0,
+    variant: Variant = None,
+    tokenizer: Tokenizer = None,
+    dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
-    """Continue a prompt, token by token as they come. Ctrl-C ends the text where it is.
+    """Continue a text, token by token as they come. Ctrl-C ends the text where it is.
 
-    Sampling that is not asked for is as the model's generation_config.json says, or off.
+    Sampling that is not asked for is as the model's generation_config.json says, or off. With --chat only the answer is printed.
+
+    Examples: `tersor generate demo "It is a truth"`, `tersor generate mamba.safetensors "It is" --as mamba-130m --tokenizer DIR`.
     """
     from tersor.runtime.generate import stream
 
     if max_new_tokens < 1:
         raise TersorError(f"--max-new-tokens {max_new_tokens} must be positive")
-    text = _prompt(prompt, prompt_file)
+    chat = chat or system is not None
+    given = _prompt(text, prompt, prompt_file)
     pieces = stream(
         model,
-        text,
+        given,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -52,12 +67,16 @@ def generate(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
         seed=seed,
+        chat=chat,
+        system=system,
+        variant=variant,
+        tokenizer=tokenizer,
         dtype=dtype,
         device=device,
         notice=lambda line: typer.echo(line, err=True),
     )
     first = next(pieces, "")  # what is wrong with the model or the prompt shows before anything is printed
-    _print(text + first)
+    _print(first.lstrip() if chat else given + first)
     try:
         for piece in pieces:
             _print(piece)
@@ -66,9 +85,11 @@ def generate(
     typer.echo()
 
 
-def _prompt(prompt: str | None, file: Path | None) -> str:
-    if (prompt is None) == (file is None):
-        raise TersorError("give the text to continue by either --prompt or --prompt-file")
+def _prompt(text: str | None, prompt: str | None, file: Path | None) -> str:
+    if sum(each is not None for each in (text, prompt, file)) != 1:
+        raise TersorError("give the text to continue once: after the model, or by either --prompt or --prompt-file")
+    if text is not None:
+        return text
     if file is None:
         try:
             return sys.stdin.read() if prompt == "-" else str(prompt)

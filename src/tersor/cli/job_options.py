@@ -17,8 +17,10 @@ from tersor.cli.progress import progress_bar
 from tersor.cli.summary import print_summary
 from tersor.cli.torchrun import together
 from tersor.compress import compress
+from tersor.compress.best import steps_for
 from tersor.compress.recipe import Recipe
-from tersor.compress.settings import Settings, applies
+from tersor.compress.settings import Settings, applies, settings_of
+from tersor.errors import TersorError
 from tersor.methods.method import Method
 
 NUMBERS = (int, float)
@@ -65,6 +67,17 @@ def run_job(model: str, out: Path, steps: Sequence[Recipe], settings: Mapping[st
         typer.echo(json.dumps({"out": str(out), **result.summary.as_dict()}))
     else:
         print_summary(result.summary, out)
+
+
+def run_best(
+    model: str, out: Path, name: str, options: Mapping[str, Any], settings: Mapping[str, Any], *, as_json: bool
+) -> None:
+    """`run_job` with the steps of `best` or `best-fast`, said before they start."""
+    if "target_bits" in settings:
+        raise TersorError(f"--target-bits chooses for gptq alone, and {name} takes one number of bits: leave one out")
+    with progress_bar(quiet=as_json) as progress:
+        steps = steps_for(name, model, options, settings_of({**settings, "progress": progress}))
+    run_job(model, out, steps, settings, as_json=as_json)
 
 
 def _settings(kinds: Sequence[type[Method]]) -> list[inspect.Parameter]:

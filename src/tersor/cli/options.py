@@ -18,6 +18,21 @@ Variant = Annotated[
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read pickled weights (.bin) too.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in --out.")]
 SummaryAsJson = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option(help="A directory or hub name of a tokenizer, or `bytes`, in place of the model's own."),
+]
+Temperature = Annotated[float | None, typer.Option(help="0 takes the likeliest token every time.")]
+TopK = Annotated[int | None, typer.Option(help="Draw from so many likeliest tokens only; 0: from all.")]
+TopP = Annotated[float | None, typer.Option(help="Draw from the fewest tokens that have this probability together.")]
+MinP = Annotated[
+    float | None, typer.Option(help="Draw from tokens with this share of the likeliest one's probability.")
+]
+RepetitionPenalty = Annotated[
+    float | None, typer.Option(help="Makes tokens that were there already less likely; 1 does nothing.")
+]
+SamplingSeed = Annotated[int, typer.Option("--seed", help="Seed of the sampling.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 

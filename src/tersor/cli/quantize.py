@@ -7,11 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-from tersor.cli.job_options import run_job, split, with_options
+from tersor.cli.job_options import run_best, run_job, split, with_options
 from tersor.cli.options import SummaryAsJson, Variant, opened_as
+from tersor.compress.best import NAMES
 from tersor.compress.recipe import Recipe, read_recipe
 from tersor.errors import TersorError
-from tersor.methods.method import BlockMethod, from_options, methods
+from tersor.methods.method import BlockMethod, Method, PackedMethod, from_options, methods
 
 
 def _quantize(
@@ -19,7 +20,12 @@ def _quantize(
     out: Annotated[
         Path, typer.Option("--out", help="Directory to write; must not exist, or hold this job unfinished.")
     ],
-    method: Annotated[str | None, typer.Option(help="How the weights are chosen. [default: gptq]")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="How the weights are chosen: gptq, rtn, or best and best-fast, which tune on. [default: gptq]"
+        ),
+    ] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="A YAML file with method, options and rules for single layers.")
     ] = None,
@@ -35,6 +41,13 @@ def _quantize(
     tersor quantize demo --bits 4 --out demo-4bit
     """
     settings, options = split(given)
+    if recipe is None and method in NAMES:
+        run_best(opened_as(model, variant), out, method, options, settings, as_json=as_json)
+        return
+    if "target_bits" in settings and "bits" in options:
+        raise TersorError(
+            "--bits does nothing beside --target-bits, which chooses each layer's: leave one of the two out"
+        )
     if recipe is None:
         _check(method or "gptq")
         chosen = Recipe(from_options(method or "gptq", options))
@@ -50,8 +63,16 @@ def _quantize(
 def _check(method: str) -> None:
     """Raise TersorError where a method is one of the verb `compress` alone."""
     kind = methods().get(method)
-    if kind is not None and not issubclass(kind, BlockMethod):
-        raise TersorError(f"{method} works on the whole model: tersor compress {method} MODEL")
+    if kind is not None and issubclass(kind, PackedMethod):
+        raise TersorError(f"{method} tunes a packed model: tersor compress {method} PACKED --original MODEL")
+    if kind is not None and not _quantizes(kind):
+        does = "prunes weights" if issubclass(kind, BlockMethod) else "works on the whole model"
+        raise TersorError(f"{method} {does}: tersor compress {method} MODEL")
 
 
-quantize = with_options(_quantize, {name: kind for name, kind in methods().items() if issubclass(kind, BlockMethod)})
+def _quantizes(kind: type[Method]) -> bool:
+    """Whether a method, as it is without options, packs weights block by block."""
+    return issubclass(kind, BlockMethod) and kind().quantization() is not None
+
+
+quantize = with_options(_quantize, {name: kind for name, kind in methods().items() if _quantizes(kind)})

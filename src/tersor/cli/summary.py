@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from rich.table import Table
 
 from tersor.calibrate.statistics import is_expert
 from tersor.compress.result import Summary
+from tersor.formats.layouts import PLAIN
 
+HIDDEN = ("condition",)  # of a row: the report shows it
 WIDTH_OF_FILES = 200  # columns, where the output is no terminal
 
 
@@ -19,7 +22,8 @@ def print_summary(summary: Summary, out: Path) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH_OF_FILES)
-    every = [report.row() for report in summary.layers]
+    rows_of_all = (report.row() for report in summary.layers)
+    every = [{key: value for key, value in row.items() if key not in HIDDEN} for row in rows_of_all]
     for _, group in groupby(every, key=tuple):  # of several steps each has columns of its own
         rows = list(group)
         table = Table(title=None, box=None, pad_edge=False)
@@ -45,13 +49,15 @@ def print_summary(summary: Summary, out: Path) -> None:
     if summary.parameters_before and summary.parameters_after:
         share = summary.parameters_after / summary.parameters_before
         facts.append(f"{summary.parameters_before:,} -> {summary.parameters_after:,} parameters ({share:.1%})")
-    else:
+    elif summary.format != PLAIN.name:
         facts.append(f"{summary.bits_per_weight:.3f} bits a quantized weight")
+    if summary.sparsity is not None:
+        facts.append(f"{summary.sparsity:.1%} of the weights in {len(summary.layers)} layers are zero")
     blocks = [seconds for name, seconds in summary.seconds_per_block.items() if name]
     a_block = f"{sum(blocks) / len(blocks):.1f} s a block, " if blocks else ""
     earlier = f", {summary.resumed_blocks} blocks from an earlier run" if summary.resumed_blocks else ""
     console.print(
-        f"{out}: {', '.join(facts)}\n"
+        f"{out}: {', '.join(facts) or summary.format}\n"
         f"{summary.seconds:.1f} s in all, {a_block}peak memory {summary.peak_memory / 1e9:.2f} GB{earlier}"
     )
     if summary.divergence is not None:
@@ -59,6 +65,7 @@ def print_summary(summary: Summary, out: Path) -> None:
             f"predictions on a sample: KL divergence {summary.divergence:.4f} nats from the original, "
             f"{summary.agreement:.1%} of the first choices the same"
         )
+    console.print(f"what was lost, and where, as a page: tersor report {shlex.quote(str(out))}", highlight=False)
 
 
 def _shown(value: Any) -> str:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
 import tersor
-from tersor.checkpoint.quantization_config import make_config
 from tersor.compress.plan import Plan
 from tersor.compress.recipe import Recipe
-from tersor.formats.layouts import Layout
+from tersor.formats.layout import Description, Layout, QuantizationConfig
 from tersor.layers.linear_map import embeddings
 from tersor.methods.method import BlockMethod
 
@@ -21,9 +19,12 @@ def quantization_config(
     model: nn.Module, plan: Plan, recipe: Recipe, layout: Layout, published: Callable[[str], list[str]]
 ) -> dict[str, Any]:
     """The recipe's method, layers that differ from it, and layers left as they are, each by its names on disk and by that of the
-    module: readers look for one or the other. published: the names of a linear map on disk."""
-    assert isinstance(recipe.method, BlockMethod)  # others are saved as they are
-    base = recipe.method.quantization()
+    module: readers look for one or the other. Empty where the format needs no config. published: the names of a linear map on
+    disk."""
+    if layout.config is None:
+        return {}
+    methods = [recipe.method, *plan.methods.values()]
+    base = next(grids for each in methods if isinstance(each, BlockMethod) and (grids := each.quantization()))
     modules = dict(model.named_modules())
     dense = _dense_linears(model, plan)  # which have no other name that is known
 
@@ -33,31 +34,35 @@ def quantization_config(
 
     tables = {name for name, found in plan.all_linears().items() if isinstance(found, nn.Embedding)}
     changed = {
-        stem: method.quantization()
+        stem: grids
         for name, method in plan.methods.items()
-        if method.quantization() != base and name not in tables  # whose grids are the recipe's, as the plan made sure
+        if (grids := method.quantization())
+        and grids != base
+        and name not in tables  # whose grids are the recipe's, as the plan made sure
         for stem in names_of(name)
     }
     other_tables = [name for name in embeddings(model) if tables and name not in tables]
     ignored = [stem for name in dict.fromkeys((*plan.left, *other_tables, *dense)) for stem in names_of(name)]
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    config = make_config(
-        layout.name,
-        base,
-        overrides=changed,
-        ignored=ignored,
-        head=any(found is head for found in plan.all_linears().values()),
-        embeddings=bool(tables),
-        version=tersor.__version__,
-    )
     inside = [name for name in plan.left if any(name.startswith(f"{unit.name}.") for unit in plan.blocks)]
-    if layout.name != "compressed-tensors" and inside:
-        left: dict[str, Any] = {f"-:^{re.escape(stem)}$": {} for name in inside for stem in names_of(name)}
-        config["dynamic"] = {**left, **config.get("dynamic", {})}
-        unit = next(unit for unit in plan.blocks if plan.linears[unit.name])
-        names = [name.removeprefix(f"{unit.name}.") for name in plan.linears[unit.name]]
-        config["modules_in_block_to_quantize"] = [names]
-    return config
+    unit = next(unit for unit in plan.blocks if plan.linears[unit.name])
+    return layout.config(
+        Description(
+            grids=base,
+            overrides=changed,
+            ignored=ignored,
+            ignored_in_blocks=[stem for name in inside for stem in names_of(name)],
+            in_block=[name.removeprefix(f"{unit.name}.") for name in plan.linears[unit.name]],
+            head=any(found is head for found in plan.all_linears().values()),
+            embeddings=bool(tables),
+            version=tersor.__version__,
+        )
+    )
+
+
+def described_by(layout: Layout, config: Mapping[str, Any]) -> QuantizationConfig:
+    """What a config made here says of each layer."""
+    return layout.parse(config) if config else QuantizationConfig(layout.name, bits=0, group_size=-1, sym=True)
 
 
 def _dense_linears(model: nn.Module, plan: Plan) -> list[str]:

@@ -3,77 +3,71 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from torch import Tensor, nn
 
-from tersor.calibrate.batches import Batch, Calibration
+from tersor.calibrate.batches import Batch
 from tersor.calibrate.padding import decoder_inputs
+from tersor.compress.in_memory import Source
 from tersor.compress.plan import Plan, without
 from tersor.compress.samples import asked_for_samples, check_reached, needs_samples
-from tersor.compress.walk import Hooks, Trace, called_only, trace
+from tersor.compress.settings import Job
+from tersor.compress.walk import Prepared, Probe, called_only, trace
 from tersor.errors import BrokenWeightError, NotFiniteError, TersorError
+
+T = TypeVar("T")
 
 # What models raise where a sample is not what they take.
 UNFIT = (TersorError, ValueError, TypeError, AttributeError, LookupError, RuntimeError, AssertionError)
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """plan: what is left of it once it is known which layers are called; batches, probe: the samples as the model takes them;
-    traced: the probe's run. probe and traced are None where nothing is run, which only methods without samples can do."""
-
-    plan: Plan
-    batches: list[Batch]
-    probe: Batch | None
-    traced: Trace | None
-
-
-def prepare(
-    model: nn.Module, plan: Plan, calibration: Calibration, batches: list[Batch], probe: Batch | None, hooks: Hooks
-) -> Prepared:
-    """Run the probe. Raises TersorError where samples are needed, or were asked for, and do not fit the model."""
-    if probe is None:
-        return Prepared(plan, batches, None, None)
-    optional = not (needs_samples(plan) or asked_for_samples(calibration))
+def prepare(source: Source, plan: Plan, job: Job, batches: list[Batch], batch: Batch | None) -> Prepared:
+    """Run the probe's batch. Raises TersorError where samples are needed, or were asked for, and do not fit the model."""
+    if batch is None:
+        return Prepared(plan, batches, None)
+    optional = not (needs_samples(plan) or asked_for_samples(job.calibration))
     try:
-        traced, batches, probe = _run(model, batches, probe, hooks)
+        probe, batches, _ = fitted(source.module, batches, batch, lambda each: trace(source, each, job.progress))
     except (NotFiniteError, BrokenWeightError):
         raise
     except UNFIT as error:
         if not optional:
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        hooks.progress(f"nothing is compared: the model does not run on the sample ({reason})", 0, 0)
-        return Prepared(plan, [], None, None)
-    if optional and (unseen := _unreached(plan, traced)):
-        hooks.progress(f"nothing is compared: the sample does not reach all blocks ({next(iter(unseen))})", 0, 0)
+        job.progress(f"nothing is compared: the model does not run on the sample ({reason})", 0, 0)
+        return Prepared(plan, [], None)
+    if optional and (unseen := _unreached(plan, probe)):
+        job.progress(f"nothing is compared: the sample does not reach all blocks ({next(iter(unseen))})", 0, 0)
         seen = {name for block, each in plan.linears.items() if block not in unseen for name in each}
-        return Prepared(without(plan, {name for name in seen if not traced.is_called(name)}), [], None, None)
-    plan = called_only(plan, traced)
-    check_reached(plan, traced.visits)
-    return Prepared(plan, batches, probe, traced)
+        return Prepared(without(plan, {name for name in seen if not probe.is_called(name)}), [], None)
+    plan = called_only(plan, probe)
+    check_reached(plan, probe.visits)
+    return Prepared(plan, batches, probe)
 
 
-def _run(model: nn.Module, batches: list[Batch], probe: Batch, hooks: Hooks) -> tuple[Trace, list[Batch], Batch]:
+def fitted(
+    model: nn.Module, batches: list[Batch], batch: Batch, run: Callable[[Batch], T]
+) -> tuple[T, list[Batch], Batch]:
+    """What `run` makes of a batch, and the samples as the model takes them: with decoder inputs where it does not run without."""
     try:
-        return trace(model, probe, hooks), batches, probe
+        return run(batch), batches, batch
     except UNFIT as error:
-        if isinstance(error, TersorError) or not lacks_second_text(model, probe):
+        if isinstance(error, TersorError) or not _lacks_second_text(model, batch):
             raise
-    *batches, probe = completed(model, [*batches, probe])
-    return trace(model, probe, hooks), batches, probe
+    *batches, batch = _completed(model, [*batches, batch])
+    return run(batch), batches, batch
 
 
-def lacks_second_text(model: nn.Module, probe: Batch) -> bool:
+def _lacks_second_text(model: nn.Module, probe: Batch) -> bool:
     """Whether the model is an encoder-decoder and the sample says nothing of what its decoder reads."""
     given = {"decoder_input_ids", "decoder_inputs_embeds", "labels"} & probe.keys()
     takes = "decoder_input_ids" in inspect.signature(model.forward).parameters
     return takes and not given and bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
-def completed(model: nn.Module, batches: Sequence[Batch]) -> list[Batch]:
+def _completed(model: nn.Module, batches: Sequence[Batch]) -> list[Batch]:
     """Samples for a model that reads a second text and does not make it of the first itself, as T5: with that text.
 
     Raises TersorError where the samples have none and it cannot be made of them.
@@ -92,5 +86,5 @@ def completed(model: nn.Module, batches: Sequence[Batch]) -> list[Batch]:
     return [decoder_inputs(batch, start) for batch in batches]
 
 
-def _unreached(plan: Plan, traced: Trace) -> set[str]:
-    return {unit.name for unit in plan.blocks if plan.linears[unit.name] and not traced.visits[unit.name]}
+def _unreached(plan: Plan, probe: Probe) -> set[str]:
+    return {unit.name for unit in plan.blocks if plan.linears[unit.name] and not probe.visits[unit.name]}

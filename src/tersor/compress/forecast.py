@@ -49,8 +49,8 @@ def forecast(lazy: LazyModel, plan: Plan, batches: Sequence[Batch], device: torc
         experts = 0
         for name, found in linears.items():
             rows, width = matrix_shape(found)
-            options = plan.methods[name].quantization()
-            bits, group = options.get("bits", 16), options.get("group_size", -1)
+            grids = plan.methods[name].quantization()
+            bits, group = (grids.bits, grids.group_size) if grids else (8 * original, -1)
             squares = 0 if isinstance(found, nn.Embedding) else width**2  # an embedding has no Hessian
             work += (PASSES * tokens * rows * width if squares else 0) + (tokens + rows + width) * squares
             solving = max(solving, SOLVER_COPIES * 4 * (squares + rows * width))
@@ -63,7 +63,7 @@ def forecast(lazy: LazyModel, plan: Plan, batches: Sequence[Batch], device: torc
     waiting = 2 * tokens * hidden * lazy.dtype.itemsize if activations == "device" or device.type == activations else 0
     result = lazy.checkpoint.size() - replaced + packed
     return Forecast(
-        seconds=work / _products_per_second(device, lazy.dtype),
+        seconds=work / products_per_second(device, lazy.dtype),
         memory=peak_memory(device) + solving + waiting,
         disk=2 * result if result <= SINGLE_FILE_LIMIT else result,
     )
@@ -78,7 +78,7 @@ def _tokens(batch: Batch) -> int:
     return 1 if first is None else max(1, first.numel() // first.shape[-1])
 
 
-def _products_per_second(device: torch.device, dtype: torch.dtype) -> float:
+def products_per_second(device: torch.device, dtype: torch.dtype) -> float:
     """Multiply-adds a second of one matmul of a size that keeps the device busy."""
     size = 512 if device.type == "cpu" else 4096
     a = torch.randn(size, size, device=device).to(dtype)

@@ -1,86 +1,43 @@
-"""Compress a module that is in memory: the result is a copy whose linear maps are packed layers."""
+"""A model that is all in memory, as a walk's source beside a checkpoint that is loaded part by part."""
 
 from __future__ import annotations
 
-import copy
-import time
+from collections.abc import Iterable
 
-import torch
 from torch import nn
 
-from tersor.calibrate.batches import call, first_tensor, without_cache
-from tersor.calibrate.draws import PROBE, drawing
-from tersor.compress.describe import quantization_config
-from tersor.compress.first_run import prepare
-from tersor.compress.plan import make_plan, without_stacks
-from tersor.compress.result import Compressed, Size, Summary, Timer, loss_of, peak_memory
-from tersor.compress.samples import samples_of
-from tersor.compress.settings import Job
-from tersor.compress.walk import Hooks, walk, walk_without_samples
-from tersor.formats.grid import Stored
-from tersor.formats.layouts import write
-from tersor.layers.experts import ExpertMap, stored_name
-from tersor.layers.linear_map import packable_maps
-from tersor.layers.quantized_linear import place_packed
-from tersor.methods.block import Block, LayerReport
+from tersor.checkpoint.lazy_model import LazyModel
+from tersor.layers.experts import stored_name
+from tersor.layers.linear_map import matrix_shape, packable_maps
 
 
-def compress_module(model: nn.Module, job: Job) -> Compressed:
-    module = copy.deepcopy(model).eval()
-    for parameter in module.parameters():
-        parameter.requires_grad_(False)
-    if hasattr(module, "set_experts_implementation"):
-        # the plain loop is the one whose products with single experts can be seen
-        module.set_experts_implementation("eager")  # type: ignore[operator]
-    plan = make_plan(module, job)
-    if job.layout is not None and job.layout.name == "compressed-tensors" and hasattr(module, "base_model_prefix"):
-        # saved under the module's own names, where transformers looks for whole stacks
-        stacked = [name for name, each in plan.all_linears().items() if isinstance(each, ExpertMap)]
-        plan = without_stacks(plan, stacked, include=job.include, progress=job.progress)
-    maps = packable_maps(module)
-    first_parameter = next(module.parameters())
-    dtype, device = first_parameter.dtype, first_parameter.device
-    batches, probe = samples_of(job, job.calibration, plan, module, job.tokenizer, device, dtype)
-    stored = None if job.layout is None else Stored(job.layout.scale_dtype or dtype, job.layout.min_zero)
-    hessian_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    timer, size = Timer(), Size()
-    reports: list[LayerReport] = []
+class InMemory:
+    """What a walk asks of `LazyModel`, of a module that is there."""
 
-    def finished(block: Block) -> None:
-        timer.lap(block.name)
-        reports.extend(block.reports)
-        place_packed(module, block.linears, block.packed)
-        for weight in block.packed.values():
-            size.add(write(weight, job.layout, sym=False) if job.layout else {}, weight)
+    checkpoint = None
 
-    hooks = Hooks(lambda unit: None, lambda unit: None, lambda block: False, finished, job.progress)
-    before = after = None
-    with torch.no_grad(), without_cache(module):
-        prepared = prepare(module, plan, job.calibration, batches, probe, hooks)
-        plan, batches, probe, first = prepared.plan, prepared.batches, prepared.probe, prepared.traced
-        if probe is None or first is None:
-            walk_without_samples(module, plan, stored, hessian_dtype, hooks)
-        else:
-            before = first_tensor(first.output)
-            walk(module, plan, batches, probe, first, stored, hessian_dtype, job.routing, hooks)
-            with drawing(PROBE):
-                after = first_tensor(call(module, probe))
-    described = {}
-    if job.layout is not None:
-        described = quantization_config(
-            module, plan, job.recipe, job.layout, lambda name: [stored_name(name, maps[name])]
-        )
-    summary = Summary(
-        model=type(model).__name__,
-        method=job.recipe.method.options(),
-        format=job.layout.name if job.layout else None,
-        layers=reports,
-        left=plan.left,
-        seconds=time.perf_counter() - job.started,
-        seconds_per_block=timer.laps,
-        peak_memory=peak_memory(device),
-        bits_per_weight=size.bits_per_weight,
-        quantization=described,
-        **loss_of(before, after),
-    )
-    return Compressed(summary, None, before, after, _module=module)
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.maps = module, packable_maps(module)
+        first = next(module.parameters())
+        self.dtype = self.stored_dtype = first.dtype
+        self.device = first.device
+
+    def load(self, module: nn.Module) -> None:
+        pass
+
+    def release(self, module: nn.Module) -> None:
+        pass
+
+    def load_rest(self, units: Iterable[nn.Module]) -> None:
+        pass
+
+    def published(self, linear: str) -> list[str]:
+        return [stored_name(linear, self.maps[linear])]
+
+    def named_pieces(self, linear: str) -> list[tuple[str, int]]:
+        """None of a model of transformers, which looks for whole stacks under the module's own names."""
+        known = not hasattr(self.module, "base_model_prefix")
+        return [(name, matrix_shape(self.maps[linear])[0]) for name in self.published(linear) if known]
+
+
+Source = LazyModel | InMemory

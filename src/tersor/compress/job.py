@@ -11,16 +11,18 @@ from typing import Any
 from torch import nn
 
 from tersor.calibrate.parallel import processes
-from tersor.compress.in_memory import compress_module
-from tersor.compress.layout_choice import with_fitting_layout
+from tersor.compress.driver import compress_module
+from tersor.compress.packed import compress_packed_checkpoint, compress_packed_module
 from tersor.compress.recipe import Recipe, Rule, make_rules
 from tersor.compress.result import Compressed
+from tersor.compress.run_record import keep_run
 from tersor.compress.settings import Job, Settings, job_of, refuse_idle, settings_of
 from tersor.compress.steps import run_steps
 from tersor.compress.stream import compress_checkpoint
+from tersor.compress.target_bits import with_chosen_bits
 from tersor.compress.whole_model import compress_whole_checkpoint, compress_whole_module
 from tersor.errors import TersorError
-from tersor.methods.method import Method, ModelMethod
+from tersor.methods.method import BlockMethod, Method, PackedMethod
 
 
 def compress(
@@ -42,15 +44,18 @@ def compress(
     The settings:
 
     calibration: a text file, "builtin" (also None), "hf:NAME", a list of strings, or an iterable of the model's own inputs.
-    format: how the result is stored, which also bounds its precision: "gptq", "gptq_v2" or "compressed-tensors"; "auto" is
-        "gptq" where it holds every layer, else "compressed-tensors"; None keeps exact numbers, for a module in memory only.
+    format: how the result is stored, which also bounds its precision: "gptq", "gptq_v2", "compressed-tensors", or "safetensors"
+        for plain numbers; "auto" is "gptq" where it holds every layer, else "compressed-tensors", and "safetensors" for what is
+        pruned only; None keeps exact numbers, for a module in memory only.
     include, exclude: patterns of linear layers, such as "*.mlp.*". head: compress the output head too. embeddings: the token
         embedding too, rounded to nearest with the method's options, as it has no inputs; in format compressed-tensors.
     redo: patterns of layers whose blocks are solved again although an earlier run of the same job finished them.
+    target_bits: bits a weight in all; each layer gets bits and a group size by what they do to the model's predictions.
     target_tp: check that every layer can be split over so many devices for tensor-parallel serving.
     experts: which experts of a mixture the samples visit while statistics are gathered: "as-is" (those that the router
         chooses), "top-k:N" (the N best), or "all" (every token counts for every expert, by the router's weight).
     activations: where samples wait between blocks: "device", "cpu" or "disk".
+    original: the model that was packed, for a method that tunes a packed one: a directory, a name or a module.
     allow_pickle: read pickled weights (.bin), which are opened without running any code in them, but by Python's unpickler.
     progress: called as progress(what, done, total).
     samples, seq_len, seed, device, dtype, out, overwrite, tokenizer: as `tersor quantize --help` says (`settings.py`).
@@ -61,8 +66,10 @@ def compress(
     asked, steps = settings_of(settings), _steps(method, rules)
     refuse_idle(asked, [step.method for step in steps], by_name=not isinstance(model, nn.Module))
     if len(steps) > 1:
-        return run_steps(model, steps, asked, run_job)
-    return run_job(model, job_of(steps[0], asked))
+        result = run_steps(model, steps, asked, run_job)
+    else:
+        result = run_job(model, job_of(steps[0], asked))
+    return keep_run(result, model, steps, asked)
 
 
 def _steps(method: Method | Sequence[Method | Recipe], rules: Sequence[Rule | Mapping[str, Any]]) -> list[Recipe]:
@@ -77,11 +84,20 @@ def _steps(method: Method | Sequence[Method | Recipe], rules: Sequence[Rule | Ma
 
 def run_job(model: str | Path | nn.Module, job: Job) -> Compressed:
     """One step: one method, with its rules, on one model."""
-    whole = isinstance(job.recipe.method, ModelMethod)
+    method = job.recipe.method
+    whole = not isinstance(method, BlockMethod)
     if whole and processes() > 1:
-        raise TersorError(f"{job.recipe.method.name} runs in one process: start it without torchrun")
+        raise TersorError(f"{method.name} runs in one process: start it without torchrun")
+    if isinstance(method, PackedMethod):
+        return (
+            compress_packed_module(model, job)
+            if isinstance(model, nn.Module)
+            else compress_packed_checkpoint(str(model), job)
+        )
+    if job.target_bits is not None:
+        job = with_chosen_bits(model if isinstance(model, nn.Module) else str(model), job)
     if isinstance(model, nn.Module):
-        return compress_whole_module(model, job) if whole else compress_module(model, with_fitting_layout(model, job))
+        return compress_whole_module(model, job) if whole else compress_module(model, job)
     return compress_whole_checkpoint(str(model), job) if whole else compress_checkpoint(str(model), job)
 
 

@@ -16,7 +16,7 @@ from tersor.calibrate.routing import Routing, check_routing
 from tersor.calibrate.statistics import is_expert
 from tersor.compress.recipe import Recipe
 from tersor.errors import TersorError
-from tersor.formats.layouts import Layout
+from tersor.formats.layout import Layout
 from tersor.layers.experts import ExpertMap
 from tersor.layers.linear_map import LinearMap, is_conv1d, linear_maps, matrix_shape
 from tersor.layers.quantized_embedding import why_not_packed
@@ -117,9 +117,9 @@ def make_plan(model: nn.Module, job: Choice) -> Plan:
             check_routing(block.name, block.module, job.routing)
     for name, module in taken.items():
         methods[name].check_linear(name, *matrix_shape(module), layout)
-        if layout is not None and layout.name == "compressed-tensors" and is_conv1d(module):
+        if layout is not None and not layout.conv1d and is_conv1d(module):
             raise TersorError(
-                f"{name} is one of transformers' Conv1D layers, for which readers of compressed-tensors draw random weights; "
+                f"{name} is one of transformers' Conv1D layers, for which readers of {layout.name} draw random weights; "
                 "use --format gptq"
             )
         check_split(name, *matrix_shape(module), methods[name], job.target_tp)
@@ -154,7 +154,8 @@ def check_split(name: str, out_features: int, in_features: int, method: BlockMet
     """
     if devices == 1:
         return
-    group = method.quantization().get("group_size", -1)
+    grids = method.quantization()
+    group = grids.group_size if grids else -1
     if ROW_PARALLEL.search(name):
         unit = max(group, 32)
         if in_features % (devices * unit):
@@ -181,7 +182,9 @@ def without(plan: Plan, names: set[str]) -> Plan:
     )
 
 
-def without_stacks(plan: Plan, stacked: Sequence[str], *, include: Sequence[str], progress: Progress) -> Plan:
+def without_stacks(
+    plan: Plan, stacked: Sequence[str], layout: Layout, *, include: Sequence[str], progress: Progress
+) -> Plan:
     """The plan without experts that transformers would draw at random: those whose checkpoint has no name for each of them,
     under which it would look for packed ones. Said in one line.
 
@@ -193,12 +196,19 @@ def without_stacks(plan: Plan, stacked: Sequence[str], *, include: Sequence[str]
     asked = any(fnmatchcase(name, pattern) for name in stacked for pattern in include)
     if asked or not reduced.all_linears():
         raise TersorError(
-            f"{stacked[0]} lies in one tensor with the other experts, and readers of compressed-tensors, which do not find it "
-            "packed, draw it at random; use --format gptq"
+            f"{stacked[0]} lies in one tensor with the other experts, and readers of {layout.name}, which do not find it "
+            f"{'alone' if layout.is_plain else 'packed'}, draw it at random; {_instead(layout)}"
         )
-    why = "readers of compressed-tensors find no packed ones in one stack; --format gptq packs them"
+    if layout.is_plain:
+        why = f"one tensor holds all of a stack; {_instead(layout)}"
+    else:
+        why = f"readers of {layout.name} find no packed ones in one stack; --format gptq packs them"
     progress(f"{len(stacked)} experts stay as they are: {why}", 0, 0)
     return reduced
+
+
+def _instead(layout: Layout) -> str:
+    return "compress the model as a module in memory" if layout.is_plain else "use --format gptq"
 
 
 def _head(model: nn.Module) -> Unit:
@@ -215,7 +225,7 @@ def _head(model: nn.Module) -> Unit:
 def _check_one_grid(methods: Sequence[BlockMethod]) -> None:
     """Raise TersorError where a checkpoint with a packed embedding would have layers on several kinds of grids: transformers,
     which unpacks such a checkpoint as it reads it, takes one kind for all."""
-    kinds = {tuple(method.quantization().get(key) for key in ("bits", "group_size", "sym")) for method in methods}
+    kinds = {(grids.bits, grids.group_size, grids.sym) for method in methods if (grids := method.quantization())}
     if len(kinds) > 1:
         found = "; ".join(f"bits {bits}, group size {group}, sym {sym}" for bits, group, sym in sorted(kinds, key=str))
         raise TersorError(

@@ -91,6 +91,14 @@ def make_rules(rules: Sequence[Mapping[str, Any] | Rule]) -> tuple[Rule, ...]:
     return tuple(made)
 
 
+def plain_rule(rule: Rule) -> dict[str, Any]:
+    """A rule as a recipe file has it."""
+    told: dict[str, Any] = {"match": rule.match, **rule.options}
+    if rule.method is not None:
+        told["method"] = rule.method
+    return told | ({"skip": True} if rule.skip else {})
+
+
 def read_recipe(path: str | Path) -> Recipe:
     """A recipe file (YAML). Raises TersorError where it is missing, no YAML, or names what no method has."""
     content = recipe_content(path, wanted="`method: gptq` and its options")

@@ -13,35 +13,34 @@ from torch import Tensor, nn
 from tersor.calibrate.batches import Batch, Calibration, make_batches, probe_of, to_device, without_target
 from tersor.calibrate.images import image_batches
 from tersor.calibrate.padding import shown_only
-from tersor.checkpoint.load import check_tokens
+from tersor.checkpoint.load import check_tokens, load_tokenizer
 from tersor.checkpoint.positions import positions_of
 from tersor.checkpoint.preprocessing import class_names, image_processor, image_settings
 from tersor.checkpoint.source import Checkpoint
+from tersor.compress.in_memory import Source
 from tersor.compress.plan import Plan
 from tersor.compress.settings import Job
 from tersor.errors import TersorError
 
 
-def samples_of(
-    job: Job,
-    calibration: Calibration,
-    plan: Plan,
-    module: nn.Module,
-    tokenizer: Any,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> tuple[list[Batch], Batch | None]:
-    """The calibration samples and the probe, on the device. A recipe that needs no samples gets none, and a probe where one
+def samples_of(job: Job, plan: Plan, source: Source) -> tuple[list[Batch], Batch | None]:
+    """The calibration samples and the probe's, on the device. A recipe that needs no samples gets none, and a probe where one
     can be had."""
+    tokenizer, calibration = job.tokenizer, job.calibration
+    if source.checkpoint is not None:
+        tokenizer = tokenizer or load_tokenizer(source.checkpoint.directory)
+        calibration = samples_by_path(source.checkpoint, job)
     needed = needs_samples(plan)
-    if not (needed or asked_for_samples(calibration)) and tokenizer is None:
+    wanted = needed or asked_for_samples(calibration)
+    if not wanted and tokenizer is None:
         return [], None
     try:
-        moved = [without_target(batch) for batch in read_samples(job, calibration, module, tokenizer, device, dtype)]
+        found = read_samples(job, calibration, source.module, tokenizer, source.device, source.dtype)
     except TersorError:
-        if needed or asked_for_samples(calibration):
+        if wanted:
             raise
         return [], None
+    moved = [without_target(batch) for batch in found]
     return (moved if needed else []), probe_of(moved[0])
 
 

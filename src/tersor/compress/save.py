@@ -14,17 +14,15 @@ from torch import Tensor, nn
 
 from tersor import models
 from tersor.checkpoint.quantization_config import parse_config
-from tersor.checkpoint.room import RESULT_FILE, Inputs, appearing, write_record
+from tersor.checkpoint.room import RESULT_FILE, RUN_FILE, Inputs, appearing, write_record
 from tersor.checkpoint.source import STEPS, Checkpoint, torch_dtype
 from tersor.compress.result import Summary
 from tersor.errors import TersorError
-from tersor.formats.layouts import layout_named, write
+from tersor.formats.layouts import PLAIN, layout_named, write
 from tersor.layers.exchange import EXCHANGED, exchanged_in
 from tersor.layers.experts import PackedExperts
 from tersor.layers.quantized_embedding import QuantizedEmbedding
 from tersor.layers.quantized_linear import QuantizedConv2d, QuantizedLinear
-
-PLAIN = "safetensors"  # the format of a result whose tensors are those of its modules
 
 
 def copy_directory(source: Path, target: Path, *, overwrite: bool) -> Path:
@@ -35,7 +33,7 @@ def copy_directory(source: Path, target: Path, *, overwrite: bool) -> Path:
 
 def save_module(module: nn.Module, summary: Summary, target: Path, *, overwrite: bool) -> Path:
     """Write a module whose layers were replaced by packed ones, under its own tensor names, with its config where it has one."""
-    if summary.format == PLAIN:
+    if summary.format == PLAIN.name:
         return save_plain(module, summary, target, overwrite=overwrite)
     if summary.format is None:
         raise TersorError(
@@ -95,12 +93,12 @@ def save_plain(
     if "dtype" in config or "tersor_model" not in config:
         config["dtype"] = str(stored).removeprefix("torch.")
     kept = {} if source is None else {path.relative_to(source.directory): path for path in source.other_files()}
-    result = {"method": summary.method, "format": PLAIN, "layers": [each.row() for each in summary.layers]}
+    result = {"method": summary.method, "format": PLAIN.name, "layers": [each.row() for each in summary.layers]}
     written = {"config.json": config, **(extra or {})}
     with appearing(target, overwrite=overwrite, inputs=inputs) as partial:
         save_file(_own_tensors(module, stored), partial / "model.safetensors", {"format": "pt"})
         for relative, path in kept.items():
-            if relative.as_posix() not in (*written, RESULT_FILE):
+            if relative.as_posix() not in (*written, RESULT_FILE, RUN_FILE):
                 (partial / relative).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, partial / relative)
         for name, content in written.items():

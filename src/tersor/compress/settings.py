@@ -22,11 +22,13 @@ from tersor.calibrate.routing import Routing, parse_routing
 from tersor.checkpoint.load import pick_device
 from tersor.compress.recipe import Recipe
 from tersor.errors import TersorError
-from tersor.formats.layouts import Layout, layout_named
-from tersor.methods.method import Method, ModelMethod, Progress
+from tersor.formats.layout import Layout
+from tersor.formats.layouts import layout_named
+from tersor.methods.method import BlockMethod, Method, PackedMethod, Progress
 from tersor.untrusted import check_seed
 
 AUTO = "auto"
+IN_PYTHON = "given in Python"  # what a record says of samples that came from no file
 SAMPLES, TOKENS = 1 << 20, 1 << 30  # at most
 
 
@@ -36,15 +38,17 @@ def setting(
     *,
     blocks: bool = False,
     by_name: bool = False,
+    packed: bool = False,
     decides: bool = False,
     flag: str = "",
     typed: type | None = None,
 ) -> Any:
-    """A setting. blocks: only for methods that go block by block. by_name: only for a model given by name, not for a module in
-    memory. decides: whether it changes the bytes of the result by itself. flag: its name on the command line where that is not
-    simply its own. typed: what the command line takes, where the field takes more; `object` for nothing."""
-    about = {"help": help, "blocks": blocks, "by_name": by_name, "decides": decides, "flag": flag, "typed": typed}
-    return field(default=default, metadata=about)
+    """A setting. blocks: only for methods that go block by block. packed: only for those that work on a packed model. by_name:
+    only for a model given by name, not for a module in memory. decides: whether it changes the bytes of the result by itself.
+    flag: its name on the command line where that is not simply its own. typed: what the command line takes, where the field
+    takes more; `object` for nothing."""
+    about = {"help": help, "blocks": blocks, "packed": packed, "by_name": by_name, "decides": decides}
+    return field(default=default, metadata={**about, "flag": flag, "typed": typed})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +66,8 @@ class Settings:
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...", by_name=True)
     format: str | None = setting(
         AUTO,
-        "gptq, gptq_v2, compressed-tensors, or auto: gptq where it holds every layer, else compressed-tensors.",
+        "gptq, gptq_v2, compressed-tensors, safetensors, or auto: gptq where it holds every layer, else compressed-tensors; "
+        "safetensors for what is pruned only.",
         blocks=True,
         decides=True,
         typed=str,
@@ -83,6 +88,12 @@ class Settings:
     embeddings: bool = setting(
         False, "Quantize the token embedding too, in format compressed-tensors.", blocks=True, decides=True
     )
+    target_bits: float | None = setting(
+        None,
+        "Bits a weight in all, such as 3.25: measures what each layer needs, and gives it 2, 3, 4 or 8.",
+        blocks=True,
+        decides=True,
+    )
     target_tp: int = setting(1, "Check that the layers split over so many devices when served.", blocks=True)
     experts: str = setting(
         "as-is",
@@ -92,6 +103,9 @@ class Settings:
     )
     activations: str = setting(
         "device", "Where samples wait between blocks: device, cpu or disk.", blocks=True, by_name=True
+    )
+    original: Any = setting(
+        None, "The model that was packed: a directory or a name. A recipe of steps knows it.", packed=True, typed=str
     )
     allow_pickle: bool = setting(False, "Read pickled weights (.bin) too.", by_name=True)
     tokenizer: Any = setting(None, "The tokenizer of a text, where the model has none of its own.", typed=object)
@@ -107,6 +121,8 @@ class Settings:
         check_seed(self.seed)
         if self.activations not in PLACES:
             raise TersorError(f"activations={self.activations!r} is not one of {', '.join(PLACES)}")
+        if self.target_bits is not None and not 2 < self.target_bits <= 9:
+            raise TersorError(f"target_bits={self.target_bits} is not above 2 and at most 9")
         if self.target_tp < 1:
             raise TersorError(f"target_tp={self.target_tp} must be positive")
 
@@ -143,6 +159,9 @@ def settings_of(given: Mapping[str, Any]) -> Settings:
             values[name] = _patterns(name, values[name])
     if "out" in values:
         values["out"] = Path(values["out"]).expanduser().absolute()  # `demo` is the user's directory here
+    given_samples = values.get("calibration")
+    if given_samples is not None and not isinstance(given_samples, str | Path):
+        values["calibration"] = list(given_samples)  # for every step, and for a job that starts anew in float32
     return Settings(**values)
 
 
@@ -159,7 +178,7 @@ def job_of(recipe: Recipe, settings: Settings, *, history: Sequence[Mapping[str,
     return Job(
         **asked,
         recipe=recipe,
-        layout=None if format is None else layout_named("gptq" if format == AUTO else format),
+        layout=None if format is None else layout_named(_usual(recipe) if format == AUTO else format),
         may_pad=format == AUTO,
         place=pick_device(settings.device),
         routing=parse_routing(settings.experts),
@@ -167,9 +186,29 @@ def job_of(recipe: Recipe, settings: Settings, *, history: Sequence[Mapping[str,
     )
 
 
+def recorded(job: Settings) -> dict[str, Any]:
+    """What a job was asked beside its method, where that is no default: with it the job can be done again. As JSON has it;
+    `calibration` is IN_PYTHON where the samples were no file's."""
+    found: dict[str, Any] = {}
+    for each in dataclasses.fields(Settings):
+        value = getattr(job, each.name)
+        if (each.metadata["decides"] or each.name in ("samples", "seq_len", "seed")) and value != each.default:
+            found[each.name] = list(value) if isinstance(value, tuple) else value
+    if job.calibration is not None:
+        found["calibration"] = str(job.calibration) if isinstance(job.calibration, str | Path) else IN_PYTHON
+    return found
+
+
+def _usual(recipe: Recipe) -> str:
+    """The format of a job that names none."""
+    return recipe.method.layouts[0] if isinstance(recipe.method, BlockMethod) else "gptq"
+
+
 def applies(each: dataclasses.Field[Any], methods: Sequence[type[Method]], *, by_name: bool) -> bool:
     """Whether a setting does anything for a job of these methods."""
-    if each.metadata["blocks"] and all(issubclass(method, ModelMethod) for method in methods):
+    if each.metadata["blocks"] and not any(issubclass(method, BlockMethod) for method in methods):
+        return False
+    if each.metadata["packed"] and not any(issubclass(method, PackedMethod) for method in methods):
         return False
     return by_name or not each.metadata["by_name"]
 
@@ -188,6 +227,5 @@ def refuse_idle(settings: Settings, methods: Sequence[Method], *, by_name: bool)
             )
         if each.metadata["by_name"] and not by_name:
             raise TersorError(f"{each.name}={value!r} does nothing for a module in memory; leave it out")
-        raise TersorError(
-            f"{each.name}={value!r} does nothing for method {methods[0].name}, which works on the whole model; leave it out"
-        )
+        how = "does not compare with it" if each.metadata["packed"] else "works on the whole model"
+        raise TersorError(f"{each.name}={value!r} does nothing for method {methods[0].name}, which {how}; leave it out")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,9 +41,11 @@ class _SharedWriter(ResultWriter):
 
         self.done = parallel.once(begin)
 
-    def redo(self, blocks: set[str], layers: Mapping[str, Mapping[str, Sequence[str]]]) -> None:
+    def redo(
+        self, blocks: set[str], layers: Mapping[str, Mapping[str, Sequence[str]]], suffixes: Collection[str]
+    ) -> None:
         def forget() -> dict[str, list[dict[str, Any]]]:
-            self._writer.redo(blocks, layers)
+            self._writer.redo(blocks, layers, suffixes)
             return self._writer.done
 
         self.done = parallel.once(forget)

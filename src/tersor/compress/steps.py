@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import shutil
 import tempfile
@@ -22,16 +23,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import tersor
-from tersor.calibrate.batches import Calibration, fingerprint
+from tersor.calibrate.batches import fingerprint
 from tersor.calibrate.parallel import processes
 from tersor.checkpoint.room import RESULT_FILE, check_free, disk_errors, inputs_of, read_object, replacing
 from tersor.checkpoint.source import JOB_FOLDER, Checkpoint, open_checkpoint
 from tersor.checkpoint.writer import model_fingerprint
+from tersor.compress.packed import as_packed_before
 from tersor.compress.recipe import Recipe
 from tersor.compress.result import Compressed, Summary, loss_of
-from tersor.compress.settings import Job, Settings, applies, job_of
+from tersor.compress.settings import AUTO, Job, Settings, applies, job_of
 from tersor.errors import TersorError
-from tersor.methods.method import BlockMethod, Report
+from tersor.methods.method import BlockMethod, PackedMethod, Report
 
 ASKED, REPORTED = "asked.json", "step-{}.json"
 Run = Callable[[str | Path | nn.Module, Job], Compressed]
@@ -53,30 +55,42 @@ class Line:
 
 def run_steps(model: str | Path | nn.Module, steps: Sequence[Recipe], asked: Settings, run: Run) -> Compressed:
     """Raises TersorError where a step cannot follow another, before anything is done."""
-    for n, step in enumerate(steps[:-1], 1):
-        if isinstance(step.method, BlockMethod):
+    for n, (step, following) in enumerate(itertools.pairwise(steps), 1):
+        dense = isinstance(step.method, BlockMethod) and step.method.quantization() is None
+        packs = isinstance(step.method, BlockMethod | PackedMethod) and not dense
+        tunes = isinstance(following.method, PackedMethod)
+        if packs and not tunes:
             raise TersorError(
                 f"step {n}, {step.method.name}, packs the weights, which no later step can change: put it last"
             )
+        if tunes and not packs:
+            raise TersorError(
+                f"step {n + 1}, {following.method.name}, tunes packed weights: put gptq or rtn in front of it"
+            )
+    if asked.original is not None and not isinstance(steps[0].method, PackedMethod):
+        raise TersorError("the steps know the original, which is what the first one reads: leave original out")
     if processes() > 1:
         raise TersorError("a recipe of several steps runs in one process: start it without torchrun")
     if asked.redo:
         raise TersorError("redo works on the result of one method, not of several steps; leave it out")
-    asked = replace(asked, calibration=_kept(asked.calibration))
     if isinstance(model, nn.Module):
         return _in_memory(model, steps, asked, run)
     return _on_disk(str(model), steps, asked, run)
 
 
-def _kept(calibration: Calibration) -> Calibration:
-    """Samples that every step can read: an iterator would be used up by the first."""
-    return calibration if calibration is None or isinstance(calibration, str | Path) else list(calibration)
-
-
 def _in_memory(model: nn.Module, steps: Sequence[Recipe], asked: Settings, run: Run) -> Compressed:
     found: list[Compressed] = []
+    original: nn.Module | None = asked.original
     for n in range(len(steps)):
-        found.append(run(found[-1].model if found else model, _job(steps, n, asked, by_name=False)))
+        at = found[-1].model if found else model
+        job = _job(steps, n, asked, by_name=False)
+        if isinstance(steps[n].method, PackedMethod):
+            made = run(at, replace(job, original=original))
+            if found:
+                made = replace(made, summary=as_packed_before(made.summary, found[-1].summary))
+        else:
+            original, made = at, run(at, job)
+        found.append(made)
     last = found[-1]
     return replace(last, summary=_summary([each.summary for each in found], found[0].before, last.after))
 
@@ -101,14 +115,17 @@ def _on_disk(name: str, steps: Sequence[Recipe], asked: Settings, run: Run) -> C
         if not goes_on:
             _make(folder, said)
     summaries: list[Summary] = []
-    at = name
+    at, original = name, asked.original
     for n, step in enumerate(steps[:-1]):
         target, report = folder / str(n + 1), folder / REPORTED.format(n + 1)
         if not (target / RESULT_FILE).is_file() or read_object(report) is None:
             asked.progress(f"step {n + 1} of {len(steps)}: {step.method.name}", 0, 0)
             if target.is_dir():
                 shutil.rmtree(target)  # finished, but its report was not
-            result = run(at, replace(_job(steps, n, asked), out=target, overwrite=False))
+            job = _job(steps, n, asked)
+            if isinstance(step.method, PackedMethod):
+                job = replace(job, original=original)
+            result = run(at, replace(job, out=target, overwrite=False))
             with disk_errors(folder):
                 if n == 0 and result.before is not None:
                     save_file({"before": result.before.cpu().contiguous()}, folder / "before.safetensors")
@@ -116,13 +133,18 @@ def _on_disk(name: str, steps: Sequence[Recipe], asked: Settings, run: Run) -> C
                     partial.write_text(json.dumps(result.summary.as_dict()))
         values = read_object(report) or {}
         summaries.append(Summary(**{**values, "layers": [Line(row) for row in values["layers"]]}))
+        if not isinstance(step.method, PackedMethod):
+            original = at
         at = str(target)
     try:
         before: Tensor | None = load_file(folder / "before.safetensors")["before"]
     except (OSError, SafetensorError):
         before = None  # the model's output is no tensor
     asked.progress(f"step {len(steps)} of {len(steps)}: {steps[-1].method.name}", 0, 0)
-    last = run(at, replace(_job(steps, len(steps) - 1, asked), out=out))
+    job = _job(steps, len(steps) - 1, asked)
+    if isinstance(steps[-1].method, PackedMethod):
+        job = replace(job, original=original)
+    last = run(at, replace(job, out=out))
     summary = _summary([*summaries, last.summary], before, last.after)
     summary = replace(summary, model=name, size_before=source.size(), seconds=time.perf_counter() - started)
     shutil.rmtree(folder)
@@ -135,6 +157,8 @@ def _job(steps: Sequence[Recipe], n: int, asked: Settings, *, by_name: bool = Tr
     idle: dict[str, Any] = {
         each.name: each.default for each in dataclasses.fields(Settings) if not applies(each, [method], by_name=by_name)
     }
+    if not all(isinstance(step.method, PackedMethod) for step in steps[n + 1 :]):
+        idle["format"] = AUTO  # what is asked for is the last step's, or that of the step whose result it tunes
     history = [step.method.options() for step in steps[:n]]
     return job_of(steps[n], replace(asked, **idle), history=history)
 

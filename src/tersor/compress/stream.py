@@ -1,15 +1,13 @@
 """Compress a checkpoint on disk into another, one block in memory at a time.
 
-The walk loads a block, lets the methods replace its linear maps, runs the samples through the compressed block, writes it, and
-lets it go. A short extra sample, the probe, runs along to the end: its output tells what was lost, and whether what was
-written is what was computed.
+The walk loads a block, lets the methods replace its linear maps, runs the samples through the compressed block, and gives it
+out to be written. A short extra sample, the probe, runs along to the end: its output tells what was lost, and whether what was
+written is what was computed. A model that overflows float16 is walked through once more, in float32.
 """
 
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields, replace
 from fnmatch import fnmatchcase
@@ -20,38 +18,26 @@ import torch
 from torch import Tensor
 
 import tersor
-from tersor.calibrate.batches import Batch, fingerprint, first_tensor, without_cache
-from tersor.calibrate.blocks import Unit
+from tersor.calibrate.batches import Batch, fingerprint, without_cache
 from tersor.calibrate.parallel import agree, is_first, processes
 from tersor.checkpoint.hashes import Seen
-from tersor.checkpoint.lazy_model import LazyModel, classes_of, compute_dtype, read_layer
-from tersor.checkpoint.load import load_tokenizer
-from tersor.checkpoint.quantization_config import QuantizationConfig, parse_config
+from tersor.checkpoint.lazy_model import LazyModel, classes_of, compute_dtype
 from tersor.checkpoint.room import RESULT_FILE, inputs_of
-from tersor.checkpoint.source import STEPS, open_checkpoint, torch_dtype
+from tersor.checkpoint.source import STEPS, Checkpoint, open_checkpoint
 from tersor.checkpoint.writer import ResultWriter, model_fingerprint
-from tersor.compress.describe import quantization_config
-from tersor.compress.first_run import prepare
+from tersor.compress.describe import described_by, quantization_config
+from tersor.compress.driver import Sink, compress_blocks
 from tersor.compress.forecast import forecast
-from tersor.compress.layout_choice import with_fitting_layout
-from tersor.compress.plan import Plan, make_plan, without_stacks
-from tersor.compress.result import Compressed, Size, Summary, Timer, loss_of, peak_memory
-from tersor.compress.samples import samples_by_path, samples_of
-from tersor.compress.settings import Job, Settings
+from tersor.compress.plan import Plan
+from tersor.compress.recipe import plain_rule
+from tersor.compress.result import Compressed
+from tersor.compress.settings import Job, Settings, recorded
 from tersor.compress.shared_writer import follow, lead, open_writer
-from tersor.compress.walk import (
-    Hooks,
-    run,
-    units_of,
-    walk,
-    walk_without_samples,
-)
+from tersor.compress.walk import Prepared, Probe, trace, units_of
 from tersor.errors import NotFiniteError, TersorError
-from tersor.formats.grid import Stored
-from tersor.formats.layouts import Layout, write
-from tersor.formats.quantized_weight import QuantizedWeight
-from tersor.layers.experts import ExpertMap
-from tersor.layers.linear_map import columns_of, set_weight_matrix
+from tersor.formats.layout import Layout, QuantizationConfig
+from tersor.formats.layouts import write
+from tersor.layers.linear_map import as_matrix, columns_of, own_layout, set_weight_matrix
 from tersor.methods.block import Block, LayerReport
 
 
@@ -71,116 +57,158 @@ def compress_checkpoint(name: str, job: Job) -> Compressed:
         raise TersorError(f"{target} is the model itself; give another output directory")
     if job.layout is None:
         raise TersorError("a model given by name is written as it is compressed: format=None is for modules in memory")
-
     dtype = compute_dtype(checkpoint, job.place, job.dtype)
     may_widen = job.dtype == "auto" and dtype == torch.float16
-    if may_widen and open_writer(target, checkpoint).mark("dtype") == str(torch.float32):
-        return _in_float32(name, job)  # as an earlier run of this command decided
-    lazy = LazyModel(checkpoint, dtype=dtype, device=job.place)
-    job = with_fitting_layout(lazy.module, job)
-    layout = job.layout
-    assert layout is not None
-    plan = make_plan(lazy.module, job)
-    if layout.name == "compressed-tensors":
-        experts = [name for name, each in plan.all_linears().items() if isinstance(each, ExpertMap)]
-        stacked = [name for name in experts if not lazy.named_pieces(name)]
-        plan = without_stacks(plan, stacked, include=job.include, progress=job.progress)
-    writer = open_writer(
-        target,
-        checkpoint,
-        blocks=[unit.name for unit in plan.blocks],
-        inputs=inputs_of(checkpoint, calibration=job.calibration),
-        tell=lambda line: job.progress(line, 0, 0),
-    )
-    tokenizer = job.tokenizer or load_tokenizer(checkpoint.directory)
-    batches, probe = samples_of(job, samples_by_path(checkpoint, job), plan, lazy.module, tokenizer, job.place, dtype)
-    stored = Stored(layout.scale_dtype or torch_dtype(checkpoint.config), layout.min_zero)
-    hessian_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    marks = {
-        "model": model_fingerprint(checkpoint),
-        **_asked(job, layout, dtype),
-        "calibration": fingerprint([*batches, probe] if probe else batches),
-    }
-    writer.check(marks, overwrite=job.overwrite, redo=bool(job.redo))
-
-    def published(linear: str) -> list[str]:
-        return [stem for stem, _ in lazy.pieces(linear)]
-
-    config = quantization_config(lazy.module, plan, job.recipe, layout, published)
-    blocks = _Blocks(lazy, writer, layout, parse_config(config))
-    hooks = Hooks(lazy.load, lazy.release, blocks.restore, blocks.finished, job.progress, job.activations)
-    after = None
-    with torch.no_grad(), without_cache(lazy.module), blocks:
-        lazy.load_rest([unit.module for unit in units_of(lazy.module)])
+    wide = str(torch.float32)
+    widen = may_widen and open_writer(target, checkpoint).mark("dtype") == wide  # as an earlier run decided
+    while True:
+        if widen:
+            job.progress("float16 overflows: running in float32", 0, 0)
+            dtype = torch.float32
+        lazy = LazyModel(checkpoint, dtype=dtype, device=job.place)
         try:
-            prepared = prepare(lazy.module, plan, job.calibration, batches, probe, hooks)
+            with ThreadPoolExecutor(1, thread_name_prefix="tersor-writer") as background:
+                files = Files(lazy, name, target, background)
+                return replace(compress_blocks(lazy, files, job), _folder=folder)
         except NotFiniteError:
-            if not may_widen:
+            if widen or not may_widen or (files.started and processes() > 1):  # the others do not know, and go on
                 raise
-            return _in_float32(name, job)
-        plan, batches, probe, first = prepared.plan, prepared.batches, prepared.probe, prepared.traced
-        before = None if first is None else first_tensor(first.output)
+        widen, job = True, replace(job, overwrite=job.overwrite or files.started)
+
+
+class Files(Sink):
+    """Finished blocks to disk, and those of an interrupted run back from it.
+
+    One process writes a block while it solves the next; a failure to write comes out when that one is finished, or in the end.
+    """
+
+    layout: Layout
+    config: QuantizationConfig
+    writer: ResultWriter
+
+    def __init__(self, lazy: LazyModel, name: str, target: Path, background: ThreadPoolExecutor) -> None:
+        super().__init__(lazy.device)
+        self.lazy, self.name, self.target = lazy, name, target
+        self.started = False
+        self._background = background  # of one thread
+        self._writing: Future[None] | None = None
+
+    def open(self, job: Job, plan: Plan, samples: list[Batch]) -> None:
+        assert job.layout is not None
+        self.job, self.layout = job, job.layout
+        self.writer = open_writer(
+            self.target,
+            self.lazy.checkpoint,
+            blocks=[unit.name for unit in plan.blocks],
+            inputs=inputs_of(self.lazy.checkpoint, calibration=job.calibration),
+            tell=lambda line: job.progress(line, 0, 0),
+        )
+        self.marks = {
+            "model": model_fingerprint(self.lazy.checkpoint),
+            **_asked(job, self.layout, self.lazy.dtype),
+            "calibration": fingerprint(samples),
+        }
+        self.writer.check(self.marks, overwrite=job.overwrite, redo=bool(job.redo))
+        self.config = described_by(self.layout, self._described(plan))
+
+    def start(self, first: Prepared) -> None:
+        job, plan = self.job, first.plan
         again = _blocks_to_redo(plan, job.redo)
-        writer.start(marks, overwrite=job.overwrite, redo=bool(job.redo))
+        self.started = True
+        self.writer.start(self.marks, overwrite=job.overwrite, redo=bool(job.redo))
         if job.redo:
-            writer.redo(again, _stems_of(plan, published))
-        job.progress(forecast(lazy, plan, batches, job.place, job.activations).text(), 0, 0)
-        blocks.timer.lap("")
-        if probe is None or first is None:
-            walk_without_samples(lazy.module, plan, stored, hessian_dtype, hooks)
-        else:
-            try:
-                end = walk(lazy.module, plan, batches, probe, first, stored, hessian_dtype, job.routing, hooks)
-            except NotFiniteError:
-                if not may_widen or processes() > 1:  # the others do not know, and go on
-                    raise
-                blocks.wait()
-                return _in_float32(name, replace(job, overwrite=True))
-            after = first_tensor(end)
+            names = {
+                block: {name: self._published(name) for name in each} for block, each in plan.linears.items() if each
+            }
+            self.writer.redo(again, names, self.layout.suffixes)
+        job.progress(forecast(self.lazy, plan, first.batches, job.place, job.activations).text(), 0, 0)
+        self.tally.lap("")
 
-        blocks.wait()
+    def write(self, block: Block) -> None:
+        self.tally.lap(block.name)
+        self.writer.seen.check()
+        if block.name in self.writer.done:
+            return
+        tensors: dict[str, Tensor] = {}
+        for linear, weight in block.packed.items():
+            first = 0
+            for stem, rows in self.lazy.pieces(linear):
+                part = weight.rows(first, first + rows)
+                sym = self.config.for_layer(stem, classes=classes_of(block.linears[linear])).sym
+                mine = write(part, self.layout, sym=sym)
+                if self.layout.is_plain:
+                    mine = {suffix: own_layout(block.linears[linear], each) for suffix, each in mine.items()}
+                self.tally.add(mine, part)
+                tensors |= {f"{stem}.{suffix}": tensor for suffix, tensor in mine.items()}
+                first += rows
+        self._wait()
+        reports = [report.row() for report in block.reports]
+        if processes() == 1:
+            self._writing = self._background.submit(self.writer.write_block, block.name, tensors, reports)
+        else:  # which takes an exchange with the other processes, and these keep an order
+            self.writer.write_block(block.name, tensors, reports)
+        self.tally.reports.extend(block.reports)
+
+    def restore(self, block: Block) -> bool:
+        if block.name not in self.writer.done:
+            return False
+        self._wait()
+        tensors = self.writer.read_block(block.name)
+        if tensors is None:
+            return False
+        self.tally.resumed += 1
+        for linear, found in block.linears.items():
+            parts = []
+            for stem, _ in self.lazy.pieces(linear):
+                mine = {key.rpartition(".")[2]: t for key, t in tensors.items() if key.rpartition(".")[0] == stem}
+                if self.layout.is_plain:
+                    mine = {suffix: as_matrix(found, each) for suffix, each in mine.items()}
+                config = self.config.for_layer(stem, classes=classes_of(found))
+                parts.append(self.layout.read(stem, mine, columns_of(found), config))
+                self.tally.add(mine, parts[-1])
+            packed = type(parts[0]).stack_rows(parts)
+            set_weight_matrix(found, packed.to(self.lazy.device).dequantize(self.lazy.dtype))
+        self.tally.reports.extend(LayerReport(**row) for row in self.writer.done[block.name])
+        return True
+
+    def finish(self, first: Prepared) -> Compressed:
+        self._wait()
         if not is_first():
-            return follow(target)
+            return follow(self.target)
+        job, lazy, plan, probe = self.job, self.lazy, first.plan, first.probe
         job.progress("writing", 0, 1)
-        config = quantization_config(lazy.module, plan, job.recipe, layout, published)
-        extra: dict[str, Any] = {RESULT_FILE: _result(job, layout, marks, blocks.reports)}
-        if layout.name != "compressed-tensors":
-            extra["quantize_config.json"] = config
+        config = self._described(plan)
+        extra: dict[str, Any] = {RESULT_FILE: _result(job, self.layout, self.marks, self.tally.reports)}
+        if self.layout.config_beside is not None:
+            extra[self.layout.config_beside] = config
         replaced = {key for linear in plan.all_linears() for key in lazy.keys_of_map(linear)}
-        earlier = checkpoint.config.get(STEPS) or []
+        earlier = lazy.checkpoint.config.get(STEPS) or []
         steps = job.steps or ([*earlier, job.recipe.method.options()] if earlier else [])
-        described = {STEPS: steps} if steps else {}
-        writer.place(checkpoint, replaced, {**lazy.config(), **described, "quantization_config": config}, extra)
-        if probe is not None and first is not None and after is not None:
-            read = _read_back(target, probe, first.units, dtype, job.place)
-            if max(first.visits.values()) == 1:
-                _check_equal(target, read, after)
-            after = read  # of a block that is used twice, the walk ran the original the first time
-        writer.seal()
+        described: dict[str, Any] = {STEPS: steps} if steps else {}
+        described |= {"quantization_config": config} if config else {}
+        self.writer.place(lazy.checkpoint, replaced, {**lazy.config(), **described}, extra)
+        written = open_checkpoint(self.target, unfinished=True)
+        if probe is not None and probe.after is not None:
+            read = _read_back(written, probe, lazy)
+            if max(probe.visits.values()) == 1:
+                _check_equal(self.target, read, probe.after)
+            probe.after = read  # of a block that is used twice, the walk ran the original the first time
+        self.writer.seal()
         job.progress("writing", 1, 1)
+        sizes = {"size_before": lazy.checkpoint.size(), "size_after": written.size()}
+        result = self.tally.result(job, first, model=self.name, quantization=config, **sizes)
+        return lead(replace(result, directory=self.target))
 
-    summary = Summary(
-        model=name,
-        method=job.recipe.method.options(),
-        format=layout.name,
-        layers=blocks.reports,
-        left=plan.left,
-        seconds=time.perf_counter() - job.started,
-        seconds_per_block=blocks.timer.laps,
-        peak_memory=peak_memory(job.place),
-        bits_per_weight=blocks.size.bits_per_weight,
-        quantization=config,
-        size_before=checkpoint.size(),
-        size_after=open_checkpoint(target).size(),
-        resumed_blocks=blocks.resumed,
-        **loss_of(before, after),
-    )
-    return lead(Compressed(summary, target, before, after, _folder=folder))
+    def _wait(self) -> None:
+        """Until everything finished so far is on disk."""
+        if self._writing is not None:
+            self._writing.result()
 
+    def _described(self, plan: Plan) -> dict[str, Any]:
+        return quantization_config(self.lazy.module, plan, self.job.recipe, self.layout, self._published)
 
-def _in_float32(name: str, job: Job) -> Compressed:
-    job.progress("float16 overflows: running in float32", 0, 0)
-    return compress_checkpoint(name, replace(job, dtype="float32"))
+    def _published(self, linear: str) -> list[str]:
+        return [stem for stem, _ in self.lazy.pieces(linear)]
 
 
 def _asked(job: Job, layout: Layout, dtype: torch.dtype) -> dict[str, str]:
@@ -196,77 +224,6 @@ def _asked(job: Job, layout: Layout, dtype: torch.dtype) -> dict[str, str]:
     return {key: str(value) for key, value in asked.items()}
 
 
-class _Blocks:
-    """Finished blocks to disk, and those of an interrupted run back from it.
-
-    One process writes a block while it solves the next; a failure to write comes out when that one is finished, or with
-    `wait`. Use as a context manager: nothing is written any more when it ends.
-    """
-
-    def __init__(self, lazy: LazyModel, writer: ResultWriter, layout: Layout, config: QuantizationConfig) -> None:
-        self.lazy, self.writer, self.layout, self.config = lazy, writer, layout, config
-        self.timer, self.size = Timer(), Size()
-        self.reports: list[LayerReport] = []
-        self.resumed = 0
-        self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tersor-writer")
-        self._writing: Future[None] | None = None
-
-    def __enter__(self) -> _Blocks:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._background.shutdown()
-
-    def wait(self) -> None:
-        """Until everything finished so far is on disk."""
-        if self._writing is not None:
-            self._writing.result()
-
-    def finished(self, block: Block) -> None:
-        self.timer.lap(block.name)
-        self.writer.seen.check()
-        if block.name in self.writer.done:
-            return
-        tensors: dict[str, Tensor] = {}
-        for linear, weight in block.packed.items():
-            first = 0
-            for stem, rows in self.lazy.pieces(linear):
-                part = weight.rows(first, first + rows)
-                sym = self.config.for_layer(stem, classes=classes_of(block.linears[linear])).sym
-                mine = write(part, self.layout, sym=sym)
-                self.size.add(mine, part)
-                tensors |= {f"{stem}.{suffix}": tensor for suffix, tensor in mine.items()}
-                first += rows
-        self.wait()
-        reports = [report.row() for report in block.reports]
-        if processes() == 1:
-            self._writing = self._background.submit(self.writer.write_block, block.name, tensors, reports)
-        else:  # which takes an exchange with the other processes, and these keep an order
-            self.writer.write_block(block.name, tensors, reports)
-        self.reports.extend(block.reports)
-
-    def restore(self, block: Block) -> bool:
-        if block.name not in self.writer.done:
-            return False
-        self.wait()
-        tensors = self.writer.read_block(block.name)
-        if tensors is None:
-            return False
-        self.resumed += 1
-        for linear, found in block.linears.items():
-            parts = []
-            for stem, _ in self.lazy.pieces(linear):
-                mine = {key.rpartition(".")[2]: t for key, t in tensors.items() if key.rpartition(".")[0] == stem}
-                parts.append(
-                    read_layer(stem, mine, columns_of(found), self.config.for_layer(stem, classes=classes_of(found)))
-                )
-                self.size.add(mine, parts[-1])
-            packed = QuantizedWeight.stack_rows(parts)
-            set_weight_matrix(found, packed.to(self.lazy.device).dequantize(self.lazy.dtype))
-        self.reports.extend(LayerReport(**row) for row in self.writer.done[block.name])
-        return True
-
-
 def _blocks_to_redo(plan: Plan, patterns: tuple[str, ...]) -> set[str]:
     """The blocks that hold a layer that matches. Raises TersorError where a pattern matches none."""
     for pattern in patterns:
@@ -279,11 +236,6 @@ def _blocks_to_redo(plan: Plan, patterns: tuple[str, ...]) -> set[str]:
     }
 
 
-def _stems_of(plan: Plan, published: Callable[[str], list[str]]) -> dict[str, dict[str, list[str]]]:
-    """{block: {layer: its published names}}"""
-    return {block: {name: published(name) for name in linears} for block, linears in plan.linears.items() if linears}
-
-
 def _result(job: Job, layout: Layout, marks: dict[str, str], reports: list[LayerReport]) -> dict[str, Any]:
     """What is kept beside the checkpoint: no times, so that the same job gives the same bytes."""
     return {
@@ -291,19 +243,18 @@ def _result(job: Job, layout: Layout, marks: dict[str, str], reports: list[Layer
         "format": layout.name,
         "version": tersor.__version__,
         "fingerprint": marks,
+        "settings": recorded(job),
+        "rules": [plain_rule(rule) for rule in job.recipe.rules],
         "layers": [{k: v for k, v in report.row().items() if k != "seconds"} for report in reports],
     }
 
 
-def _read_back(target: Path, probe: Batch, units: list[Unit], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _read_back(written: Checkpoint, probe: Probe, original: LazyModel) -> Tensor:
     """The probe's output from the checkpoint that was written."""
-    lazy = LazyModel(open_checkpoint(target, unfinished=True), dtype=dtype, device=device)
-    names = {unit.name for unit in units}
-    mine = [unit for unit in units_of(lazy.module) if unit.name in names]
-    lazy.load_rest([unit.module for unit in mine])
-    hooks = Hooks(lazy.load, lazy.release, lambda block: False, lambda block: None, lambda what, done, total: None)
+    lazy = LazyModel(written, dtype=original.dtype, device=original.device)
+    lazy.load_rest([unit.module for unit in units_of(lazy.module)])
     with without_cache(lazy.module):
-        read = first_tensor(run(lazy.module, mine, [probe], hooks)[0])
+        read = trace(lazy, probe.batch, lambda what, done, total: None).before
     assert read is not None
     return read
 

@@ -1,4 +1,4 @@
-"""Walk a model block by block: the part of a job that does not care where weights come from or where results go."""
+"""Walk a model block by block, wherever its weights come from and its results go."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from tersor.calibrate.blocks import Unit, find_units
 from tersor.calibrate.draws import PROBE
 from tersor.calibrate.lockstep import Call, Lockstep, Stop
 from tersor.calibrate.parallel import sample_number, share
-from tersor.calibrate.routing import Routing
 from tersor.calibrate.statistics import kind_of, watch_inputs
+from tersor.compress.in_memory import Source
 from tersor.compress.plan import Plan, without
+from tersor.compress.settings import Job
 from tersor.errors import NotFiniteError, TersorError
 from tersor.formats.grid import Stored
 from tersor.layers.experts import ExpertMap
@@ -27,70 +28,76 @@ from tersor.layers.quantized_embedding import looks_up, why_not_packed
 from tersor.methods.block import Block
 from tersor.methods.method import Progress
 
-
-@dataclass
-class Hooks:
-    """What a walk calls: load and release a unit's weights; `restore` a block that an earlier run finished (False: it did
-    not); `finished` with each solved block."""
-
-    load: Callable[[nn.Module], None]
-    release: Callable[[nn.Module], None]
-    restore: Callable[[Block], bool]
-    finished: Callable[[Block], None]
-    progress: Progress
-    activations: str = "device"
+Compress = Callable[[Unit, Sequence[Call]], Block]
 
 
 @dataclass
-class Trace:
-    """One run of the model: its units, how often each is reached, which layers are called, and the output.
+class Probe:
+    """The sample that is compared, and what its run through the original showed."""
 
-    called: kinds of linear layers and embeddings (names with numbers left out) that are called and compute W x + b, or look
-    rows up; a layer whose block reads its weight without calling it, or whose class computes something else, is none of them.
-    """
-
+    batch: Batch
     units: list[Unit]
-    visits: Counter[str]
-    called: set[str]
-    output: Any
+    visits: Counter[str]  # how often each unit is reached
+    called: set[str]  # kinds of layers (names without numbers) that compute W x + b, or look rows up
+    before: Tensor | None  # what the original computes of it
+    after: Tensor | None = None  # what the compressed model computes of it, once a walk has come to its end
 
     def is_called(self, name: str) -> bool:
+        """Whether a layer is called, by a block that does not only read its weight, and computes nothing else."""
         return kind_of(name) in self.called
 
 
-def trace(model: nn.Module, probe: Batch, hooks: Hooks) -> Trace:
-    """Run the probe through the model as it is, a unit at a time. Raises TersorError where weights or outputs are not finite."""
-    units = units_of(model)
+@dataclass(frozen=True)
+class Prepared:
+    """What a walk goes by, once it is known what the model takes and which layers it calls."""
+
+    plan: Plan
+    batches: list[Batch]  # the samples as the model takes them
+    probe: Probe | None  # None where nothing is run, which only methods without samples can do
+
+
+def trace(source: Source, batch: Batch, progress: Progress) -> Probe:
+    """Run a sample through the model as it is, a unit at a time. Raises TersorError where weights or outputs are not finite."""
+    units = units_of(source.module)
+    elsewhere = [unit.module for unit in units if not unit.is_block and _is_absent(unit.module)]
     try:
-        return _trace(model, units, probe, hooks)
-    except (RuntimeError, NotImplementedError) as error:
-        if "meta" not in str(error):
+        return _trace(source, units, batch, progress)
+    except RuntimeError:
+        if not elsewhere:
             raise
-    # Some module uses the weights of another without calling it: keep all that lies outside the blocks in memory.
-    for unit in units:
-        if not unit.is_block:
-            hooks.load(unit.module)
-    return _trace(model, [unit for unit in units if unit.is_block], probe, hooks)
+    # Perhaps some module uses the weights of another without calling it: keep all that lies outside the blocks in memory.
+    for module in elsewhere:
+        source.load(module)
+    try:
+        return _trace(source, [unit for unit in units if unit.is_block], batch, progress)
+    except BaseException:
+        for module in elsewhere:
+            source.release(module)
+        raise
 
 
-def _trace(model: nn.Module, units: list[Unit], probe: Batch, hooks: Hooks) -> Trace:
+def _is_absent(module: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in module.parameters())
+
+
+def _trace(source: Source, units: list[Unit], batch: Batch, progress: Progress) -> Probe:
     visits: Counter[str] = Counter()
     called: set[str] = set()
-    with Lockstep(model, units, [probe], lambda batch: call(model, batch)) as passes:
+    with Lockstep(source.module, units, [batch], lambda batch: call(source.module, batch)) as passes:
         for stop in passes:
-            hooks.load(stop.unit.module)
+            source.load(stop.unit.module)
             _check_weights(stop.unit)
             visits[stop.unit.name] += 1
             with _watching_linear_maps(stop.unit, called):
                 _run_checked(stop)
-            hooks.release(stop.unit.module)
-            hooks.progress("checking the model", sum(visits.values()), max(len(units), sum(visits.values())))
-    return Trace(units, visits, called, passes.outputs.get(0))
+            source.release(stop.unit.module)
+            progress("checking the model", sum(visits.values()), max(len(units), sum(visits.values())))
+    return Probe(batch, units, visits, called, first_tensor(passes.outputs.get(0)))
 
 
-def called_only(plan: Plan, traced: Trace) -> Plan:
+def called_only(plan: Plan, probe: Probe) -> Plan:
     """The plan without layers that are not called. Raises TersorError for an embedding, which was asked for as such."""
-    lost = {name: each for name, each in plan.all_linears().items() if not traced.is_called(name)}
+    lost = {name: each for name, each in plan.all_linears().items() if not probe.is_called(name)}
     for name, each in lost.items():
         if isinstance(each, nn.Embedding):
             raise TersorError(
@@ -126,36 +133,45 @@ def _watching_linear_maps(unit: Unit, called: set[str]) -> Iterator[None]:
             handle.remove()
 
 
-def walk(
-    model: nn.Module,
-    plan: Plan,
-    batches: Sequence[Batch],
-    probe: Batch,
-    traced: Trace,
-    stored: Stored | None,
-    hessian_dtype: torch.dtype,
-    routing: Routing,
-    hooks: Hooks,
-) -> Any:
-    """Compress every planned block; returns the probe's output from the compressed model.
+def walk(source: Source, first: Prepared, job: Job, restore: Callable[[Block], bool]) -> Iterator[Block]:
+    """Compress every planned block and give it out, finished; in the end the probe knows what the compressed model computes.
 
-    A block that the model uses more than once is compressed at its last use, from the samples of all uses. Where several
-    processes walk together, each runs its share of the samples.
+    restore: puts back a block that an earlier run finished; False where none did. A block that the model uses more than once
+    is compressed at its last use, from the samples of all uses. Where several processes walk together, each runs its share
+    of the samples.
     """
-    mine = share(batches)
+    stored = None if job.layout is None else Stored(job.layout.scale_dtype or source.stored_dtype, job.layout.min_zero)
+    hessian_dtype = torch.float64 if source.dtype == torch.float64 else torch.float32
+
+    def compressed(unit: Unit, calls: Sequence[Call]) -> Block:
+        linears = first.plan.linears[unit.name]
+        block = Block(unit.name, unit.module, linears, calls, stored, hessian_dtype, job.routing)
+        if not restore(block):
+            for method, names in first.plan.by_method(block.name).items():
+                method.compress_block(block.part(names))
+        return block
+
+    if first.probe is None:
+        return _walk_without_samples(source, first.plan, job.progress, compressed)
+    return _walk(source, first, first.probe, job, compressed)
+
+
+def _walk(source: Source, first: Prepared, probe: Probe, job: Job, compressed: Compress) -> Iterator[Block]:
+    model, plan = source.module, first.plan
+    mine = share(first.batches)
     together = bundles(mine)
     passing = [joined([mine[n] for n in bundle]) for bundle in together]
     numbers = [tuple(map(sample_number, bundle)) for bundle in together]
     last = len(passing)  # the probe's pass
-    remaining = {name for name, linears in plan.linears.items() if linears and traced.visits[name]}
+    remaining = {name for name, linears in plan.linears.items() if linears and probe.visits[name]}
     total = len(remaining)
     earlier: dict[str, list[Call]] = {}
     with Lockstep(
         model,
-        traced.units,
-        [*passing, probe],
+        probe.units,
+        [*passing, probe.batch],
         lambda batch: call(model, batch),
-        hooks.activations,
+        job.activations,
         [*numbers, (sample_number(len(mine)),)],
         [*(1 + each[0] for each in numbers), PROBE],
     ) as passes:
@@ -165,65 +181,41 @@ def walk(
                 for sample in range(last):
                     passes.give_up(sample)
                 stop.calls = [each for each in stop.calls if each.sample == last]
-            hooks.load(stop.unit.module)
+            source.load(stop.unit.module)
             if name in remaining:
                 calls = [each.again() for each in stop.calls if each.sample != last]
                 calls = earlier.pop(name, []) + calls
-                if stop.visit + 1 < traced.visits[name]:
+                if stop.visit + 1 < probe.visits[name]:
                     earlier[name] = calls
                     stop.run()
                 else:
-                    hooks.progress(f"compressing {name or 'the model'}", total - len(remaining), total)
-                    block = Block(name, stop.unit.module, plan.linears[name], calls, stored, hessian_dtype, routing)
-                    if not hooks.restore(block):
-                        _compress(block, plan)
+                    job.progress(f"compressing {name or 'the model'}", total - len(remaining), total)
+                    block = compressed(stop.unit, calls)
                     _run_checked(stop)
-                    hooks.finished(block)
+                    yield block
+                    del block, calls  # the next is solved without them in memory
                     remaining.discard(name)
-                    hooks.progress(f"compressed {name or 'the model'}", total - len(remaining), total)
+                    job.progress(f"compressed {name or 'the model'}", total - len(remaining), total)
             else:
                 stop.run()
-            hooks.release(stop.unit.module)
-    return passes.outputs.get(last)
+            source.release(stop.unit.module)
+    probe.after = first_tensor(passes.outputs.get(last))
 
 
-def _compress(block: Block, plan: Plan) -> None:
-    """Let each method take its layers, one method after another."""
-    for method, names in plan.by_method(block.name).items():
-        method.compress_block(block.part(names))
-
-
-def walk_without_samples(
-    model: nn.Module, plan: Plan, stored: Stored | None, hessian_dtype: torch.dtype, hooks: Hooks
-) -> None:
-    """Compress every planned block with methods that need no samples."""
+def _walk_without_samples(source: Source, plan: Plan, progress: Progress, compressed: Compress) -> Iterator[Block]:
     for n, unit in enumerate(plan.blocks):
-        hooks.progress(f"compressing {unit.name or 'the model'}", n, len(plan.blocks))
-        hooks.load(unit.module)
+        progress(f"compressing {unit.name or 'the model'}", n, len(plan.blocks))
+        source.load(unit.module)
         _check_weights(unit)
-        block = Block(unit.name, unit.module, plan.linears[unit.name], [], stored, hessian_dtype, Routing())
-        if not hooks.restore(block):
-            _compress(block, plan)
-        hooks.finished(block)
-        hooks.release(unit.module)
-    hooks.progress("compressed", len(plan.blocks), len(plan.blocks))
+        yield compressed(unit, [])
+        source.release(unit.module)
+    progress("compressed", len(plan.blocks), len(plan.blocks))
 
 
 def units_of(model: nn.Module) -> list[Unit]:
     """The units of a model; the whole model as one block where nothing is repeated."""
     units = find_units(model)
     return units if any(unit.is_block for unit in units) else [Unit("", model, True)]
-
-
-def run(model: nn.Module, units: Sequence[Unit], batches: Sequence[Batch], hooks: Hooks) -> list[Any]:
-    """The outputs of all batches from a model that is loaded unit by unit."""
-    with Lockstep(model, units, batches, lambda batch: call(model, batch)) as passes:
-        for n, stop in enumerate(passes):
-            hooks.load(stop.unit.module)
-            stop.run()
-            hooks.release(stop.unit.module)
-            hooks.progress("running", n + 1, max(len(units), n + 1))
-    return [passes.outputs.get(n) for n in range(len(batches))]
 
 
 def _check_weights(unit: Unit) -> None:

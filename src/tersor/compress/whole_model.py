@@ -11,19 +11,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from tersor.calibrate.batches import Batch, call, first_tensor, probe_of, without_cache, without_target
+from tersor.calibrate.batches import call, first_tensor, probe_of, without_cache, without_target
 from tersor.calibrate.draws import PROBE, drawing
 from tersor.checkpoint.lazy_model import compute_dtype
-from tersor.checkpoint.load import load, load_tokenizer
+from tersor.checkpoint.load import load_opened, load_tokenizer
 from tersor.checkpoint.preprocessing import PREPROCESSOR, image_settings, preprocessor_config
 from tersor.checkpoint.room import check_free, inputs_of
 from tersor.checkpoint.source import open_checkpoint, torch_dtype
-from tersor.compress.first_run import UNFIT, completed, lacks_second_text
+from tersor.compress.first_run import fitted
 from tersor.compress.result import Compressed, Summary, loss_of, peak_memory
 from tersor.compress.samples import read_samples, samples_by_path
-from tersor.compress.save import PLAIN, save_plain
+from tersor.compress.save import save_plain
 from tersor.compress.settings import Job
 from tersor.errors import TersorError
+from tersor.formats.layouts import PLAIN
 from tersor.layers.linear_map import linear_maps
 from tersor.methods.method import ModelMethod, Work
 
@@ -37,11 +38,10 @@ def compress_whole_checkpoint(name: str, job: Job) -> Compressed:
     if job.out is not None:
         check_free(job.out, overwrite=job.overwrite, inputs=inputs)
     dtype = compute_dtype(checkpoint, job.place, job.dtype)
-    module = load(name, dtype=str(dtype).removeprefix("torch."), device=str(job.place), allow_pickle=job.allow_pickle)
-    job = replace(job, tokenizer=job.tokenizer or load_tokenizer(checkpoint.directory))
-    result = _compress(
-        module, replace(job, calibration=samples_by_path(checkpoint, job)), torch_dtype(checkpoint.config)
-    )
+    module = load_opened(checkpoint, dtype=dtype, device=job.place)
+    tokenizer = job.tokenizer or load_tokenizer(checkpoint.directory)
+    job = replace(job, tokenizer=tokenizer, calibration=samples_by_path(checkpoint, job))
+    result = _compress(module, job, torch_dtype(checkpoint.config))
     summary = replace(result.summary, model=name, size_before=checkpoint.size())
     extra: dict[str, Any] = {}
     if "mean" in checkpoint.config:  # facts that lie in a config.json of timm's and not in ours
@@ -70,19 +70,19 @@ def _compress(module: nn.Module, job: Job, stored: torch.dtype) -> Compressed:
     """module: to be changed. stored: the dtype of the parameters on disk, to which the result's are rounded."""
     method = job.recipe.method
     assert isinstance(method, ModelMethod)
-    _check_patterns(job, list(linear_maps(module)))
+    check_patterns(job, list(linear_maps(module)))
     first, samples = next(module.parameters()), []
     if method.needs_samples or job.calibration is not None:
         samples = read_samples(job, job.calibration, module, job.tokenizer, first.device, first.dtype)
     size = _parameters_of(module)
     probe = probe_of(without_target(samples[0])) if samples else None
+    before = None
     module.eval()
     with without_cache(module):
         with torch.no_grad(), drawing(PROBE):
-            if probe and lacks_second_text(module, probe):
-                samples, probe = _with_second_text(module, samples, probe)
-            before = first_tensor(call(module, probe)) if probe else None
-        work = Work(samples, lambda name: _is_wanted(job, name), job.progress)
+            if probe:
+                before, samples, probe = fitted(module, samples, probe, lambda batch: first_tensor(call(module, batch)))
+        work = Work(samples, lambda name: is_wanted(job, name), job.progress)
         compressed = method.compress_model(module, work).eval()
         for parameter in compressed.parameters():
             parameter.data = parameter.data.to(stored).to(parameter.dtype)
@@ -91,7 +91,7 @@ def _compress(module: nn.Module, job: Job, stored: torch.dtype) -> Compressed:
     summary = Summary(
         model=type(module).__name__,
         method=method.options(),
-        format=PLAIN,
+        format=PLAIN.name,
         layers=work.reports,
         left=[],
         seconds=time.perf_counter() - job.started,
@@ -106,28 +106,21 @@ def _compress(module: nn.Module, job: Job, stored: torch.dtype) -> Compressed:
     return Compressed(summary, None, before, after, _module=compressed)
 
 
-def _with_second_text(module: nn.Module, samples: list[Batch], probe: Batch) -> tuple[list[Batch], Batch]:
-    """With decoder inputs, where the model does not run without."""
-    try:
-        call(module, probe)
-    except UNFIT:
-        *samples, probe = completed(module, [*samples, probe])
-    return samples, probe
-
-
 def _parameters_of(module: nn.Module) -> int:
     """How many numbers were learned: parameters, and those that exchanged modules hold packed."""
     packed = sum(int(getattr(each, "packed_parameters", 0)) for each in module.modules())
     return packed + sum(parameter.numel() for parameter in module.parameters())
 
 
-def _is_wanted(job: Job, name: str) -> bool:
+def is_wanted(job: Job, name: str) -> bool:
+    """Whether the user asked for this layer."""
     included = not job.include or any(fnmatchcase(name, pattern) for pattern in job.include)
     excluded = any(fnmatchcase(name, pattern) for pattern in job.exclude)
     return included and not excluded and job.recipe.method_for(name) is not None
 
 
-def _check_patterns(job: Job, layers: list[str]) -> None:
+def check_patterns(job: Job, layers: list[str]) -> None:
+    """Raise TersorError where a pattern matches none of the layers, or a rule does more than skip some."""
     job.recipe.check_matches(layers)
     for rule in job.recipe.rules:
         if not rule.skip:

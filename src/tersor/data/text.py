@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from tersor.byte_tokenizer import ByteTokenizer
 from tersor.errors import TersorError
 from tersor.untrusted import pretrained, read_bytes, readable
 
@@ -42,7 +42,7 @@ def load_tokens(path: str | Path, config: TextConfig) -> TokenWindows:
     """A text file as windows of tokens, tokenized in one piece without special tokens."""
     text = read_text(path)
     if config.tokenizer == "bytes":
-        return TokenWindows(torch.tensor(list(text.encode())), seq_len=config.seq_len)
+        return TokenWindows(ByteTokenizer()(text)["input_ids"][0], seq_len=config.seq_len)
     from transformers import AutoTokenizer
 
     try:

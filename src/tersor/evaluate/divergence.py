@@ -7,28 +7,38 @@ For every predicted token, with p of the original and q of the other over the vo
 
 Tokens of one window are not independent, so every interval is that of the means of windows: 1.96 standard errors.
 The noise floor is the same comparison of the original with itself in bfloat16: what is below it cannot be told from rounding.
+
+Models given by name are in memory one after the other: the original's logits of as many windows as the cache has room for wait
+on disk, exactly, while the other model runs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tersor.checkpoint.load import load, load_tokenizer
-from tersor.checkpoint.source import resolve
+import tersor
+from tersor.checkpoint.load import load, load_tokenizer, pick_device
+from tersor.checkpoint.source import open_checkpoint, resolve
+from tersor.checkpoint.writer import model_fingerprint
 from tersor.errors import TersorError
-from tersor.evaluate.perplexity import causal_windows, logits_of, tokens_of
+from tersor.evaluate.logit_cache import Kept, LogitCache, opened_folder
+from tersor.evaluate.perplexity import check_length, check_windows, cut_windows, logits_of, tokens_of
 
 BUCKETS = 5
 OVERLAP = 10  # of the k likeliest tokens
 SHOWN = 3  # passages
 PASSAGE = 24  # tokens
+CACHE_SIZE = 4 * 10**9  # bytes on disk
 
 
 @dataclass(frozen=True)
@@ -112,34 +122,116 @@ def divergence(
     noise_floor: bool = True,
     dtype: str = "auto",
     device: str = "auto",
+    cache: str | Path | None = None,
+    cache_size: int = CACHE_SIZE,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Divergence:
-    """Compare `model` with `against`, the original, on windows of a text; both are in memory at once.
+    """Compare `model` with `against`, the original, on windows of a text.
 
-    model, against: names, directories or modules that return `.logits`. text: as for `perplexity`. Raises TersorError where
-    the vocabularies differ, or the text is shorter than a window.
+    model, against: names, directories or modules that return `.logits`. Of two names one is in memory at a time. text: as for
+    `perplexity`. cache: a folder where the original's logits stay for the next call (None: they go); cache_size: bytes that
+    they may take on disk. Raises TersorError where the vocabularies differ, or the text is shorter than a window.
     """
     ids, decode = _ids(against, text, tokenizer)
-    base, other = (
-        each.eval() if isinstance(each, nn.Module) else load(each, dtype=dtype, device=device).eval()
-        for each in (against, model)
-    )
-    how: dict[str, Any] = {"seq_len": seq_len, "max_windows": max_windows, "tokenizer": tokenizer}
-    windows = causal_windows(base, ids, **how)
-    causal_windows(other, ids, **how)
-    kept = _Tokens()
-    for number, window in enumerate(windows):
-        p, q = _log_probabilities(base, window), _log_probabilities(other, window)
-        if p.shape != q.shape:
-            raise TersorError(
-                f"the vocabularies differ: {p.shape[-1]} and {q.shape[-1]} tokens; --against is the model that was compressed"
-            )
-        _compare(kept, p, q, window[1:].to(p.device))
-        if noise_floor:
-            kept.noise.append(_kl(p, _log_probabilities(base, window, rounded=True)).cpu())
-        if progress is not None:
-            progress("comparing", number + 1, len(windows))
+    said = progress or (lambda what, done, total: None)
+    check = partial(check_windows, tokenizer=tokenizer)
+    if isinstance(model, nn.Module) or isinstance(against, nn.Module):
+        if cache is not None:
+            raise TersorError("a module has no files by which its logits could be found again: leave cache out")
+        base, other = (
+            each.eval() if isinstance(each, nn.Module) else load(each, dtype=dtype, device=device).eval()
+            for each in (against, model)
+        )
+        check_length(base, seq_len)
+        windows = cut_windows(ids, seq_len=seq_len, max_windows=max_windows)
+        check(base, windows)
+        check(other, windows)
+        kept = _Tokens()
+        for number, window in enumerate(windows):
+            _take(kept, _kept(base, window, noise=noise_floor), other, window)
+            said("comparing", number + 1, len(windows))
+        return _summarized(kept, seq_len, _passages(kept.kl, windows, decode))
+    windows = cut_windows(ids, seq_len=seq_len, max_windows=max_windows)
+    open_checkpoint(model)  # says what is wrong with it before the original runs
+    with _cache(against, cache, cache_size, dtype=dtype, device=device) as store:
+        kept = _one_after_another(
+            model, against, windows, store, check, noise=noise_floor, dtype=dtype, device=device, progress=said
+        )
     return _summarized(kept, seq_len, _passages(kept.kl, windows, decode))
+
+
+def _one_after_another(
+    model: str | Path,
+    against: str | Path,
+    windows: Tensor,
+    store: LogitCache,
+    check: Callable[[nn.Module, Tensor], None],
+    *,
+    noise: bool,
+    dtype: str,
+    device: str,
+    progress: Callable[[str, int, int], None],
+) -> _Tokens:
+    """As many windows at a time as the cache has room for: the original's logits first, then the other's."""
+    kept, first = _Tokens(), 0
+    while first < len(windows):
+        base: nn.Module | None = None
+        last, used = first, 0
+        while last < len(windows) and (used == 0 or used + used // (last - first) <= store.most):
+            window, path = windows[last], store.path_of(windows[last])
+            if store.get(window, noise=noise) is None:
+                if base is None:
+                    base = load(against, dtype=dtype, device=device).eval()
+                    check(base, windows)
+                store.put(window, _kept(base, window, noise=noise))
+            used += path.stat().st_size
+            last += 1
+            store.trim(keep=frozenset(store.path_of(each) for each in windows[first:last]))
+            progress("the original", last, len(windows))
+        del base
+        other = load(model, dtype=dtype, device=device).eval()
+        check(other, windows)
+        for number in range(first, last):
+            found = store.get(windows[number], noise=noise)
+            if found is None:
+                raise TersorError(f"{store.folder} lost logits that were just written: another process uses it")
+            _take(kept, found, other, windows[number])
+            progress("comparing", number + 1, len(windows))
+        del other
+        first = last
+    return kept
+
+
+@contextmanager
+def _cache(
+    against: str | Path, folder: str | Path | None, most: int, *, dtype: str, device: str
+) -> Iterator[LogitCache]:
+    """The cache of one original; in a temporary folder where none is given."""
+    checkpoint = open_checkpoint(against)
+    facts = [model_fingerprint(checkpoint), dtype, str(pick_device(device)), torch.__version__, tersor.__version__]
+    with tempfile.TemporaryDirectory(prefix="tersor-") as temporary:
+        place = Path(temporary) if folder is None else opened_folder(Path(folder))
+        yield LogitCache(place, most, " ".join(facts))
+
+
+def _kept(base: nn.Module, window: Tensor, *, noise: bool) -> Kept:
+    logits = _logits(base, window)
+    rounded = _kl(_distribution(logits), _distribution(_logits(base, window, rounded=True))) if noise else None
+    return Kept(logits, None if rounded is None else rounded.cpu())
+
+
+def _take(kept: _Tokens, base: Kept, other: nn.Module, window: Tensor) -> None:
+    """Note one window. base: what the original says of it."""
+    logits = _logits(other, window)
+    if base.logits.shape != logits.shape:
+        raise TersorError(
+            f"the vocabularies differ: {base.logits.shape[-1]} and {logits.shape[-1]} tokens; --against is the model that was "
+            "compressed"
+        )
+    p, q = _distribution(base.logits.to(logits.device)), _distribution(logits)
+    _compare(kept, p, q, window[1:].to(p.device))
+    if base.noise is not None:
+        kept.noise.append(base.noise)
 
 
 def _compare(kept: _Tokens, p: Tensor, q: Tensor, wanted: Tensor) -> None:
@@ -165,8 +257,8 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(-1).clamp_min(0)
 
 
-def _log_probabilities(module: nn.Module, window: Tensor, *, rounded: bool = False) -> Tensor:
-    """[tokens - 1, vocabulary] in float64, of what follows each token. rounded: with products in bfloat16."""
+def _logits(module: nn.Module, window: Tensor, *, rounded: bool = False) -> Tensor:
+    """[tokens - 1, vocabulary], of what follows each token. rounded: with products in bfloat16."""
     where = next(module.parameters(), torch.empty(0)).device
     with torch.autocast(where.type, torch.bfloat16, enabled=rounded):
         logits = logits_of(module, window[None].to(where))
@@ -174,7 +266,12 @@ def _log_probabilities(module: nn.Module, window: Tensor, *, rounded: bool = Fal
         raise TersorError(
             f"{type(module).__name__} gives logits that are not finite; nothing can be compared with them"
         )
-    return logits[0, :-1].double().log_softmax(-1)
+    return logits[0, :-1]
+
+
+def _distribution(logits: Tensor) -> Tensor:
+    """Log-probabilities in float64."""
+    return logits.double().log_softmax(-1)
 
 
 def _summarized(kept: _Tokens, seq_len: int, passages: list[Passage]) -> Divergence:

@@ -40,9 +40,12 @@ EXTRAS = {  # extra: its package, and what it is for
     "compressed-tensors": ("compressed-tensors", "loading compressed-tensors checkpoints with transformers itself"),
     "gguf": ("gguf", "`tersor export` to GGUF, and reading types such as the K types"),
     "graphs": ("torch_geometric", "checkpoints and data of torch_geometric"),
-    "plots": ("matplotlib", "pictures of forecasts and of samples"),
+    "plots": ("matplotlib", "pictures of forecasts, of samples and of what was lost where"),
     "tables": ("pandas", "tables from CSV and Parquet files"),
+    "report": ("plotly", "`tersor report`, pages about compressed models"),
     "ray": ("ray", "sweeps on a Ray cluster"),
+    "lm-eval": ("lm-eval", "`tersor eval --tasks`: EleutherAI's harness"),
+    "onnx": ("onnxruntime", "`tersor export --onnx`"),
 }
 BITS = (4, 8, 3, 2)
 SIZE, GROUP = 4096, 128  # what is measured: 4096 x 4096 in groups of 128
@@ -120,7 +123,7 @@ def examine() -> Machine:
         cores=os.cpu_count() or 1,
         threads=torch.get_num_threads(),
         memory=_memory_total(),
-        memory_available=_memory_available(),
+        memory_available=memory_available(),
         compiler=compiler,
         compiler_missing=missing,
         kernel_cache=str(cpp.CACHE),
@@ -268,7 +271,7 @@ def _memory_total() -> int | None:
         return None
 
 
-def _memory_available() -> int | None:
+def memory_available() -> int | None:
     """What new work can have without swapping; only Linux tells without a package."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()

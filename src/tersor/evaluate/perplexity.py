@@ -85,11 +85,23 @@ def causal_windows(
     Raises TersorError where a window does not fit the model, the text is too short, tokens have no row in the embedding, or
     the model is not causal.
     """
+    check_length(module, seq_len)
+    windows = cut_windows(ids, seq_len=seq_len, max_windows=max_windows)
+    check_windows(module, windows, tokenizer)
+    return windows
+
+
+def check_length(module: nn.Module, seq_len: int) -> None:
+    """Raise TersorError where the module is no causal language model by its class, or a window does not fit it."""
     if reason := why_not_causal(module):
         raise TersorError(f"perplexity needs a causal language model: {reason}")
     positions = positions_of(module)
     if positions is not None and seq_len > positions:
         raise TersorError(f"seq_len {seq_len} is more than the {positions} positions that the model has")
+
+
+def cut_windows(ids: Tensor, *, seq_len: int, max_windows: int | None = None) -> Tensor:
+    """The tokens in windows without overlap, [windows, seq_len]. Raises TersorError where that leaves nothing to predict."""
     if seq_len < 2:
         raise TersorError(f"seq_len {seq_len} leaves nothing to predict; use at least 2")
     if max_windows is not None and max_windows < 1:
@@ -98,11 +110,16 @@ def causal_windows(
     if count == 0:
         raise TersorError(f"the text has {len(ids)} tokens, less than one window of {seq_len}; use a shorter seq_len")
     count = min(count, max_windows or count)
-    windows = ids[: count * seq_len].view(count, seq_len)
+    return ids[: count * seq_len].view(count, seq_len)
+
+
+@torch.no_grad()
+def check_windows(module: nn.Module, windows: Tensor, tokenizer: Any = None) -> None:
+    """Put the module in eval mode and run it. Raises TersorError where it is no causal language model of these tokens."""
+    check_length(module, windows.shape[1])
     check_tokens(module, windows, tokenizer)
     where = next(module.parameters(), torch.empty(0)).device
-    _check_causal(module.eval(), windows[0][:_PROBE].to(where), int(windows.max()))
-    return windows
+    check_causal(module.eval(), windows[0][:_PROBE].to(where), int(windows.max()))
 
 
 def why_not_causal(module: nn.Module) -> str | None:
@@ -137,7 +154,7 @@ def logits_of(module: nn.Module, inputs: Tensor) -> Tensor:
     return logits
 
 
-def _check_causal(module: nn.Module, window: Tensor, largest: int) -> None:
+def check_causal(module: nn.Module, window: Tensor, largest: int) -> None:
     """Raise TersorError where logits depend on later tokens, or are no prediction of tokens. window: tokens [n]."""
     half = (len(window) + 1) // 2
     other = window[window != window[0]]

@@ -6,6 +6,10 @@ other implementation is tested against.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,9 +18,6 @@ from tersor.kernels import prepared_weight as gpu
 from tersor.kernels import quantized_matmul_cpu as cpu
 from tersor.kernels import quantized_matmul_int4 as int4
 from tersor.kernels.quantized_matmul_cuda import has_kernel, prepared_matmul
-
-# what `prepare` makes; the first where there is no kernel
-PreparedWeight = QuantizedWeight | cpu.PreparedWeight | int4.PreparedWeight | gpu.PreparedWeight
 
 
 def reference(x: Tensor, weight: QuantizedWeight) -> Tensor:
@@ -59,38 +60,62 @@ def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
 _quantized_matmul.register_autograd(_backward, setup_context=_setup_context)
 
 
-def prepare(weight: QuantizedWeight) -> PreparedWeight:
-    """Repack a weight for the fastest kernel that its device has; the weight itself where there is none."""
-    if weight.qweight.device.type == "cpu":
-        if cpu.why_not(weight) is None:
-            return cpu.prepare(weight)
-        if int4.why_not(weight) is None:
-            return int4.prepare(weight)
-    elif has_kernel(weight.qweight.device, torch.float16) and gpu.why_not(weight) is None:
-        return gpu.prepare(weight)
-    return weight
-
-
-def restore(weight: PreparedWeight) -> QuantizedWeight:
-    """Inverse of `prepare`: the same integers, scales and zero points in the standard layout."""
-    if isinstance(weight, cpu.PreparedWeight):
-        return cpu.restore(weight)
-    if isinstance(weight, int4.PreparedWeight):
-        return weight.standard
-    return gpu.restore(weight) if isinstance(weight, gpu.PreparedWeight) else weight
-
-
-def quantized_matmul(x: Tensor, weight: PreparedWeight) -> Tensor:
-    """y = x · Wᵀ. x [..., in], y [..., out] in x's dtype. Differentiable in x; traceable by torch.compile."""
-    if isinstance(weight, cpu.PreparedWeight):
-        return cpu.matmul(x, weight)
-    if isinstance(weight, int4.PreparedWeight):
-        if x.dtype == torch.bfloat16 and not (x.requires_grad and torch.is_grad_enabled()):
-            return int4.matmul(x, weight)
-        weight = weight.standard
-    if isinstance(weight, gpu.PreparedWeight):
-        return prepared_matmul(x, weight)
+def _matmul(x: Tensor, weight: QuantizedWeight) -> Tensor:
     y: Tensor = _quantized_matmul(
         x, weight.qweight, weight.scales, weight.zeros, weight.g_idx, weight.bits, weight.group_size
     )
     return y
+
+
+def _int4_matmul(x: Tensor, weight: int4.PreparedWeight) -> Tensor:
+    """torch's operator where it is the faster one and no gradient is wanted."""
+    if x.dtype == torch.bfloat16 and not (x.requires_grad and torch.is_grad_enabled()):
+        return int4.matmul(x, weight)
+    return _matmul(x, weight.standard)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """How one kind of weight is made and used. matmul is differentiable in x and traceable by torch.compile."""
+
+    takes: Callable[[QuantizedWeight], bool]  # whether `prepare` repacks this weight, on the device where it is
+    prepare: Callable[[QuantizedWeight], Any]
+    restore: Callable[[Any], QuantizedWeight]  # the same integers, scales and zero points in the standard layout
+    matmul: Callable[[Tensor, Any], Tensor]  # x [..., in] -> [..., out] in x's dtype
+
+
+# By the class that `prepare` makes; the first that takes a weight wins.
+KERNELS: dict[type, Kernel] = {
+    cpu.PreparedWeight: Kernel(lambda w: _on_cpu(w) and cpu.why_not(w) is None, cpu.prepare, cpu.restore, cpu.matmul),
+    int4.PreparedWeight: Kernel(
+        lambda w: _on_cpu(w) and int4.why_not(w) is None, int4.prepare, lambda w: w.standard, _int4_matmul
+    ),
+    gpu.PreparedWeight: Kernel(
+        lambda w: not _on_cpu(w) and has_kernel(w.qweight.device, torch.float16) and gpu.why_not(w) is None,
+        gpu.prepare,
+        gpu.restore,
+        prepared_matmul,
+    ),
+    QuantizedWeight: Kernel(lambda w: True, lambda w: w, lambda w: w, _matmul),
+}
+PreparedWeight = QuantizedWeight | cpu.PreparedWeight | int4.PreparedWeight | gpu.PreparedWeight
+
+
+def _on_cpu(weight: QuantizedWeight) -> bool:
+    return weight.qweight.device.type == "cpu"
+
+
+def prepare(weight: QuantizedWeight) -> PreparedWeight:
+    """Repack a weight for the fastest kernel that its device has; the weight itself where there is none."""
+    found: PreparedWeight = next(each for each in KERNELS.values() if each.takes(weight)).prepare(weight)
+    return found
+
+
+def restore(weight: PreparedWeight) -> QuantizedWeight:
+    """Inverse of `prepare`: the same integers, scales and zero points in the standard layout."""
+    return KERNELS[type(weight)].restore(weight)
+
+
+def quantized_matmul(x: Tensor, weight: PreparedWeight) -> Tensor:
+    """y = x · Wᵀ. x [..., in], y [..., out] in x's dtype. Differentiable in x; traceable by torch.compile."""
+    return KERNELS[type(weight)].matmul(x, weight)

@@ -26,6 +26,7 @@ PANEL = 32  # outputs side by side in memory
 BLOCK_INPUTS = {2: 16, 3: 32, 4: 8, 8: 4, 16: 8, 32: 4}  # inputs of a block, and
 BLOCK_WORDS = {2: 1, 3: 3, 4: 1, 8: 1, 16: 4, 32: 4}  # the 32-bit words they take
 QUANTIZED = (2, 3, 4, 8)
+BF16 = ("avx512_bf16", "amx")  # implementations that multiply bfloat16 activations
 _WORTH_THREADS = 2**18  # multiply-adds; below, waking threads costs more than they save
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 

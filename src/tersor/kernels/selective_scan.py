@@ -9,9 +9,9 @@ are float32 (float64 for float64), y has x's dtype. dt is used as softplus(dt + 
 lengths share a batch, padded at either end.
 
 `step` is the formula for one token, `reference` a loop over it. `selective_scan` is what models call: the op
-`tersor::selective_scan`, in
-torch on CPUs (`chunked`) and in Triton on GPUs (selective_scan_triton.py). Both walk over chunks of
-time and keep only the states between chunks; the backward pass, in torch on either, recomputes the rest from these.
+`tersor::selective_scan`, compiled on CPUs (mamba_cpu.cpp; in torch, `chunked`, where there is no compiler) and in Triton
+on GPUs (selective_scan_triton.py). All keep only the states between chunks of time; the backward pass, in torch on either,
+recomputes the rest from these.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from tersor.kernels import mamba_cpu
 
 
 def step(
@@ -86,6 +88,12 @@ def selective_scan(
 
     Beside the outputs it keeps l / chunk_size states, and while it runs chunk_size more.
     """
+    if mask is None and mamba_cpu.plain(x, dt, A, B, C, D, z, dt_bias, initial_state):
+        first = x.new_zeros(x.shape[0], *A.shape) if initial_state is None else initial_state
+        moved = dt if dt_bias is None else dt + dt_bias
+        if mamba_cpu.takes(x, moved, A, B, C, first, D=D, z=z):
+            y, state, _ = mamba_cpu.scan(x, moved, A, B, C, first, D=D, z=z, dt_softplus=dt_softplus)
+            return y, state
     dt = time_step(dt, dt_bias=dt_bias, dt_softplus=dt_softplus, mask=mask)
     wide = dt.dtype
     if initial_state is None:
@@ -138,6 +146,11 @@ def chunked(
 def _selective_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor, chunk_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = (x, dt, A, B, C, initial_state)
+    if mamba_cpu.plain(*(each.detach() for each in inputs)) and mamba_cpu.takes(*inputs):
+        y, state, kept = mamba_cpu.scan(x, dt, A, B, C, initial_state, chunk_size=chunk_size)
+        assert kept is not None
+        return y, state, kept
     y, state, before = chunked(x, dt, A, B, C, initial_state, chunk_size=chunk_size)
     return y, state.clone(), before
 

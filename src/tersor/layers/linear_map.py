@@ -60,7 +60,7 @@ def weight_matrix(module: LinearMap) -> Tensor:
     """The weight as [out, in]: nn.Linear as it is, transformers' Conv1D transposed, Conv2d [out, in·kh·kw]."""
     weight = module.weight
     assert isinstance(weight, Tensor)
-    return weight.t() if _holds_transpose(module) else weight.flatten(1)
+    return as_matrix(module, weight)
 
 
 def matrix_shape(module: LinearMap) -> tuple[int, int]:
@@ -74,7 +74,21 @@ def set_weight_matrix(module: LinearMap, matrix: Tensor) -> None:
     weight = module.weight
     assert isinstance(weight, Tensor)
     with torch.no_grad():
-        weight.copy_(matrix.t() if _holds_transpose(module) else matrix.view_as(weight))
+        weight.copy_(own_layout(module, matrix))
+
+
+def own_layout(module: LinearMap, matrix: Tensor) -> Tensor:
+    """Rows of a weight matrix [n, in] as the module, or its file, holds them."""
+    if _holds_transpose(module):
+        return matrix.t()
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return matrix.view(-1, *weight.shape[1:])
+
+
+def as_matrix(module: LinearMap, held: Tensor) -> Tensor:
+    """Inverse of `own_layout`: [n, in]."""
+    return held.t() if _holds_transpose(module) else held.flatten(1)
 
 
 def input_matrix(module: LinearMap, x: Tensor) -> tuple[Tensor, int]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.errors import TersorError
+from tersor.formats.packed_weight import PackedWeight
 from tersor.formats.quantized_weight import QuantizedWeight
 from tersor.kernels.quantized_matmul import PreparedWeight, prepare, quantized_matmul, restore
 from tersor.layers.experts import ExpertMap, PackedExperts
@@ -84,6 +85,11 @@ class QuantizedLinear(nn.Module):
             self.qweight, self.scales, self.zeros, self.g_idx, self.bits, self.group_size, self.in_features
         )
 
+    def put(self, weight: QuantizedWeight) -> None:
+        """Take another weight of the same shape and grid."""
+        self.prepared = None
+        self.qweight, self.scales, self.zeros, self.g_idx = weight.qweight, weight.scales, weight.zeros, weight.g_idx
+
     @property
     def weight(self) -> Tensor:
         """The dequantized weight [out, in]; a new tensor at every access, for code that only looks at it."""
@@ -123,6 +129,21 @@ def quantized_layer(layer: nn.Module, weight: QuantizedWeight) -> nn.Module:
     return QuantizedLinear(weight, bias if isinstance(bias, Tensor) else None, dtype=dense.dtype)
 
 
+def packed_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
+    """The packed linear layers that are called, by the names of the linear maps whose place they took; those used under several
+    names come once. A packed convolution is none of them."""
+    inside = {id(each.matrix) for each in model.modules() if isinstance(each, QuantizedConv2d)}
+    found: dict[str, QuantizedLinear] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, PackedExperts):
+            mine = {f"{name}.{n}": each for n, each in enumerate(module.linears) if isinstance(each, QuantizedLinear)}
+            found |= mine
+            inside |= set(map(id, mine.values()))
+        elif isinstance(module, QuantizedLinear) and id(module) not in inside:
+            found[name] = module
+    return found
+
+
 def prepare_layers(model: nn.Module) -> None:
     """Repack every packed layer for the kernel of the device that it is on. A packed convolution unpacks its weight at every
     call and stays in the standard layout."""
@@ -132,11 +153,14 @@ def prepare_layers(model: nn.Module) -> None:
                 child.prepare()
 
 
-def place_packed(model: nn.Module, maps: Mapping[str, LinearMap], packed: Mapping[str, QuantizedWeight]) -> None:
-    """Put packed layers in the place of the linear maps of these names; an expert stack is replaced once as a whole."""
+def place_packed(model: nn.Module, maps: Mapping[str, LinearMap], packed: Mapping[str, PackedWeight]) -> None:
+    """Put packed layers in the place of the linear maps of these names; an expert stack is replaced once as a whole. Maps with
+    plain numbers hold them already."""
     stacks: dict[str, dict[int, QuantizedWeight]] = defaultdict(dict)
     for name, weight in packed.items():
         found = maps[name]
+        if not isinstance(weight, QuantizedWeight):
+            continue
         if isinstance(found, ExpertMap):
             stacks[name.rpartition(".")[0]][found.index] = weight
         else:

@@ -46,7 +46,7 @@ def nearest(k: Tensor, codebook: Tensor) -> Tensor:
 
 def empty_state(q: Tensor, v: Tensor, codes: int) -> VQState:
     """Before the first token of q (B, L, D), v (B, L, Dv)."""
-    none = torch.zeros(len(q), 0, dtype=torch.int64, device=q.device)
+    none = torch.zeros(q.shape[0], 0, dtype=torch.int64, device=q.device)
     return VQState(0, *_empty(v, codes), q[:, :0], v[:, :0], none)
 
 
@@ -140,7 +140,7 @@ def _folded(state: VQState, block: int) -> VQState:
 def _empty(v: Tensor, codes: int) -> tuple[Tensor, Tensor]:
     """In float32 at least: in 16 bits a number of keys is not exact."""
     dtype = torch.promote_types(v.dtype, torch.float32)
-    return v.new_zeros(len(v), codes, dtype=dtype), v.new_zeros(len(v), codes, v.shape[-1], dtype=dtype)
+    return v.new_zeros(v.shape[0], codes, dtype=dtype), v.new_zeros(v.shape[0], codes, v.shape[-1], dtype=dtype)
 
 
 def _add(count: Tensor, mean: Tensor, v: Tensor, index: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:

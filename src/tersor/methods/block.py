@@ -18,30 +18,37 @@ from tersor.calibrate.parallel import combine
 from tersor.calibrate.routing import Routing, routed
 from tersor.calibrate.statistics import CallOrder, call_order, gather_hessians, gather_means, is_expert, kind_of
 from tersor.formats.grid import Stored
-from tersor.formats.quantized_weight import QuantizedWeight
+from tersor.formats.packed_weight import PackedWeight
 from tersor.layers.experts import ExpertMap
 from tersor.layers.linear_map import LinearMap, columns_of, matrix_shape, set_weight_matrix, weight_matrix
+from tersor.methods.solution import AnySolution
 from tersor.methods.solved_apart import Solved, agree_on_order, solve_apart
-from tersor.methods.weights.gptq_solver import Solution
 
 STATISTICS_MEMORY = 8 * 2**30  # bytes of experts' Hessians that are gathered at once
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """How one linear map was solved. error: the method's own measure; tokens: how many calibrated it; note: what was unusual."""
+    """How one linear map was solved."""
 
     name: str
-    bits: float
+    bits: float  # of a number in the result
     group_size: int
-    error: float
+    error: float  # the method's own measure
     damp: float
-    tokens: int
+    tokens: int  # that calibrated it
     seconds: float
-    note: str = ""
+    note: str = ""  # what was unusual
+    condition: float | None = (
+        None  # a lower bound of the damped Hessian's condition number, where the method factorizes it
+    )
+    sparsity: float | None = None  # share of the weights that are zero, of a method that makes them so
 
     def row(self) -> dict[str, Any]:
-        return asdict(self)
+        found = asdict(self)
+        if self.sparsity is None:
+            del found["sparsity"]
+        return found
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,7 @@ class Statistics:
     tokens: int
 
 
-Solver = Callable[[str], tuple[Solution, str]]  # a map's name to its solution and what was unusual
+Solver = Callable[[str], tuple[AnySolution, str]]  # a map's name to its solution and what was unusual
 
 
 @dataclass
@@ -70,7 +77,7 @@ class Block:
     stored: Stored | None
     hessian_dtype: torch.dtype
     routing: Routing
-    packed: dict[str, QuantizedWeight] = field(default_factory=dict)
+    packed: dict[str, PackedWeight] = field(default_factory=dict)
     reports: list[LayerReport] = field(default_factory=list)
 
     def part(self, names: Sequence[str]) -> Block:
@@ -148,10 +155,8 @@ class Block:
         """Put a solved weight in the place of the original: packed for the result, dense in the block that runs on."""
         solution = solved.solution
         set_weight_matrix(self.linears[name], solution.dequantize())
-        bits = solution.bits
-        if bits != "ternary" or torch.equal(solution.scales, -solution.zeros):
-            self.packed[name] = solution.pack(group_size, self.stored)
-        width = 2 if bits == "ternary" else bits
-        self.reports.append(
-            LayerReport(name, width, group_size, solution.error, solution.damp, tokens, solved.seconds, solved.note)
-        )
+        packed = solution.pack(group_size, self.stored)
+        if packed is not None:
+            self.packed[name] = packed
+        told = solution.error, solution.damp, tokens, solved.seconds, solved.note, solution.condition, solution.sparsity
+        self.reports.append(LayerReport(name, solution.width, group_size, *told))

@@ -20,7 +20,7 @@ from tersor.errors import TersorError
 if TYPE_CHECKING:
     from torch import nn
 
-    from tersor.formats.layouts import Layout
+    from tersor.formats.layout import Layout, UniformGrids
     from tersor.methods.block import Block
 
 # progress(what is being done, steps done, steps in all); a total of 0 makes `what` a line that stays on the screen.
@@ -59,11 +59,22 @@ class Method:
     """What all methods have. A method is a `BlockMethod` or a `ModelMethod`; `name` is what the command line takes."""
 
     name: ClassVar[str]
+    survey_nodes: ClassVar[tuple[str, ...]] = ()  # its places in `tersor catalog`, such as "inference/quantization-ptq"
 
     @property
     def needs_samples(self) -> bool:
         """Whether it looks at what the model computes."""
         return True
+
+    @property
+    def trains(self) -> bool:
+        """Whether it takes training steps."""
+        return False
+
+    @classmethod
+    def recipes(cls, kind: str) -> Sequence[Sequence[Method]]:
+        """What `tersor advise` considers for models of a kind (text, image or series): recipes of one or several steps."""
+        return ()
 
     def options(self) -> dict[str, Any]:
         """The options as plain values, `name` first; `from_options` makes the method again."""
@@ -72,17 +83,20 @@ class Method:
 
 @dataclass(frozen=True)
 class BlockMethod(Method):
-    """Works block by block, on models of any size. `layouts`: the formats on disk that can hold its result."""
+    """Works block by block, on models of any size."""
 
-    layouts: ClassVar[tuple[str, ...]]
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        """The formats on disk that can hold its result, the usual one first: "safetensors" for plain numbers."""
+        raise NotImplementedError
 
     def compress_block(self, block: Block) -> None:
         """Compress the linear maps of one block: call `block.replace(name, ...)` for each of `block.linears`."""
         raise NotImplementedError
 
-    def quantization(self) -> Mapping[str, Any]:
-        """What `quantization_config` on disk says of this method."""
-        raise NotImplementedError
+    def quantization(self) -> UniformGrids | None:
+        """The grids of its result; None where that is plain numbers."""
+        return None
 
     def without_inputs(self) -> BlockMethod:
         """The method for a table of which rows are looked up: one that needs no inputs, of which it has none."""
@@ -94,10 +108,23 @@ class BlockMethod(Method):
 
 @dataclass(frozen=True)
 class ModelMethod(Method):
-    """Works on the whole model in memory: changes its structure, or has to see everything at once."""
+    """Works on the whole model in memory: changes its structure, or has to see everything at once. `keeps_size`: the result
+    takes as many bytes on disk as the original."""
+
+    keeps_size: ClassVar[bool] = False
 
     def compress_model(self, model: nn.Module, work: Work) -> nn.Module:
         """The compressed model: `model` changed in place, or another one. Call `work.report(...)` for each part."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class PackedMethod(Method):
+    """Works on a packed model beside its original, both in memory: it changes integers and steps, and nothing of the file's
+    layout. In a recipe it is a step after one that packs."""
+
+    def tune(self, model: nn.Module, original: nn.Module, work: Work) -> None:
+        """Change packed layers of `model` in place, by `QuantizedLinear.put`. Call `work.report(...)` for each part."""
         raise NotImplementedError
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -12,14 +12,14 @@ from torch import Tensor
 from tersor.calibrate import parallel
 from tersor.calibrate.statistics import CallOrder
 from tersor.errors import TersorError
-from tersor.methods.weights.gptq_solver import Solution
+from tersor.methods.solution import AnySolution
 
 
 @dataclass(frozen=True)
 class Solved:
     """note: what was unusual; seconds: of the process that solved it."""
 
-    solution: Solution
+    solution: AnySolution
     note: str
     seconds: float
 
@@ -71,19 +71,21 @@ class _Shape:
     dtype: torch.dtype
 
 
-def _outline(solved: Solved) -> tuple[dict[str, Any], str, float]:
+def _outline(solved: Solved) -> tuple[AnySolution, str, float]:
     """A solution without the numbers in its tensors."""
-    values = {each.name: getattr(solved.solution, each.name) for each in fields(Solution)}
-    outline = {name: _Shape(v.shape, v.dtype) if isinstance(v, Tensor) else v for name, v in values.items()}
-    return outline, solved.note, solved.seconds
+    known: Any = solved.solution
+    values = {each.name: getattr(known, each.name) for each in fields(known)}
+    shapes = {name: _Shape(v.shape, v.dtype) for name, v in values.items() if isinstance(v, Tensor)}
+    return replace(known, **shapes), solved.note, solved.seconds
 
 
-def _send(outline: dict[str, Any], solution: Solution | None, source: int, device: torch.device) -> Solution:
-    values = dict(outline)
-    for name, value in outline.items():
+def _send(outline: Any, solution: AnySolution | None, source: int, device: torch.device) -> AnySolution:
+    values = {}
+    for name, value in ((each.name, getattr(outline, each.name)) for each in fields(outline)):
         if isinstance(value, _Shape):
             own = getattr(solution, name, None)
             empty = torch.empty(value.shape, dtype=value.dtype, device=device)
             values[name] = empty if own is None else own.to(device).contiguous()
             parallel.send(values[name], source)
-    return Solution(**values)
+    sent: AnySolution = replace(outline, **values)
+    return sent

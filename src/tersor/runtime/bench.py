@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from tersor.errors import TersorError
-from tersor.runtime.generate import Engine
+from tersor.runtime.engine import Engine
 
 Report = Callable[[str, int, int], None]
 TOKENS = 1 << 24

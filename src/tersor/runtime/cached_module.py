@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
-from tersor.runtime.cache_room import check_room
+from tersor.runtime.engine import check_room
 from tersor.runtime.static_step import StaticStep, agree
 
 _CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # the argument's name, which depends on version and model
@@ -43,6 +43,9 @@ class StaticGrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             buffer[:, :, start:end] = new
         self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
         return self.keys, self.values
+
+
+_PLAIN = (DynamicLayer, StaticGrowingLayer)  # layers whose last tokens can be taken off
 
 
 def _with_room(tensor: Tensor, capacity: int) -> Tensor:
@@ -77,6 +80,7 @@ class CachedModule:
         self._cache: Any = None
         self._seen: Tensor | None = None
         self._step: StaticStep | None = None
+        self._recurrent = False  # whether the cache holds states that go from token to token
         self._in_step = False  # where the text is: in the step's own cache, or in _cache
 
     @property
@@ -88,11 +92,38 @@ class CachedModule:
         """Start new sequences."""
         self.length, self._cache, self._seen, self._in_step = 0, None, None, False
 
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens; all of them where the cache holds more than plain keys and values."""
+        if length >= self.length:
+            return
+        if length <= 0 or not self._cut(length):
+            self.reset()
+        else:
+            self.length = length
+
+    def _cut(self, length: int) -> bool:
+        if self._in_step:
+            return self._step is not None and self._step.rewind(length)
+        if self._cache is None:
+            self._seen = None if self._seen is None else self._seen[:, :length]
+            return self._seen is not None
+        layers = getattr(self._cache, "layers", None)
+        if not isinstance(layers, list) or any(type(each) not in _PLAIN for each in layers):
+            return False
+        for layer in layers:
+            if layer.is_initialized:
+                layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
+        return True
+
     @torch.inference_mode()
     def forward(self, ids: Tensor) -> Tensor:
         """Logits [batch, vocabulary], float32, of what follows ids [batch, tokens], which are added to the cache."""
         check_room(self, ids)
         tokens = ids.shape[1]
+        if tokens > 1 and self.length and self._recurrent:  # several tokens at once would begin a new text
+            for token in torch.split(ids, 1, dim=1):
+                logits = self.forward(token)
+            return logits
         ids = ids.to(self.device)
         if tokens == 1 and self._step is not None and self._cache is not None:
             self._step.load(self._cache, self.length)
@@ -115,6 +146,8 @@ class CachedModule:
             given[self._name] = self._cache
         output = self.module(input_ids=ids, **given)
         self._cache = None if self._name is None else getattr(output, self._name, None)
+        layers = getattr(self._cache, "layers", None)
+        self._recurrent = isinstance(layers, list) and any(isinstance(each, LinearAttentionLayer) for each in layers)
         if self._cache is None:
             self._seen, self.why_no_graph = ids, "it keeps no cache"
         elif self.why_no_graph is not None:

@@ -1,32 +1,37 @@
 """Generate text with a causal language model, piece by piece as it comes.
 
-`make_engine` picks how the model runs: `LlamaCPU` or `LlamaGPU` where the model fits it, else `CachedModule`. All have static
-buffers of a size that is known from the start, and one method: tokens in, logits of what follows out.
+`open_writer` loads a model and all that belongs to writing with it, and `make_engine` picks how the model runs (`engine.py`).
+`stream` is both and the loop over them.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tersor.checkpoint.load import check_tokens, load, load_tokenizer, pick_device
+from tersor.checkpoint.load import check_tokens, load, load_tokenizer, named_tokenizer, pick_device
 from tersor.checkpoint.positions import positions_of
+from tersor.checkpoint.published import checkpoint_as
 from tersor.checkpoint.source import open_checkpoint, torch_dtype
 from tersor.errors import TersorError
 from tersor.layers.quantized_linear import prepare_layers
-from tersor.runtime import cached_module, llama_cpu, llama_gpu
+from tersor.runtime import cached_module, chat_template, llama_cpu, llama_gpu, stepped_module
 from tersor.runtime.cached_module import CachedModule
+from tersor.runtime.engine import Engine
+from tersor.runtime.llama import FAMILY
 from tersor.runtime.llama_cpu import LlamaCPU
 from tersor.runtime.llama_gpu import LlamaGPU
-from tersor.runtime.sampling import Sampling, choose, penalize
+from tersor.runtime.sampling import NOT_FINITE, Sampling, choose, finite, penalize
+from tersor.runtime.stepped_module import RecomputedModule, SteppedModule
 from tersor.runtime.text_stream import TextStream
 
-Engine = LlamaCPU | LlamaGPU | CachedModule
 _TOP_K = 50  # what a generation_config.json means that samples and says nothing of it
 # What a generation_config.json may ask for and tersor does not do, with the values that ask for nothing.
 _NOT_DONE: dict[str, tuple[Any, ...]] = {
@@ -53,6 +58,7 @@ _NOT_DONE: dict[str, tuple[Any, ...]] = {
     "watermarking_config": (),
 }
 NEW_TOKENS = 1 << 24
+AHEAD = 1  # tokens that a GPU may be ahead of the host, so that it need not wait for the host between two
 
 
 def make_engine(module: nn.Module, *, capacity: int, batch: int = 1, take_over: bool = False) -> Engine:
@@ -61,6 +67,8 @@ def make_engine(module: nn.Module, *, capacity: int, batch: int = 1, take_over: 
     take_over: the module is not needed for anything else, and its weights may be let go as they are repacked.
     Raises TersorError where it cannot continue a text.
     """
+    if stepped_module.is_registered(module):
+        return _engine_of_ours(module, capacity=capacity, batch=batch, take_over=take_over)
     if reason := cached_module.why_not(module):
         raise TersorError(reason)
     if llama_cpu.why_not(module) is None:
@@ -70,11 +78,19 @@ def make_engine(module: nn.Module, *, capacity: int, batch: int = 1, take_over: 
     return CachedModule(module, capacity=capacity, batch=batch)
 
 
+def _engine_of_ours(module: nn.Module, *, capacity: int, batch: int, take_over: bool) -> Engine:
+    if reason := stepped_module.why_not(module):
+        raise TersorError(reason)
+    if reason := stepped_module.why_no_state(module):
+        return RecomputedModule(module, reason, capacity=capacity, batch=batch)
+    return SteppedModule(module, capacity=capacity, batch=batch, take_over=take_over)
+
+
 def load_module(model: str | Path, *, dtype: str = "auto", device: str = "auto") -> nn.Module:
     """As `tersor.load`, but a bfloat16 model that LlamaCPU takes stays bfloat16 on a CPU: its values are read as they are."""
     if dtype == "auto" and pick_device(device).type == "cpu":
         config = open_checkpoint(model).config
-        if (config.get("architectures") or [""])[0] in llama_cpu.FAMILY and torch_dtype(config) == torch.bfloat16:
+        if (config.get("architectures") or [""])[0] in FAMILY and torch_dtype(config) == torch.bfloat16:
             module = load(model, dtype="bfloat16", device=device)
             if llama_cpu.why_not(module) is not None:
                 prepare_layers(module.float())
@@ -89,6 +105,71 @@ def check_length(module: nn.Module, prompt: int, new: int) -> None:
         raise TersorError(f"a prompt of {prompt} tokens and {new} new ones are more than the model's {most} positions")
 
 
+@dataclass(frozen=True)
+class Writer:
+    """A model that is ready to continue texts.
+
+    module: the model in memory. tokenizer: its own, or the one that was named. sampling: as asked for, else as the model says.
+    end: the tokens that end a text. notice: called with a line for the user.
+    """
+
+    module: nn.Module
+    tokenizer: Any
+    sampling: Sampling
+    end: frozenset[int]
+    notice: Callable[[str], None]
+
+    def engine(self, capacity: int) -> Engine:
+        """How the model runs, for texts of up to `capacity` tokens. The module cannot be used for anything else afterwards."""
+        engine = make_engine(self.module, capacity=capacity, take_over=True)
+        if isinstance(engine, RecomputedModule):
+            self.notice(f"{engine.reason}; every token is computed from the whole text")
+        return engine
+
+    def check(self, ids: Tensor) -> None:
+        """Raise TersorError where a token is none of the model's. ids: [1, tokens]."""
+        check_tokens(self.module, ids, self.tokenizer)
+        most = stepped_module.vocabulary_of(self.module) if stepped_module.is_registered(self.module) else None
+        if most is not None and ids.numel() and int(ids.max()) >= most:
+            raise TersorError(
+                f"the text has a token {int(ids.max())}, and the model knows {most}: the tokenizer is another model's"
+            )
+
+
+def open_writer(
+    model: str | Path,
+    *,
+    sampling: Mapping[str, float | int | None] | None = None,
+    seed: int = 0,
+    variant: str | None = None,
+    tokenizer: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    notice: Callable[[str], None] = warnings.warn,
+) -> Writer:
+    """Load a model and its tokenizer. sampling: fields of `Sampling`; what is None or absent is as the model's
+    generation_config.json says, or off. variant: as `tersor.load` takes it. tokenizer: a directory or hub name, or "bytes", in
+    place of the model's own.
+
+    Raises TersorError where the model does not continue texts or has no tokenizer.
+    """
+    given = {name: value for name, value in (sampling or {}).items() if value is not None}
+    Sampling(**given, seed=seed)  # type: ignore[arg-type]  # what is wrong in it shows before the model is loaded
+    where = model if variant is None else checkpoint_as(model, variant)
+    directory = open_checkpoint(where).directory
+    found = load_tokenizer(directory) if tokenizer is None else named_tokenizer(tokenizer)
+    if found is None:
+        raise TersorError(f"{model} has no tokenizer, so it cannot read a prompt; name one with --tokenizer")
+    module = load_module(directory, dtype=dtype, device=device)
+    reason = (stepped_module if stepped_module.is_registered(module) else cached_module).why_not(module)
+    if reason is not None:
+        raise TersorError(reason)
+    chosen = sampling_of(module, given, seed=seed)
+    if not_done := settings_not_done(module):
+        notice(f"generation_config.json asks for {', '.join(not_done)}, which tersor does not do")
+    return Writer(module, found, chosen, end_tokens(module, found), notice)
+
+
 def stream(
     model: str | Path,
     prompt: str,
@@ -100,18 +181,25 @@ def stream(
     min_p: float | None = None,
     repetition_penalty: float | None = None,
     seed: int = 0,
+    chat: bool = False,
+    system: str | None = None,
+    variant: str | None = None,
+    tokenizer: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
     notice: Callable[[str], None] = warnings.warn,
 ) -> Iterator[str]:
     """Pieces of text that continue `prompt`, as they are made. temperature 0 takes the likeliest token every time.
 
-    What is None is as the model's generation_config.json says, or off. Ends at the model's end-of-text tokens. notice: called
-    with a line where that file asks for more than tersor does. Raises TersorError where the model cannot generate, has no
-    tokenizer, or the prompt leaves no room.
+    What is None is as the model's generation_config.json says, or off. Ends at the model's end-of-text tokens. chat: the prompt
+    is the first message of a conversation, in the form of the model's chat template; system: a message before it, with `chat`.
+    notice: called with a line for the user, such as that the model's file asks for more than tersor does. The others are as in
+    `open_writer`. Raises TersorError where the model cannot generate, has no tokenizer, or the prompt leaves no room.
     """
     if max_new_tokens > NEW_TOKENS:
         raise TersorError(f"max_new_tokens {max_new_tokens} is more than the {NEW_TOKENS:,} that a text may have")
+    if system is not None and not chat:
+        raise TersorError("a system message needs the form of a conversation: chat=True")
     asked = {
         "temperature": temperature,
         "top_k": top_k,
@@ -119,25 +207,34 @@ def stream(
         "min_p": min_p,
         "repetition_penalty": repetition_penalty,
     }
-    given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
-    Sampling(**given, seed=seed)  # what is wrong in it shows before the model is loaded
-    directory = open_checkpoint(model).directory
-    tokenizer = load_tokenizer(directory)
-    if tokenizer is None:
-        raise TersorError(f"{directory} has no tokenizer, so it cannot read a prompt")
-    module = load_module(directory, dtype=dtype, device=device)
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    writer = open_writer(
+        model,
+        sampling=asked,
+        seed=seed,
+        variant=variant,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        device=device,
+        notice=notice,
+    )
+    stops: tuple[str, ...] = ()
+    if chat:
+        template = chat_template.of(writer.tokenizer)
+        if template.plain:
+            notice(chat_template.NONE)
+        ids = template.ids(chat_template.opening(prompt, system))
+        stops = template.stops
+    else:
+        ids = writer.tokenizer(prompt, return_tensors="pt")["input_ids"]
     if ids.shape[1] == 0:
         raise TersorError("the prompt is empty; give at least one token to continue")
-    check_tokens(module, ids, tokenizer)
-    check_length(module, ids.shape[1], max_new_tokens)
-    sampling = sampling_of(module, given, seed=seed)
-    if not_done := settings_not_done(module):
-        notice(f"generation_config.json asks for {', '.join(not_done)}, which tersor does not do")
-    engine = make_engine(module, capacity=ids.shape[1] + max_new_tokens, take_over=True)
-    yield from stream_tokens(
-        engine, tokenizer, ids, max_new_tokens=max_new_tokens, sampling=sampling, end=end_tokens(module, tokenizer)
+    writer.check(ids)
+    check_length(writer.module, ids.shape[1], max_new_tokens)
+    engine = writer.engine(ids.shape[1] + max_new_tokens)
+    pieces = stream_tokens(
+        engine, writer.tokenizer, ids, max_new_tokens=max_new_tokens, sampling=writer.sampling, end=writer.end
     )
+    yield from chat_template.until(pieces, stops)
 
 
 def sampling_of(module: nn.Module, given: Mapping[str, Any], *, seed: int = 0) -> Sampling:
@@ -170,22 +267,73 @@ def end_tokens(module: nn.Module, tokenizer: Any) -> frozenset[int]:
     return frozenset() if found is None else frozenset([found] if isinstance(found, int) else found)
 
 
+class _Sent:
+    """A token [1, 1] on its way from the device to the host."""
+
+    def __init__(self, token: Tensor) -> None:
+        self._token, self._event = token, None
+        if token.is_cuda:
+            self._token = torch.empty(token.shape, dtype=token.dtype, pin_memory=True)
+            self._token.copy_(token, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record(torch.cuda.current_stream(token.device))
+
+    def arrived(self) -> int:
+        """Waits for it, but for nothing that the device was given to do since."""
+        if self._event is not None:
+            self._event.synchronize()
+        return int(self._token)
+
+
 def tokens(
-    engine: Engine, ids: Tensor, *, max_new_tokens: int, sampling: Sampling, end: frozenset[int] = frozenset()
+    engine: Engine,
+    ids: Tensor,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    end: frozenset[int] = frozenset(),
+    ahead: int | None = None,
 ) -> Iterator[int]:
-    """The tokens that follow ids [1, tokens], one by one, without the one that ends the text."""
+    """The tokens that follow ids [1, tokens], one by one, without the one that ends the text.
+
+    ahead: at temperature 0, so many more tokens the engine has been given to read than have been looked at here. They keep a
+    GPU busy, and the engine may have read that many after the end. None: AHEAD on a GPU, else 0.
+    """
+    if ahead is None:
+        ahead = AHEAD if engine.device.type == "cuda" else 0
+    if sampling.temperature > 0:
+        ahead = 0  # a draw waits for its logits
     generator = torch.Generator(engine.device).manual_seed(sampling.seed)
-    seen = ids
+    seen, sent = ids, deque[_Sent]()
     for _ in range(max_new_tokens):
         logits = engine.forward(ids)
         if sampling.repetition_penalty != 1:
             logits = penalize(logits, seen.to(logits.device), sampling.repetition_penalty)
-        ids = choose(logits, sampling, generator)
-        seen = torch.cat([seen, ids.to(seen.device)], dim=1)
-        token = int(ids)
+        if sampling.temperature > 0:
+            told = ids = choose(logits, sampling, generator)
+        else:
+            ids = logits.argmax(dim=-1, keepdim=True)
+            told = torch.where(finite(logits), ids, -1)
+        if sampling.repetition_penalty != 1:
+            seen = torch.cat([seen.to(ids.device), ids], dim=1)
+        sent.append(_Sent(told))
+        if len(sent) > ahead:
+            token = _token(sent.popleft())
+            if token in end:
+                return
+            yield token
+    for each in sent:
+        token = _token(each)
         if token in end:
             return
         yield token
+
+
+def _token(sent: _Sent) -> int:
+    token = sent.arrived()
+    if token < 0:
+        raise TersorError(NOT_FINITE)
+    return token
 
 
 def stream_tokens(

@@ -23,13 +23,12 @@ from torch import Tensor, nn
 from tersor.kernels import cpp
 from tersor.kernels import quantized_matmul_cpu as cpu
 from tersor.layers.quantized_linear import QuantizedLinear
-from tersor.runtime.cache_room import check_room
+from tersor.runtime.engine import check_room
+from tersor.runtime.llama import rotary_tables, unlike_family, visible, window_of
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-FAMILY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 CHUNK = 512  # prompt tokens that go through the layers together, which bounds the buffers
-_BF16 = ("avx512_bf16", "amx")
+_BF16 = cpu.BF16
 
 
 class _Linear(ctypes.Structure):
@@ -74,24 +73,6 @@ def _library(implementation: str) -> ctypes.CDLL:
     compiled.tersor_logits.argtypes = [ctypes.POINTER(_Model), integer, ctypes.c_void_p]
     compiled.tersor_decode.argtypes = [ctypes.POINTER(_Model), integer, integer, ctypes.c_void_p]
     return compiled
-
-
-def unlike_family(module: nn.Module) -> str | None:
-    """Why this is no decoder that this engine's arithmetic, or that of `llama_gpu.py`, is the arithmetic of; or None."""
-    if type(module).__name__ not in FAMILY or not type(module).__module__.startswith("transformers."):
-        return f"{type(module).__name__} is none of {', '.join(FAMILY)}"
-    config: Any = module.config
-    if config.hidden_act != "silu":
-        return f"its activation is {config.hidden_act}"
-    rope = module.model.rotary_emb.rope_type  # type: ignore[union-attr]
-    if rope not in ("default", "linear", "llama3", "yarn"):
-        return f"its rotary positions ({rope}) depend on the length of the text"
-    for name, each in module.named_modules():
-        if each._forward_hooks or each._forward_pre_hooks:
-            return f"{name or 'the model'} has a hook"
-        if name.rpartition(".")[2] in LINEAR_NAMES and type(each) not in (nn.Linear, QuantizedLinear):
-            return f"{name} is a {type(each).__name__}"
-    return None
 
 
 def why_not(module: nn.Module) -> str | None:
@@ -146,7 +127,7 @@ class LlamaCPU:
         self._keys = [torch.zeros(shape) for _ in inner.layers]
         self._values = [torch.zeros(shape) for _ in inner.layers]
         self._windows = [window_of(layer.self_attn, config) for layer in inner.layers]
-        cos, sin = inner.rotary_emb(torch.empty(0), torch.arange(capacity)[None])
+        cos, sin = rotary_tables(inner, capacity)
         layers = (_Layer * len(inner.layers))(*(self._layer(index, each) for index, each in enumerate(inner.layers)))
         self._kept.append(layers)
         self._model = _Model(
@@ -161,8 +142,8 @@ class LlamaCPU:
             layer=ctypes.addressof(layers),
             head=self._linear(head),
             final_norm=self._float(inner.norm.weight),
-            cos=self._float(cos[0]),
-            sin=self._float(sin[0]),
+            cos=self._float(cos),
+            sin=self._float(sin),
             eps=config.rms_norm_eps,
             bf16=self._bf16,
             threads=torch.get_num_threads(),
@@ -226,6 +207,10 @@ class LlamaCPU:
         """Start new sequences in the same cache."""
         self.length = 0
 
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        self.length = min(self.length, length)
+
     @torch.inference_mode()
     def forward(self, ids: Tensor) -> Tensor:
         """Logits [batch, vocabulary] of what follows ids [batch, tokens], which are added to the cache.
@@ -274,19 +259,3 @@ class LlamaCPU:
     def _check(self, status: int) -> None:
         if status != 0:
             raise MemoryError("no memory for a step of the model")
-
-
-def window_of(attention: Any, config: Any) -> int | None:
-    """How many positions a query of this layer sees, its own included; None: all."""
-    window = getattr(attention, "sliding_window", None)
-    if type(attention).__name__ == "MistralAttention":
-        window = config.sliding_window
-    return None if window is None else int(window)
-
-
-def visible(start: int, end: int, window: int | None, device: torch.device | None = None) -> Tensor | None:
-    """Which of the keys 0 .. end - 1 the queries start .. end - 1 see, bool; None for plainly all that precede."""
-    if start == 0 and (window is None or end <= window):
-        return None
-    distance = torch.arange(start, end, device=device)[:, None] - torch.arange(end, device=device)
-    return (distance >= 0) & (distance < (window or end))

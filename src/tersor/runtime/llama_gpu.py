@@ -32,8 +32,8 @@ from tersor.kernels.llama_step import LlamaStep, StepLayer, Weight
 from tersor.kernels.prepared_weight import N_BLOCK, PreparedWeight
 from tersor.kernels.quantized_matmul_cuda import prepared_matmul
 from tersor.layers.quantized_linear import QuantizedLinear
-from tersor.runtime.cache_room import check_room
-from tersor.runtime.llama_cpu import unlike_family, visible, window_of
+from tersor.runtime.engine import check_room
+from tersor.runtime.llama import rotary_tables, unlike_family, visible, window_of
 
 MEASURED_STEPS = 9  # of each form of a step, before one is chosen
 CHUNK_ROWS = 4096  # prompt tokens, of all sequences, that go through the layers together, which bounds the buffers
@@ -160,9 +160,9 @@ class LlamaGPU:
         self._layers = [self._layer(each, config) for each in inner.layers]
         self._final_norm = inner.norm.weight.detach()
         self._head = Linears((_weight(head),), (int(head.out_features),))
-        cos, sin = inner.rotary_emb(torch.empty(0), torch.arange(capacity)[None])
+        cos, sin = rotary_tables(inner, capacity)
         half = self._head_dim // 2  # the second half of a head turns by the same angles
-        self._cos, self._sin = (each[0, :, :half].contiguous().to(self.device) for each in (cos, sin))
+        self._cos, self._sin = (each[:, :half].contiguous().to(self.device) for each in (cos, sin))
 
         # What a step takes from the one before, so that a graph of it can follow itself.
         self._ids = torch.zeros(batch, dtype=torch.int64, device=self.device)
@@ -239,8 +239,12 @@ class LlamaGPU:
 
     def reset(self) -> None:
         """Start new sequences in the same cache."""
-        self.length = 0
-        self._position.zero_()
+        self.rewind(0)
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        self.length = min(self.length, length)
+        self._position.fill_(self.length)
 
     @torch.inference_mode()
     def forward(self, ids: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from tersor.errors import TersorError
 from tersor.untrusted import check_seed
 
+NOT_FINITE = "the model's logits are not finite (NaN or Inf); its activations overflow: try --dtype float32"
 COLDEST = 1e-4  # below it differences of logits are beyond float32's range
 
 
@@ -61,6 +62,11 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     return p / p.sum(dim=-1, keepdim=True)
 
 
+def finite(logits: Tensor) -> Tensor:
+    """bool [batch, 1]: whether a token can be chosen from logits [batch, vocabulary]."""
+    return torch.isfinite(logits.amax(-1, keepdim=True))
+
+
 def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Logits [batch, vocabulary] with those of the tokens seen [batch, tokens] made less likely."""
     found = logits.gather(1, seen)
@@ -69,10 +75,8 @@ def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
     """The next token of each sequence, int64 [batch, 1], from logits [batch, vocabulary]. Raises TersorError for NaN or Inf."""
-    if not bool(torch.isfinite(logits.amax(-1)).all()):
-        raise TersorError(
-            "the model's logits are not finite (NaN or Inf); its activations overflow: try --dtype float32"
-        )
+    if not bool(finite(logits).all()):
+        raise TersorError(NOT_FINITE)
     if sampling.temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     return torch.multinomial(probabilities(logits, sampling), 1, generator=generator)

@@ -111,6 +111,13 @@ class StaticStep:
                         state.copy_(getattr(theirs, kind)[index])
         self._position.fill_(length)
 
+    def rewind(self, length: int) -> bool:
+        """Forget all but the first `length` tokens. False, and nothing is done, where a layer cannot."""
+        if not all(isinstance(layer, PlacedLayer) for layer in self._cache.layers):
+            return False
+        self._position.fill_(length)  # the mask hides what lies behind it, and the next tokens overwrite it
+        return True
+
     @torch.inference_mode()
     def forward(self, ids: Tensor) -> Tensor:
         """Logits [batch, vocabulary] of what follows ids [batch, tokens], which are added to the cache."""

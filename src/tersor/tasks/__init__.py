@@ -1,12 +1,14 @@
 """What models are for: one file a task, and the verbs that dispatch on it.
 
-A model says its task and its kind of input in `@register`; `task_of(task, input)` is what tersor knows of both. Each file holds
-a `TASK`; it is imported when it is asked for. `classify` is for images, `classify_points.py` for models that classify points.
+A model says its task and its kind of input in `@register`; `task_of(task, input)` is what tersor knows of both. A file with a
+`TASK` is a task's (the others help them); it is imported when it is asked for. `classify` is for images, `classify_points.py`
+for models that classify points.
 """
 
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
 
 from tersor.errors import TersorError
@@ -14,16 +16,12 @@ from tersor.tasks.task import Prediction, Sets, Task
 
 __all__ = ["Prediction", "Sets", "Task", "task_named", "task_of", "tasks"]
 
-NO_TASKS = (
-    "__init__", "task", "predict", "sample", "tiles", "forecaster", "forecast_table", "origins", "backtest", "long_range_arena",
-    "graph_inputs", "subtitles",
-)  # fmt: skip
-
 
 def tasks() -> list[str]:
     """The names of the tasks that can be trained or shown."""
     files = Path(__file__).parent.glob("*.py")
-    return sorted(path.stem.replace("_", "-") for path in files if path.stem not in NO_TASKS)
+    found = [path.stem for path in files if re.search(r"^TASK\b", path.read_text(encoding="utf-8"), re.MULTILINE)]
+    return sorted(name.replace("_", "-") for name in found)
 
 
 def task_named(name: str) -> Task:

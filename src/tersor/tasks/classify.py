@@ -91,4 +91,4 @@ def likeliest(path: Path, logits: Tensor, labels: Mapping[int, str]) -> Classes:
     return Classes(path, tuple(names), tuple(shares.tolist()))
 
 
-TASK = Task(classification, load_data, predict, frozenset(SUFFIXES))
+TASK = Task(classification, load_data, predict, frozenset(SUFFIXES), evaluated_on="images")

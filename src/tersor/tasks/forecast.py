@@ -78,4 +78,4 @@ def _parts(series: SeriesTable, config: SeriesConfig) -> list[Parts | None]:
     return found
 
 
-TASK = Task(forecasting, load_data, defaults={"patience": PATIENCE})
+TASK = Task(forecasting, load_data, defaults={"patience": PATIENCE}, evaluated_on="data")

@@ -32,4 +32,4 @@ def _check_vocabulary(model: Any, windows: TokenWindows) -> None:
         )
 
 
-TASK = Task(language_modelling, load_data)
+TASK = Task(language_modelling, load_data, evaluated_on="text")

@@ -6,7 +6,8 @@ import torch
 from golden.harness import Case
 from torch import Tensor
 
-from tersor.formats.layouts import layout_named, read_awq, read_compressed, read_gptq, write
+from tersor.formats.layout import QuantizationConfig
+from tersor.formats.layouts import READ, layout_named, write
 from tersor.formats.quantized_weight import QuantizedWeight
 
 
@@ -35,32 +36,26 @@ def _gptq(case: Case, arrays: dict[str, Tensor]) -> None:
     for version in ("v1", "v2"):
         tensors = {name: arrays[name] for name in ("qweight", "scales", "g_idx")}
         tensors["qzeros"] = arrays[f"qzeros_{version}"]
-        weight = read_gptq(
-            case.name,
-            tensors,
-            config["in_features"],
-            bits=config["bits"],
-            group_size=config["group_size"],
-            v2=version == "v2",
-            sym=config["sym"],
-            whole_word_zeros=True,
-        )
+        name = "gptq" if version == "v1" else "gptq_v2"
+        said = QuantizationConfig(name, config["bits"], config["group_size"], config["sym"], whole_word_zeros=True)
+        weight = READ[name].read(case.name, tensors, config["in_features"], said)
         _check_equal(weight, expected)
         _check_output(weight, arrays)
 
-        written = write(weight, layout_named("gptq" if version == "v1" else "gptq_v2"), sym=config["sym"])
+        written = write(weight, layout_named(name), sym=config["sym"])
         if version == "v1" and config["zero_min"] == 0 and config["bits"] != 3:
             del written[
                 "qzeros"
             ]  # a zero point of 0, which GPTQModel lets borrow from its neighbour and tersor never makes
-        for name, words in written.items():
-            assert torch.equal(words, tensors[name]), f"{version} {name}"
+        for suffix, words in written.items():
+            assert torch.equal(words, tensors[suffix]), f"{version} {suffix}"
 
 
 def _awq(case: Case, arrays: dict[str, Tensor]) -> None:
     config = case.config
     tensors = {name: arrays[name] for name in ("qweight", "qzeros", "scales")}
-    weight = read_awq(case.name, tensors, config["in_features"], group_size=config["group_size"])
+    said = QuantizationConfig("awq", 4, config["group_size"], sym=False)
+    weight = READ["awq"].read(case.name, tensors, config["in_features"], said)
     expected = QuantizedWeight.from_codes(
         arrays["q"].t(), arrays["scales"], arrays["zeros"], bits=config["bits"], group_size=config["group_size"]
     )
@@ -71,7 +66,8 @@ def _awq(case: Case, arrays: dict[str, Tensor]) -> None:
 def _compressed_tensors(case: Case, arrays: dict[str, Tensor]) -> None:
     config = case.config
     bits, tensors = config["num_bits"], {name: arrays[name] for name in config["keys"]}
-    weight = read_compressed(case.name, tensors, config["in_features"], bits=bits, group_size=config["group_size"])
+    said = QuantizationConfig("compressed-tensors", bits, config["group_size"], sym=False)
+    weight = READ[said.layout].read(case.name, tensors, config["in_features"], said)
     middle = 2 ** (bits - 1)  # stored integers are signed
     expected = QuantizedWeight.from_codes(
         arrays["q"].int() + middle,

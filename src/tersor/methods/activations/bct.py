@@ -35,7 +35,7 @@ with the original's above 0.99 at 8 bits, tests/methods/test_bct.py). Not proven
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -50,7 +50,7 @@ from tersor.layers.block_rows import BlockRows
 from tersor.layers.block_scope import BlockScope
 from tersor.layers.linear_map import computes_its_own, embeddings, linear_maps, weight_matrix
 from tersor.layers.quantized_embedding import why_not_packed
-from tersor.methods.method import ModelMethod, Work, check_options, option, register
+from tersor.methods.method import Method, ModelMethod, Work, check_options, option, register
 
 EPS = ("eps", "variance_epsilon")
 
@@ -76,6 +76,11 @@ class BCT(ModelMethod):
     """Put weights and all intermediate results into small blocks of integers with a shift, without data."""
 
     name: ClassVar[str] = "bct"
+    survey_nodes: ClassVar[tuple[str, ...]] = (
+        "inference/quantization-ptq",
+        "inference/quantization-integer",
+        "practical/quantization",
+    )
     needs_samples: ClassVar[bool] = False
 
     bits: int = option(8, "bits a weight", check=lambda v: v in range(2, 9), allowed="2 to 8")
@@ -96,6 +101,10 @@ class BCT(ModelMethod):
             raise TersorError(
                 f"block=0 is one shift for a whole tensor, so block_rows={self.block_rows} has no meaning"
             )
+
+    @classmethod
+    def recipes(cls, kind: str) -> Sequence[Sequence[Method]]:
+        return [[cls(bits=bits)] for bits in (8, 4)] if kind == "image" else []
 
     @property
     def rows(self) -> int:

@@ -32,6 +32,7 @@ block's error on its samples; accuracies of demo-vit in benchmarks/results/visio
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
@@ -46,7 +47,7 @@ from tersor.layers.quantized_products import OperandGrid
 from tersor.methods.activations.block_reconstruction import reconstruct_blocks
 from tersor.methods.activations.calibrated import fit_operand, is_softmax
 from tersor.methods.activations.repquant import RepQuant, fit_weights_again, freeze, one_batch, reparameterize, wrap
-from tersor.methods.method import ModelMethod, Work, check_options, option, register
+from tersor.methods.method import Method, ModelMethod, Work, check_options, option, register
 
 SOFTMAX, MERGES = ("tangent", "logarithmic"), ("median", "mean")
 
@@ -57,6 +58,12 @@ class DopQViT(ModelMethod):
     """Quantize weights and activations of a vision transformer after training, kind to large attention weights and outliers."""
 
     name: ClassVar[str] = "dopq-vit"
+    survey_nodes: ClassVar[tuple[str, ...]] = (
+        "inference/quantization-ptq",
+        "inference/quantization-nonuniform",
+        "inference/quantization-vit",
+        "practical/quantization",
+    )
 
     w_bits: int = option(4, "bits a weight", check=lambda v: v in range(2, 9), allowed="2 to 8")
     a_bits: int = option(4, "bits an activation", check=lambda v: v in range(2, 9), allowed="2 to 8")
@@ -80,6 +87,10 @@ class DopQViT(ModelMethod):
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    @classmethod
+    def recipes(cls, kind: str) -> Sequence[Sequence[Method]]:
+        return [[cls(w_bits=8, a_bits=8)]] if kind == "image" else []
 
     def compress_model(self, model: nn.Module, work: Work) -> nn.Module:
         batch = one_batch(work.samples[: self.images])

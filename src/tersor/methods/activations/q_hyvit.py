@@ -76,7 +76,7 @@ from tersor.methods.activations.interval_search import (
 )
 from tersor.methods.activations.repquant import UNREACHED, one_batch, product_sites, quantizable_maps
 from tersor.methods.activations.watched import WatchedMap, WatchedProducts
-from tersor.methods.method import ModelMethod, Work, check_options, option, register
+from tersor.methods.method import Method, ModelMethod, Work, check_options, option, register
 
 BATCH = 4  # images that run through the model together
 MEMORY = 2**30  # bytes of what layers saw that are kept at once
@@ -112,6 +112,12 @@ class QHyViT(ModelMethod):
     """Quantize weights and activations of convolution-attention hybrids after training, from 32 images."""
 
     name: ClassVar[str] = "q-hyvit"
+    survey_nodes: ClassVar[tuple[str, ...]] = (
+        "inference/quantization-ptq",
+        "inference/quantization-vit",
+        "inference/quantization-mixed",
+        "practical/quantization",
+    )
 
     w_bits: int = option(8, "bits a weight", check=lambda v: v in range(2, 9), allowed="2 to 8")
     a_bits: int = option(8, "bits an activation", check=lambda v: v in range(2, 9), allowed="2 to 8")
@@ -138,6 +144,10 @@ class QHyViT(ModelMethod):
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    @classmethod
+    def recipes(cls, kind: str) -> Sequence[Sequence[Method]]:
+        return [[cls()]] if kind == "image" else []
 
     @property
     def search(self) -> Search:

@@ -65,7 +65,7 @@ from tersor.methods.activations.calibrated import (
 )
 from tersor.methods.activations.dual_clipping import learn_clipping
 from tersor.methods.activations.norm_pairs import NormPair, find_norm_pairs
-from tersor.methods.method import ModelMethod, Work, check_options, option, register
+from tersor.methods.method import Method, ModelMethod, Work, check_options, option, register
 
 CONVOLUTION_BITS = 8  # of what the patch embedding reads: the image
 UNREACHED = "no calibration sample reached it"
@@ -94,6 +94,12 @@ class RepQuant(ModelMethod):
     """Quantize weights and activations of a vision transformer after training, from 32 images."""
 
     name: ClassVar[str] = "repquant"
+    survey_nodes: ClassVar[tuple[str, ...]] = (
+        "inference/quantization-ptq",
+        "inference/quantization-nonuniform",
+        "inference/quantization-vit",
+        "practical/quantization",
+    )
 
     w_bits: int = option(4, "bits a weight", check=lambda v: v in range(2, 9), allowed="2 to 8")
     a_bits: int = option(4, "bits an activation", check=lambda v: v in range(2, 9), allowed="2 to 8")
@@ -105,6 +111,10 @@ class RepQuant(ModelMethod):
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    @classmethod
+    def recipes(cls, kind: str) -> Sequence[Sequence[Method]]:
+        return [[cls(w_bits=bits, a_bits=bits)] for bits in (8, 6)] if kind == "image" else []
 
     def compress_model(self, model: nn.Module, work: Work) -> nn.Module:
         batch = one_batch(work.samples[: self.images])

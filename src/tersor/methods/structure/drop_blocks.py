@@ -23,12 +23,13 @@ transformers. Not proven: ShortGPT's and SLEB's published tables; SLEB's code is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import nn
 
-from tersor.methods.method import ModelMethod, Work, check_options, option, register
+from tersor.methods.method import Method, ModelMethod, Work, check_options, option, register
 from tersor.methods.structure.block_choice import CHOICE, CHOICES, choices, how_many, is_amount, is_choice, kept_blocks
 from tersor.methods.structure.block_stack import Stack, batches_of
 
@@ -50,6 +51,11 @@ class DropBlocks(ModelMethod):
     """Remove the blocks that matter least; no training."""
 
     name: ClassVar[str] = "drop-blocks"
+    survey_nodes: ClassVar[tuple[str, ...]] = (
+        "inference/pruning-layers",
+        "inference/pruning-post-training",
+        "practical/pruning",
+    )
 
     blocks: float | None = option(
         None,
@@ -62,6 +68,10 @@ class DropBlocks(ModelMethod):
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    @classmethod
+    def recipes(cls, kind: str) -> Sequence[Sequence[Method]]:
+        return [[cls(blocks=share)] for share in (0.1, 0.25)] if kind == "text" else []
 
     @property
     def needs_samples(self) -> bool:

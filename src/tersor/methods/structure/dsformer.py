@@ -89,6 +89,13 @@ class DSFormer(ModelMethod):
     """Write weights as a sparse times a small dense matrix, and train through the choice of what is sparse."""
 
     name: ClassVar[str] = "dsformer"
+    survey_nodes: ClassVar[tuple[str, ...]] = (
+        "inference/lightweight-factorised",
+        "inference/pruning-unstructured",
+        "inference/distillation-logits",
+        "practical/low-rank",
+        "practical/pruning",
+    )
 
     ratio: float = option(
         2.0, "how many times smaller each weight becomes", check=lambda v: 1 < v <= 1000, allowed="above 1"
@@ -113,6 +120,10 @@ class DSFormer(ModelMethod):
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    @property
+    def trains(self) -> bool:
+        return self.epochs > 0
 
     @property
     def needs_samples(self) -> bool:

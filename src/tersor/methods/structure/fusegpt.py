@@ -84,6 +84,12 @@ class FuseGPT(ModelMethod):
     """Remove blocks of a language model and fuse their weights into the blocks around."""
 
     name: ClassVar[str] = "fusegpt"
+    survey_nodes: ClassVar[tuple[str, ...]] = (
+        "inference/pruning-layers",
+        "inference/distillation-logits",
+        "practical/pruning",
+        "practical/distillation",
+    )
 
     blocks: float | None = option(
         None,
@@ -128,6 +134,10 @@ class FuseGPT(ModelMethod):
         check_options(self)
         if self.loss == "batch" and self.batch_size < 2:
             raise TersorError("loss='batch' is 0 for a batch of one sample: give batch_size 2 or more, or another loss")
+
+    @property
+    def trains(self) -> bool:
+        return self.epochs > 0
 
     def compress_model(self, model: nn.Module, work: Work) -> nn.Module:
         stack = Stack(model)

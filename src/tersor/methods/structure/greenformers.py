@@ -48,7 +48,7 @@ benchmarks/results/greenformers.md. Not proven: the thesis' results after traini
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -66,7 +66,7 @@ from tersor.layers.led import LED
 from tersor.layers.linear_map import is_linear_map, matrix_shape, weight_matrix
 from tersor.layers.routers import ROUTERS
 from tersor.methods.block import STATISTICS_MEMORY
-from tersor.methods.method import ModelMethod, Work, check_options, option, register
+from tersor.methods.method import Method, ModelMethod, Work, check_options, option, register
 from tersor.methods.structure.factorize import (
     CONVOLUTIONS,
     SOLVERS,
@@ -101,6 +101,10 @@ class Greenformers(ModelMethod):
     """Factorize linear maps and convolutions into two of lower rank."""
 
     name: ClassVar[str] = "greenformers"
+    survey_nodes: ClassVar[tuple[str, ...]] = (
+        "inference/lightweight-factorised",
+        "practical/low-rank",
+    )
 
     rank: float | None = option(
         None,
@@ -141,6 +145,10 @@ class Greenformers(ModelMethod):
         for name in ("energy", "budget", "whiten"):
             if getattr(self, name) and self.solver != "svd":
                 raise TersorError(f"{name} needs the solver svd, not {self.solver!r}")
+
+    @classmethod
+    def recipes(cls, kind: str) -> Sequence[Sequence[Method]]:
+        return [[cls(rank=share)] for share in (0.9, 0.7)]
 
     @property
     def needs_samples(self) -> bool:

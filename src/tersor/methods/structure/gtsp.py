@@ -89,6 +89,14 @@ class GTSP(ModelMethod):
     """Prune nodes, heads, layers and weights of a graph transformer while it trains on."""
 
     name: ClassVar[str] = "gtsp"
+    survey_nodes: ClassVar[tuple[str, ...]] = (
+        "inference/pruning-joint",
+        "inference/pruning-heads",
+        "inference/pruning-layers",
+        "inference/pruning-unstructured",
+        "inference/pruning-tokens",
+        "practical/pruning",
+    )
 
     tokens: float = option(1.0, "share of a graph's nodes that attention runs over", **SHARE)
     heads: float = option(1.0, "share of each layer's heads that is left", **SHARE)
@@ -121,6 +129,10 @@ class GTSP(ModelMethod):
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    @property
+    def trains(self) -> bool:
+        return self.epochs > 0
 
     def compress_model(self, model: nn.Module, work: Work) -> nn.Module:
         names = attention_names(model, work)

@@ -67,6 +67,14 @@ class NViTPruning(ModelMethod):
     """Prune channels, heads and hidden units of a ViT together, by what they matter and what they cost."""
 
     name: ClassVar[str] = "nvit"
+    survey_nodes: ClassVar[tuple[str, ...]] = (
+        "inference/pruning-joint",
+        "inference/pruning-heads",
+        "inference/pruning-neurons",
+        "inference/nas-hardware",
+        "practical/pruning",
+        "practical/distillation",
+    )
 
     latency_target: float = option(
         0.7, "share of the unpruned latency to reach", check=lambda v: 0 < v < 1, allowed="above 0 and below 1"
@@ -97,6 +105,10 @@ class NViTPruning(ModelMethod):
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    @property
+    def trains(self) -> bool:
+        return True
 
     def compress_model(self, model: nn.Module, work: Work) -> nn.Module:
         if getattr(type(model), "system", None) != "vit":

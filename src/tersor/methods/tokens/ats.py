@@ -15,6 +15,7 @@ Leave `qkv` out of `--include`, or name it in `--exclude`, and a block stays an 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from tersor import models
 from tersor.calibrate.batches import call, without_target
 from tersor.errors import TersorError
-from tersor.methods.method import ModelMethod, Work, check_options, option, register
+from tersor.methods.method import Method, ModelMethod, Work, check_options, option, register
 from tersor.models.loading import load_state
 
 RANGE = re.compile(r"(\d+)(?:(-)(\d*))?")
@@ -48,6 +49,13 @@ class AdaptiveTokenSampling(ModelMethod):
     """Drop, for each image, the tokens that matter least; no training, no calibration."""
 
     name: ClassVar[str] = "ats"
+    survey_nodes: ClassVar[tuple[str, ...]] = (
+        "inference/pruning-tokens",
+        "inference/pruning-post-training",
+        "practical/pruning",
+        "practical/conditional",
+    )
+    keeps_size: ClassVar[bool] = True
     needs_samples: ClassVar[bool] = False
 
     ats_blocks: str = option(
@@ -66,6 +74,10 @@ class AdaptiveTokenSampling(ModelMethod):
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    @classmethod
+    def recipes(cls, kind: str) -> Sequence[Sequence[Method]]:
+        return [[cls(num_tokens=share)] for share in (1.0, 0.5)] if kind == "image" else []
 
     def compress_model(self, model: nn.Module, work: Work) -> nn.Module:
         if getattr(type(model), "system", None) != "vit":

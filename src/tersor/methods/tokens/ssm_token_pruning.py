@@ -12,7 +12,9 @@ What one image costs is nearly proportional to its tokens, so the report says ho
 share of what the unpruned model would have. `pruning=snapshot` does for Vim what the released, unfinished code does.
 
 Origin: the paper, and ZLKong/ToP-ViM at b5bc231. Which step a place without a token decays with was not published; ours is
-that of the next kept token (models/vision/vim.py). Not proven: the accuracy on ImageNet that the paper reports after training.
+that of the next kept token (models/vision/vim.py). benchmarks/results/ssm_token_pruning.md has the speed, and a Vim trained
+here: the kept tokens were worth more than random ones, but alignment made no difference beyond chance. Not proven: the accuracy
+on ImageNet that the paper reports.
 """
 
 from __future__ import annotations
@@ -51,6 +53,10 @@ class SsmTokenPruning(ModelMethod):
     """Drop the tokens that a state-space vision model's scans say least about; no training, no calibration."""
 
     name: ClassVar[str] = "ssm-token-pruning"
+    survey_nodes: ClassVar[tuple[str, ...]] = (
+        "inference/pruning-tokens",
+        "practical/pruning",
+    )
     needs_samples: ClassVar[bool] = False
 
     prune_after: str = option(

@@ -102,6 +102,14 @@ class TeacherIntervention(ModelMethod):
     """Train a model with ternary or few-bit weights to compute what the original does, at first on the original's signals."""
 
     name: ClassVar[str] = "teacher-intervention"
+    survey_nodes: ClassVar[tuple[str, ...]] = (
+        "inference/quantization-qat",
+        "inference/quantization-binary",
+        "inference/distillation-logits",
+        "inference/distillation-attention",
+        "practical/quantization",
+        "practical/distillation",
+    )
 
     weights: Weights = option(
         "ternary",
@@ -142,6 +150,10 @@ class TeacherIntervention(ModelMethod):
             raise TersorError(
                 f"intervention_steps={self.intervention_steps} are more than all steps={self.steps}; lower it or raise steps"
             )
+
+    @property
+    def trains(self) -> bool:
+        return True
 
     @property
     def first_phase(self) -> int:

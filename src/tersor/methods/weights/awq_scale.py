@@ -30,7 +30,7 @@ the best of the grid; saved results load in transformers. Measured: benchmarks/r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from tersor.formats.grid import Bits
 from tersor.layers.linear_map import matrix_shape, weight_matrix
-from tersor.methods.method import ModelMethod, Work, check_options, option, register
+from tersor.methods.method import Method, ModelMethod, Work, check_options, from_options, option, register
 from tersor.methods.structure.greenformers import input_hessians, turns
 from tersor.methods.weights.gptq_solver import solve_rtn
 from tersor.methods.weights.scale_places import find_places, fold, sizes_of
@@ -70,6 +70,11 @@ class AWQScale(ModelMethod):
     """Scale channels so that rounding loses less; computes the same. A step before rtn or gptq."""
 
     name: ClassVar[str] = "awq-scale"
+    survey_nodes: ClassVar[tuple[str, ...]] = (
+        "inference/quantization-ptq",
+        "inference/quantization-llm",
+    )
+    keeps_size: ClassVar[bool] = True
 
     bits: Bits = option(
         4, f"of the rounding that follows: {BITS_HELP}", check=is_bits, allowed="2, 3, 4, 8 or 'ternary'", word=True
@@ -83,6 +88,13 @@ class AWQScale(ModelMethod):
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    @classmethod
+    def recipes(cls, kind: str) -> Sequence[Sequence[Method]]:
+        if kind != "text":
+            return []
+        rounding = from_options("rtn", {"bits": 4, "group_size": 128, "mse": True})
+        return [[cls(bits=4, group_size=128), rounding]]
 
     @torch.no_grad()
     def compress_model(self, model: nn.Module, work: Work) -> nn.Module:

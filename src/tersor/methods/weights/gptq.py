@@ -6,21 +6,21 @@ inverse Hessian of the layer's inputs. See `gptq_solver.py` for the mathematics.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from tersor.errors import TersorError
-from tersor.formats.grid import Bits, ClipSearch
-from tersor.formats.layouts import Layout
+from tersor.formats.grid import Bits, ClipSearch, Stored
+from tersor.formats.layout import Layout, UniformGrids
 from tersor.layers.linear_map import weight_matrix
 from tersor.methods.block import Block, Statistics
-from tersor.methods.method import BlockMethod, check_options, option, register
-from tersor.methods.weights.gptq_solver import Factor, Solution, factorize, solve_factorized
+from tersor.methods.method import BlockMethod, Method, check_options, option, register
+from tersor.methods.weights.factors import Factors
+from tersor.methods.weights.gptq_solver import Factor, Solution, solve_factorized
 from tersor.methods.weights.rtn import RTN
 from tersor.methods.weights.uniform import BITS_HELP, GROUP_HELP, SYM_HELP, check_grid, is_bits, is_group_size, width_of
 
@@ -31,6 +31,15 @@ class GPTQ(BlockMethod):
     """Quantize to `bits` with error compensation from calibration samples."""
 
     name: ClassVar[str] = "gptq"
+    survey_nodes: ClassVar[tuple[str, ...]] = (
+        "inference/quantization-ptq",
+        "inference/quantization-uniform",
+        "inference/quantization-granularity",
+        "inference/quantization-mixed",
+        "inference/quantization-binary",
+        "inference/quantization-llm",
+        "practical/quantization",
+    )
     layouts: ClassVar[tuple[str, ...]] = ("gptq", "gptq_v2", "compressed-tensors")
 
     bits: Bits = option(4, BITS_HELP, check=is_bits, allowed="2, 3, 4, 8 or 'ternary'", word=True)
@@ -61,6 +70,12 @@ class GPTQ(BlockMethod):
         if self.mse and self.weighted:
             raise TersorError("mse and weighted are two ways to search for the same ranges: choose one")
 
+    @classmethod
+    def recipes(cls, kind: str) -> Sequence[Sequence[Method]]:
+        best = {"desc_act": True, "static_groups": True, "mse": True}
+        few = [cls(bits=bits, group_size=group, **best) for bits in (4, 3, 2) for group in (128, 32)]
+        return [[each] for each in (cls(bits=8), cls(bits=8, group_size=-1), *few)]
+
     def without_inputs(self) -> RTN:
         """Rounding to nearest on the same grids: nothing is multiplied with an embedding, so there is no Hessian."""
         return RTN(bits=self.bits, group_size=self.group_size, sym=self.sym, mse=self.mse or self.weighted)
@@ -68,9 +83,9 @@ class GPTQ(BlockMethod):
     def check_linear(self, name: str, out_features: int, in_features: int, layout: Layout | None) -> None:
         check_grid(name, self.bits, self.group_size, self.sym, out_features, in_features, layout)
         scattered = self.desc_act and not self.static_groups and self.group_size != -1
-        if scattered and layout is not None and layout.name == "compressed-tensors":
+        if scattered and layout is not None and not layout.scattered_groups:
             raise TersorError(
-                "--desc-act scatters the groups, which compressed-tensors no longer has a place for: "
+                f"--desc-act scatters the groups, which {layout.name} no longer has a place for: "
                 "add --static-groups, or use --format gptq"
             )
 
@@ -79,25 +94,14 @@ class GPTQ(BlockMethod):
         for names in groups if self.true_sequential else [[name for group in groups for name in group]]:
             for statistics in block.hessians(names):
                 tokens = {name: each.tokens for name, each in statistics.items()}
-                factors = _Factors(self, block.device)
+                factors = Factors(block.device, damp=self.damp, desc_act=self.desc_act)
                 block.solve(statistics, partial(self._solve, block, statistics, factors), self.group_size, tokens)
 
     def _solve(
-        self, block: Block, statistics: Mapping[str, Statistics], factors: _Factors, name: str
+        self, block: Block, statistics: Mapping[str, Statistics], factors: Factors, name: str
     ) -> tuple[Solution, str]:
         factor, informed = factors.of(statistics[name].hessian)
-        solution = solve_factorized(
-            weight_matrix(block.linears[name]),
-            factor,
-            bits=self.bits,
-            group_size=self.group_size,
-            sym=self.sym,
-            static_groups=self.static_groups,
-            clip_search=ClipSearch(norm=2.0) if self.weighted else ClipSearch() if self.mse else None,
-            weighted=self.weighted,
-            refits=self.refits,
-            stored=block.stored,
-        )
+        solution = self.solution(weight_matrix(block.linears[name]), factor, block.stored)
         notes = []
         if statistics[name].tokens == 0:
             instead = "solved with the mean of its layer's experts" if informed else "rounded to nearest"
@@ -108,34 +112,28 @@ class GPTQ(BlockMethod):
             notes.append("factorized in float64")
         return solution, "; ".join(notes)
 
-    def quantization(self) -> Mapping[str, Any]:
-        return {
-            "bits": width_of(self.bits),
-            "group_size": self.group_size,
-            "sym": self.sym,
-            "desc_act": self.desc_act,
-            "static_groups": self.static_groups,
-            "true_sequential": self.true_sequential,
-            "damp": self.damp,
-        }
+    def solution(self, weight: Tensor, factor: Factor, stored: Stored | None) -> Solution:
+        """A weight [out, in] solved with the factor of its inputs' Hessian, on grids as the file keeps them."""
+        return solve_factorized(
+            weight,
+            factor,
+            bits=self.bits,
+            group_size=self.group_size,
+            sym=self.sym,
+            static_groups=self.static_groups,
+            clip_search=ClipSearch(norm=2.0) if self.weighted else ClipSearch() if self.mse else None,
+            weighted=self.weighted,
+            refits=self.refits,
+            stored=stored,
+        )
 
-
-class _Factors:
-    """The factor of the Hessian that was asked for last, which the maps that share it ask for one after another."""
-
-    def __init__(self, method: GPTQ, device: torch.device) -> None:
-        self.method, self.device = method, device
-        self.last: tuple[Tensor, Factor, bool] | None = None
-
-    def of(self, hessian: Tensor) -> tuple[Factor, bool]:
-        """And whether the Hessian says anything: one of zeros stands for a map that no token reached, which is rounded."""
-        if self.last is None or self.last[0] is not hessian:
-            self.last = None  # a large one is let go before the next is made
-            informed = bool(hessian.any())
-            H = (
-                hessian.to(self.device)
-                if informed
-                else torch.eye(len(hessian), dtype=hessian.dtype, device=self.device)
-            )
-            self.last = hessian, factorize(H, damp=self.method.damp, desc_act=self.method.desc_act), informed
-        return self.last[1:]
+    def quantization(self) -> UniformGrids:
+        return UniformGrids(
+            bits=width_of(self.bits),
+            group_size=self.group_size,
+            sym=self.sym,
+            desc_act=self.desc_act,
+            static_groups=self.static_groups,
+            true_sequential=self.true_sequential,
+            damp=self.damp,
+        )

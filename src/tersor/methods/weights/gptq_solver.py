@@ -17,7 +17,7 @@ U_BB = R_BB⁻¹. So one factorization is all that a layer costs beside its matm
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from tersor.formats.grid import Bits, ClipSearch, Grid, Stored, as_stored, dequa
 from tersor.formats.quantized_weight import QuantizedWeight, natural_groups
 from tersor.kernels import gptq_block
 from tersor.methods.weights.refit import column_weights, refit_scales
+from tersor.methods.weights.sparsity import Pruner, zeros_in
 
 BLOCK_SIZE = 128  # columns that are brought up to date together
 DAMPING_STEPS = (1, 10, 100, 1000)  # multiples of `damp` that are tried in turn where H is not positive definite
@@ -39,7 +40,8 @@ class Solution:
 
     error: Σ (w - q)² / (2 U_ii²) with w as it was when its turn came, which equals ½ Σ_rows dᵀ (H + damp·I) d with d = W - Q.
     damp: the fraction of the mean diagonal that was added to it in the end. in_float64: whether H could be inverted in this
-    precision only.
+    precision only. condition: as in `Factor`; None where no H was factorized. sparsity: the share of zeros, where the method
+    makes weights so.
     """
 
     codes: Tensor
@@ -50,13 +52,23 @@ class Solution:
     error: float
     damp: float
     in_float64: bool = False
+    condition: float | None = None
+    sparsity: float | None = None
+
+    @property
+    def width(self) -> int:
+        """Bits that a code takes in a file."""
+        return 2 if self.bits == "ternary" else self.bits
 
     def dequantize(self) -> Tensor:
         """The weight that a reader of the packed result gets back, [rows, columns]."""
         return dequantize(self.codes, self.scales[:, self.g_idx], self.zeros[:, self.g_idx], self.bits)
 
-    def pack(self, group_size: int, stored: Stored | None) -> QuantizedWeight:
-        """The packed weight. Symmetric ternary levels -s, 0, s are 2-bit codes 1, 2, 3: the zero point of all symmetric grids."""
+    def pack(self, group_size: int, stored: Stored | None) -> QuantizedWeight | None:
+        """The packed weight. Symmetric ternary levels -s, 0, s are 2-bit codes 1, 2, 3: the zero point of all symmetric grids.
+        None for ternary levels of two magnitudes, which no file format holds."""
+        if self.bits == "ternary" and not torch.equal(self.scales, -self.zeros):
+            return None
         scales = self.scales if stored is None else self.scales.to(stored.scale_dtype)
         codes, zeros, bits = self.codes, self.zeros, self.bits
         if bits == "ternary":
@@ -79,6 +91,12 @@ class Factor:
     R: Tensor
     damp: float
     in_float64: bool
+
+    @property
+    def condition(self) -> float:
+        """A lower bound of the damped Hessian's condition number: (max r_ii / min r_ii)²."""
+        diagonal = self.R.diagonal()
+        return float((diagonal.max() / diagonal.min()).double().square())
 
 
 def factorize(hessian: Tensor, *, damp: float = 0.01, desc_act: bool = False) -> Factor:
@@ -128,12 +146,13 @@ def solve_factorized(
     block_size: int = BLOCK_SIZE,
     stored: Stored | None = None,
     grid: Grid | None = None,
+    pruner: Pruner | None = None,
 ) -> Solution:
     """As `solve_gptq`, for one of several layers that share their Hessian.
 
     weighted: the search for ranges counts a column's errors as the Hessian does. refits: how often the steps are fitted to the
     integers anew, and the integers to the steps. grid: the rows' grids, where they are not to be fitted here (with
-    group_size=-1).
+    group_size=-1). pruner: chooses weights that become zero (with the columns in their own order).
     """
     R, order = factor.R, factor.order
     W = weight.detach().to(R.device, R.dtype, copy=True)
@@ -162,15 +181,16 @@ def solve_factorized(
             inside = slice(group * size, (group + 1) * size)
             _store(scales, zeros, group, fit(W[:, inside], inside))
         groups = groups[order]
-    in_kernel = gptq_block.has_kernel(W, block_size)
+    in_kernel = pruner is None and gptq_block.has_kernel(W, block_size)
     fit_in_loop = whole is None and not static_groups
     fit_in_kernel = fit_in_loop and in_kernel and clip_search is None and gptq_block.can_fit(size, block_size, stored)
     grids = gptq_block.Grids(bits, sym, stored, size) if fit_in_kernel else gptq_block.Grids(bits)
-    inverses = _inverse_diagonal_blocks(R, block_size)
+    inverses = inverse_diagonal_blocks(R, block_size)
     ordered = W[:, order]
     codes, errors = _solve(
         ordered, R, inverses, scales, zeros, groups, grids, in_kernel,
         fit=(lambda x, first: fit(x, order[first : first + size])) if fit_in_loop and not fit_in_kernel else None, size=size,
+        pruner=pruner,
     )  # fmt: skip
     for _ in range(refits):
         newer = _refitted(ordered, codes, scales, zeros, groups, R, bits, stored)
@@ -180,7 +200,7 @@ def solve_factorized(
         codes, scales = torch.where(better, found, codes), torch.where(better, newer, scales)
         zeros, errors = torch.where(better, new_zeros, zeros), torch.minimum(less, errors)
     inverse_order = torch.argsort(order)
-    return Solution(
+    solution = Solution(
         codes=codes[:, inverse_order],
         scales=scales,
         zeros=zeros,
@@ -189,7 +209,9 @@ def solve_factorized(
         error=float(errors.sum()),
         damp=factor.damp,
         in_float64=factor.in_float64,
+        condition=factor.condition,
     )
+    return solution if pruner is None else replace(solution, sparsity=zeros_in(solution.dequantize()))
 
 
 def _solve(
@@ -204,6 +226,7 @@ def _solve(
     *,
     fit: Callable[[Tensor, int], Grid] | None = None,
     size: int = 0,
+    pruner: Pruner | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The integers [rows, columns] and each row's loss. W: its columns in the order of solving. inverses: of R's diagonal blocks.
 
@@ -236,7 +259,7 @@ def _solve(
             )
         else:
             scale, zero = scales[:, groups[block]], zeros[:, groups[block]]
-            codes[:, block], levels = solve_block(now, U, scale, zero, grids.bits, errors)
+            codes[:, block], levels = solve_block(now, U, scale, zero, grids.bits, errors, pruner, first=start)
             D[:, block] = W[:, block] - levels
     return codes, errors
 
@@ -256,15 +279,30 @@ def _refitted(
     return as_stored(refit_scales(W, codes.to(W.dtype) - middle, scales, groups, R), stored)
 
 
-def solve_block(W: Tensor, U: Tensor, scale: Tensor, zero: Tensor, bits: Bits, errors: Tensor) -> tuple[Tensor, Tensor]:
+def solve_block(
+    W: Tensor,
+    U: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bits: Bits,
+    errors: Tensor,
+    pruner: Pruner | None = None,
+    *,
+    first: int = 0,
+) -> tuple[Tensor, Tensor]:
     """The columns of one block, one after another; all grids are known. kernels/gptq_block.py does the same on a GPU.
 
     W, scale, zero [rows, width], U [width, width]. Returns codes and levels [rows, width]; adds to errors [rows].
+    pruner: chooses weights that become zero before they are rounded; first: the number of the block's first column.
     """
     W = W.clone()
     codes, levels = torch.empty_like(W), torch.empty_like(W)
+    gone = torch.zeros_like(W, dtype=torch.bool)
     for i in range(W.shape[1]):
-        codes[:, i] = quantize(W[:, i], scale[:, i], zero[:, i], bits)
+        if pruner is not None and i % pruner.step(W.shape[1]) == 0:
+            group = slice(i, i + pruner.step(W.shape[1]))
+            gone[:, group] = pruner.removed(W[:, group].square() / U.diagonal()[group].square(), first + i)
+        codes[:, i] = quantize(W[:, i].masked_fill(gone[:, i], 0), scale[:, i], zero[:, i], bits)
         levels[:, i] = dequantize(codes[:, i], scale[:, i], zero[:, i], bits)
         error = (W[:, i] - levels[:, i]) / U[i, i]
         errors += error.square() / 2
@@ -279,7 +317,7 @@ def _inverse(R: Tensor) -> Tensor:
     return inverse.contiguous()  # torch.linalg gives columns that lie together
 
 
-def _inverse_diagonal_blocks(R: Tensor, size: int) -> list[Tensor]:
+def inverse_diagonal_blocks(R: Tensor, size: int) -> list[Tensor]:
     """The inverses of R's blocks of `size` along its diagonal; the last may be smaller."""
     blocks = [R[start : start + size, start : start + size] for start in range(0, len(R), size)]
     whole = [block for block in blocks if len(block) == size]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from tersor.formats.grid import Bits, ClipSearch
-from tersor.formats.layouts import Layout
+from tersor.formats.layout import Layout, UniformGrids
 from tersor.layers.linear_map import weight_matrix
 from tersor.methods.block import Block
-from tersor.methods.method import BlockMethod, check_options, option, register
+from tersor.methods.method import BlockMethod, Method, check_options, option, register
 from tersor.methods.weights.gptq_solver import Solution, solve_rtn
 from tersor.methods.weights.uniform import (
     BITS_HELP,
@@ -19,7 +19,7 @@ from tersor.methods.weights.uniform import (
     check_grid,
     is_bits,
     is_group_size,
-    uniform_quantization,
+    width_of,
 )
 
 
@@ -29,6 +29,13 @@ class RTN(BlockMethod):
     """Quantize to `bits` by rounding each weight to its nearest level; needs no calibration."""
 
     name: ClassVar[str] = "rtn"
+    survey_nodes: ClassVar[tuple[str, ...]] = (
+        "inference/quantization-ptq",
+        "inference/quantization-uniform",
+        "inference/quantization-granularity",
+        "inference/quantization-binary",
+        "practical/quantization",
+    )
     layouts: ClassVar[tuple[str, ...]] = ("gptq", "gptq_v2", "compressed-tensors")
     needs_samples: ClassVar[bool] = False
 
@@ -39,6 +46,10 @@ class RTN(BlockMethod):
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    @classmethod
+    def recipes(cls, kind: str) -> Sequence[Sequence[Method]]:
+        return [[cls(bits=bits, group_size=group, mse=bits < 8)] for bits in (8, 4) for group in (128, 32, -1)]
 
     def without_inputs(self) -> RTN:
         return self
@@ -60,5 +71,5 @@ class RTN(BlockMethod):
 
         block.solve(block.linears, solve, self.group_size, tokens={})
 
-    def quantization(self) -> Mapping[str, Any]:
-        return uniform_quantization(self.bits, group_size=self.group_size, sym=self.sym)
+    def quantization(self) -> UniformGrids:
+        return UniformGrids(width_of(self.bits), self.group_size, self.sym)

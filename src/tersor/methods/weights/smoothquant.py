@@ -60,6 +60,11 @@ class SmoothQuant(ModelMethod):
     """Move outliers from activations into weights; computes the same. A step before quantization."""
 
     name: ClassVar[str] = "smoothquant"
+    survey_nodes: ClassVar[tuple[str, ...]] = (
+        "inference/quantization-ptq",
+        "inference/quantization-llm",
+    )
+    keeps_size: ClassVar[bool] = True
 
     alpha: float = option(
         0.5, "how much of the outliers goes into the weights", check=lambda v: 0 <= v <= 1, allowed="between 0 and 1"

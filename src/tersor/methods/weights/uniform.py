@@ -6,7 +6,7 @@ from typing import Any
 
 from tersor.errors import TersorError
 from tersor.formats.grid import Bits
-from tersor.formats.layouts import BITS, Layout
+from tersor.formats.layout import BITS, Layout
 from tersor.formats.packing import WORD
 
 BITS_HELP = "2, 3, 4, 8 or ternary"
@@ -25,19 +25,6 @@ def is_group_size(value: Any) -> bool:
 def width_of(bits: Bits) -> int:
     """Bits that one code takes in a file."""
     return 2 if bits == "ternary" else bits
-
-
-def uniform_quantization(bits: Bits, *, group_size: int, sym: bool) -> dict[str, Any]:
-    """What a file's config says of plain uniform grids."""
-    return {
-        "bits": width_of(bits),
-        "group_size": group_size,
-        "sym": sym,
-        "desc_act": False,
-        "static_groups": False,
-        "true_sequential": False,
-        "damp": 0.01,
-    }
 
 
 def check_grid(

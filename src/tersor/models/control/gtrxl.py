@@ -243,7 +243,7 @@ class GTrXL(nn.Module):
                 f"gtrxl's memory is {tuple(memory.shape)}, for this x it is {wanted}, or None at the start"
             )
         memory = memory.detach()
-        distances = self._sinusoids(torch.arange(memory.shape[1] + len(x), device=x.device, dtype=x.dtype))
+        distances = self._sinusoids(torch.arange(memory.shape[1] + x.shape[0], device=x.device, dtype=x.dtype))
         seen = []
         for layer, before in zip(self.layers, memory, strict=True):
             seen.append(torch.cat((before, x.detach())))

@@ -50,7 +50,7 @@ class Cells:
 
     def pool(self, x: Tensor, reduce: str) -> Tensor:
         """x (B, N, D) -> (B, count, D), "mean" or "amax" over a cell's tokens, 0 where a cell has none."""
-        empty = x.new_zeros(len(x), self.count, x.shape[2])
+        empty = x.new_zeros(x.shape[0], self.count, x.shape[2])
         return empty.scatter_reduce(1, self._rows(x), x, reduce, include_self=False)
 
     def spread(self, pooled: Tensor) -> Tensor:

@@ -180,7 +180,7 @@ class G3PT(nn.Module):
             raise TersorError(
                 f"this g3pt takes {sum(self.config.scales)} tokens of all its scales, not {tokens.shape[1]}"
             )
-        label, context = self._conditions(len(tokens), label, context, drop=self.training)
+        label, context = self._conditions(tokens.shape[0], label, context, drop=self.training)
         front = self.front(label, context)
         parts = [self.first(label)]
         total = None

@@ -134,7 +134,7 @@ class Querying(nn.Module):
         self.block = CrossBlock(width, heads)
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.block(self.queries.expand(len(z), -1, -1), z)
+        return self.block(self.queries.expand(z.shape[0], -1, -1), z)
 
 
 @dataclass(frozen=True)

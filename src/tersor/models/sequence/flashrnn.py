@@ -100,7 +100,7 @@ class RNN(nn.Module):
         Wx = self.W(x).unflatten(-1, (self.cell.input_gates, self.num_heads, self.head_dim))
         if states is None and any(self.initial_val):
             start = Wx.new_tensor(self.initial_val)
-            states = start[:, None, None, None, None].expand(-1, len(x), 1, self.num_heads, self.head_dim)
+            states = start[:, None, None, None, None].expand(-1, x.shape[0], 1, self.num_heads, self.head_dim)
         after, last = flashrnn(Wx, self.R, self.b, states, function=self.function)
         return after[0].flatten(-2), last
 
@@ -162,13 +162,15 @@ class FlashRNN(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         return self.prefill(input_ids)[0]
 
-    def prefill(self, input_ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Logits of all tokens, and the state after the last; a text may come in several pieces."""
+    def prefill(
+        self, input_ids: Tensor, state: State | None = None, *, last_only: bool = False
+    ) -> tuple[Tensor, State]:
+        """Logits of all tokens, or of the last one only, and the state after it; a text may come in several pieces."""
         x, after = self.embed(input_ids), []
         for index, block in enumerate(self.blocks):
             x, last = block(x, None if state is None else state[index])
             after.append(last)
-        return self.lm_head(self.norm(x)), after
+        return self.lm_head(self.norm(x[:, -1:] if last_only else x)), after
 
     def step(self, token: Tensor, state: State) -> tuple[Tensor, State]:
         """token (B,) -> logits (B, vocab_size) of the next one, and the next state."""

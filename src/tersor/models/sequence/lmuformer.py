@@ -87,7 +87,7 @@ class Conv3(nn.Conv1d):
         x = F.pad(x, (0, 0, 1, 0)) if state is None else torch.cat((state, x), 1)
         padded = F.pad(x, (0, 0, 0, 1)) if last else x
         if padded.shape[1] < 3:
-            return x.new_empty(len(x), 0, self.out_channels), x
+            return x.new_empty(x.shape[0], 0, self.out_channels), x
         return F.conv1d(padded.transpose(1, 2), self.weight).transpose(1, 2), x[:, -2:]
 
 
@@ -321,7 +321,7 @@ class _Former(nn.Module):
         sums, count, parts = state or (0.0, 0, None)
         x, parts = self._run(frames, parts, last=last)
         if not x.shape[1]:
-            return x.new_empty(len(x), 0, self.config.num_classes), (sums, count, parts)
+            return x.new_empty(x.shape[0], 0, self.config.num_classes), (sums, count, parts)
         total = sums + x.cumsum(1)
         places = torch.arange(count + 1, count + x.shape[1] + 1, device=x.device, dtype=x.dtype)
         return self.head(total / places[:, None]), (total[:, -1:], count + x.shape[1], parts)

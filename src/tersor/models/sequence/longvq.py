@@ -177,7 +177,7 @@ class Layer(nn.Module):
             u = u * valid[..., None]  # else the memory would read padding backwards
         before = None
         if remember:
-            before = state[0] if state is not None else self.memory.kernel.recurrence().initial_state(len(x))
+            before = state[0] if state is not None else self.memory.kernel.recurrence().initial_state(x.shape[0])
         m, memory = self.memory(u, before)
         z = F.silu(self.base(m))
         q = (z * self.kappa[0] + self.mu[0]) * self.config.d_z**-0.5
@@ -314,10 +314,12 @@ class LongVQLM(nn.Module):
         logits: Tensor = self.lm_head(self.backbone(self.embed(input_ids))[0])
         return logits
 
-    def prefill(self, input_ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Logits of all tokens, and the state after the last; a text may come in several pieces."""
+    def prefill(
+        self, input_ids: Tensor, state: State | None = None, *, last_only: bool = False
+    ) -> tuple[Tensor, State]:
+        """Logits of all tokens, or of the last one only, and the state after it; a text may come in several pieces."""
         x, state = self.backbone(self.embed(input_ids), state, remember=True)
-        return self.lm_head(x), state
+        return self.lm_head(x[:, -1:] if last_only else x), state
 
     def step(self, token: Tensor, state: State) -> tuple[Tensor, State]:
         """token (B,) -> logits (B, vocab_size) of the next one, and the next state."""

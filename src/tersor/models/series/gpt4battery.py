@@ -357,7 +357,7 @@ class RBNet(nn.Module):
         patches = self.patch_embedding(scale.apply(x_enc))
         prototypes = self.mapping_layer(self.gpt2.wte.weight.T).T  # (S, D)
         tokens = self.reprogramming_layer(patches, prototypes)
-        prefix = self.gpt2.wte(self.sentence).expand(len(tokens), -1, -1)
+        prefix = self.gpt2.wte(self.sentence).expand(tokens.shape[0], -1, -1)
         return scale.undo(self.out_layer(self.gpt2(torch.cat((prefix, tokens), 1))))
 
     def health_and_charge(self, x_enc: Tensor) -> tuple[Tensor, Tensor]:

@@ -280,7 +280,7 @@ class Tempo(nn.Module):
             return torch.cat((self._chosen(tokens), tokens), 1)
         words = self.gpt2_trend.wte(self.get_buffer(f"prompt_ids_{part}"))
         prompt = self.get_submodule(f"prompt_layer_{part}")(words)  # (9, D)
-        return torch.cat((prompt.expand(len(x), -1, -1), tokens), 1)
+        return torch.cat((prompt.expand(x.shape[0], -1, -1), tokens), 1)
 
     def _chosen(self, tokens: Tensor) -> Tensor:
         """(B N, 9, D): of the pool's prompts those whose keys are nearest to a summary of the tokens."""

@@ -167,10 +167,12 @@ class CoT(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         return self.prefill(input_ids)[0]
 
-    def prefill(self, input_ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Logits of all tokens, and the state after the last; a text may come in several pieces."""
+    def prefill(
+        self, input_ids: Tensor, state: State | None = None, *, last_only: bool = False
+    ) -> tuple[Tensor, State]:
+        """Logits of all tokens, or of the last one only, and the state after it; a text may come in several pieces."""
         x, state = self.transformer(input_ids, state)
-        return self.lm_head(x), state
+        return self.lm_head(x[:, -1:] if last_only else x), state
 
     def step(self, token: Tensor, state: State) -> tuple[Tensor, State]:
         """token (B,) -> logits (B, vocab) of the next one, and the next state."""

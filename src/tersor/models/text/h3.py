@@ -381,12 +381,14 @@ class H3(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         return self.lm_head(self.backbone(input_ids)[0])
 
-    def prefill(self, input_ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Logits of all tokens, and the state after the last; a text may come in several pieces."""
+    def prefill(
+        self, input_ids: Tensor, state: State | None = None, *, last_only: bool = False
+    ) -> tuple[Tensor, State]:
+        """Logits of all tokens, or of the last one only, and the state after it; a text may come in several pieces."""
         if self.config.max_position_embeddings:
             raise TersorError("an h3 with learned positions has no state: max_position_embeddings must be 0")
         x, state = self.backbone(input_ids, state, keep=True)
-        return self.lm_head(x), state
+        return self.lm_head(x[:, -1:] if last_only else x), state
 
     def step(self, token: Tensor, state: State) -> tuple[Tensor, State]:
         """token (B,) -> logits (B, padded vocabulary) of the next one, and the next state."""

@@ -172,10 +172,12 @@ class LifeGPT(nn.Module):
         """visible (B, L), for training: False where a key is hidden. The first of a sequence must not be."""
         return self.to_logits(self.attn_layers(self.token_emb(input_ids), None, visible)[0])
 
-    def prefill(self, input_ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Logits of all tokens, and the state after the last; a text may come in several pieces."""
+    def prefill(
+        self, input_ids: Tensor, state: State | None = None, *, last_only: bool = False
+    ) -> tuple[Tensor, State]:
+        """Logits of all tokens, or of the last one only, and the state after it; a text may come in several pieces."""
         x, state = self.attn_layers(self.token_emb(input_ids), state, None)
-        return self.to_logits(x), state
+        return self.to_logits(x[:, -1:] if last_only else x), state
 
     def step(self, token: Tensor, state: State) -> tuple[Tensor, State]:
         """token (B,) -> logits (B, num_tokens) of the next one, and the next state."""

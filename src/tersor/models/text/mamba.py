@@ -156,21 +156,31 @@ class Mamba1Mixer(nn.Module):
         self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(d_inner, 1))
         self.D = nn.Parameter(torch.ones(d_inner))
         self.out_proj = nn.Linear(d_inner, d_model, bias=config.bias)
+        self._kept: tuple[Tensor, tuple[int, int], Tensor] | None = None
 
     def forward(
         self, u: Tensor, state: LayerState | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, LayerState]:
         conv_state, ssm_state = (None, None) if state is None else state
         x, z = self.in_proj(u).chunk(2, -1)
-        x, conv_state = self.conv1d(x, conv_state, mask)
-        x = F.silu(x)
+        x, conv_state = self.conv1d(x, conv_state, mask, silu=True)
         dt, B, C = self.x_proj(x).split(self.widths, -1)
         dt = self.dt_proj(dt)
-        A = -torch.exp(self.A_log.float())
         y, ssm_state = selective_scan(
-            x, dt, A, B, C, D=self.D, z=z, dt_softplus=True, mask=mask, initial_state=ssm_state
+            x, dt, self._A(), B, C, D=self.D, z=z, dt_softplus=True, mask=mask, initial_state=ssm_state
         )
         return self.out_proj(y), (conv_state, ssm_state)
+
+    def _A(self) -> Tensor:
+        """-exp(A_log), float32; kept from token to token while nobody learns."""
+        A_log = self.A_log
+        real = type(A_log) in (Tensor, nn.Parameter) and not A_log.is_inference()
+        if not real or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return -torch.exp(A_log.float())
+        now = A_log.data_ptr(), A_log._version
+        if self._kept is None or self._kept[0] is not A_log or self._kept[1] != now:
+            self._kept = A_log, now, -torch.exp(A_log.float())
+        return self._kept[2]
 
 
 class Attention(nn.Module):
@@ -346,12 +356,17 @@ class Mamba(nn.Module):
         return self.prefill(input_ids, attention_mask=attention_mask)[0]
 
     def prefill(
-        self, input_ids: Tensor, state: State | None = None, *, attention_mask: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        state: State | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        last_only: bool = False,
     ) -> tuple[Tensor, State]:
-        """Logits of all tokens, and the state after the last; a text may come in several pieces."""
+        """Logits of all tokens, or of the last one only, and the state after it; a text may come in several pieces."""
         mask = None if attention_mask is None else attention_mask.bool()
         x, state = self.backbone(input_ids, state, mask)
-        return self.lm_head(x), state
+        return self.lm_head(x[:, -1:] if last_only else x), state
 
     def step(self, token: Tensor, state: State) -> tuple[Tensor, State]:
         """token (B,) -> logits (B, padded vocabulary) of the next one, and the next state."""

@@ -263,12 +263,17 @@ class MambaHybrid(nn.Module):
         return self.prefill(input_ids, attention_mask=attention_mask)[0]
 
     def prefill(
-        self, input_ids: Tensor, state: State | None = None, *, attention_mask: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        state: State | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        last_only: bool = False,
     ) -> tuple[Tensor, State]:
-        """Logits of all tokens, and the state after the last; a text may come in several pieces."""
+        """Logits of all tokens, or of the last one only, and the state after it; a text may come in several pieces."""
         mask = None if attention_mask is None else attention_mask.bool()
         x, state = self.model(input_ids, state, mask)
-        return self.lm_head(x), state
+        return self.lm_head(x[:, -1:] if last_only else x), state
 
     def step(self, token: Tensor, state: State) -> tuple[Tensor, State]:
         """token (B,) -> logits (B, vocab_size) of the next one, and the next state."""

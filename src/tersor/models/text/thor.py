@@ -137,7 +137,7 @@ class Lots:
         experts = self.config.num_experts
         if self.training:
             return int(torch.randint(experts, ()))
-        rows = len(x) if self.config.inference_level == 0 else 1
+        rows = x.shape[0] if self.config.inference_level == 0 else 1
         return torch.randint(experts, (rows, x.shape[1]), device=x.device)
 
 

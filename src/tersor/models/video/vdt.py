@@ -161,7 +161,7 @@ class Block(nn.Module):
             self.temporal_fc = nn.Linear(d, d)
 
     def forward(self, z: Tensor, c: Tensor) -> Tensor:
-        B, T, N = len(c), len(z) // len(c), z.shape[1]
+        B, T, N = c.shape[0], z.shape[0] // c.shape[0], z.shape[1]
         if self.video:
             rows = rearrange(z, "(b t) n d -> (b n) t d", b=B)
             rows = rows + self.temporal_fc(self.temporal_attn(self.temporal_norm1(rows)))
@@ -181,7 +181,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d))
 
     def forward(self, z: Tensor, c: Tensor) -> Tensor:
-        s, g = self.adaLN_modulation(c).repeat_interleave(len(z) // len(c), 0)[:, None].chunk(2, -1)
+        s, g = self.adaLN_modulation(c).repeat_interleave(z.shape[0] // c.shape[0], 0)[:, None].chunk(2, -1)
         return self.linear(self.norm_final(z) * (1 + g) + s)
 
 

@@ -134,7 +134,7 @@ def sample_tokens(scores: Tensor, points: int) -> Tensor:
     position = position.sort(-1).values
     right = torch.cat([position[:, 1:], torch.ones_like(position[:, :1])], 1)
     position = position.masked_fill(position == right, N).sort(-1).values[:, :N]
-    return torch.cat([tokens, tokens.new_full((len(tokens), 1), N)], 1).gather(1, position)
+    return torch.cat([tokens, tokens.new_full((tokens.shape[0], 1), N)], 1).gather(1, position)
 
 
 class AtsAttention(Attention):
@@ -172,9 +172,8 @@ class AtsAttention(Attention):
         rows = rows.masked_fill(empty, 0)
         kept = (~empty).to(scores.dtype) if policy is None else policy.gather(1, rows).masked_fill(empty, 0)
         if self.drop_tokens:
-            counts = (kept > 0).sum(1).tolist()
-            m = max(counts)
-            return rows[:, :m], None if min(counts) == m else kept[:, :m]
+            m = int((kept > 0).sum(1).max())
+            return rows[:, :m], None if bool(kept[:, :m].all()) else kept[:, :m]
         more = (0, n - rows.shape[1])
         return F.pad(rows, more), F.pad(kept, more)
 
@@ -250,7 +249,7 @@ class ATS(nn.Module):
 
     def _run(self, image: Tensor) -> tuple[Tensor, Tensor]:
         patches = self.patch_embed(image)
-        x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], 1) + self.pos_embed
+        x = torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], 1) + self.pos_embed
         policy = None if self.config.drop_tokens else torch.ones_like(x[..., 0])
         counts = []
         for block in self.blocks:

@@ -320,7 +320,7 @@ class Queries(nn.Module):
         self.blocks = nn.ModuleList([QueryBlock(config)])
 
     def forward(self, context: Tensor) -> Tensor:
-        x = self.emb.weight.expand(len(context), -1, -1)
+        x = self.emb.weight.expand(context.shape[0], -1, -1)
         for block in self.blocks:
             x = block(x, context)
         return x

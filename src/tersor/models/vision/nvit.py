@@ -231,7 +231,7 @@ class NViT(nn.Module):
     def forward(self, image: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         patches = self.patch_embed(image)
         first = [self.cls_token] if self.dist_token is None else [self.cls_token, self.dist_token]
-        x = torch.cat([*(token.expand(len(patches), -1, -1) for token in first), patches], 1) + self.pos_embed
+        x = torch.cat([*(token.expand(patches.shape[0], -1, -1) for token in first), patches], 1) + self.pos_embed
         for block in self.blocks:
             x = block(x)
         x = self.norm(x)

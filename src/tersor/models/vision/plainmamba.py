@@ -91,7 +91,7 @@ class Walks:
     def on_grid(self, x: Tensor) -> Tensor:
         """x (B, n, C) -> (B, C, H, W), zeros where no token is."""
         if self.places is not None:
-            empty = x.new_zeros(len(x), self.grid[0] * self.grid[1], x.shape[-1])
+            empty = x.new_zeros(x.shape[0], self.grid[0] * self.grid[1], x.shape[-1])
             x = empty.scatter(1, self.places[..., None].expand_as(x), x)
         return x.transpose(1, 2).unflatten(2, self.grid)  # type: ignore[no-untyped-call]
 

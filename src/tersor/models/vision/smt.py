@@ -307,7 +307,7 @@ def to_tokens(x: Tensor) -> Tensor:
 
 def to_map(tokens: Tensor, H: int, W: int) -> Tensor:
     """(B, H W, C) -> (B, C, H, W)."""
-    return tokens.transpose(1, 2).reshape(len(tokens), -1, H, W)
+    return tokens.transpose(1, 2).reshape(tokens.shape[0], -1, H, W)
 
 
 def norm_channels(norm: nn.LayerNorm, x: Tensor) -> Tensor:

@@ -219,7 +219,7 @@ class Stage(nn.Module):
             order = self._order(x) if second and groups > 1 else None
             x = self.blocks[str(2 * (u - u % self.loops))](x, groups, order)
             x = self.blocks[str(2 * u + 1)](x)
-        return x.transpose(1, 2).reshape(len(x), -1, H, W)
+        return x.transpose(1, 2).reshape(x.shape[0], -1, H, W)
 
     def _order(self, x: Tensor) -> Tensor:
         if self.shuffle == "random" or (self.shuffle == "train" and self.training):

@@ -100,7 +100,9 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(config.drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).reshape(len(x), self.heads, -1, x.shape[-2] * x.shape[-1]).transpose(2, 3).chunk(3, -1)
+        q, k, v = (
+            self.qkv(x).reshape(x.shape[0], self.heads, -1, x.shape[-2] * x.shape[-1]).transpose(2, 3).chunk(3, -1)
+        )
         dropout = self.drop if self.training else 0.0
         mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)  # (B, h, N, C/h)
         return self.proj_drop(self.proj(mixed.transpose(2, 3).reshape(x.shape)))
@@ -144,7 +146,7 @@ def to_cells(x: Tensor, side: int) -> Tensor:
 
 def from_cells(cells: Tensor, side: int, grid: tuple[int, int]) -> Tensor:
     """The inverse, for a grid of cells."""
-    B, C = len(cells), cells.shape[-1]
+    B, C = cells.shape[0], cells.shape[-1]
     x = cells.reshape(B, *grid, side, side, C).permute(0, 5, 1, 3, 2, 4)
     return x.reshape(B, C, grid[0] * side, grid[1] * side)
 

@@ -171,7 +171,7 @@ class Scattering(nn.Module):
 
     def mix(self, high: Tensor) -> Tensor:
         """high (B, C, 6, h, w, 2); here C is split as (block, channel)."""
-        x = high.movedim(1, -2).reshape(len(high), *high.shape[2:5], BLOCKS, -1, 2)
+        x = high.movedim(1, -2).reshape(high.shape[0], *high.shape[2:5], BLOCKS, -1, 2)
         first = (self.complex_weight_lh_1, self.complex_weight_lh_b1)
         second = (self.complex_weight_lh_2, self.complex_weight_lh_b2)
         x = complex_mlp(x, "...bd,bdk->...bk", first, second)
@@ -441,7 +441,7 @@ def to_tokens(x: Tensor) -> Tensor:
 
 def to_map(tokens: Tensor, H: int, W: int) -> Tensor:
     """(B, H W, C) -> (B, C, H, W)."""
-    return tokens.transpose(1, 2).reshape(len(tokens), -1, H, W)
+    return tokens.transpose(1, 2).reshape(tokens.shape[0], -1, H, W)
 
 
 def init_weights(module: nn.Module) -> None:

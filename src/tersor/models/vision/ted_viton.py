@@ -90,7 +90,7 @@ class GarmentNet(nn.Module):
     def forward(self, garment: Tensor, encoder_hidden_states: Tensor, pooled_projections: Tensor) -> list[Tensor]:
         """Latents (B, C, H, W) and the garment's text -> for each block of the base (B, G, D)."""
         x, y = self.pos_embed(garment), self.context_embedder(encoder_hidden_states)
-        c = self.time_text_embed(garment.new_zeros(len(garment)), pooled_projections)
+        c = self.time_text_embed(garment.new_zeros(garment.shape[0]), pooled_projections)
         entered = [x]
         for block in self.transformer_blocks:
             x, y = block(x, y, c)
@@ -130,7 +130,7 @@ class Resampler(nn.Module):
         self.norm_out = nn.LayerNorm(config.base.width)
 
     def forward(self, features: Tensor) -> Tensor:
-        features, queries = self.proj_in(features), self.latents.expand(len(features), -1, -1)
+        features, queries = self.proj_in(features), self.latents.expand(features.shape[0], -1, -1)
         for layer in self.layers:
             queries = layer(features, queries)
         return self.norm_out(self.proj_out(queries))
@@ -231,7 +231,7 @@ class TEDVITON(nn.Module):
         name, C = "pos_embed.proj.weight", self.config.base.in_channels
         if name in state and state[name].dim() == 4 and state[name].shape[1] == C:
             patches = state[name]
-            wide = patches.new_zeros(len(patches), self.config.tryon.in_channels, *patches.shape[2:])
+            wide = patches.new_zeros(patches.shape[0], self.config.tryon.in_channels, *patches.shape[2:])
             wide[:, :C] = patches
             load_state(self.tryon, {**state, name: wide}, what="ted_viton's try-on net cannot take this base")
             own = {key: value for key, value in state.items() if key in self.garment.state_dict()}

@@ -268,7 +268,7 @@ def unrolled_order(grid: Sequence[int], stride: Sequence[int], levels: int) -> T
 
 def max_pool(x: Tensor, pool: int) -> Tensor:
     """x (B, N, C) -> (B, N / pool, C): in the unrolled order, the maximum over the finest level."""
-    return x.reshape(len(x), pool, -1, x.shape[-1]).amax(1) if pool > 1 else x
+    return x.reshape(x.shape[0], pool, -1, x.shape[-1]).amax(1) if pool > 1 else x
 
 
 class MaskUnitAttention(nn.Module):
@@ -405,7 +405,7 @@ class TurboViT(nn.Module):
         (H, W), (a, b) = self.config.grid, self.config.q_stride
         grid = (H // a**pools, W // b**pools)
         order = unrolled_order(grid, (a, b), len(self.config.stages) - 1 - pools).argsort()
-        return x[:, order.to(x.device)].transpose(1, 2).reshape(len(x), -1, *grid)
+        return x[:, order.to(x.device)].transpose(1, 2).reshape(x.shape[0], -1, *grid)
 
     def forward(self, image: Tensor) -> Tensor:
         x = self.embed(image)

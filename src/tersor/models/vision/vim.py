@@ -199,10 +199,10 @@ class Vim(nn.Module):
             raise TersorError(f"this vim takes images of {side} x {side} pixels, not {got}; img_size sets others")
         patches = self.patch_embed(image)
         middle = self.config.patches // 2
-        cls = self.cls_token.expand(len(image), -1, -1)
+        cls = self.cls_token.expand(image.shape[0], -1, -1)
         hidden = torch.cat((patches[:, :middle], cls, patches[:, middle:]), 1) + self.pos_embed
         residual, aligned = torch.zeros_like(hidden), self.config.pruning == "paper"
-        at = torch.full((len(image), 1), middle, device=image.device)  # the class token's place in the sequence
+        at = torch.full((image.shape[0], 1), middle, device=image.device)  # the class token's place in the sequence
         places: Tensor | None = None  # of the tokens in the image; None: all are there
         kept: list[Tensor] = []
         for number, layer in enumerate(self.layers, 1):

@@ -154,7 +154,9 @@ class VisionTransformer(nn.Module):
         """The tokens that the first block sees, [B, 1 (2) + n, D]."""
         first = [self.cls_token] if self.dist_token is None else [self.cls_token, self.dist_token]
         patches = self.patch_embed(image)
-        tokens = [token.expand(len(patches), -1, -1) for token in first]
+        tokens = [
+            token.expand(patches.shape[0], -1, -1) for token in first
+        ]  # len() would fix the batch of a traced model
         return torch.cat([*tokens, patches], 1) + self.pos_embed
 
     def forward(self, image: Tensor) -> Tensor | tuple[Tensor, Tensor]:

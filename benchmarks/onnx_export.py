@@ -1,0 +1,118 @@
+"""Which architectures `tersor export --onnx` writes, and why the others are left out.
+
+    python benchmarks/onnx_export.py [PATTERN]
+
+Each registered architecture in its small form (the one that the tests build), with random weights. "any batch": the file takes
+batches of any size. Difference: the largest between onnxruntime and torch in float32, as a share of the largest output.
+Milliseconds: one call with a batch of 2, one thread; these models are tiny, so they show what a call costs, not how fast the
+published sizes are. An architecture that takes over 40 seconds is given up.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import torch
+
+import tersor
+import tersor.models
+from tersor.errors import TersorError
+from tersor.runtime.onnx_export import export_module
+
+RESULT = Path(__file__).parent / "results" / "onnx_export.md"
+KEPT = RESULT.with_suffix(".json")  # the rows, so that PATTERN adds to them
+SECONDS = 40
+
+
+class Late(BaseException):
+    """Not an Exception, so that no try on the way keeps it."""
+
+
+@contextmanager
+def limited() -> Iterator[None]:
+    """Raise Late after SECONDS."""
+
+    def stop(*_: Any) -> None:
+        raise Late
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+
+
+def tried(name: str, folder: Path) -> list[str]:
+    """The cells of the architecture's row, after its name."""
+    info = tersor.models.find(name)
+    torch.manual_seed(0)
+    try:
+        with limited():
+            model = tersor.models.create(name, **info.small).eval()
+            found = export_module(model, folder / "model.onnx", overwrite=True)
+    except Late:
+        return [info.family, "no", "", "", "", f"took over {SECONDS} seconds"]
+    except TersorError as error:
+        return [info.family, "no", "", "", "", one_line(str(error))]
+    batch = "any batch" if any(each.endswith("[0]") for each in found.dynamic) else "fixed batch"
+    times = (f"{found.onnx_ms:.2f}", f"{found.torch_ms:.2f}")
+    return [info.family, batch, f"{found.difference:.0e}", *times, one_line(found.fixed or "")]
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split()).replace("|", "/").replace("<", "&lt;")
+
+
+def main() -> None:
+    pattern = sys.argv[1] if len(sys.argv) > 1 else "*"
+    systems = sorted({each.system for each in tersor.models.list(pattern)})
+    rows = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    with tempfile.TemporaryDirectory() as folder:
+        for system in systems:
+            rows[system] = tried(system, Path(folder))
+            print(system, rows[system], flush=True)
+            KEPT.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            write(rows)
+
+
+def write(rows: dict[str, list[str]]) -> None:
+    known = {each.system for each in tersor.models.list()}
+    exported = sum(cells[1] != "no" for cells in rows.values())
+    lines = ["# Which architectures export to ONNX", "", *(__doc__ or "").splitlines()[4:], ""]
+    lines += [f"{exported} of {len(rows)} are exported."]
+    if missing := sorted(known - set(rows)):
+        lines += [f"Not tried yet: {', '.join(missing)}."]
+    lines += ["", "| architecture | family | ONNX | difference | onnxruntime, ms | torch, ms | why not, or why fixed |"]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
+    lines += [f"| {' | '.join([name, *cells])} |" for name, cells in sorted(rows.items(), key=lambda row: row[1][0])]
+    lines += [
+        "",
+        f"On a shared machine: {_processor()}; {platform.system()}; Python {platform.python_version()}, torch "
+        f"{torch.__version__}, onnxruntime {onnxruntime.__version__}, tersor {tersor.__version__}.",
+        "",
+        "`python benchmarks/onnx_export.py`",
+    ]
+    RESULT.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

@@ -1,0 +1,68 @@
+"""What `tersor eval --tasks` prints, and the refusal of options that go with another kind of evaluation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import typer
+
+from tersor.cli.progress import progress_bar
+from tersor.errors import TersorError
+
+
+def given(context: typer.Context, option: str) -> bool:
+    """Whether the user gave this option (a parameter's name) on the command line."""
+    source = context.get_parameter_source(option)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def refuse(context: typer.Context, what: str, options: Iterable[str], way_out: str = "leave it out") -> None:
+    """Raise TersorError where one of the options was given, which do nothing for `what`."""
+    for option in options:
+        if given(context, option):
+            raise TersorError(f"--{option.replace('_', '-')} does nothing for {what}; {way_out}")
+
+
+def show_harness(
+    model: str,
+    tasks: str,
+    tasks_dir: Path | None,
+    limit: int | None,
+    num_fewshot: int | None,
+    batch_size: str,
+    max_length: int | None,
+    chat_template: bool,
+    dtype: str,
+    device: str,
+    as_json: bool,
+) -> None:
+    from tersor.tasks.harness import harness
+
+    with progress_bar(quiet=as_json) as progress:
+        found = harness(
+            model,
+            [each.strip() for each in tasks.split(",")],
+            tasks_dir=tasks_dir,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            batch_size=batch_size,
+            max_length=max_length,
+            chat_template=chat_template,
+            dtype=dtype,
+            device=device,
+            progress=progress,
+        )
+    if as_json:
+        typer.echo(json.dumps({"model": model, **found.as_dict()}))
+        return
+    width = max((len(each.task) for each in found.metrics), default=4)
+    wide = max((len(each.metric) for each in found.metrics), default=6)
+    typer.echo(f"{'task':<{width}}  {'metric':<{wide}}  {'value':>10}  standard error")
+    for each in found.metrics:
+        error = "" if each.stderr is None else f"± {each.stderr:.4f}"
+        after = "" if each.filter == "none" else f"  (after {each.filter})"
+        typer.echo(f"{each.task:<{width}}  {each.metric:<{wide}}  {each.value:>10.4f}  {error}{after}")
+    read = ", ".join(f"{count:,} of {task}" for task, count in found.documents.items())
+    typer.echo(f"documents: {read}; harness {found.harness}")

@@ -1,0 +1,79 @@
+"""`--method best` and `best-fast`: the steps that keep most at a number of bits, as a recipe; and how long they will take.
+
+    best-fast   gptq (act-order, static groups, ranges by the Hessian), then one pass of `scales`
+    best        the same, then `rounding`, then `scales`
+
+At 8 bits there is nothing left to gain, and both are gptq alone. benchmarks/results/ladder.md has what each rung is worth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tersor.checkpoint.lazy_model import LazyModel, compute_dtype
+from tersor.checkpoint.load import TOKENIZER_FILES, pick_device
+from tersor.checkpoint.positions import positions_of
+from tersor.checkpoint.source import open_checkpoint
+from tersor.compress.forecast import PASSES, products_per_second
+from tersor.compress.recipe import Recipe
+from tersor.compress.settings import Settings
+from tersor.errors import TersorError
+from tersor.layers.linear_map import linear_maps, matrix_shape
+from tersor.methods.method import Method
+from tersor.methods.training.rounding import Rounding
+from tersor.methods.training.scales import Scales
+from tersor.methods.weights.gptq import GPTQ
+
+NAMES = ("best", "best-fast")
+TAKEN = ("bits", "group_size", "sym")  # the options that they leave to the user
+
+
+def best_steps(name: str, options: Mapping[str, Any]) -> list[Recipe]:
+    """The steps of `best` or `best-fast`. options: of bits, group_size and sym, what the user gave. Raises TersorError for
+    another option."""
+    for given in options:
+        if given not in TAKEN:
+            raise TersorError(
+                f"{name} chooses {given} itself; it takes {', '.join(TAKEN)}. For all options use --method gptq"
+            )
+    base = GPTQ(**options, desc_act=True, static_groups=True, weighted=True)
+    steps: list[Method] = [base]
+    if base.bits != 8 and name == "best-fast":
+        steps += [Scales(epochs=1)]
+    elif base.bits != 8:
+        steps += [Rounding(), Scales()]
+    return [Recipe(step) for step in steps]
+
+
+def steps_for(name: str, model: str, options: Mapping[str, Any], asked: Settings) -> list[Recipe]:
+    """The steps for a model given by name, with a line that says them and, for a model of text, about how long they take."""
+    checkpoint = open_checkpoint(model, allow_pickle=asked.allow_pickle)
+    place = pick_device(asked.device)
+    dtype = compute_dtype(checkpoint, place, asked.dtype)
+    lazy = LazyModel(checkpoint, dtype=dtype, device=place)
+    shapes = [matrix_shape(each) for each in linear_maps(lazy.module).values()]
+    weights = sum(rows * columns for rows, columns in shapes)
+    steps = best_steps(name, options)
+    words = ", ".join(step.method.name for step in steps)
+    line = f"{name}: {words}"
+    if any((checkpoint.directory / file).is_file() for file in TOKENIZER_FILES):
+        length = min(asked.seq_len, positions_of(lazy.module) or asked.seq_len)
+        seconds = weights * asked.samples * length * passes(steps) / products_per_second(place, dtype)
+        line += f"; about {seconds / 60:.0f} min" if seconds > 90 else f"; about {seconds:.0f} s"
+    asked.progress(line, 0, 0)
+    return steps
+
+
+def passes(steps: Sequence[Recipe]) -> float:
+    """Products of every weight with every token in all steps; a gradient counts as two."""
+    total = 0.0
+    for step in steps:
+        method = step.method
+        if isinstance(method, Scales):
+            total += 5 * method.epochs + 4  # original, packed, again, gradient; and the samples kept apart
+        elif isinstance(method, Rounding):
+            total += 3 * method.epochs + 4
+        else:
+            total += PASSES
+    return total

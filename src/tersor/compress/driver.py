@@ -1,0 +1,120 @@
+"""The one driver of methods that go block by block, whatever the model comes from and wherever the result goes.
+
+A source (`in_memory.py`) gives a walk the weights that it asks for; a sink takes the blocks as they are finished. A checkpoint
+goes to files (`stream.py`), a module to a copy of it.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from tersor.calibrate.batches import Batch, call, first_tensor, without_cache
+from tersor.calibrate.draws import PROBE, drawing
+from tersor.compress.describe import quantization_config
+from tersor.compress.first_run import prepare
+from tersor.compress.in_memory import InMemory, Source
+from tersor.compress.layout_choice import with_fitting_layout
+from tersor.compress.plan import Plan, make_plan, without_stacks
+from tersor.compress.result import Compressed, Tally
+from tersor.compress.samples import samples_of
+from tersor.compress.settings import Job
+from tersor.compress.walk import Prepared, units_of, walk
+from tersor.formats.layout import Layout
+from tersor.formats.layouts import write
+from tersor.layers.experts import ExpertMap
+from tersor.layers.quantized_linear import place_packed
+from tersor.methods.block import Block
+
+
+class Sink:
+    """Where finished blocks go."""
+
+    job: Job
+
+    def __init__(self, device: torch.device) -> None:
+        self.tally = Tally(device)
+
+    def open(self, job: Job, plan: Plan, samples: list[Batch]) -> None:
+        """Raises TersorError where this job's result cannot be put; changes nothing. samples: all that are run."""
+        self.job = job
+
+    def takes_stacks(self, layout: Layout) -> bool:
+        """Whether readers find experts that lie in one tensor."""
+        return layout.expert_stacks
+
+    def start(self, first: Prepared) -> None:
+        """Called when the model runs on the samples, before the first block."""
+
+    def restore(self, block: Block) -> bool:
+        """Put back a block that an earlier run finished; False where none did."""
+        return False
+
+    def write(self, block: Block) -> None:
+        raise NotImplementedError
+
+    def finish(self, first: Prepared) -> Compressed:
+        raise NotImplementedError
+
+
+def compress_blocks(source: Source, sink: Sink, job: Job) -> Compressed:
+    module = source.module
+    job = with_fitting_layout(module, job)
+    plan = make_plan(module, job)
+    if job.layout is not None and not sink.takes_stacks(job.layout):
+        experts = [name for name, each in plan.all_linears().items() if isinstance(each, ExpertMap)]
+        stacked = [name for name in experts if not source.named_pieces(name)]
+        plan = without_stacks(plan, stacked, job.layout, include=job.include, progress=job.progress)
+    batches, probe = samples_of(job, plan, source)
+    sink.open(job, plan, batches if probe is None else [*batches, probe])
+    with torch.no_grad(), without_cache(module):
+        source.load_rest([unit.module for unit in units_of(module)])
+        first = prepare(source, plan, job, batches, probe)
+        sink.start(first)
+        for block in walk(source, first, job, sink.restore):
+            sink.write(block)
+            del block  # or it would be held while the next is solved
+        return sink.finish(first)
+
+
+def compress_module(model: nn.Module, job: Job) -> Compressed:
+    """A copy of a module, whose linear maps are packed layers."""
+    module = copy.deepcopy(model).eval().requires_grad_(False)
+    if hasattr(module, "set_experts_implementation"):
+        # the plain loop is the one whose products with single experts can be seen
+        module.set_experts_implementation("eager")  # type: ignore[operator]
+    source = InMemory(module)
+    return compress_blocks(source, ToModule(source), job)
+
+
+class ToModule(Sink):
+    """Finished blocks stay where they are, with packed layers."""
+
+    def __init__(self, source: InMemory) -> None:
+        super().__init__(source.device)
+        self.source = source
+
+    def takes_stacks(self, layout: Layout) -> bool:
+        return layout.expert_stacks or layout.is_plain  # plain numbers stay in the parameter that holds them
+
+    def write(self, block: Block) -> None:
+        self.tally.lap(block.name)
+        self.tally.reports.extend(block.reports)
+        place_packed(self.source.module, block.linears, block.packed)
+        for weight in block.packed.values():
+            self.tally.add(write(weight, self.job.layout, sym=False) if self.job.layout else {}, weight)
+
+    def finish(self, first: Prepared) -> Compressed:
+        module, job = self.source.module, self.job
+        if first.probe is not None:
+            with drawing(PROBE):
+                first.probe.after = first_tensor(call(module, first.probe.batch))
+        described: dict[str, Any] = {}
+        if job.layout is not None:
+            described = quantization_config(module, first.plan, job.recipe, job.layout, self.source.published)
+        result = self.tally.result(job, first, model=type(module).__name__, quantization=described)
+        return replace(result, _module=module)

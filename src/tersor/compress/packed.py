@@ -1,0 +1,196 @@
+"""Apply a method that tunes a packed model beside its original, and write the same files with other integers and steps."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import tempfile
+import time
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tersor.calibrate.batches import Batch, call, first_tensor, probe_of, without_cache, without_target
+from tersor.calibrate.draws import PROBE, drawing
+from tersor.checkpoint.lazy_model import LazyModel, classes_of, compute_dtype
+from tersor.checkpoint.load import load_tokenizer
+from tersor.checkpoint.room import RESULT_FILE, appearing, check_free, inputs_of, record_of, write_record
+from tersor.checkpoint.source import STEPS, Checkpoint, open_checkpoint
+from tersor.compress.result import Compressed, Summary, loss_of, peak_memory
+from tersor.compress.samples import read_samples, samples_by_path
+from tersor.compress.settings import Job
+from tersor.compress.whole_model import check_patterns, is_wanted
+from tersor.errors import TersorError
+from tersor.formats.layouts import LAYOUTS, Layout, write
+from tersor.layers.linear_map import matrix_shape
+from tersor.layers.quantized_linear import packed_layers
+from tersor.methods.method import PackedMethod, Work
+
+CHANGED = ("qweight", "scales", "weight_packed", "weight_scale")  # what of a layer's tensors tuning may change
+
+
+def compress_packed_checkpoint(name: str, job: Job) -> Compressed:
+    """Read a packed model and its original, tune the former, and write it to `job.out` (a temporary directory where none is
+    given). Nothing is left where it fails."""
+    method = job.recipe.method.name
+    checkpoint = open_checkpoint(name, allow_pickle=job.allow_pickle)
+    if job.original is None:
+        raise TersorError(f"{method} compares with the model that was packed: give it as --original")
+    if isinstance(job.original, nn.Module):
+        raise TersorError("the original of a model given by name is given by name too")
+    source = open_checkpoint(job.original, allow_pickle=job.allow_pickle)
+    if "quantization_config" in source.config:
+        raise TersorError(f"the original {job.original} is quantized itself; give the model that {name} was made from")
+    folder = tempfile.TemporaryDirectory(prefix="tersor-") if job.out is None else None
+    target = Path(folder.name) / "model" if folder is not None else job.out
+    assert target is not None
+    inputs = inputs_of(checkpoint, calibration=job.calibration, original=source.directory)
+    check_free(target, overwrite=job.overwrite, inputs=inputs)
+    dtype = compute_dtype(source, job.place, job.dtype)
+    lazy = LazyModel(checkpoint, dtype=dtype, device=job.place, packed=True)
+    layout = _layout_of(lazy, name, method)
+    module = lazy.load_all().to(job.place)
+    original = LazyModel(source, dtype=dtype, device=job.place).load_all().to(job.place)
+    tokenizer = job.tokenizer or load_tokenizer(checkpoint.directory)
+    job = replace(job, calibration=samples_by_path(source, job), tokenizer=tokenizer)
+    result = _compress(module, original, job)
+    tensors = _changed_tensors(lazy, module, layout)
+    earlier = checkpoint.config.get(STEPS) or []
+    made_by = [(record_of(checkpoint.directory) or {}).get("method")] if not earlier else []
+    steps = job.steps or [*earlier, *filter(None, made_by), job.recipe.method.options()]
+    _write(checkpoint, tensors, result.summary, {**checkpoint.config, STEPS: steps}, target, job, inputs)
+    summary = replace(
+        result.summary,
+        model=name,
+        format=layout.name,
+        quantization=checkpoint.config["quantization_config"],
+        bits_per_weight=_bits_per_weight(lazy),
+        size_before=source.size(),
+        size_after=open_checkpoint(target).size(),
+    )
+    return Compressed(summary, target, result.before, result.after, _folder=folder)
+
+
+def compress_packed_module(model: nn.Module, job: Job) -> Compressed:
+    """A tuned copy of a packed module in memory, whose original is given as one too."""
+    if not isinstance(job.original, nn.Module):
+        raise TersorError(f"{job.recipe.method.name} on a module in memory compares with another: give it as original=")
+    original = copy.deepcopy(job.original)  # passes through it leave no trace in the user's
+    return _compress(copy.deepcopy(model), original, job)
+
+
+def as_packed_before(tuned: Summary, packed: Summary) -> Summary:
+    """What a step that tunes says of a module that the step before packed."""
+    same = ("format", "quantization", "bits_per_weight", "left")
+    return replace(tuned, **{name: getattr(packed, name) for name in same})
+
+
+def _layout_of(lazy: LazyModel, name: str, method: str) -> Layout:
+    found = lazy.quantization
+    if found is None or not lazy.quantized:
+        raise TersorError(f"{name} is not packed, and {method} tunes what gptq or rtn made: run one of them first")
+    if found.layout not in LAYOUTS:
+        raise TersorError(f"{name} is packed as {found.layout}, which tersor reads but does not write")
+    return LAYOUTS[found.layout]
+
+
+def _compress(module: nn.Module, original: nn.Module, job: Job) -> Compressed:
+    """module: to be changed in place."""
+    method = job.recipe.method
+    assert isinstance(method, PackedMethod)
+    layers = packed_layers(module)
+    if not layers:
+        raise TersorError(f"the model has no packed layer, and {method.name} tunes what gptq or rtn made")
+    check_patterns(job, list(layers))
+    first = next(original.parameters())
+    samples: list[Batch] = read_samples(job, job.calibration, original, job.tokenizer, first.device, first.dtype)
+    probe = probe_of(without_target(samples[0]))
+    for each in (module, original):
+        each.eval().requires_grad_(False)
+    work = Work(samples, lambda name: is_wanted(job, name), job.progress)
+    with torch.no_grad(), without_cache(module), without_cache(original):
+        with drawing(PROBE):
+            before = first_tensor(call(original, probe))
+        method.tune(module, original, work)
+        with drawing(PROBE):
+            after = first_tensor(call(module, probe))
+    summary = Summary(
+        model=type(module).__name__,
+        method=method.options(),
+        format=None,
+        layers=work.reports,
+        left=[],
+        seconds=time.perf_counter() - job.started,
+        seconds_per_block={},
+        peak_memory=peak_memory(job.place),
+        bits_per_weight=0.0,
+        quantization={},
+        **loss_of(before, after),
+    )
+    return Compressed(summary, None, before, after, _module=module)
+
+
+def _changed_tensors(lazy: LazyModel, module: nn.Module, layout: Layout) -> dict[str, Tensor]:
+    """The tensors of all packed layers by the names that they have in the checkpoint, with the integers and steps of `module`."""
+    found: dict[str, Tensor] = {}
+    for name, layer in packed_layers(module).items():
+        first, weight = 0, layer.packed.to("cpu")
+        stems = lazy.quantized[name]
+        for stem in stems:
+            shape = lazy.checkpoint.shape
+            scales = next(
+                f"{stem}.{s}" for s in ("scales", "weight_scale") if f"{stem}.{s}" in lazy.checkpoint.shard_of
+            )
+            rows = shape(scales)[1 if scales.endswith(".scales") else 0]
+            assert lazy.quantization is not None
+            sym = lazy.quantization.for_layer(stem, name, classes=classes_of(lazy.maps[name])).sym
+            made = write(weight.rows(first, first + rows), layout, sym=sym)
+            found |= {f"{stem}.{suffix}": made[suffix] for suffix in CHANGED if suffix in made}
+            found[scales] = found[scales].reshape(shape(scales))
+            first += rows
+    return found
+
+
+def _bits_per_weight(lazy: LazyModel) -> float:
+    sizes = lazy.checkpoint.bytes_of_tensors()
+    stems = tuple(f"{stem}." for found in lazy.quantized.values() for stem in found)
+    packed = sum(size for key, size in sizes.items() if key.startswith(stems) and not key.endswith(".bias"))
+    shapes = [matrix_shape(lazy.maps[name]) for name in lazy.quantized]
+    return 8 * packed / sum(rows * columns for rows, columns in shapes)
+
+
+def _write(
+    source: Checkpoint,
+    tensors: dict[str, Tensor],
+    summary: Summary,
+    config: dict[str, Any],
+    target: Path,
+    job: Job,
+    inputs: dict[str, Path],
+) -> None:
+    """The files of `source` with these tensors in the place of its own, shard by shard."""
+    shards: dict[Path, list[str]] = defaultdict(list)
+    for key, path in source.shard_of.items():
+        shards[path].append(key)
+    with appearing(target, overwrite=job.overwrite, inputs=inputs) as partial:
+        for path, keys in shards.items():
+            place = partial / path.relative_to(source.directory)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            kept = source.read(key for key in keys if key not in tensors)
+            mine = {key: tensors[key].contiguous() for key in keys if key in tensors}
+            save_file({**kept, **mine}, place.with_suffix(".safetensors"), {"format": "pt"})
+        for path in {*source.other_files(), *source.directory.glob("*.index.json")}:
+            relative = path.relative_to(source.directory)
+            if relative.as_posix() not in ("config.json", RESULT_FILE):
+                (partial / relative).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, partial / relative)
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        (partial / "config.json").write_text(text, encoding="utf-8")
+        rows = [report.row() for report in summary.layers]
+        write_record(partial, {"method": summary.method, "format": summary.format, "layers": rows})

@@ -1,0 +1,152 @@
+"""How a job went, kept beside the checkpoint in `tersor-run.json`: command, times, memory, machine, and what the probe showed.
+
+`tersor.json` holds what decides the bytes of a result, and is the same for the same job. What differs from run to run is here.
+`tersor report` reads both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import shlex
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import tersor
+from tersor.calibrate.parallel import is_first, processes
+from tersor.checkpoint.room import RUN_FILE, disk_errors
+from tersor.compress.recipe import Recipe
+from tersor.compress.result import Compressed
+from tersor.compress.settings import Settings
+from tersor.methods.method import BlockMethod
+
+NOT_GIVEN_AGAIN = ("out", "overwrite", "redo", "tokenizer", "progress")  # what a command that makes it anew leaves out
+
+
+def keep_run(result: Compressed, model: str | Path | nn.Module, steps: Sequence[Recipe], asked: Settings) -> Compressed:
+    """The result with its run; where it lies in a directory, the run is written there."""
+    result.run = run_of(result, model, steps, asked)
+    if result.directory is not None and is_first():
+        write_run(result.directory, result.run)
+    return result
+
+
+def write_run(directory: Path, run: Any) -> None:
+    """In one go: a run that is killed here leaves a finished result that says less of itself."""
+    with disk_errors(directory):
+        text = json.dumps(run, indent=2, ensure_ascii=False, default=str) + "\n"
+        (directory / RUN_FILE).write_text(text, encoding="utf-8")
+
+
+def run_of(
+    result: Compressed, model: str | Path | nn.Module, steps: Sequence[Recipe], asked: Settings
+) -> dict[str, Any]:
+    """What is kept. Times in seconds, sizes in bytes; `blocks` in the order in which they were finished."""
+    summary = result.summary
+    device = torch.device(asked.device) if asked.device != "auto" else None
+    gpu = torch.cuda.is_available() and (device is None or device.type == "cuda")
+    recipe = recipe_of(steps)
+    return {
+        "model": summary.model,
+        "command": command_of(model, steps, asked),
+        "recipe": recipe if len(steps) > 1 or steps[0].rules else None,
+        "calibration": _described(asked.calibration),
+        "samples": asked.samples,
+        "seq_len": asked.seq_len,
+        "seed": asked.seed,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": summary.seconds,
+        "peak_memory": summary.peak_memory,
+        "memory_of": "GPU" if gpu else "process",
+        "blocks": [
+            {"name": name, "seconds": seconds, "memory": summary.memory_per_block.get(name)}
+            for name, seconds in summary.seconds_per_block.items()
+        ],
+        "layer_seconds": {
+            row["name"]: row["seconds"] for row in (each.row() for each in summary.layers) if "seconds" in row
+        },
+        "resumed_blocks": summary.resumed_blocks,
+        "processes": processes(),
+        "divergence": summary.divergence,
+        "agreement": summary.agreement,
+        "bits_per_weight": summary.bits_per_weight,
+        "size_before": summary.size_before,
+        "parameters_before": summary.parameters_before,
+        "parameters_after": summary.parameters_after,
+        "left": list(summary.left),
+        "machine": {
+            "system": platform.platform(),
+            "device": torch.cuda.get_device_name() if gpu else platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
+        "versions": {"tersor": tersor.__version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+
+
+def recipe_of(steps: Sequence[Recipe]) -> dict[str, Any]:
+    """As a recipe file says it."""
+    made = []
+    for step in steps:
+        options = {("method" if key == "name" else key): value for key, value in step.method.options().items()}
+        rules = [
+            {
+                "match": rule.match,
+                **({"method": rule.method} if rule.method else {}),
+                **rule.options,
+                **({"skip": True} if rule.skip else {}),
+            }
+            for rule in step.rules
+        ]
+        made.append({**options, **({"rules": rules} if rules else {})})
+    return made[0] if len(made) == 1 else {"steps": made}
+
+
+def command_of(model: str | Path | nn.Module, steps: Sequence[Recipe], asked: Settings) -> str | None:
+    """The line that makes the result again; with rules or several steps, from a file recipe.yaml that holds `recipe_of`.
+
+    None where a line cannot say it: for a module in memory, and for samples that a program gave.
+    """
+    if isinstance(model, nn.Module) or not isinstance(asked.calibration, str | Path | None):
+        return None
+    first = steps[0]
+    by_file = len(steps) > 1 or bool(first.rules)
+    if by_file:
+        words = ["tersor", "compress", "recipe", "recipe.yaml", str(model)]
+    elif isinstance(first.method, BlockMethod):
+        words = ["tersor", "quantize", str(model), "--method", first.method.name]
+    else:
+        words = ["tersor", "compress", first.method.name, str(model)]
+    if not by_file:
+        words += _words(first.method)
+    words += _words(asked, leave_out=NOT_GIVEN_AGAIN)
+    return shlex.join([*words, "--out", "OUT" if asked.out is None else asked.out.name])
+
+
+def _words(options: Any, *, leave_out: Sequence[str] = ()) -> Iterator[str]:
+    """The fields of a method or of settings that are not as by default, as the command line takes them."""
+    for each in dataclasses.fields(options):
+        value = getattr(options, each.name)
+        if each.name in leave_out or value is None or value == each.default:
+            continue
+        flags = (each.metadata.get("flag") or f"--{each.name.replace('_', '-')}").split("/")
+        if isinstance(value, bool):
+            yield flags[0] if value else flags[-1] if len(flags) > 1 else f"--no-{flags[0].removeprefix('--')}"
+            continue
+        for one in value if isinstance(value, tuple) else (value,):
+            yield from (flags[0], str(one))
+
+
+def _described(calibration: Any) -> str:
+    if calibration is None:
+        return "builtin"
+    if isinstance(calibration, str | Path):
+        return str(calibration)
+    return "samples that a program gave"

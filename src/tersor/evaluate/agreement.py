@@ -1,0 +1,119 @@
+"""What a compressed image classifier lost: its classes beside the original's on the same labelled images.
+
+Images are independent, so every interval is 1.96 standard errors over images; that of the change of accuracy is paired.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tersor.checkpoint.load import load
+from tersor.errors import TersorError
+from tersor.evaluate.accuracy import read_images
+from tersor.evaluate.divergence import Estimate
+from tersor.evaluate.measures import AT_ONCE, class_logits, half_width
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Shares are between 0 and 1, divergences in nats."""
+
+    images: int
+    accuracy: Estimate
+    base_accuracy: Estimate
+    change: Estimate  # accuracy - base_accuracy
+    agreement: Estimate  # share of images for which both say the same class
+    harmful_flips: float  # the original was right, the other is wrong
+    helpful_flips: float
+    kl: Estimate  # KL(original || other)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def agreement(
+    model: str | Path | nn.Module,
+    against: str | Path | nn.Module,
+    images: str | Path | tuple[Tensor, Tensor],
+    *,
+    max_images: int | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Agreement:
+    """model, against: names, directories or modules; one of them is in memory at a time. images: a folder with one subfolder a
+    class or a packed .npz, prepared as `against` wants them; for modules the images [n, 3, H, W] and their labels [n].
+
+    Raises TersorError where there are no images, or the two tell unlike numbers of classes apart.
+    """
+    if isinstance(images, tuple):
+        pixels, labels = images
+    elif isinstance(against, nn.Module):
+        raise TersorError("a module does not say how it wants its images: give (images, labels) as tensors")
+    else:
+        pixels, labels = read_images(against, images, limit=max_images)
+    pixels, labels = pixels[:max_images], labels[:max_images]
+    if len(pixels) == 0:
+        raise TersorError("there are no images to evaluate on")
+    p, q = (
+        _classes(each, name, pixels, dtype, device, progress)
+        for each, name in ((against, "the original"), (model, "comparing"))
+    )
+    if p.shape != q.shape:
+        raise TersorError(
+            f"the models tell {q.shape[1]} and {p.shape[1]} classes apart; --against is the model that was compressed"
+        )
+    if int(labels.max()) >= p.shape[1]:
+        raise TersorError(f"a label is {int(labels.max())}, but the model has only {p.shape[1]} classes")
+    return compared(p, q, labels)
+
+
+def compared(p: Tensor, q: Tensor, labels: Tensor) -> Agreement:
+    """p, q: log-probabilities [images, classes] of the original and the other; labels [images]."""
+    first, second = p.argmax(-1), q.argmax(-1)
+    base_right, right = first == labels, second == labels
+    return Agreement(
+        images=len(labels),
+        accuracy=_estimate(right),
+        base_accuracy=_estimate(base_right),
+        change=_estimate(right.double() - base_right.double()),
+        agreement=_estimate(first == second),
+        harmful_flips=float((base_right & ~right).double().mean()),
+        helpful_flips=float((~base_right & right).double().mean()),
+        kl=_estimate((p.exp() * (p - q)).sum(-1).clamp_min(0)),
+    )
+
+
+def _classes(
+    model: str | Path | nn.Module,
+    name: str,
+    pixels: Tensor,
+    dtype: str,
+    device: str,
+    progress: Callable[[str, int, int], None] | None,
+) -> Tensor:
+    """Log-probabilities [images, classes] in float64, on the CPU."""
+    module = (model if isinstance(model, nn.Module) else load(model, dtype=dtype, device=device)).eval()
+    first = next(module.parameters())
+    found = []
+    for batch in torch.split(pixels, AT_ONCE):
+        logits = class_logits(module, batch.to(first.device, first.dtype))
+        if not bool(torch.isfinite(logits).all()):
+            raise TersorError(
+                f"{type(module).__name__} gives logits that are not finite; nothing can be compared with them"
+            )
+        found.append(logits.double().log_softmax(-1).cpu())
+        if progress is not None:
+            progress(name, min(len(found) * AT_ONCE, len(pixels)), len(pixels))
+    return torch.cat(found)
+
+
+def _estimate(values: Tensor) -> Estimate:
+    return Estimate(float(values.double().mean()), half_width(values.double()))

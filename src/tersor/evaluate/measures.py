@@ -1,0 +1,146 @@
+"""How far the predictions of one model are from another's, sample by sample: what attribution repeats for every layer.
+
+KL(p || q) = Σ p (log p - log q) over the vocabulary or the classes, in nats, the mean over a window's tokens, or of one image;
+for forecasts the mean squared difference, in scaled units. Equal predictions give exactly 0.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tersor.checkpoint.hashes import bytes_of
+from tersor.errors import TersorError
+from tersor.evaluate.perplexity import causal_windows, logits_of, tokens_of
+
+ROWS = 64  # tokens whose distributions are in memory in float64 at once
+AT_ONCE = 50  # images
+
+
+@dataclass(frozen=True)
+class Measure:
+    """outputs(module): what it predicts, a tensor [samples, ...] after another. distance: of two such tensors, [samples].
+
+    name: KL or MSE. text: what the samples are, in words. key: a hash of them.
+    """
+
+    name: str
+    text: str
+    key: str
+    outputs: Callable[[nn.Module], Iterator[Tensor]]
+    distance: Callable[[Tensor, Tensor], Tensor]
+
+
+class Meter:
+    """Distances of models from one whose predictions are kept, in its own dtype."""
+
+    def __init__(self, measure: Measure, base: nn.Module) -> None:
+        self.measure = measure
+        self.first_call: dict[str, Any] | None = None
+        handle = base.register_forward_pre_hook(self._note, with_kwargs=True)
+        try:
+            with torch.no_grad():
+                self._reference = list(measure.outputs(base))
+        finally:
+            handle.remove()
+
+    def __call__(self, module: nn.Module) -> Tensor:
+        """[samples], float64, on the CPU. Raises TersorError where the predictions are of another shape, or not finite."""
+        found = []
+        with torch.no_grad():
+            for p, q in zip(self._reference, self.measure.outputs(module), strict=True):
+                if p.shape != q.shape:
+                    raise TersorError(
+                        f"the models predict unlike things: {q.shape[-1]} and {p.shape[-1]} tokens, classes or columns; "
+                        "--against is the model that was compressed"
+                    )
+                if not bool(torch.isfinite(q).all()):
+                    raise TersorError(f"{type(module).__name__} predicts values that are not finite (NaN or Inf)")
+                found.append(self.measure.distance(p, q.to(p.device)).double().cpu())
+        return torch.cat(found)
+
+    def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The model's first call as named arguments."""
+        if self.first_call is None:
+            names = list(inspect.signature(module.forward).parameters)
+            self.first_call = {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def text_measure(
+    base: nn.Module,
+    texts: Sequence[str | Path] | Tensor,
+    *,
+    tokenizer: Any = None,
+    seq_len: int,
+    max_windows: int | None,
+) -> Measure:
+    """Next-token distributions on windows of texts. Raises TersorError as `perplexity` does."""
+    ids = texts if isinstance(texts, Tensor) else torch.cat([tokens_of(each, tokenizer) for each in texts])
+    windows = causal_windows(base, ids, seq_len=seq_len, max_windows=max_windows, tokenizer=tokenizer)
+    told = "tokens" if isinstance(texts, Tensor) else ", ".join(map(str, texts))
+
+    def outputs(module: nn.Module) -> Iterator[Tensor]:
+        where = next(module.parameters(), torch.empty(0)).device
+        for window in windows:
+            yield logits_of(module, window[None].to(where))[:, :-1].contiguous()
+
+    return Measure("KL", f"{len(windows)} windows of {seq_len} tokens of {told}", key_of(windows), outputs, _mean_kl)
+
+
+def image_measure(pixels: Tensor, told: str) -> Measure:
+    """Distributions over classes. pixels: as the model wants them, [images, 3, H, W]."""
+    if len(pixels) == 0:
+        raise TersorError("there are no images to measure on")
+
+    def outputs(module: nn.Module) -> Iterator[Tensor]:
+        first = next(module.parameters())
+        for batch in torch.split(pixels, AT_ONCE):
+            yield class_logits(module, batch.to(first.device, first.dtype))
+
+    return Measure("KL", f"{len(pixels)} images of {told}", key_of(pixels), outputs, _mean_kl)
+
+
+def class_logits(module: nn.Module, images: Tensor) -> Tensor:
+    """[images, classes]. Raises TersorError where the model gives something else."""
+    output = module(images)
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        raise TersorError(f"{type(module).__name__} is no image classifier: it gives no logits [images, classes]")
+    return logits
+
+
+def mean_square(p: Tensor, q: Tensor) -> Tensor:
+    """[samples, ...] twice -> [samples]."""
+    return (p.double() - q.double()).square().flatten(1).mean(1)
+
+
+def _mean_kl(p: Tensor, q: Tensor) -> Tensor:
+    """Logits [samples, (tokens,) classes] -> [samples]."""
+    return torch.stack([_kl(a, b) for a, b in zip(p, q, strict=True)])
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """Logits [(tokens,) classes] -> the mean over tokens."""
+    p, q = p.reshape(-1, p.shape[-1]), q.reshape(-1, q.shape[-1])
+    sums = []
+    for a, b in zip(torch.split(p, ROWS), torch.split(q, ROWS), strict=True):
+        a, b = a.double().log_softmax(-1), b.double().log_softmax(-1)
+        sums.append((a.exp() * (a - b)).sum(-1).clamp_min(0).sum())
+    return torch.stack(sums).sum() / len(p)
+
+
+def half_width(values: Tensor) -> float | None:
+    """Half of the 95 % interval of the mean of samples; None of one."""
+    return None if len(values) < 2 else 1.96 * float(values.std()) / math.sqrt(len(values))
+
+
+def key_of(samples: Tensor) -> str:
+    return hashlib.sha256(f"{samples.dtype} {tuple(samples.shape)}".encode() + bytes(bytes_of(samples))).hexdigest()

@@ -1,0 +1,120 @@
+"""Where the bytes of a checkpoint are: by the role of a tensor in the model, and inside packed layers by what it holds.
+
+Headers only; no weights are read.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tersor.calibrate.blocks import find_units
+from tersor.checkpoint.lazy_model import LazyModel
+from tersor.checkpoint.source import open_checkpoint, torch_dtype
+from tersor.formats.layouts import PACKED_SUFFIXES
+from tersor.layers.linear_map import matrix_shape
+
+HOLDS = {  # what the tensors of a packed layer hold, by suffix
+    "qweight": "integers",
+    "weight_packed": "integers",
+    "scales": "steps",
+    "weight_scale": "steps",
+    "qzeros": "zero points",
+    "weight_zero_point": "zero points",
+    "g_idx": "order of columns",
+    "weight_g_idx": "order of columns",
+    "weight_shape": "shapes",
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tensors of one kind: how many bytes they take."""
+
+    kind: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """everything: all tensors by their role; packed: the tensors of packed layers by what they hold; packed_weights: how many
+    weights these stand for, so that bits a weight are 8 · bytes / packed_weights; files: bytes of the tensor files, which
+    have headers too; layers: bits a weight on disk of every linear map by name."""
+
+    everything: list[Part]
+    packed: list[Part]
+    packed_weights: int
+    files: int
+    layers: dict[str, float]
+    looked_up: int  # bytes of embedding tables of which a step reads single rows
+
+    @property
+    def packed_bits(self) -> float | None:
+        """Bits a packed weight; None where nothing is packed."""
+        return 8 * sum(each.bytes for each in self.packed) / self.packed_weights if self.packed_weights else None
+
+
+def sizes_of(model: str | Path) -> Sizes:
+    """Raises TersorError where it is no model."""
+    checkpoint = open_checkpoint(model)
+    lazy = LazyModel(checkpoint, dtype=torch_dtype(checkpoint.config))
+    stored = checkpoint.bytes_of_tensors()
+    everything: dict[str, int] = defaultdict(int)
+    packed: dict[str, int] = defaultdict(int)
+    seen: set[str] = set()
+    layers: dict[str, float] = {}
+    weights = 0
+    inputs, outputs = _name_of(lazy.module, "get_input_embeddings"), _name_of(lazy.module, "get_output_embeddings")
+    blocks = tuple(f"{unit.name}." for unit in find_units(lazy.module) if unit.is_block)
+    for name, stems in lazy.quantized.items():
+        keys = [f"{stem}.{suffix}" for stem in stems for suffix in PACKED_SUFFIXES if f"{stem}.{suffix}" in stored]
+        role = _role(name, inputs, outputs)
+        everything[f"{role}, packed"] += sum(stored[key] for key in keys)
+        for key in keys:
+            packed[HOLDS.get(key.rpartition(".")[2], "integers with their steps")] += stored[key]
+        seen |= set(keys)
+        rows, columns = matrix_shape(lazy.maps[name])
+        weights += rows * columns
+        layers[name] = 8 * sum(stored[key] for key in keys) / (rows * columns)
+    looked_up = 0
+    for name, parameter in lazy.module.named_parameters():
+        keys = [key for key in lazy.keys_of.get(name, []) if key not in seen]
+        seen |= set(keys)
+        size = sum(stored[key] for key in keys)
+        owner = name.rpartition(".")[0]
+        if parameter.dim() < 2:
+            role = "norms, biases and other vectors"
+        elif owner in (inputs, outputs):
+            role = f"{_role(owner, inputs, outputs)}, not packed"
+        else:
+            role = "linear layers, not packed" if name.startswith(blocks) else "outside the blocks, not packed"
+        everything[role] += size
+        if keys and name.endswith(".weight") and owner in lazy.maps and parameter.dim() > 1:
+            layers.setdefault(owner, 8 * size / parameter.numel())
+    everything["tensors that the model does not use"] += sum(stored[key] for key in stored if key not in seen)
+    tied = inputs is not None and outputs is not None and f"{outputs}.weight" not in lazy.keys_of
+    if inputs is not None and not tied:
+        owned = [f"{stem}.{suffix}" for stem in lazy.quantized.get(inputs, ()) for suffix in PACKED_SUFFIXES]
+        owned += lazy.keys_of.get(f"{inputs}.weight", [])
+        looked_up = sum(stored.get(key, 0) for key in owned)
+    return Sizes(_parts(everything), _parts(packed), weights, checkpoint.size(), layers, looked_up)
+
+
+def _parts(found: dict[str, int]) -> list[Part]:
+    """The largest first, without what takes nothing."""
+    return [Part(kind, size) for kind, size in sorted(found.items(), key=lambda each: -each[1]) if size]
+
+
+def _role(name: str, inputs: str | None, outputs: str | None) -> str:
+    return "embedding" if name == inputs else "output head" if name == outputs else "linear layers"
+
+
+def _name_of(module: Any, getter: str) -> str | None:
+    """The name of the embedding or head that a transformers model declares."""
+    try:
+        found = getattr(module, getter)()
+    except (AttributeError, NotImplementedError):
+        return None
+    return next((name for name, each in module.named_modules() if found is not None and each is found), None)

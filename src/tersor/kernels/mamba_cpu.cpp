@@ -1,0 +1,174 @@
+// What a Mamba mixer does between its matmuls, on a CPU: the causal convolution and the selective scan, each in one pass over
+// time, with all that is elementwise beside them.
+//
+//     y = SiLU(bias + sum_k weight_k x_{t - width + 1 + k})                             the convolution
+//     h = exp(dt A) h + dt x B,   y = (h . C + D x) SiLU(z)                            the scan: h of n numbers a channel
+//
+// Sixteen channels go side by side, as the compiler vectorizes loops over them, so that the sum over n needs no exchange
+// between lanes. Their states stay in registers or the first cache from the first token to the last.
+
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+constexpr int LANES = 16;
+
+float from_bits(int32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+int32_t to_bits(float value) {
+    int32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+// e^x = 2^k e^r with |r| <= ln(2) / 2 and the series of e^r; 2 units in the last place. Below -87 it stays at e^-87.
+inline float exponential(float x) {
+    x = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
+    const float shift = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to a whole number
+    const float moved = x * 1.44269504f + shift;
+    const float k = moved - shift;
+    const float r = (x - k * 0.693359375f) + k * 2.12194440e-4f;  // ln(2) in two parts
+    float p = 1.0f / 5040.0f;
+    p = p * r + 1.0f / 720.0f;
+    p = p * r + 1.0f / 120.0f;
+    p = p * r + 1.0f / 24.0f;
+    p = p * r + 1.0f / 6.0f;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    return p * from_bits((to_bits(moved) - to_bits(shift) + 127) << 23);
+}
+
+// log(1 + e^x) = max(x, 0) + 2 artanh(u / (2 + u)) with u = e^-|x|.
+inline float softplus(float x) {
+    const float u = exponential(x < 0.0f ? x : -x);
+    const float s = u / (2.0f + u), q = s * s;
+    float p = 1.0f / 15.0f;
+    p = p * q + 1.0f / 13.0f;
+    p = p * q + 1.0f / 11.0f;
+    p = p * q + 1.0f / 9.0f;
+    p = p * q + 1.0f / 7.0f;
+    p = p * q + 1.0f / 5.0f;
+    p = p * q + 1.0f / 3.0f;
+    p = p * q + 1.0f;
+    return (x > 0.0f ? x : 0.0f) + 2.0f * s * p;
+}
+
+inline float silu(float x) { return x / (1.0f + exponential(-x)); }
+
+}  // namespace
+
+extern "C" {
+
+// x [batch, tokens, channels], rows of `stride` floats; y the same, contiguous; weight [channels, width], bias [channels] or null;
+// before, after [batch, channels, width - 1]: the last inputs of each channel; before may be null for zeros. width is at most 16.
+void tersor_causal_conv(const float* x, int64_t stride, const float* weight, const float* bias, const float* before,
+                        float* after, float* y, int64_t batch, int64_t tokens, int64_t channels, int64_t width,
+                        int activate, int threads) {
+    const int64_t blocks = (channels + LANES - 1) / LANES, past = width - 1;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t index = 0; index < batch * blocks; ++index) {
+        const int64_t b = index / blocks, first = index % blocks * LANES;
+        const int64_t lanes = channels - first < LANES ? channels - first : LANES;
+        alignas(64) float w[16][LANES] = {}, seen[16][LANES] = {}, offset[LANES] = {}, sum[LANES];
+        const int64_t own = (b * channels + first) * past;
+        for (int64_t lane = 0; lane < lanes; ++lane) {
+            for (int64_t k = 0; k < width; ++k) w[k][lane] = weight[(first + lane) * width + k];
+            for (int64_t k = 0; k < past; ++k) seen[k][lane] = before == nullptr ? 0.0f : before[own + lane * past + k];
+            offset[lane] = bias == nullptr ? 0.0f : bias[first + lane];
+        }
+        for (int64_t t = 0; t < tokens; ++t) {
+            const float* in = x + (b * tokens + t) * stride + first;
+            float* out = y + (b * tokens + t) * channels + first;
+            for (int64_t lane = 0; lane < lanes; ++lane) seen[past][lane] = in[lane];
+            for (int lane = 0; lane < LANES; ++lane) sum[lane] = offset[lane];
+            for (int64_t k = 0; k < width; ++k) {
+#pragma omp simd
+                for (int lane = 0; lane < LANES; ++lane) sum[lane] += w[k][lane] * seen[k][lane];
+            }
+            if (activate) {
+#pragma omp simd
+                for (int lane = 0; lane < LANES; ++lane) sum[lane] = silu(sum[lane]);
+            }
+            for (int64_t lane = 0; lane < lanes; ++lane) out[lane] = sum[lane];
+            for (int64_t k = 0; k < past; ++k) std::memcpy(seen[k], seen[k + 1], sizeof seen[k]);
+        }
+        for (int64_t lane = 0; lane < lanes; ++lane) {
+            for (int64_t k = 0; k < past; ++k) after[own + lane * past + k] = seen[k][lane];
+        }
+    }
+}
+
+// x, dt, y [batch, tokens, channels], A [channels, n], B, C [batch, tokens, n], state [batch, channels, n], all contiguous.
+// state: at first the one before, at last the one after. before [chunks, batch, channels, n], or null: the state before every
+// `chunk` tokens. n is at most 256. D [channels] or null. z [batch, tokens, channels], rows of z_stride floats, or null.
+// positive: dt is used as softplus(dt).
+void tersor_selective_scan(const float* x, const float* dt, const float* A, const float* B, const float* C, float* y,
+                           float* state, float* before, int64_t batch, int64_t tokens, int64_t channels, int64_t n,
+                           int64_t chunk, const float* D, const float* z, int64_t z_stride, int positive, int threads) {
+    const int64_t blocks = (channels + LANES - 1) / LANES;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t index = 0; index < batch * blocks; ++index) {
+        const int64_t b = index / blocks, first = index % blocks * LANES;
+        const int64_t width = channels - first < LANES ? channels - first : LANES;
+        alignas(64) float h[256][LANES] = {}, a[256][LANES] = {};
+        alignas(64) float step[LANES] = {}, in[LANES] = {}, gate[LANES] = {}, skip[LANES] = {}, now[LANES] = {}, out[LANES];
+        float* own = state + (b * channels + first) * n;
+        for (int64_t lane = 0; lane < width; ++lane) {
+            for (int64_t i = 0; i < n; ++i) {
+                h[i][lane] = own[lane * n + i];
+                a[i][lane] = A[(first + lane) * n + i];
+            }
+            if (D != nullptr) skip[lane] = D[first + lane];
+        }
+        for (int64_t t = 0; t < tokens; ++t) {
+            if (before != nullptr && t % chunk == 0) {
+                float* kept = before + ((t / chunk * batch + b) * channels + first) * n;
+                for (int64_t lane = 0; lane < width; ++lane) {
+                    for (int64_t i = 0; i < n; ++i) kept[lane * n + i] = h[i][lane];
+                }
+            }
+            const int64_t place = (b * tokens + t) * channels + first;
+            for (int64_t lane = 0; lane < width; ++lane) {
+                step[lane] = dt[place + lane];
+                now[lane] = x[place + lane];
+            }
+            if (positive) {
+#pragma omp simd
+                for (int lane = 0; lane < LANES; ++lane) step[lane] = softplus(step[lane]);
+            }
+#pragma omp simd
+            for (int lane = 0; lane < LANES; ++lane) {
+                in[lane] = step[lane] * now[lane];
+                out[lane] = skip[lane] * now[lane];
+            }
+            const float* Bt = B + (b * tokens + t) * n;
+            const float* Ct = C + (b * tokens + t) * n;
+            for (int64_t i = 0; i < n; ++i) {
+                const float b_i = Bt[i], c_i = Ct[i];
+#pragma omp simd
+                for (int lane = 0; lane < LANES; ++lane) {
+                    const float next = exponential(step[lane] * a[i][lane]) * h[i][lane] + in[lane] * b_i;
+                    h[i][lane] = next;
+                    out[lane] += next * c_i;
+                }
+            }
+            if (z != nullptr) {
+                const float* row = z + (b * tokens + t) * z_stride + first;
+                for (int64_t lane = 0; lane < width; ++lane) gate[lane] = row[lane];
+#pragma omp simd
+                for (int lane = 0; lane < LANES; ++lane) out[lane] *= silu(gate[lane]);
+            }
+            for (int64_t lane = 0; lane < width; ++lane) y[place + lane] = out[lane];
+        }
+        for (int64_t lane = 0; lane < width; ++lane) {
+            for (int64_t i = 0; i < n; ++i) own[lane * n + i] = h[i][lane];
+        }
+    }
+}
+}

@@ -1,0 +1,71 @@
+"""What a method finds for one linear map: its new weight, and what it cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tersor.formats.dense_weight import DenseWeight
+from tersor.formats.grid import Stored
+from tersor.formats.packed_weight import PackedWeight
+
+
+class AnySolution(Protocol):
+    """A frozen dataclass, of which tensors are sent from process to process. Integers on grids are a `Solution` of
+    `weights/gptq_solver.py`."""
+
+    @property
+    def error(self) -> float:
+        """The method's own measure."""
+
+    @property
+    def damp(self) -> float: ...
+    @property
+    def condition(self) -> float | None:
+        """A lower bound of the damped Hessian's condition number, where it was factorized."""
+
+    @property
+    def sparsity(self) -> float | None:
+        """Share of the weights that are zero; None where the method makes none so."""
+
+    @property
+    def width(self) -> int:
+        """Bits of a number in the result."""
+
+    def dequantize(self) -> Tensor:
+        """The weight that a reader of the result gets back, [rows, columns]."""
+
+    def pack(self, group_size: int, stored: Stored | None) -> PackedWeight | None:
+        """The weight as it is stored; None where no file format holds it."""
+
+
+@dataclass(frozen=True)
+class DenseSolution:
+    """A weight in plain numbers."""
+
+    weight: Tensor  # [rows, columns], in the dtype in which it is stored
+    error: float
+    damp: float = 0.0
+    sparsity: float | None = None
+    condition: float | None = None
+
+    @property
+    def width(self) -> int:
+        return torch.finfo(self.weight.dtype).bits
+
+    def dequantize(self) -> Tensor:
+        return self.weight
+
+    def pack(self, group_size: int, stored: Stored | None) -> DenseWeight:
+        return DenseWeight(self.weight)
+
+
+def dense_solution(
+    weight: Tensor, stored: Stored | None, *, error: float, damp: float = 0.0, sparsity: float | None = None
+) -> DenseSolution:
+    """weight [rows, columns] rounded to what the file holds."""
+    kept = weight if stored is None else weight.to(stored.scale_dtype)
+    return DenseSolution(kept, error, damp, sparsity)

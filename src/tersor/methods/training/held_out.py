@@ -1,0 +1,84 @@
+"""What methods that tune packed layers share: samples kept apart, batches in an order of their own, and the loss on them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tersor.calibrate.batches import Batch, call, first_tensor, without_target
+from tersor.errors import TersorError
+from tersor.methods.training.batches import joined, shapes_of
+
+SHARE = 8  # one sample of so many is kept apart
+
+
+def split(samples: Sequence[dict[str, Any]], method: str) -> tuple[list[Batch], list[Batch]]:
+    """Samples to learn from, and every eighth, at least one, to judge by. Raises TersorError where there are too few."""
+    given = [without_target(dict(each)) for each in samples]
+    if len(given) < 2:
+        raise TersorError(f"{method} keeps samples apart to judge by: give at least 2, not {len(given)}")
+    apart = [n for n in range(len(given)) if n % SHARE == SHARE - 1] or [len(given) - 1]
+    return [each for n, each in enumerate(given) if n not in apart], [given[n] for n in apart]
+
+
+def drawn(count: int, size: int, epochs: int, seed: int) -> list[list[int]]:
+    """The samples of every step: each epoch has an order of its own, and its last step may have fewer."""
+    found = []
+    for epoch in range(epochs):
+        chance = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order: list[int] = torch.randperm(count, generator=chance).tolist()
+        found += [order[first : first + size] for first in range(0, count, size)]
+    return found
+
+
+def rate(step: int, steps: int, warm_up: float = 0.05) -> float:
+    """The learning rate of a step, from 0 to 1: a linear rise, then half a cosine."""
+    rise = max(1.0, warm_up * steps)
+    return min(1.0, (step + 1) / rise) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def travelled(steps: int) -> float:
+    """The sum of the rates of all steps: how far Adam at rate 1 goes where a gradient keeps its sign."""
+    return sum(rate(step, steps) for step in range(steps))
+
+
+def as_batches(samples: Sequence[Batch]) -> list[tuple[Batch, float]]:
+    """Samples that can run together as one, and the weight of each part."""
+    if len({shapes_of(each) for each in samples}) == 1:
+        return [(joined(samples), 1.0)]
+    return [(each, 1 / len(samples)) for each in samples]
+
+
+def divergence(model: nn.Module, original: nn.Module, samples: Sequence[Batch]) -> Tensor:
+    """The mean over samples, in float32: KL(original || model) of predictions where the model has `logits`, else the squared
+    error of its first output relative to the output. Padding does not count."""
+    return torch.stack([_loss(model, original, batch) * weight for batch, weight in as_batches(samples)]).sum()
+
+
+def _loss(model: nn.Module, original: nn.Module, batch: Batch) -> Tensor:
+    made = call(model, batch)
+    with torch.no_grad():
+        wanted = first_tensor(call(original, batch))
+    output = first_tensor(made)
+    if output is None or wanted is None:
+        raise TersorError(f"{type(model).__name__} gives no tensor to tune on")
+    output, wanted = output.float(), wanted.float()
+    shown = batch.get("attention_mask")
+    if not isinstance(shown, Tensor) or output.dim() != 3 or shown.shape != output.shape[:2]:
+        shown = torch.ones(output.shape[:-1], device=output.device)
+    if isinstance(getattr(made, "logits", None), Tensor):
+        p, q = wanted.log_softmax(-1), output.log_softmax(-1)
+        losses = F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+    else:
+        losses = (output - wanted).square().sum(-1) / wanted.square().sum(-1).mean().clamp(min=1e-30)
+    return (losses * shown).sum() / shown.sum()
+
+
+@torch.no_grad()
+def judged(model: nn.Module, original: nn.Module, apart: Sequence[Batch]) -> float:
+    return sum(float(divergence(model, original, [each])) for each in apart) / len(apart)

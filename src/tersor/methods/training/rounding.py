@@ -1,0 +1,206 @@
+"""Rounding learned block by block: integers of a packed model move by one where a block comes closer to the original's.
+
+What it is for: a step after `gptq` and before `scales`, which gains most at 2 bits. GPTQ looks at one layer at a time and
+decides each integer once; here the layers of a block learn together what each other's errors ask for.
+
+    steps: [{method: gptq, bits: 2}, {method: rounding}, {method: scales}]
+
+    tersor compress rounding PACKED --original MODEL --calibration text.txt --out out
+
+Block by block, with q_0 and s_0 as the step before left them, x̂ the samples' inputs to the block in the packed model whose blocks
+before it are done, and y the original's output of the same block on its own inputs:
+
+    W = s_0 exp(r) (round(q_0 + v) - z)       v [out, in] from 0, within [-1, 1]; r [out, groups] from 0
+    loss = ‖block(x̂; W) - y‖² / ‖y‖²          over the samples, by Adam, rounding taken for the identity (straight through)
+
+`travel` is what an offset could move by, were its gradient of one sign in all steps; an integer moves from a half on.
+
+The inputs are the packed model's and the target is the original's, so that a block also makes up for what the blocks before it
+lost. The levels stay those that a layer uses, so ternary weights stay ternary. Every eighth sample is kept apart: a block keeps
+the best of its epochs by its error on these, or its start; and all of it is undone where the whole model's loss on them (that
+of `scales`) did not fall.
+
+What differs from AutoRound (arXiv 2309.05516): the start is GPTQ's integers, not plain rounding; integers may move by one, not
+only to the other neighbour of the weight; Adam in the place of the sign of the gradient; the target is the original's output on
+exact inputs. As there, each weight has an offset that learns, and the ranges learn with it.
+
+Origin: no code was read. Proven: integers move by at most one within their levels; errors on samples kept apart never rise; the
+numbers in the file are those that were tuned. Measured: benchmarks/results/ladder.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tersor.calibrate.batches import call, first_tensor
+from tersor.calibrate.blocks import Unit, find_units
+from tersor.calibrate.lockstep import Call, Lockstep
+from tersor.errors import TersorError
+from tersor.formats.quantized_weight import QuantizedWeight
+from tersor.layers.quantized_linear import QuantizedLinear, packed_layers
+from tersor.methods.method import PackedMethod, Work, check_options, option, register
+from tersor.methods.training.held_out import drawn, judged, rate, split, travelled
+from tersor.methods.training.tuned_weight import TunedWeight, learning, requiring
+
+
+@dataclass(frozen=True)
+class RoundedBlock:
+    """One block: ‖block(x̂) - y‖² / ‖y‖² on the samples kept apart, before and after, and the share of its integers that
+    moved; or, under `(all)`, the loss of the whole model on these."""
+
+    name: str
+    before: float
+    after: float
+    moved: float | None = None
+    note: str = ""
+
+    def row(self) -> dict[str, Any]:
+        return {key: "" if value is None else value for key, value in asdict(self).items()}
+
+
+@register
+@dataclass(frozen=True)
+class Rounding(PackedMethod):
+    """Move integers of a packed model by one, block by block, so that blocks give what the original's give. A step after gptq."""
+
+    name: ClassVar[str] = "rounding"
+    survey_nodes: ClassVar[tuple[str, ...]] = (
+        "inference/quantization-ptq",
+        "inference/quantization-uniform",
+        "practical/quantization",
+    )
+
+    epochs: int = option(4, "passes over the samples for each block", check=lambda v: v >= 1, allowed="at least 1")
+    travel: float = option(
+        1.3, "how far an integer's offset could go in all steps together", check=lambda v: v > 0, allowed="above 0"
+    )
+    step_lr: float = option(
+        5e-3,
+        "learning rate of the scales, a share of their size; 0: they stay",
+        check=lambda v: 0 <= v < 1,
+        allowed="0, or below 1",
+    )
+    batch_size: int = option(2, "samples a step", check=lambda v: v >= 1, allowed="at least 1")
+    order_seed: int = option(0, "seed of the order of samples", check=lambda v: v >= 0, allowed="0 or more")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def tune(self, model: nn.Module, original: nn.Module, work: Work) -> None:
+        samples, apart = split(work.samples, self.name)
+        layers = {name: layer for name, layer in packed_layers(model).items() if work.wanted(name)}
+        if not layers:
+            raise TersorError("no packed layer is left to tune")
+        kept = {name: layer.packed for name, layer in layers.items()}
+        start = judged(model, original, apart)
+        units = units_of(original)
+        mine = [Unit(each.name, model.get_submodule(each.name), each.is_block) for each in units]
+        everything = [*samples, *apart]
+        total = sum(each.is_block for each in units)
+        done: set[str] = set()
+
+        def run(module: nn.Module, parts: list[Unit]) -> Lockstep:
+            return Lockstep(module, parts, everything, lambda batch: call(module, batch))
+
+        with run(model, mine) as packed, run(original, units) as exact:
+            for found, wanted in zip(packed, exact, strict=True):
+                if found.unit.name != wanted.unit.name:
+                    raise TersorError(
+                        f"the packed model reaches {found.unit.name} where its original is at {wanted.unit.name}"
+                    )
+                wanted.run()
+                name = found.unit.name
+                inside = _inside(name, layers)
+                if found.unit.is_block and name not in done and inside:
+                    work.progress(f"rounding {name}", len(done), total)
+                    done.add(name)
+                    targets = [first_tensor(each.output) for each in wanted.calls]
+                    work.report(self._learn(name, inside, found.calls, targets, len(samples)))
+                found.run()
+        end = judged(model, original, apart)
+        note = ""
+        if not end < start:
+            note, end = f"would have been {end:.4g}: left as it was", start
+            for name, layer in layers.items():
+                layer.put(kept[name])
+        work.progress("rounding", total, total)
+        work.report(RoundedBlock("(all)", start, end, _share(kept, layers), note))
+
+    def _learn(
+        self,
+        name: str,
+        layers: Mapping[str, QuantizedLinear],
+        calls: Sequence[Call],
+        targets: Sequence[Tensor | None],
+        count: int,
+    ) -> RoundedBlock:
+        """One block. The first `count` samples are learned from, the others are kept apart."""
+        if len(calls) != len(targets) or any(each is None for each in targets):
+            return RoundedBlock(
+                name, math.nan, math.nan, 0.0, "not every sample reaches it with a tensor: left as it was"
+            )
+        to_learn = [n for n, each in enumerate(calls) if each.sample < count]
+        to_judge = [n for n, each in enumerate(calls) if each.sample >= count]
+        if not to_learn or not to_judge:
+            return RoundedBlock(name, math.nan, math.nan, 0.0, "too few samples reach it: left as it was")
+        size = torch.stack([each.float().square().mean() for each in targets if each is not None]).mean()
+
+        def error(n: int) -> Tensor:
+            output, target = first_tensor(calls[n].run()), targets[n]
+            assert output is not None
+            assert target is not None
+            return (output.float() - target.float()).square().mean() / size.clamp(min=1e-30)
+
+        def judge() -> float:
+            return float(torch.stack([error(n) for n in to_judge]).mean())
+
+        weights = [TunedWeight(layer, moves=True) for layer in layers.values()]
+        offsets = [each.offset for each in weights if each.offset is not None]
+        steps = [each.log_step for each in weights]
+        parameters = [*offsets, *steps] if self.step_lr else offsets
+        groups = [{"params": offsets}] + [{"params": steps}] * bool(self.step_lr)
+        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+        order = drawn(len(to_learn), self.batch_size, self.epochs, self.order_seed)
+        an_epoch = len(order) // self.epochs
+        rates = (self.travel / travelled(len(order)), self.step_lr)
+        with learning(weights):
+            start = best = judge()
+            kept = [each.clone() for each in parameters]
+            for step, chosen in enumerate(order):
+                with requiring(parameters), torch.enable_grad():
+                    for n in chosen:
+                        torch.autograd.backward(error(to_learn[n]) / len(chosen))
+                for group, lr in zip(optimizer.param_groups, rates, strict=False):
+                    group["lr"] = lr * rate(step, len(order))
+                optimizer.step()
+                optimizer.zero_grad()
+                for each in offsets:
+                    each.clamp_(-1, 1)
+                if (step + 1) % an_epoch == 0 and (now := judge()) < best:
+                    best, kept = now, [each.clone() for each in parameters]
+            for parameter, state in zip(parameters, kept, strict=True):
+                parameter.copy_(state)
+        moved = sum(each.moved() for each in weights) / sum(each.codes.numel() for each in weights)
+        return RoundedBlock(name, start, best, moved)
+
+
+def units_of(model: nn.Module) -> list[Unit]:
+    """The units of a model; the whole model as one block where nothing is repeated."""
+    found = find_units(model)
+    return found if any(unit.is_block for unit in found) else [Unit("", model, True)]
+
+
+def _inside(block: str, layers: Mapping[str, QuantizedLinear]) -> dict[str, QuantizedLinear]:
+    return {name: layer for name, layer in layers.items() if not block or name.startswith(f"{block}.")}
+
+
+def _share(before: Mapping[str, QuantizedWeight], layers: Mapping[str, QuantizedLinear]) -> float:
+    """The share of integers that differ."""
+    moved = sum(int((layer.packed.codes() != before[name].codes()).sum()) for name, layer in layers.items())
+    return moved / sum(layer.in_features * layer.out_features for layer in layers.values())

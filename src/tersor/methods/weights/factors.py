@@ -1,0 +1,27 @@
+"""The factor of the Hessian that was asked for last, which the maps that share it ask for one after another."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tersor.methods.weights.gptq_solver import Factor, factorize
+
+
+class Factors:
+    def __init__(self, device: torch.device, *, damp: float, desc_act: bool = False) -> None:
+        self.device, self.damp, self.desc_act = device, damp, desc_act
+        self.last: tuple[Tensor, Factor, bool] | None = None
+
+    def of(self, hessian: Tensor) -> tuple[Factor, bool]:
+        """And whether the Hessian says anything: one of zeros stands for a map that no token reached, which is rounded."""
+        if self.last is None or self.last[0] is not hessian:
+            self.last = None  # a large one is let go before the next is made
+            informed = bool(hessian.any())
+            H = (
+                hessian.to(self.device)
+                if informed
+                else torch.eye(len(hessian), dtype=hessian.dtype, device=self.device)
+            )
+            self.last = hessian, factorize(H, damp=self.damp, desc_act=self.desc_act), informed
+        return self.last[1:]

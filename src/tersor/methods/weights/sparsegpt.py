@@ -1,0 +1,140 @@
+"""SparseGPT: one-shot pruning with second-order information (Frantar, Alistarh, ICML 2023, arXiv 2301.00774).
+
+What it is for: half of the weights of a large language model are removed at little loss, without training; in the pattern 2:4,
+which GPUs multiply faster; and with `bits`, what stays is quantized in the same pass, so that each makes up for the other's
+error.
+
+    tersor compress sparsegpt demo --sparsity 0.5 --out demo-sparse
+    tersor compress sparsegpt demo --pattern 2:4 --bits 4 --out demo-2:4-4bit
+
+Layer by layer, GPTQ's statistics and solver. In blocks of 128 columns, the weights with the least w² / U_jj² go, and the columns
+that remain make up for each (`sparse_solver.py`). Without bits the result is the model's own checkpoint with zeros in it: it
+takes as much disk (compressed-tensors 0.20 no longer reads sparse files), and engines gain only where they know the pattern.
+With bits it is a quantized checkpoint like any other; a zero is stored exactly.
+
+Origin: IST-DASLab/sparsegpt (Apache-2.0), not copied. There exactly one weight more than asked goes in each block, the
+quantizer is fitted to the whole row, and all layers of a block are pruned before any sees the others' effect (its option
+`true_sequential` aside); here the count is exact, `group_size` is GPTQ's, and later layers of a block see what earlier ones give.
+
+Proven: the pattern and the count are exact; the update of one removed weight is the optimal one; with sparsity 0 the result is
+GPTQ's bit for bit; saved results load in transformers. Measured: benchmarks/results/sparsity.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+from tersor.errors import TersorError
+from tersor.formats.grid import Bits
+from tersor.formats.layout import Layout, UniformGrids
+from tersor.layers.linear_map import weight_matrix
+from tersor.methods.block import Block, Statistics
+from tersor.methods.method import BlockMethod, check_options, option, register
+from tersor.methods.solution import AnySolution
+from tersor.methods.weights.factors import Factors
+from tersor.methods.weights.sparse_solver import solve_sparse
+from tersor.methods.weights.sparsity import (
+    HALF,
+    PATTERN_HELP,
+    PATTERNS,
+    SPARSITY_HELP,
+    UNSTRUCTURED,
+    Pruner,
+    check_pattern,
+    check_width,
+    is_sparsity,
+)
+from tersor.methods.weights.uniform import BITS_HELP, GROUP_HELP, SYM_HELP, check_grid, is_bits, is_group_size, width_of
+
+GROUP_SIZE = 128
+
+
+@register
+@dataclass(frozen=True)
+class SparseGPT(BlockMethod):
+    """Remove weights with error compensation, and quantize what stays where `bits` is given."""
+
+    name: ClassVar[str] = "sparsegpt"
+    survey_nodes: ClassVar[tuple[str, ...]] = (
+        "inference/pruning-unstructured",
+        "inference/pruning-semi",
+        "inference/pruning-post-training",
+        "practical/pruning",
+        "inference/quantization-ptq",
+    )
+
+    sparsity: float = option(HALF, SPARSITY_HELP, check=is_sparsity, allowed="0 or more, below 1")
+    pattern: str = option(
+        UNSTRUCTURED, PATTERN_HELP, check=lambda v: v in PATTERNS, allowed=" or ".join(map(repr, PATTERNS))
+    )
+    bits: Bits | None = option(
+        None,
+        f"{BITS_HELP}: quantize what stays, too",
+        check=lambda v: v is None or is_bits(v),
+        allowed="2, 3, 4, 8 or 'ternary'; left out, nothing is quantized",
+        word=True,
+    )
+    group_size: int = option(
+        GROUP_SIZE, f"with bits: {GROUP_HELP}", check=is_group_size, allowed="-1 or a positive number"
+    )
+    sym: bool = option(True, f"with bits: {SYM_HELP}", flag="--sym/--asym")
+    damp: float = option(
+        0.01,
+        "added to the Hessian's diagonal, as a fraction of its mean",
+        check=lambda v: 0 < v < 1,
+        allowed="between 0 and 1, exclusive",
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        check_pattern(self.sparsity, self.pattern)
+        if self.bits is None and self.sparsity == 0:
+            raise TersorError("sparsity=0 without bits changes nothing: give one of them")
+        if self.bits is None and (self.group_size != GROUP_SIZE or not self.sym):
+            given = f"group_size={self.group_size}" if self.group_size != GROUP_SIZE else "sym=False"
+            raise TersorError(f"{given} does nothing without bits: give bits, or leave it out")
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        return ("safetensors",) if self.bits is None else ("gptq", "gptq_v2", "compressed-tensors")
+
+    def check_linear(self, name: str, out_features: int, in_features: int, layout: Layout | None) -> None:
+        check_width(name, in_features, self.pattern)
+        if self.bits is not None:
+            check_grid(name, self.bits, self.group_size, self.sym, out_features, in_features, layout)
+
+    def compress_block(self, block: Block) -> None:
+        for names in block.order.groups:
+            for statistics in block.hessians(names):
+                tokens = {name: each.tokens for name, each in statistics.items()}
+                solve = partial(self._solve, block, statistics, Factors(block.device, damp=self.damp))
+                block.solve(statistics, solve, -1 if self.bits is None else self.group_size, tokens)
+
+    def _solve(
+        self, block: Block, statistics: Mapping[str, Statistics], factors: Factors, name: str
+    ) -> tuple[AnySolution, str]:
+        factor, informed = factors.of(statistics[name].hessian)
+        solution = solve_sparse(
+            weight_matrix(block.linears[name]),
+            factor,
+            Pruner(self.sparsity, self.pattern),
+            bits=self.bits,
+            group_size=self.group_size,
+            sym=self.sym,
+            stored=block.stored,
+        )
+        notes = []
+        if statistics[name].tokens == 0:
+            instead = "solved with the mean of its layer's experts" if informed else "pruned by magnitude"
+            notes.append(f"no calibration token reached it: {instead}")
+        if solution.damp != self.damp:
+            notes.append(f"damping raised to {solution.damp:g}")
+        return solution, "; ".join(notes)
+
+    def quantization(self) -> UniformGrids | None:
+        if self.bits is None:
+            return None
+        return UniformGrids(width_of(self.bits), self.group_size, self.sym, true_sequential=True, damp=self.damp)

@@ -1,0 +1,126 @@
+"""What a report finds out by running models: the texts that they write, their speed and their memory."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tersor.checkpoint.load import load_tokenizer
+from tersor.checkpoint.positions import positions_of
+from tersor.checkpoint.source import resolve
+from tersor.compress.result import peak_memory
+from tersor.errors import TersorError
+from tersor.evaluate.bandwidth import memory_bandwidth
+from tersor.evaluate.perplexity import tokens_of
+from tersor.evaluate.sizes import Sizes
+from tersor.report.data import Speed
+from tersor.runtime import bench
+from tersor.runtime.generate import check_length, end_tokens, load_module, make_engine, stream_tokens
+from tersor.runtime.sampling import Sampling
+
+Progress = Callable[[str, int, int], None]
+PROMPTS, PROMPT_TOKENS = 3, 24  # taken from the text
+TURNS, PREFIX, NEW = 5, 128, 32  # what is timed
+
+
+def prompts_from(model: str | Path, text: str) -> list[str]:
+    """Begins of equal parts of a text, cut at words."""
+    tokenizer = load_tokenizer(resolve(model))
+    ids = tokens_of(text if text == "builtin" else Path(text), tokenizer)
+    starts = [n * len(ids) // PROMPTS for n in range(PROMPTS)]
+    found = [
+        tokenizer.decode(ids[start : start + PROMPT_TOKENS].tolist(), skip_special_tokens=True) for start in starts
+    ]
+    return [each.strip() for each in found if each.strip()]
+
+
+def continuations(
+    models: Sequence[str], prompts: Sequence[str], new_tokens: int, dtype: str, device: str, progress: Progress
+) -> dict[str, list[str]]:
+    """What each model writes after each prompt, always the likeliest token; the tokenizer is the first model's."""
+    tokenizer = load_tokenizer(resolve(models[0]))
+    written: dict[str, list[str]] = {}
+    for n, name in enumerate(models):
+        progress(f"{name}: writing", n, len(models))
+        module = load_module(name, dtype=dtype, device=device)
+        end = end_tokens(module, tokenizer)
+        inputs = [tokenizer(prompt, return_tensors="pt")["input_ids"] for prompt in prompts]
+        for prompt, ids in zip(prompts, inputs, strict=True):
+            if ids.shape[1] == 0:
+                raise TersorError(f"the prompt {prompt!r} has no tokens; give at least one to continue")
+            check_length(module, ids.shape[1], new_tokens)
+        engine = make_engine(module, capacity=max(ids.shape[1] for ids in inputs) + new_tokens, take_over=True)
+        written[name] = []
+        for ids in inputs:
+            engine.reset()
+            pieces = stream_tokens(
+                engine, tokenizer, ids, max_new_tokens=new_tokens, sampling=Sampling(temperature=0), end=end
+            )
+            written[name].append("".join(pieces))
+    progress("writing", len(models), len(models))
+    return written
+
+
+def measure_speed(models: Mapping[str, Sizes], dtype: str, device: str, progress: Progress) -> dict[str, Speed]:
+    """Each model in a process of its own, so that its peak of memory is its own, one after another.
+
+    Raises TersorError where one does not make text.
+    """
+    found: dict[str, Speed] = {}
+    threads = torch.get_num_threads()
+    for n, (name, sizes) in enumerate(models.items()):
+        progress(f"{name}: measuring", n, len(models))
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
+            try:
+                found[name] = alone.submit(_speed_of, name, sizes, dtype, device, threads).result()
+            except BrokenProcessPool:
+                raise TersorError(
+                    f"{name} could not be measured: its process ended, maybe for lack of memory"
+                ) from None
+    progress("measuring", len(models), len(models))
+    return found
+
+
+def _speed_of(name: str, sizes: Sizes, dtype: str, device: str, threads: int) -> Speed:
+    torch.set_num_threads(threads)
+    module = load_module(name, dtype=dtype, device=device)
+    most = positions_of(module)
+    prefix = PREFIX if most is None else min(PREFIX, most - NEW)
+    check_length(module, prefix, NEW)
+    packed = sum(each.bytes for each in sizes.packed)
+    dense = sum(each.numel() * each.element_size() for each in module.parameters())
+    table = _looked_up(module) if sizes.looked_up else 0
+    weights = dense + packed - table
+    engine = make_engine(module, capacity=prefix + NEW, take_over=True)
+    config: Any = module.config
+    ids = bench.random_prompt(config.get_text_config().vocab_size, batch=1, tokens=prefix)
+    turns = bench.measure({name: lambda: bench.take_turn(engine, ids, NEW)}, repeats=TURNS)[name]
+    speeds = bench.speeds(turns, prompt_tokens=prefix, new_tokens=NEW, batch=1)
+    memory = peak_memory(engine.device)  # before the copies that follow
+    bandwidth = memory_bandwidth(engine.device)
+    cuda = engine.device.type == "cuda"
+    decode, prefill = speeds["decode"], speeds["prefill"]
+    return Speed(
+        engine=type(engine).__name__,
+        decode=(decode.median, decode.low, decode.high),
+        prefill=(prefill.median, prefill.low, prefill.high),
+        prompt_tokens=prefix,
+        new_tokens=NEW,
+        memory=memory,
+        weight_bytes=weights,
+        bandwidth=bandwidth,
+        share=decode.median * weights / bandwidth,
+        where=torch.cuda.get_device_name(engine.device) if cuda else f"{threads} threads",
+    )
+
+
+def _looked_up(module: Any) -> int:
+    """Bytes of a dense embedding of which a step reads one row; a packed one is no parameter."""
+    weight = getattr(module.get_input_embeddings(), "weight", None)
+    return weight.numel() * weight.element_size() if isinstance(weight, torch.nn.Parameter) else 0

@@ -1,0 +1,74 @@
+"""What a compressed forecaster lost: its errors beside the original's on the same windows of a table."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tersor.checkpoint.load import load
+from tersor.checkpoint.source import open_checkpoint
+from tersor.errors import TersorError
+from tersor.evaluate.divergence import Estimate
+from tersor.evaluate.measures import half_width
+from tersor.tasks.compared import FORECASTS, table_windows
+
+
+@dataclass(frozen=True)
+class ForecastsCompared:
+    """Errors in standard deviations of what the model learned from; ± over windows, of the changes paired."""
+
+    windows: int
+    horizon: int
+    mse: Estimate
+    base_mse: Estimate
+    mse_change: Estimate
+    mae: Estimate
+    base_mae: Estimate
+    mae_change: Estimate
+    apart: Estimate  # mean squared difference of the two forecasts
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def forecasts_compared(
+    model: str | Path,
+    against: str | Path,
+    data: Path,
+    *,
+    most: int = FORECASTS,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> ForecastsCompared:
+    """The last windows of every series, without overlap, at most `most`; one model is in memory at a time. Raises TersorError
+    where the table is too short or the two forecast unlike things."""
+    open_checkpoint(model)
+    windows = table_windows(against, data, most=most)
+    y = windows.truth()
+    p, q = (windows.forecasts(load(each, dtype=dtype, device=device).eval()) for each in (against, model))
+    if p.shape != q.shape:
+        raise TersorError(f"the models forecast {list(q.shape[1:])} and {list(p.shape[1:])}")
+    mse, base_mse = ((each - y).double().square() for each in (q, p))
+    mae, base_mae = ((each - y).double().abs() for each in (q, p))
+    return ForecastsCompared(
+        windows=len(y),
+        horizon=windows.horizon,
+        mse=_estimate(mse),
+        base_mse=_estimate(base_mse),
+        mse_change=_estimate(mse - base_mse),
+        mae=_estimate(mae),
+        base_mae=_estimate(base_mae),
+        mae_change=_estimate(mae - base_mae),
+        apart=_estimate((p - q).double().square()),
+    )
+
+
+def _estimate(values: Tensor) -> Estimate:
+    """values [windows, ...]"""
+    means = values.flatten(1).mean(1)
+    return Estimate(float(means.mean()), half_width(means))

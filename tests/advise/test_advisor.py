@@ -1,0 +1,342 @@
+"""The advisor on a tiny model: sizes are exact, evidence decides, limits hold, nothing is measured twice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import tersor
+from tersor import models
+from tersor.advise import Budget, advise
+from tersor.advise.candidates import Candidate, candidates_for
+from tersor.advise.evidence import Evidence, data_mark, keep_evidence, machine_mark, model_mark, read_evidence
+from tersor.advise.plans import FIGURES, Recipe, command, name_of, recipe_content
+from tersor.advise.predict import bits_of, distance, predicted_loss
+from tersor.advise.size import size_on_disk, skeleton
+from tersor.advise.workloads import Workload, kind_of, loss_between, run
+from tersor.checkpoint.source import open_checkpoint
+from tersor.compress.recipe import read_steps
+from tersor.errors import TersorError
+from tersor.methods.method import Method, methods
+from tersor.methods.weights.gptq import GPTQ
+from tersor.methods.weights.rtn import RTN
+from tersor.train.checkpoint import save_model
+
+UNITS, LENGTH = 3, 256
+SETTINGS = {"samples": 2, "seq_len": 64}
+Command = Callable[..., Any]
+
+
+@cache
+def fitting(model: Path) -> dict[str, tuple[Candidate, int]]:
+    """Recipes that fit the small model and whose size has a formula."""
+    checkpoint = open_checkpoint(model)
+    lazy = skeleton(checkpoint)
+    found = {}
+    for each in candidates_for("text", calibration=True, training=False):
+        try:
+            size = size_on_disk(checkpoint, lazy, each.steps)
+        except TersorError:
+            continue
+        if size is not None:
+            found[each.name] = (each, size)
+    return found
+
+
+def row(model: Path, recipe: Recipe, size: int, loss: float, *, latency: float, **changes: Any) -> Evidence:
+    """A measured run as the advisor keeps it, with figures that we choose."""
+    checkpoint = open_checkpoint(model)
+    values: dict[str, Any] = {
+        "model": str(model),
+        "model_mark": model_mark(checkpoint),
+        "kind": "text",
+        "data_mark": data_mark(["text", UNITS, LENGTH], []),
+        "recipe": [dict(step) for step in recipe],
+        "machine": machine_mark(torch.device("cpu")),
+        "version": tersor.__version__,
+        "settings": {**SETTINGS, "device": "cpu"},
+        "disk": size,
+        "memory": 10**8 + size,
+        "latency": latency,
+        "latency_p95": latency,
+        "latency_quarters": (latency, latency),
+        "scores": [3 + float(np.log1p(loss))] * UNITS,
+        "answers": [],
+        "seconds": 1.0,
+        "loss": loss,
+    }
+    return Evidence(**{**values, **changes})
+
+
+@pytest.fixture
+def seen(small_source: Path, tmp_path: Path) -> Path:
+    """Evidence of the original and of every recipe: fewer bits are smaller, faster and worse."""
+    file = tmp_path / "evidence.jsonl"
+    keep_evidence(file, row(small_source, (), open_checkpoint(small_source).size(), 0.0, latency=1e-3))
+    for candidate, size in fitting(small_source).values():
+        bits = bits_of(candidate.recipe)
+        keep_evidence(file, row(small_source, candidate.recipe, size, 4.0 ** (3 - bits), latency=1e-4 * bits))
+    return file
+
+
+def ask(model: Path, budget: Budget, evidence: Path, **changes: Any) -> Any:
+    only = changes.pop("only", list(fitting(model))[::2])
+    return advise(model, budget, units=UNITS, device="cpu", evidence=evidence, only=only, **{**SETTINGS, **changes})
+
+
+def test_sizes_are_those_on_disk(small: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(small)
+    lazy = skeleton(checkpoint)
+    recipes: list[Method] = [
+        RTN(bits=4, group_size=32),
+        RTN(bits=8, group_size=-1, sym=False),
+        GPTQ(bits=3, group_size=32, desc_act=True, static_groups=True),
+    ]
+    for n, method in enumerate(recipes):
+        formula = size_on_disk(checkpoint, lazy, [method])
+        out = tmp_path / str(n)
+        tersor.compress(small, method, out=out, samples=2, seq_len=64, device="cpu")
+        found = open_checkpoint(out).size()
+        assert formula == pytest.approx(found, rel=0.01)
+        saved = checkpoint.size() - found
+        assert checkpoint.size() - formula == pytest.approx(saved, rel=0.01)  # of what is saved, too
+
+
+def test_a_layer_that_does_not_fit_is_told_before_anything_is_made(small: Path) -> None:
+    checkpoint = open_checkpoint(small)
+    with pytest.raises(TersorError, match="group size 128 does not divide"):
+        size_on_disk(checkpoint, skeleton(checkpoint), [RTN(group_size=128)])
+
+
+def test_an_impossible_budget_gives_no_plan_and_names_what_binds(
+    small_source: Path, tmp_path: Path, tersor_command: Command
+) -> None:
+    file = tmp_path / "none.jsonl"
+    found = ask(small_source, Budget(disk=1000.0), file)
+    assert found.plans == ()
+    assert "--disk" in found.binding
+    assert not file.exists(), "nothing had to be measured"
+
+
+def test_the_command_ends_with_status_1_where_nothing_fits(
+    small_source: Path, seen: Path, tersor_command: Command
+) -> None:
+    how = ("--units", UNITS, "--device", "cpu", "--evidence", seen, "--measure", 0, "--samples", 2, "--seq-len", 64)
+    ran = tersor_command("advise", small_source, "--max-latency", "1us", *how)
+    assert ran.status == 1
+    assert "--max-latency" in ran.err.splitlines()[-1]
+    assert "Traceback" not in ran.err
+
+
+def test_known_runs_are_not_measured_again_and_plans_keep_every_limit(small_source: Path, seen: Path) -> None:
+    lines = seen.read_text()
+    budgets = [Budget(), Budget(loss=0.5), Budget(loss=0.5, latency=9e-4), Budget(latency=5e-4)]
+    names = []
+    for budget in budgets:
+        found = ask(small_source, budget, seen)
+        names.append({plan.name for plan in found.plans})
+        for plan in found.plans:
+            for name, limit in budget.limits().items():
+                assert plan.figure(name).value <= limit * 1.05
+    assert seen.read_text() == lines
+    assert names[2] <= names[1] <= names[0]
+    assert names[3] <= names[0]
+
+
+def test_the_frontier_is_not_dominated(small_source: Path, seen: Path) -> None:
+    found = ask(small_source, Budget(), seen)
+    values = {plan.name: [plan.figure(name).value for name in FIGURES] for plan in found.plans}
+    for name in found.front:
+        assert not any(
+            other != values[name] and all(a <= b for a, b in zip(other, values[name], strict=True))
+            for other in values.values()
+        )
+
+
+def test_contradicting_evidence_changes_the_choice_the_same_way_each_time(small_source: Path, seen: Path) -> None:
+    before = ask(small_source, Budget(loss=0.5), seen).chosen
+    again = ask(small_source, Budget(loss=0.5), seen).chosen
+    assert before == again
+    keep_evidence(seen, row(small_source, before.recipe, int(before.disk.value), 0.9, latency=1e-3))
+    after = ask(small_source, Budget(loss=0.5), seen)
+    assert after.chosen.name != before.name
+    assert before.name not in {plan.name for plan in after.plans}
+    assert ask(small_source, Budget(loss=0.5), seen).plans == after.plans
+
+
+def test_speed_is_not_taken_from_another_machine(small_source: Path, tmp_path: Path) -> None:
+    file = tmp_path / "elsewhere.jsonl"
+    keep_evidence(file, row(small_source, (), open_checkpoint(small_source).size(), 0.0, latency=1e-3))
+    (candidate, size), *_ = fitting(small_source).values()
+    foreign = row(small_source, candidate.recipe, size, 0.02, latency=1e-9, machine="another, 64 threads, 0")
+    keep_evidence(file, foreign)
+    found = ask(small_source, Budget(), file, only=[candidate.name], most=0)
+    plan = next(plan for plan in found.plans if plan.name == candidate.name)
+    assert not plan.latency.measured
+    assert plan.latency.value > 1e-5
+    assert plan.loss.evidence == foreign.id  # what is lost does not depend on the machine
+    assert plan.loss.value == pytest.approx(0.02)
+
+
+def test_what_is_lost_is_predicted_from_the_nearest_run(small_source: Path) -> None:
+    four, eight = (
+        row(small_source, (RTN(bits=bits).options(),), 1, loss, latency=1) for bits, loss in ((4, 0.1), (8, 1e-3))
+    )
+    mark = four.model_mark
+    three: Recipe = (RTN(bits=3).options(),)
+    found = predicted_loss(three, [four, eight], model=mark, data=four.data_mark, machine=four.machine)
+    assert found is not None
+    assert found.evidence == four.id
+    assert found.value == pytest.approx(0.1 * 10**0.6)  # a bit less: about four times the loss
+    assert found.low < found.value < found.high
+    foreign = replace(four, model_mark="another", id="")
+    wider = predicted_loss(three, [foreign], model=mark, data=four.data_mark, machine=four.machine)
+    assert wider is not None
+    assert wider.high / wider.low > found.high / found.low
+    dropped: Recipe = ({"name": "drop-blocks", "blocks": 1},)
+    assert predicted_loss(dropped, [four], model=mark, data="", machine="") is None  # rounding says nothing of it
+    assert predicted_loss(three, [], model=mark, data="", machine="") is None
+    assert (
+        distance(three, three)
+        == 0
+        < distance(three, four.steps)
+        < distance(three, ({"name": "drop-blocks", "blocks": 1},))
+    )
+
+
+def test_losses_are_paired() -> None:
+    assert loss_between("text", [1.0, 2.0], [1.1, 2.1])[0] == pytest.approx(np.expm1(0.1))
+    assert loss_between("text", [1.0, 2.0], [1.1, 2.1])[1] == pytest.approx(0, abs=1e-9)  # the same change in both
+    assert loss_between("image", [0, 0, 1, 0], [0, 1, 1, 0])[0] == pytest.approx(0.25)
+    assert loss_between("series", [1.0, 3.0], [2.0, 4.0])[0] == pytest.approx(0.5)
+    with pytest.raises(TersorError, match="2 and 3 scores"):
+        loss_between("text", [1.0, 2.0], [1.0, 2.0, 3.0])
+
+
+def test_every_recipe_is_written_as_a_command_and_a_file_that_give_it_back(tmp_path: Path) -> None:
+    from tersor.advise.plans import Plan
+
+    for kind in ("text", "image", "series"):
+        for each in candidates_for(kind, calibration=True, training=True):
+            path = tmp_path / "recipe.yaml"
+            path.write_text(yaml.safe_dump(recipe_content(each.recipe)))
+            assert [step.method for step in read_steps(path)] == list(each.steps)
+            told = command(Plan(each.name, each.recipe), "M", {"samples": 4}, recipe_file="r.yaml", out="DIR")
+            assert told.startswith("tersor compress ")
+            assert told.endswith("M --samples 4 --out DIR") or " M --" in told
+
+
+def test_methods_offer_recipes_of_their_own() -> None:
+    for name, method in methods().items():
+        for kind in ("text", "image", "series"):
+            for steps in method.recipes(kind):
+                assert any(type(step) is method for step in steps), name
+
+
+def test_forecasters_get_no_recipe_that_needs_samples() -> None:
+    assert candidates_for("series", calibration=True, training=False)
+    assert all(each.needs == "none" for each in candidates_for("series", calibration=True, training=False))
+    assert all(each.needs == "none" for each in candidates_for("text", calibration=False, training=False))
+
+
+def test_evidence_survives_a_torn_last_line_and_names_a_bad_one(tmp_path: Path, small_source: Path) -> None:
+    file = tmp_path / "evidence.jsonl"
+    first = row(small_source, (), 1, 0.0, latency=1.0)
+    keep_evidence(file, first)
+    with file.open("a") as opened:
+        opened.write('{"model": "tor')
+    assert read_evidence(file) == [first]
+    keep_evidence(file, first)
+    with pytest.raises(TersorError, match="line 2"):
+        read_evidence(file)
+    file.write_text('{"model": 1}\n')
+    with pytest.raises(TersorError, match="line 1"):
+        read_evidence(file)
+
+
+def test_a_language_model_is_run_and_evaluated(small_source: Path) -> None:
+    found = run(small_source, Workload("text", (), 2, 64, 3, "cpu"))
+    assert len(found.scores) == 2
+    assert all(0 < each < 20 for each in found.scores)
+    assert len(found.seconds) == 3
+    assert found.memory > open_checkpoint(small_source).size()
+
+
+def test_a_classifier_is_run_on_pictures(tmp_path: Path) -> None:
+    pillow = pytest.importorskip("PIL.Image")
+    draw = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for n in range(2):
+            pixels = draw.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+            pillow.fromarray(pixels).save(tmp_path / "pictures" / name / f"{n}.png")
+    assert kind_of(open_checkpoint("demo-vit"), "demo-vit") == "image"
+    found = run("demo-vit", Workload("image", (str(tmp_path / "pictures"),), 4, 0, 2, "cpu"))
+    assert len(found.scores) == len(found.answers) == 4
+    assert set(found.scores) <= {0.0, 1.0}
+
+
+def test_a_forecaster_is_run_on_a_table(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = models.create("itransformer", seq_len=24, pred_len=12, d_model=16, d_ff=16, n_heads=2, e_layers=1)
+    (tmp_path / "run").mkdir()
+    save_model(model, tmp_path / "run", {}, ())
+    days = np.datetime64("2024-01-01") + np.arange(80)
+    rows = [f"{day},{np.sin(n):.5f},{np.cos(n):.5f}" for n, day in enumerate(days)]
+    (tmp_path / "table.csv").write_text("\n".join(["day,a,b", *rows]) + "\n")
+    assert kind_of(open_checkpoint(tmp_path / "run"), "run") == "series"
+    found = run(tmp_path / "run", Workload("series", (str(tmp_path / "table.csv"),), 4, 0, 2, "cpu"))
+    assert len(found.scores) == 4
+    assert all(each > 0 for each in found.scores)
+
+
+@pytest.mark.slow
+def test_measures_writes_a_recipe_and_goes_on_from_what_it_measured(
+    small_source: Path, tmp_path: Path, tersor_command: Command
+) -> None:
+    file, out = tmp_path / "evidence.jsonl", tmp_path / "recipe.yaml"
+    how = ("--units", UNITS, "--device", "cpu", "--samples", 2, "--seq-len", 64, "--measure", 1, "--training", "none")
+    asked = ("advise", small_source, "--disk", f"{open_checkpoint(small_source).size() - 1}B", *how, "--evidence", file)
+    ran = tersor_command(*asked, "--out", out, "--json")
+    assert ran.status == 0, ran.err
+    rows = read_evidence(file)
+    assert [bool(each.recipe) for each in rows] == [False, True]
+    said = json.loads(ran.out)
+    first = said["plans"][0]
+    assert first["measured"]
+    assert first["disk"]["value"] == rows[1].disk
+    assert tersor_command("compress", "recipe", out, small_source, "--out", tmp_path / "made").status == 0
+    assert open_checkpoint(tmp_path / "made").size() == rows[1].disk
+    again = tersor_command(*asked[:-2], "--measure", 0, "--evidence", file, "--json")
+    assert json.loads(again.out)["plans"][0]["name"] == first["name"]
+    assert len(read_evidence(file)) == 2
+    assert name_of(rows[1].steps) == first["name"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--memory", "6XB"], "'6XB'"),
+        (["--min-speed", "20tok/s", "--max-latency", "5ms"], "--min-speed"),
+        (["--images", "nowhere"], "--images"),
+        (["--text", "nowhere.txt"], "nowhere.txt"),
+        (["--training", "maybe"], "'maybe'"),
+        (["--time", "soon"], "'soon'"),
+    ],
+)
+def test_bad_input_is_one_line(
+    small_source: Path, tersor_command: Command, arguments: list[str], named: str, tmp_path: Path
+) -> None:
+    ran = tersor_command("advise", small_source, "--evidence", tmp_path / "e.jsonl", *arguments)
+    assert ran.status == 2
+    assert named in ran.err
+    assert len(ran.err.strip().splitlines()) == 1

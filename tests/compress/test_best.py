@@ -1,0 +1,79 @@
+"""`--method best` and `best-fast`: the steps, what is said before, one flag, and going on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Ran
+from zoo.tiny_models import build
+
+import tersor
+from tersor import TersorError
+from tersor.compress.best import best_steps, passes
+from tersor.methods.training.scales import Scales
+
+
+def names(name: str, **options: Any) -> list[str]:
+    return [step.method.name for step in best_steps(name, options)]
+
+
+def test_the_steps_follow_from_the_bits() -> None:
+    assert names("best", bits=3) == ["gptq", "rounding", "scales"]
+    assert names("best-fast", bits="ternary") == ["gptq", "scales"]
+    assert names("best", bits=8) == names("best-fast", bits=8) == ["gptq"]
+    assert passes(best_steps("best-fast", {})) < 4 * passes(best_steps("best-fast", {"bits": 8}))
+
+
+def test_what_best_chooses_itself_is_refused() -> None:
+    with pytest.raises(TersorError, match="best chooses mse itself; it takes bits, group_size, sym"):
+        best_steps("best", {"mse": True})
+
+
+def test_one_flag_is_all_that_it_takes(
+    tersor_command: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("quantize", "demo", "--bits", 3, "--samples", 3, "--seq-len", 24, "--out", tmp_path / "out")
+    ran = tersor_command(*command, "--method", "best-fast")
+    assert ran.status == 0, ran.err
+    assert "best-fast: gptq, scales; about" in " ".join((ran.out + ran.err).split())
+    steps = json.loads((tmp_path / "out" / "config.json").read_text())["tersor_steps"]
+    assert [step["name"] for step in steps] == ["gptq", "scales"]
+    for more, said in (
+        (("--damp", 0.1), "best chooses damp itself"),
+        (("--target-bits", 3.5), "--target-bits chooses for gptq alone"),
+    ):
+        refused = tersor_command("quantize", "demo", "--method", "best", *more, "--out", tmp_path / "no")
+        assert refused.status == 2
+        assert said in " ".join(refused.err.split())
+
+
+def test_best_goes_on_with_the_step_that_it_had_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build("llama").float().save_pretrained(tmp_path / "model")
+    drawn = torch.Generator().manual_seed(0)
+    job: dict[str, Any] = {
+        "calibration": [{"input_ids": torch.randint(0, 96, (1, 16), generator=drawn)} for _ in range(8)]
+    }
+    steps = best_steps("best", {"bits": 2, "group_size": 32})
+    whole = tersor.compress(tmp_path / "model", steps, out=tmp_path / "whole", **job)
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Scales, "tune", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            tersor.compress(tmp_path / "model", steps, out=tmp_path / "out", **job)
+    lines: list[str] = []
+    tersor.compress(
+        tmp_path / "model", steps, out=tmp_path / "out", progress=lambda what, *_: lines.append(what), **job
+    )
+    assert "step 3 of 3: scales" in lines
+    assert "step 2 of 3: rounding" not in lines
+    saved = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]
+    assert saved[0] == saved[1]
+    assert whole.summary.divergence is not None

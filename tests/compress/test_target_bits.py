@@ -1,0 +1,152 @@
+"""Bits where they pay: the choice is exact, within the target, and what is written loads elsewhere."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import Ran
+from torch import nn
+from zoo.tiny_models import build, samples
+
+import tersor
+from tersor import GPTQ, RTN, TersorError
+from tersor.compress.knapsack import choose
+from tersor.compress.target_bits import bytes_of
+from tersor.formats.layouts import LAYOUTS, write
+from tersor.methods.weights.gptq_solver import solve_rtn
+
+BASE = GPTQ(group_size=64, desc_act=True, static_groups=True)
+
+
+def by_trying(items: list[list[tuple[int, float]]], budget: int) -> float | None:
+    """The least cost of all combinations."""
+    found = [
+        sum(cost for _, cost in each) for each in itertools.product(*items) if sum(size for size, _ in each) <= budget
+    ]
+    return min(found, default=None)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_choice_is_the_best_of_all(seed: int) -> None:
+    chance = random.Random(seed)
+    items = [
+        [(chance.randint(1, 30), chance.random()) for _ in range(chance.randint(1, 4))]
+        for _ in range(chance.randint(1, 6))
+    ]
+    budget = chance.randint(1, 100)
+    found, expected = choose(items, budget), by_trying(items, budget)
+    if expected is None:
+        assert found is None
+        return
+    assert found is not None
+    assert sum(item[n][0] for item, n in zip(items, found, strict=True)) <= budget
+    assert sum(item[n][1] for item, n in zip(items, found, strict=True)) == pytest.approx(expected)
+
+
+def test_many_layers_are_chosen_exactly_in_little_time() -> None:
+    options = [(2 * 10**6 + 5, 0.9), (3 * 10**6 + 5, 0.3), (4 * 10**6 + 5, 0.1), (8 * 10**6 + 5, 0.0)]
+    items = [[(size, cost * (1 + n)) for size, cost in options] for n in range(224)]
+    found = choose(items, 224 * 3 * 10**6 + 224 * 5)
+    assert found is not None
+    assert [options[n][0] for n in found] == sorted(options[n][0] for n in found)  # later ones cost more
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("sym", [True, False])
+def test_sizes_are_those_that_are_written(bits: int, layout: str, sym: bool) -> None:
+    torch.manual_seed(0)
+    solution = solve_rtn(torch.randn(64, 96), bits=bits, group_size=32, sym=sym)
+    weight = solution.pack(32, None)
+    written = write(weight, LAYOUTS[layout], sym=sym)
+    size = sum(each.numel() * each.element_size() for each in written.values())
+    assert bytes_of(64, 96, bits, 32, LAYOUTS[layout], weight.scales.dtype, sym=sym) == size
+
+
+def compressed(target: float, **settings: Any) -> Any:
+    model = build("llama").to(torch.float16 if settings.get("format") else torch.float32).float()
+    return tersor.compress(model, BASE, calibration=samples("llama", 6), target_bits=target, **settings)
+
+
+def test_layers_that_read_one_input_are_chosen_together_within_the_target() -> None:
+    found = compressed(4.0)
+    bits = {row.name: (row.bits, row.group_size) for row in found.summary.layers}
+    assert len(set(bits.values())) > 1
+    for block in ("model.layers.0", "model.layers.1"):
+        assert len({bits[f"{block}.self_attn.{name}_proj"] for name in "qkv"}) == 1
+        assert len({bits[f"{block}.mlp.{name}_proj"] for name in ("gate", "up")}) == 1
+    assert 3.0 < found.summary.bits_per_weight <= 4.0
+
+
+def test_more_bits_lose_less() -> None:
+    assert compressed(5.0).summary.divergence < compressed(3.5).summary.divergence
+
+
+@pytest.mark.parametrize("format", ["gptq", "compressed-tensors"])
+def test_a_mixture_is_written_read_back_and_resumed(tmp_path: Path, format: str) -> None:
+    build("llama").save_pretrained(tmp_path / "model")
+    job: dict[str, Any] = {"calibration": samples("llama", 6), "target_bits": 4.0, "format": format}
+    done = tersor.compress(tmp_path / "model", BASE, out=tmp_path / "out", **job)
+    assert 3.0 < done.summary.bits_per_weight <= 4.0
+    dense = tersor.load(tmp_path / "out")
+    x = samples("llama", 1)[0]
+    expected = dense(**x).logits
+    if format == "compressed-tensors":
+        theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+        torch.testing.assert_close(theirs(**x).logits, expected, rtol=1e-3, atol=1e-4)
+    with pytest.raises(TersorError, match="holds the finished result of this very command"):
+        tersor.compress(tmp_path / "model", BASE, out=tmp_path / "out", **job)
+
+
+def test_an_image_model_is_measured_by_what_it_returns() -> None:
+    torch.manual_seed(0)
+    small = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 5}
+    model = tersor.models.create("vit", **small).eval()
+    images = [{"image": torch.randn(2, 3, 32, 32), "target": torch.tensor([n % 5, 1])} for n in range(3)]
+    found = tersor.compress(model, BASE, calibration=images, target_bits=4.5)
+    assert found.summary.bits_per_weight <= 4.5
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "said"),
+    [
+        (RTN(), {}, "target_bits chooses for gptq, not for rtn"),
+        (BASE, {"rules": [{"match": "*.q_proj", "bits": 8}]}, "makes the rules of a job itself"),
+        (
+            BASE,
+            {"target_bits": 2.01},
+            r"target_bits=2.01 is below the \d\.\d+ bits a weight that the least choice takes",
+        ),
+        (BASE, {"target_bits": 12.0}, "target_bits=12.0 is not above 2 and at most 9"),
+    ],
+)
+def test_what_cannot_be_is_one_line(method: Any, settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(TersorError, match=said):
+        tersor.compress(build("llama"), method, calibration=samples("llama", 4), **{"target_bits": 4.0, **settings})
+
+
+def test_the_model_in_memory_is_left_alone() -> None:
+    model = build("llama")
+    before = {name: each.clone() for name, each in model.state_dict().items()}
+    tersor.compress(model, BASE, calibration=samples("llama", 4), target_bits=4.0)
+    assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
+
+
+def test_the_command_refuses_two_numbers_of_bits(tersor_command: Callable[..., Ran], tmp_path: Path) -> None:
+    ran = tersor_command("quantize", "demo", "--bits", 3, "--target-bits", 3.25, "--out", tmp_path / "out")
+    assert ran.status == 2
+    assert "--bits does nothing beside --target-bits" in " ".join(ran.err.split())
+
+
+def test_skipped_layers_stay(tmp_path: Path) -> None:
+    model: nn.Module = build("llama")
+    rules = [{"match": "*.q_proj", "skip": True}]
+    found = tersor.compress(model, BASE, calibration=samples("llama", 4), target_bits=4.0, rules=rules)
+    assert not any("q_proj" in row.name for row in found.summary.layers)
