@@ -79,6 +79,8 @@ def test_learns_by_its_own_task(info: ModelInfo) -> None:
         batch["target"] = torch.arange(len(result)) % result.shape[1]
     elif info.task == "link-predict":
         batch["target"] = torch.arange(len(result)) % 2.0
+    elif info.task == "transcribe":
+        batch |= {"text": torch.arange(3, 15).view(4, 3), "text_lengths": torch.full((4,), 3)}
     optimizer = optimizer_for(model, TrainConfig(lr=1e-3))
     losses = []
     for _ in range(8):
