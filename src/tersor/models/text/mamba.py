@@ -174,8 +174,9 @@ class Mamba1Mixer(nn.Module):
     def _A(self) -> Tensor:
         """-exp(A_log), float32; kept from token to token while nobody learns."""
         A_log = self.A_log
-        real = type(A_log) in (Tensor, nn.Parameter) and not A_log.is_inference()
-        if not real or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return -torch.exp(A_log.float())
+        if type(A_log) not in (Tensor, nn.Parameter) or A_log.is_inference():  # whose changes cannot be seen
             return -torch.exp(A_log.float())
         now = A_log.data_ptr(), A_log._version
         if self._kept is None or self._kept[0] is not A_log or self._kept[1] != now:
