@@ -15,11 +15,14 @@ from conftest import Ran
 from torch import Tensor
 
 import tersor
+import tersor.models
 from tersor.data.series_memory import Memory, remember, scaled
 from tersor.data.tables import TableConfig, read_series
+from tersor.errors import TersorError
 from tersor.evaluate.conformal import coverage, interval_radii, windows_needed
 from tersor.evaluate.yardsticks import fit_ridge, repeat_last, ridge, seasonal_naive
 from tersor.models.registry import ModelInfo
+from tersor.tasks import task_named
 from tersor.tasks.backtest import backtest
 from tersor.tasks.forecast_table import forecast_series, open_model
 from tersor.tasks.forecaster import Forecaster, marks_for, model_forecaster
@@ -451,3 +454,12 @@ def test_constant_columns_and_unknown_seasons_are_told(tmp_path: Path) -> None:
     assert "no season is known: --season ROWS" in told
     assert "left out of MASE" in told
     assert [row.name for row in result.rows] == ["ridge", "repeat-last"]
+
+
+def test_lengths_that_the_model_is_not_built_for_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("\n".join(str(n % 7) for n in range(200)) + "\n")
+    sizes = {"seq_len": 24, "pred_len": 12, "d_model": 16, "d_ff": 16, "n_heads": 2, "e_layers": 1}
+    model = tersor.models.create("itransformer", **sizes)
+    for name in ("seq_len", "pred_len"):
+        with pytest.raises(TersorError, match=rf"data\.{name} is 7, .*--set model\.{name}=7 sets both"):
+            task_named("forecast").load_data(model, tmp_path / "x.csv", None, {name: 7})

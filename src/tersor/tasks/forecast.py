@@ -59,6 +59,15 @@ def _config(model: Any, said: Mapping[str, Any]) -> SeriesConfig:
     """seq_len, pred_len, label_len and marks are the model's, unless the user says otherwise."""
     shared = [each.name for each in dataclasses.fields(SeriesConfig) if hasattr(model.config, each.name)]
     lengths = {name: getattr(model.config, name) for name in shared}
+    for name in ("seq_len", "pred_len"):
+        if (
+            name in said
+            and said[name] != lengths.get(name, said[name])
+            and not getattr(model, "takes_any_length", False)
+        ):
+            raise TersorError(
+                f"data.{name} is {said[name]}, and the model is built for {lengths[name]}; --set model.{name}={said[name]} sets both"
+            )
     return checked_config(SeriesConfig, {**lengths, "marks": marks_for(model.config), **said}, "data")
 
 

@@ -187,6 +187,8 @@ class Stage(nn.Module):
 class GPHT(nn.Module):
     """x_enc (B, L, N) -> forecast (B, pred_len, N); in training the predictions of all steps (B, L - T + pred_len, N)."""
 
+    takes_any_length = True  # the look-back of training need not be its config's
+
     def __init__(self, config: GPHTConfig) -> None:
         super().__init__()
         self.config = config
