@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -19,7 +21,7 @@ from tersor import models
 from tersor.advise import Budget, advise
 from tersor.advise.candidates import Candidate, candidates_for
 from tersor.advise.evidence import Evidence, data_mark, keep_evidence, machine_mark, model_mark, read_evidence
-from tersor.advise.plans import FIGURES, Recipe, command, name_of, recipe_content
+from tersor.advise.plans import FIGURES, Plan, Recipe, command, name_of, recipe_content
 from tersor.advise.predict import bits_of, distance, predicted_loss
 from tersor.advise.size import size_on_disk, skeleton
 from tersor.advise.workloads import Workload, kind_of, loss_between, run
@@ -137,6 +139,33 @@ def test_the_command_ends_with_status_1_where_nothing_fits(
     assert "Traceback" not in ran.err
 
 
+def test_the_command_of_a_recipe_has_the_settings_that_were_measured(
+    small_source: Path, seen: Path, tersor_command: Command
+) -> None:
+    out = seen.with_name("my recipe.yaml")
+    how = ("--units", UNITS, "--device", "cpu", "--evidence", seen, "--measure", 0, "--samples", 2, "--seq-len", 64)
+    asked = ("advise", small_source, "--max-loss", "90%", *how, "--out", out)
+    ran = tersor_command(*asked)
+    assert ran.status == 0, ran.err
+    told = shlex.split(ran.out.strip().splitlines()[-1].partition(": ")[2])
+    settings = ["--samples", "2", "--seq-len", "64", "--device", "cpu"]
+    assert told == ["tersor", "compress", "recipe", str(out), str(small_source), *settings, "--out", "DIR"]
+    before = out.read_bytes()
+    again = tersor_command(*asked)
+    assert (again.status, out.read_bytes()) == (2, before)
+    assert "exists; give another name, or --overwrite" in again.err
+    assert tersor_command(*asked, "--overwrite").status == 0
+
+
+def test_words_with_blanks_are_quoted() -> None:
+    settings = {"samples": 4, "calibration": "my book.txt"}
+    for recipe in ((RTN().options(),), (RTN().options(), RTN().options())):
+        told = command(Plan("any", recipe), "my model", settings, recipe_file="r e.yaml", out="DIR")
+        words = shlex.split(told)
+        assert {"my model", "my book.txt"} <= set(words)
+        assert len(recipe) == 1 or "r e.yaml" in words
+
+
 def test_known_runs_are_not_measured_again_and_plans_keep_every_limit(small_source: Path, seen: Path) -> None:
     lines = seen.read_text()
     budgets = [Budget(), Budget(loss=0.5), Budget(loss=0.5, latency=9e-4), Budget(latency=5e-4)]
@@ -223,8 +252,6 @@ def test_losses_are_paired() -> None:
 
 
 def test_every_recipe_is_written_as_a_command_and_a_file_that_give_it_back(tmp_path: Path) -> None:
-    from tersor.advise.plans import Plan
-
     for kind in ("text", "image", "series"):
         for each in candidates_for(kind, calibration=True, training=True):
             path = tmp_path / "recipe.yaml"
@@ -233,6 +260,47 @@ def test_every_recipe_is_written_as_a_command_and_a_file_that_give_it_back(tmp_p
             told = command(Plan(each.name, each.recipe), "M", {"samples": 4}, recipe_file="r.yaml", out="DIR")
             assert told.startswith("tersor compress ")
             assert told.endswith("M --samples 4 --out DIR") or " M --" in told
+
+
+def test_rows_of_methods_that_are_gone_are_skipped_with_a_note(small_source: Path, seen: Path) -> None:
+    plans = ask(small_source, Budget(), seen).plans
+    for step in ({"name": "no-such-method"}, {**RTN().options(), "no_such_option": 1}):
+        keep_evidence(seen, row(small_source, (step,), 1, 0.01, latency=1e-3))
+    found = ask(small_source, Budget(), seen)
+    assert found.plans == plans
+    assert [str(seen) in note and "2 runs are skipped" in note for note in found.notes].count(True) == 1
+
+
+def test_time_that_is_over_is_told(small_source: Path, tmp_path: Path) -> None:
+    file = tmp_path / "original.jsonl"
+    keep_evidence(file, row(small_source, (), open_checkpoint(small_source).size(), 0.0, latency=1e-3))
+    (candidate, _), *_ = fitting(small_source).values()
+    found = ask(small_source, Budget(), file, only=[candidate.name], seconds=0.01)
+    assert any(f"time was over while {candidate.name} was measured" in note for note in found.notes)
+    with pytest.raises(TersorError, match="--training of 3600 s is longer than the whole --time of 600 s"):
+        ask(small_source, Budget(), file, training=3600.0)
+
+
+def test_what_was_measured_with_other_contents_is_not_believed(small_source: Path, tmp_path: Path) -> None:
+    file, book = tmp_path / "evidence.jsonl", tmp_path / "book.txt"
+    book.write_text("One text.")
+    (candidate, size), *_ = fitting(small_source).values()
+    keep_evidence(file, row(small_source, (), open_checkpoint(small_source).size(), 0.0, latency=1e-3))
+    settings = {**SETTINGS, "device": "cpu", "calibration": data_mark([], [book])}
+    keep_evidence(file, row(small_source, candidate.recipe, size, 0.02, latency=1e-9, settings=settings))
+
+    def measured() -> bool:
+        found = ask(small_source, Budget(), file, only=[candidate.name], most=0, calibrate_on=str(book))
+        return next(plan for plan in found.plans if plan.name == candidate.name).measured
+
+    assert measured()
+    book.write_text("Two text.")
+    assert not measured()
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "1.png").write_bytes(b"one")
+    before = data_mark([], [tmp_path / "cat"])
+    (tmp_path / "cat" / "1.png").write_bytes(b"two")
+    assert data_mark([], [tmp_path / "cat"]) != before
 
 
 def test_methods_offer_recipes_of_their_own() -> None:
@@ -269,6 +337,17 @@ def test_a_language_model_is_run_and_evaluated(small_source: Path) -> None:
     assert all(0 < each < 20 for each in found.scores)
     assert len(found.seconds) == 3
     assert found.memory > open_checkpoint(small_source).size()
+
+
+def test_a_language_model_of_tersors_own_is_run(small_source: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = models.create("mamba", d_model=32, n_layer=1, vocab_size=8192)
+    save_model(model, tmp_path, {}, ())
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(small_source / name, tmp_path / name)
+    assert kind_of(open_checkpoint(tmp_path), "run") == "text"
+    found = run(tmp_path, Workload("text", (), 2, 64, 2, "cpu"))
+    assert len(found.scores) == len(found.seconds) == 2
 
 
 def test_a_classifier_is_run_on_pictures(tmp_path: Path) -> None:
@@ -314,7 +393,9 @@ def test_measures_writes_a_recipe_and_goes_on_from_what_it_measured(
     first = said["plans"][0]
     assert first["measured"]
     assert first["disk"]["value"] == rows[1].disk
-    assert tersor_command("compress", "recipe", out, small_source, "--out", tmp_path / "made").status == 0
+    words = shlex.split(first["command"])[1:-1]
+    assert words[words.index("--samples") :] == ["--samples", "2", "--seq-len", "64", "--device", "cpu", "--out"]
+    assert tersor_command(*words, tmp_path / "made").status == 0
     assert open_checkpoint(tmp_path / "made").size() == rows[1].disk
     again = tersor_command(*asked[:-2], "--measure", 0, "--evidence", file, "--json")
     assert json.loads(again.out)["plans"][0]["name"] == first["name"]
@@ -330,6 +411,9 @@ def test_measures_writes_a_recipe_and_goes_on_from_what_it_measured(
         (["--images", "nowhere"], "--images"),
         (["--text", "nowhere.txt"], "nowhere.txt"),
         (["--training", "maybe"], "'maybe'"),
+        (["--training", "1h"], "--time"),
+        (["--out", "nowhere/recipe.yaml"], "nowhere"),
+        (["--overwrite"], "--out"),
         (["--time", "soon"], "'soon'"),
     ],
 )

@@ -56,6 +56,13 @@ def test_a_size_that_is_none_is_named(text: str) -> None:
         parse_bytes(text, "--memory")
 
 
+def test_a_share_without_a_percent_sign_is_below_1() -> None:
+    with pytest.raises(TersorError, match=r"--max-loss 5 would be 500 %; write 5% or 0\.05"):
+        parse_share("5", "--max-loss")
+    assert parse_share("150%", "--max-loss") == pytest.approx(1.5)
+    assert parse_share("0.99", "--max-loss") == 0.99
+
+
 def test_relaxing_a_budget_removes_no_plan() -> None:
     steps = {"disk": (2, 3, 9), "memory": (6, 8, 10), "latency": (1, 2, 9), "loss": (0.02, 0.15, 1)}
     for values in itertools.product(*steps.values()):

@@ -65,7 +65,7 @@ ROOM = 1.3  # of the original's weights, that must be free in memory to measure 
 class Advice:
     """plans: those that keep the budget, in order; front: the names of those that no other dominates; left: recipes that are
     out, with the reason; binding: which limit leaves no plan, empty where there is one; settings: of the compression; notes: what
-    the machine's probe found."""
+    the machine's probe found, and what was skipped or cut short."""
 
     model: str
     kind: str
@@ -115,6 +115,10 @@ def advise(
     """
     tell = progress or (lambda what, done, total: None)
     deadline = time.monotonic() + seconds
+    if training > seconds:
+        raise TersorError(
+            f"--training of {training:g} s is longer than the whole --time of {seconds:g} s: give --time more"
+        )
     checkpoint = open_checkpoint(model)
     if "quantization_config" in checkpoint.config:
         raise TersorError(f"{model} is quantized already; give the original")
@@ -154,6 +158,14 @@ def _settings(
     return found if device == "auto" else {**found, "device": device}
 
 
+def _marked(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as evidence keeps them: of calibration files, their contents."""
+    path = Path(settings.get("calibration", "")).expanduser()
+    if "calibration" not in settings or not path.exists():
+        return dict(settings)
+    return {**settings, "calibration": data_mark([], [path])}
+
+
 def _check_room(lazy: LazyModel, place: torch.device) -> None:
     """Raise TersorError where the original does not fit in memory: nothing could be compared with it."""
     needed = ROOM * bytes_in_memory(lazy, {}, lazy.dtype.itemsize)
@@ -184,6 +196,7 @@ class _Session:
     deadline: float
     rows: list[Evidence] = field(default_factory=list)
     probe: Machine | None = None
+    notes: list[str] = field(default_factory=list)
 
     def advise(self, candidates: Sequence[Candidate], most: int, training: float, only: Sequence[str] | None) -> Advice:
         left: dict[str, str] = {}
@@ -197,7 +210,12 @@ class _Session:
         self.data = data_mark(
             [self.work.kind, self.work.units, self.work.length], [Path(each) for each in self.work.files]
         )
-        self.rows = [row for row in read_evidence(self.file) if row.kind == self.work.kind]
+        rows = [row for row in read_evidence(self.file) if row.kind == self.work.kind]
+        self.rows = [row for row in rows if row.current]
+        if len(self.rows) < len(rows):
+            self.notes.append(
+                f"{self.file}: {len(rows) - len(self.rows)} runs are skipped, of methods or options that this version has not"
+            )
         sizes = self._sizes(candidates, left)
         limit = self.budget.disk
         whole = Plan("original", (), disk=_exact(self.checkpoint.size()))
@@ -223,6 +241,7 @@ class _Session:
                 self._measure(candidate, training)
             except NoTimeError as told:
                 if time.monotonic() >= self.deadline:
+                    self.notes.append(f"time was over while {chosen.name} was measured: give --time more")
                     break
                 left[chosen.name] = str(told)
                 todo.pop(chosen.name)
@@ -259,7 +278,7 @@ class _Session:
         def same(row: Evidence) -> bool:
             mine = (self.mark, self.data, self.machine, tersor.__version__)
             theirs = (row.model_mark, row.data_mark, row.machine, row.version)
-            return theirs == mine and row.steps == recipe and (not recipe or row.settings == self.settings)
+            return theirs == mine and row.steps == recipe and (not recipe or row.settings == self.marked)
 
         return next((row for row in reversed(self.rows) if same(row)), None)
 
@@ -286,7 +305,7 @@ class _Session:
             recipe=[dict(step) for step in recipe],
             machine=self.machine,
             version=tersor.__version__,
-            settings=self.settings,
+            settings=self.marked,
             disk=measured.disk,
             memory=measured.run.memory,
             latency=measured.latency,
@@ -369,6 +388,7 @@ class _Session:
         self._cache: dict[str, tuple[float, float]] = {}
         self.formulated: list[Candidate] = []
         self.mark = self.data = ""
+        self.marked = _marked(self.settings)
 
     def _next(self, plans: Sequence[Plan]) -> Plan | None:
         """The plan that could still be better than the best measured one, the most hopeful first."""
@@ -409,7 +429,7 @@ class _Session:
             left=left,
             settings=self.settings,
             binding=why,
-            notes=() if self.probe is None else (_told(self.probe),),
+            notes=(*self.notes, *(() if self.probe is None else (_told(self.probe),))),
         )
 
 

@@ -90,7 +90,11 @@ def parse_seconds(text: str, option: str) -> float:
 
 
 def parse_share(text: str, option: str) -> float:
-    return _parsed(text, option, {"%": 0.01, "": 1.0}, "1% or 0.01", zero=True)
+    share = _parsed(text, option, {"%": 0.01, "": 1.0}, "1% or 0.01", zero=True)
+    if share >= 1 and "%" not in text:
+        bare = text.strip()
+        raise TersorError(f"{option} {bare} would be {100 * share:g} %; write {bare}% or {share / 100:g}")
+    return share
 
 
 def parse_speed(text: str, option: str) -> float:

@@ -15,7 +15,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,9 +25,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tersor import models
 from tersor.errors import TersorError
+from tersor.evaluate.machine import memory_available
 
 STATES, FEATURES = 16, int(64 * math.log(64))  # of Mamba; of Performer's heads of 64
 S4D_STATES = 64
+WIDTH = 4  # bytes of a float32
+PART = 0.5  # of the memory that is free, that what a layer holds may take: weights and copies come besides
+LIMIT = 10.0  # seconds of one pass, above which a length is not timed
+PROBE = 1024  # tokens, from which the time of a longer first length is extrapolated
 
 
 @dataclass(frozen=True)
@@ -313,15 +318,53 @@ def measured(kind: Kind, shape: Shape, *, turns: int = 5, most: float = 2.0, lea
     return min(seconds) if least else statistics.median(seconds)
 
 
+def room() -> float:
+    """Bytes that a timed layer may hold; infinite where the system does not say what is free."""
+    free = memory_available()
+    return math.inf if free is None else PART * free
+
+
+def timed(
+    kind: Kind, shapes: Sequence[Shape], *, limit: float = LIMIT, most_bytes: float | None = None
+) -> list[float | None]:
+    """`measured` of every shape, which differ in n alone and rise; None where a layer would hold more than `most_bytes`
+    (`room()` where not given), or a pass would take more than `limit` seconds, extrapolated from the shorter ones."""
+    most = room() if most_bytes is None else most_bytes
+    found: list[float | None] = []
+    last: tuple[Shape, float] | None = None
+    if shapes[0].n > PROBE and WIDTH * kind.held(replace(shapes[0], n=PROBE)) <= most:
+        probe = replace(shapes[0], n=PROBE)
+        last = probe, measured(kind, probe, turns=1)
+    for shape in shapes:
+        if WIDTH * kind.held(shape) > most or (last is not None and _expected(kind, shape, *last) > limit):
+            found.append(None)
+            continue
+        last = shape, measured(kind, shape)
+        found.append(last[1])
+    return found
+
+
+def _expected(kind: Kind, shape: Shape, before: Shape, seconds: float) -> float:
+    """Seconds of a pass that grow as the operations, and at least as n."""
+    return seconds * max(kind.operations(shape) / kind.operations(before), shape.n / before.n)
+
+
 def slope(lengths: Sequence[int], seconds: Sequence[float]) -> float:
     """Of log seconds over log n, by least squares."""
     x, y = [math.log(n) for n in lengths], [math.log(each) for each in seconds]
     return statistics.linear_regression(x, y).slope
 
 
-def crossover(lengths: Sequence[int], base: Sequence[float], other: Sequence[float]) -> float | None:
+def crossover(lengths: Sequence[int], base: Sequence[float | None], other: Sequence[float | None]) -> float | None:
     """The length from which `other` is and stays faster: where the log-log lines between two lengths meet; the first length
-    where it always is; None where it is not at the longest."""
+    where it always is; None where it is not at the longest. Lengths at which one was not timed do not count."""
+    both = [(n, b, a) for n, b, a in zip(lengths, base, other, strict=True) if b is not None and a is not None]
+    if not both:
+        return None
+    return _crossover(*zip(*both, strict=True))
+
+
+def _crossover(lengths: Sequence[int], base: Sequence[float], other: Sequence[float]) -> float | None:
     faster = [b < a for a, b in zip(base, other, strict=True)]
     if not faster[-1]:
         return None
@@ -334,7 +377,7 @@ def crossover(lengths: Sequence[int], base: Sequence[float], other: Sequence[flo
 
 
 def parse_lengths(text: str) -> list[int]:
-    """ "1k..64k" as powers of two between; "512,2k" as they are; "4096"."""
+    """ "1k..64k" as powers of two between; "512,2k" in order, each once; "4096"."""
 
     def number(part: str) -> int:
         part = part.strip().lower()
@@ -345,7 +388,7 @@ def parse_lengths(text: str) -> list[int]:
         return int(digits) * scale
 
     if ".." not in text:
-        return [number(part) for part in text.split(",")]
+        return sorted({number(part) for part in text.split(",")})
     first, last = (number(part) for part in text.split("..", 1))
     if first > last:
         raise TersorError(f"--n {text!r} begins above its end")

@@ -20,6 +20,7 @@ import torch
 from tersor.advise.plans import Recipe
 from tersor.checkpoint.source import Checkpoint
 from tersor.errors import TersorError
+from tersor.methods.method import from_options
 from tersor.untrusted import readable
 
 DEFAULT = Path("~/.cache/tersor/evidence.jsonl")
@@ -58,6 +59,16 @@ class Evidence:
     @property
     def steps(self) -> Recipe:
         return tuple(self.recipe)
+
+    @property
+    def current(self) -> bool:
+        """Whether this version has the methods and the options of the recipe."""
+        try:
+            for step in self.recipe:
+                from_options(step["name"], {key: value for key, value in step.items() if key != "name"})
+        except (TersorError, ValueError, TypeError):
+            return False
+        return True
 
 
 def read_evidence(path: Path) -> list[Evidence]:
@@ -121,12 +132,14 @@ def model_mark(checkpoint: Checkpoint) -> str:
 
 
 def data_mark(parts: Sequence[object], files: Sequence[Path]) -> str:
-    """A hash of what it is evaluated with: settings, and the files' contents (of a folder: names and sizes)."""
+    """A hash of what it is evaluated with: settings, and the files' contents (of a folder: names too)."""
     digest = hashlib.sha256(json.dumps([str(part) for part in parts]).encode())
     for path in files:
         if path.is_dir():
             for each in sorted(each for each in path.rglob("*") if each.is_file()):
-                digest.update(f"{each.relative_to(path)} {each.stat().st_size}\n".encode())
+                with each.open("rb") as file:
+                    content = hashlib.file_digest(file, "sha256").hexdigest()
+                digest.update(f"{each.relative_to(path)} {content}\n".encode())
         else:
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

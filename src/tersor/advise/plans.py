@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -131,23 +132,31 @@ def _word(value: Any) -> str:
 
 
 def command(plan: Plan, model: str, settings: Mapping[str, Any], *, recipe_file: str, out: str) -> str:
-    """The command line that makes it. Of several steps, one that reads the recipe file."""
+    """The command line that makes it, for a shell. Of several steps, one that reads the recipe file."""
     if not plan.recipe:
         return ""
-    flags = [f"--{key.replace('_', '-')} {value}" for key, value in settings.items()]
     if len(plan.recipe) > 1:
-        return " ".join(["tersor compress recipe", recipe_file, model, *flags, "--out", out])
+        return recipe_command(model, settings, recipe_file=recipe_file, out=out)
     (step,) = plan.recipe
-    options = [_flag(step["name"], key, value) for key, value in _given(step).items()]
-    return " ".join(["tersor compress", step["name"], model, *options, *flags, "--out", out])
+    options = [word for key, value in _given(step).items() for word in _flag(step["name"], key, value)]
+    return shlex.join(["tersor", "compress", step["name"], model, *options, *_flags(settings), "--out", out])
 
 
-def _flag(method: str, key: str, value: Any) -> str:
+def recipe_command(model: str, settings: Mapping[str, Any], *, recipe_file: str, out: str) -> str:
+    """The command line that makes what a recipe file says, with the settings that it was measured with."""
+    return shlex.join(["tersor", "compress", "recipe", recipe_file, model, *_flags(settings), "--out", out])
+
+
+def _flags(settings: Mapping[str, Any]) -> list[str]:
+    return [word for key, value in settings.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+
+
+def _flag(method: str, key: str, value: Any) -> list[str]:
     declared = methods()[method].__dataclass_fields__[key].metadata.get("flag")
     if isinstance(value, bool):
         yes, _, no = (declared or f"--{key.replace('_', '-')}/--no-{key.replace('_', '-')}").partition("/")
-        return yes if value else no
-    return f"{declared or '--' + key.replace('_', '-')} {value}"
+        return [yes if value else no]
+    return [declared or "--" + key.replace("_", "-"), str(value)]
 
 
 def recipe_content(recipe: Recipe) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from tersor.evaluate.accuracy import read_images
 from tersor.evaluate.perplexity import causal_windows, logits_of, tokens_of
 from tersor.runtime.bench import random_prompt, take_turn
 from tersor.runtime.generate import load_module, make_engine
+from tersor.runtime.stepped_module import vocabulary_of
 from tersor.tasks.forecast_table import as_trained
 from tersor.tasks.forecaster import open_forecaster
 from tersor.tasks.origins import errors_at, windows_at
@@ -110,7 +111,12 @@ def _text(model: str | Path, work: Workload) -> tuple[Start, Evaluate]:
     def start() -> Callable[[], float]:
         module: Any = load_module(model, device=work.device)
         engine = make_engine(module, capacity=PROMPT + NEW, take_over=True)
-        ids = random_prompt(module.config.get_text_config().vocab_size, batch=1, tokens=PROMPT)
+        config = module.config
+        vocabulary = (
+            config.get_text_config().vocab_size if hasattr(config, "get_text_config") else vocabulary_of(module)
+        )
+        assert vocabulary is not None  # make_engine refuses a model without tokens
+        ids = random_prompt(vocabulary, batch=1, tokens=PROMPT)
         return lambda: take_turn(engine, ids, NEW).decode / (NEW - 1)
 
     def evaluate() -> tuple[list[float], list[int]]:

@@ -24,9 +24,9 @@ from tersor.advise.budget import (
     shown,
 )
 from tersor.advise.evidence import DEFAULT
-from tersor.advise.plans import Figure, Plan, command, reason, recipe_content
+from tersor.advise.plans import Figure, Plan, command, reason, recipe_command, recipe_content
 from tersor.checkpoint.room import replacing
-from tersor.cli.options import AsJson, Device
+from tersor.cli.options import AsJson, Device, Overwrite
 from tersor.cli.progress import progress_bar
 from tersor.errors import TersorError
 
@@ -45,9 +45,12 @@ def advise(
     min_speed: Annotated[str | None, typer.Option(help="Least new tokens a second, such as 20tok/s.")] = None,
     max_latency: Annotated[str | None, typer.Option(help="Most time a token, picture or window: 50ms.")] = None,
     device: Device = "auto",
-    time: Annotated[str, typer.Option(help="How long it may take; the same command goes on from there.")] = "10m",
+    time: Annotated[
+        str, typer.Option(help="How long it may take; the same command then measures what is left.")
+    ] = "10m",
     training: Annotated[
-        str, typer.Option(help="What a method may do: none, calibration, or train for a time such as 1h.")
+        str,
+        typer.Option(help="What a method may do: none, calibration, or train for a time such as 5m, within --time."),
     ] = "calibration",
     text: Annotated[
         list[Path] | None, typer.Option(help="Text to evaluate on; may be given several times. [default: built in]")
@@ -67,6 +70,7 @@ def advise(
     measure: Annotated[int, typer.Option(min=0, help="Recipes to measure at most.")] = 6,
     evidence: Annotated[Path, typer.Option(help="What was measured before, and where it is kept.")] = DEFAULT,
     out: Annotated[Path | None, typer.Option(help="Write the first recipe here, for `tersor compress recipe`.")] = None,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Choose how to compress a model: measured on this machine and your data, within your budget.
@@ -100,6 +104,7 @@ def advise(
     if min_speed is not None and kind not in (None, "text"):
         raise TersorError("--min-speed is for language models; use --max-latency")
     may_calibrate, may_train = parse_training(training)
+    _check_out(out, overwrite)
     with progress_bar(quiet=as_json) as progress:
         found = find_advice(
             model,
@@ -134,11 +139,24 @@ def advise(
         raise typer.Exit(NO_PLAN)
     if not as_json and out is not None:
         told = (
-            f"{out}: tersor compress recipe {out} {model} --out DIR"
+            f"{out}: {recipe_command(model, found.settings, recipe_file=str(out), out='DIR')}"
             if written
             else "the original is the choice: no recipe"
         )
         typer.echo(told)
+
+
+def _check_out(out: Path | None, overwrite: bool) -> None:
+    """Raise TersorError, before the work, where the recipe could not be written in the end."""
+    if out is None:
+        if overwrite:
+            raise TersorError("--overwrite is for the file of --out: give --out")
+    elif out.is_dir():
+        raise TersorError(f"--out {out} is a folder; give a file such as recipe.yaml")
+    elif not out.parent.is_dir():
+        raise TersorError(f"--out {out}: there is no folder {out.parent}; make it, or give another name")
+    elif out.exists() and not overwrite:
+        raise TersorError(f"--out {out} exists; give another name, or --overwrite")
 
 
 def _print(found: Advice, out: Path | None) -> None:
@@ -151,10 +169,9 @@ def _print(found: Advice, out: Path | None) -> None:
         star = "*" if plan.name in found.front else ""
         cells = [_figure(name, plan.figure(name)) for name in ("disk", "memory", "latency", "loss")]
         table.add_row(star, plan.name, *cells)
-    Console(width=None if Console().is_terminal else 160).print(table)
-    if not found.plans:
-        return
-    typer.echo("\n*: on the frontier, no other plan is as good in everything; ~: predicted, with its interval")
+    if found.plans:
+        Console(width=None if Console().is_terminal else 160).print(table)
+        typer.echo("\n*: on the frontier, no other plan is as good in everything; ~: predicted, with its interval")
     for plan in found.plans:
         typer.echo(f"\n{plan.name}: {reason(plan, found.plans, bounded_loss=found.budget.loss is not None)}")
         if source := _source(plan):

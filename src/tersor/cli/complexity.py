@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,12 +12,24 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tersor.advise.complexity import FORMULAE, KINDS, Kind, Shape, crossover, kind_named, measured, parse_lengths
+from tersor.advise.complexity import (
+    FORMULAE,
+    KINDS,
+    LIMIT,
+    WIDTH,
+    Kind,
+    Shape,
+    crossover,
+    kind_named,
+    parse_lengths,
+    room,
+    timed,
+)
 from tersor.cli.options import AsJson
 from tersor.cli.progress import progress_bar
 from tersor.errors import TersorError
 
-WIDTH = 4  # bytes of a float32
+Times = dict[str, list[float | None]]  # seconds by layer; None where a length was not timed
 
 
 def complexity(
@@ -38,7 +51,8 @@ def complexity(
 ) -> None:
     """Show operations, memory and cache of attention and of the layers that take its place, by formulae.
 
-    Operations are those of matrix products; what comes besides is named. Times are of one sequence in float32 on the CPU.
+    Operations are those of matrix products; what comes besides is named. Times are of one sequence in float32 on the CPU;
+    lengths that would not fit in memory, or take too long, are not timed.
 
     Example: `tersor complexity --n 1k..8k --d 256 --heads 4 --measure`.
     """
@@ -47,19 +61,20 @@ def complexity(
     if measure and kinds and kinds[0].name != "attention":
         kinds = [kind_named("attention"), *(kind for kind in kinds if kind.name != "attention")]
     shapes = [Shape(length, d, heads, window, k) for length in lengths]
-    seconds: dict[str, list[float]] = {}
+    seconds: Times = {}
+    most = room()
     if measure:
         with progress_bar(quiet=as_json) as progress:
             for number, kind in enumerate(kinds):
                 progress(f"timing {kind.name}", number, len(kinds))
-                seconds[kind.name] = [measured(kind, shape) for shape in shapes]
+                seconds[kind.name] = timed(kind, shapes, most_bytes=most)
     cross = {
         name: crossover(lengths, seconds["attention"], found) for name, found in seconds.items() if name != "attention"
     }
     if as_json:
         typer.echo(json.dumps(_plain(kinds, shapes, seconds, cross)))
     else:
-        _print(kinds, shapes, seconds, cross)
+        _print(kinds, shapes, seconds, cross, most)
     if plot is not None:
         _draw(plot, kinds, shapes, seconds)
 
@@ -73,7 +88,7 @@ def _row(kind: Kind, shape: Shape) -> dict[str, Any]:
     }
 
 
-def _plain(kinds: list[Kind], shapes: list[Shape], seconds: dict[str, list[float]], cross: dict[str, Any]) -> Any:
+def _plain(kinds: list[Kind], shapes: list[Shape], seconds: Times, cross: dict[str, Any]) -> Any:
     found = []
     for kind in kinds:
         rows = [_row(kind, shape) for shape in shapes]
@@ -85,7 +100,7 @@ def _plain(kinds: list[Kind], shapes: list[Shape], seconds: dict[str, list[float
     return {"layers": found, "not_held": formulae, "threads": torch.get_num_threads()}
 
 
-def _print(kinds: list[Kind], shapes: list[Shape], seconds: dict[str, list[float]], cross: dict[str, Any]) -> None:
+def _print(kinds: list[Kind], shapes: list[Shape], seconds: Times, cross: dict[str, Any], most: float) -> None:
     first = shapes[0]
     typer.echo(f"d {first.d}, {first.heads} heads, window {first.window}, k {first.k}; one sequence in float32\n")
     table = Table(box=None, pad_edge=False)
@@ -98,16 +113,24 @@ def _print(kinds: list[Kind], shapes: list[Shape], seconds: dict[str, list[float
             row = _row(kind, shape)
             cells = [_short(row["operations"]), _bytes(row["bytes"]), _bytes(row["cache_bytes"])]
             if seconds:
-                cells.append(f"{1e3 * seconds[kind.name][number]:.3g}")
+                found = seconds[kind.name][number]
+                cells.append("-" if found is None else f"{1e3 * found:.3g}")
             table.add_row(*((kind.name, kind.order) if number == 0 else ("", "")), f"{shape.n:,}", *cells)
     Console().print(table)
+    if any(each is None for found in seconds.values() for each in found):
+        typer.echo(
+            f"\n-: not timed: it would hold more than {most / 1e9:.1f} GB, or a pass take more than {LIMIT:.0f} s by the "
+            "shorter lengths"
+        )
     typer.echo("\nbesides the operations:")
     for kind in kinds:
         typer.echo(f"  {kind.name}: {kind.besides}")
     if seconds:
         typer.echo(f"\nfaster than attention on this machine ({torch.get_num_threads()} threads):")
         for name, length in cross.items():
-            typer.echo(f"  {name}: " + ("at none of these lengths" if length is None else f"from n = {length:,.0f}"))
+            typer.echo(
+                f"  {name}: " + ("at none of the lengths timed" if length is None else f"from n = {length:,.0f}")
+            )
     typer.echo("\nnot held; as the survey says (arXiv 2103.14636):")
     for each in FORMULAE:
         typer.echo(f"  {each.name}: time {each.time}, memory {each.memory}; {each.note}")
@@ -124,7 +147,7 @@ def _bytes(number: int | None) -> str:
     return "not causal" if number is None else f"{number / 1e6:,.2f} MB"
 
 
-def _draw(path: Path, kinds: list[Kind], shapes: list[Shape], seconds: dict[str, list[float]]) -> None:
+def _draw(path: Path, kinds: list[Kind], shapes: list[Shape], seconds: Times) -> None:
     try:
         import matplotlib
     except ImportError:
@@ -134,7 +157,8 @@ def _draw(path: Path, kinds: list[Kind], shapes: list[Shape], seconds: dict[str,
 
     figure, axes = pyplot.subplots(figsize=(7, 5))
     for kind in kinds:
-        values = seconds.get(kind.name) or [kind.operations(shape) for shape in shapes]
+        found = seconds.get(kind.name) or [kind.operations(shape) for shape in shapes]
+        values = [math.nan if each is None else each for each in found]
         axes.loglog([shape.n for shape in shapes], values, marker="o", label=kind.name)
     axes.set_xlabel("n")
     axes.set_ylabel("seconds" if seconds else "operations")
