@@ -66,7 +66,8 @@ def _config(model: Any, said: Mapping[str, Any]) -> SeriesConfig:
             and not getattr(model, "takes_any_length", False)
         ):
             raise TersorError(
-                f"data.{name} is {said[name]}, and the model is built for {lengths[name]}; --set model.{name}={said[name]} sets both"
+                f"data.{name} is {said[name]}, and the model is built for {lengths[name]}; "
+                f"--set model.{name}={said[name]} sets both"
             )
     return checked_config(SeriesConfig, {**lengths, "marks": marks_for(model.config), **said}, "data")
 
