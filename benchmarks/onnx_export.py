@@ -88,7 +88,8 @@ def main() -> None:
 def write(rows: dict[str, list[str]]) -> None:
     known = {each.system for each in tersor.models.list()}
     exported = sum(cells[1] != "no" for cells in rows.values())
-    lines = ["# Which architectures export to ONNX", "", *(__doc__ or "").splitlines()[4:], ""]
+    partial = f" (partial: {len(rows)} of {len(known)} tried)" if set(rows) < known else ""
+    lines = [f"# Which architectures export to ONNX{partial}", "", *(__doc__ or "").splitlines()[4:], ""]
     lines += [f"{exported} of {len(rows)} are exported."]
     if missing := sorted(known - set(rows)):
         lines += [f"Not tried yet: {', '.join(missing)}."]

@@ -48,6 +48,16 @@ def test_trains_a_forecaster_that_loads_again(tmp_path: Path, series: Path, caps
     assert model(torch.zeros(1, 8, 2)).shape == (1, 4, 2)
 
 
+def test_a_folder_of_the_architecture_s_name_changes_nothing(
+    tmp_path: Path, series: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    same = ["itransformer", "--data", str(series), "--out", "itransformer", *SMALL, "--set", "model.pred_len=4"]
+    run(*same, *QUICK, "--json")
+    run(*same, *QUICK, "--json")  # goes on, and does not take the folder for the model
+    assert "is built already" in failure(capsys, "./itransformer", *same[1:], *QUICK)
+
+
 def test_a_config_file_is_overruled_by_set_and_set_by_options(
     tmp_path: Path, series: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,7 +19,7 @@ from zoo.tiny_models import GPT, LLAMA
 
 from tersor import models
 from tersor.byte_tokenizer import ByteTokenizer
-from tersor.cli.chat import _lines, stopped_by_ctrl_c
+from tersor.cli.chat import _lines, _obey, stopped_by_ctrl_c
 from tersor.errors import TersorError
 from tersor.models.registry import find
 from tersor.runtime import chat_template
@@ -200,20 +200,35 @@ def test_lines_are_turns_and_answers_the_output(chat: Callable[..., Ran], tmp_pa
     plain = chat("Hello\nAnd then?\n", "--system", "Be brief.")
     assert plain.status == 0, plain.err
     assert plain.out.split() == " ".join(answers).split()
-    lines = f"/system Be brief.\nHello\n/reset\nHello\n/save {tmp_path}/talk.json\n/quit\nnever read\n"
+    lines = "/system Be brief.\nHello\n/reset\nHello\n/quit\nnever read\n"
     commanded = chat(lines)
     assert commanded.status == 0, commanded.err
     assert commanded.out.split() == f"{answers[0]} {answers[0]}".split()
-    assert json.loads((tmp_path / "talk.json").read_text())["messages"] == found["messages"][:3]
-    again = chat(f"/save {tmp_path}/talk.json\n")
-    assert "there already" in again.err
+    longer = chat(f"Hello\n/nothing\n/save {tmp_path}/talk.json\nAnd then?\n", "--json", "--system", "Be brief.")
+    assert longer.status == 2
+    assert "there is no command /nothing" in longer.err
+    assert "/save is for terminals" in longer.err
+    assert not (tmp_path / "talk.json").exists()
+    assert json.loads(longer.out)["messages"] == found["messages"]
+
+
+def test_a_conversation_is_saved_once(tmp_path: Path) -> None:
+    talk, file = start(build("llama")), tmp_path / "talk.json"
+    list(talk.answer("Hello"))
+    with pytest.raises(TersorError, match="/save is for terminals"):
+        _obey(talk, f"/save {file}", at_terminal=False)
+    with pytest.raises(TersorError, match="needs the name of a file"):
+        _obey(talk, "/save", at_terminal=True)
+    assert _obey(talk, f"/save {file}", at_terminal=True)
+    assert json.loads(file.read_text())["messages"] == talk.messages
+    with pytest.raises(TersorError, match="there already"):
+        _obey(talk, f"/save {file}", at_terminal=True)
 
 
 @pytest.mark.parametrize(
     ("lines", "options", "message"),
     [
         ("/nothing\n", (), "there is no command /nothing"),
-        ("/save\n", (), "/save needs the name of a file"),
         ("/quit now\n", (), "/quit takes nothing"),
         ("Hello\n", ("--context", 1), "--context 1"),
         ("Hello\n", ("--context", 8), "does not fit in the context of 8"),

@@ -100,10 +100,35 @@ def test_a_model_of_transformers_takes_any_batch(name: str, tmp_path: Path) -> N
     assert any(each.endswith("[0]") for each in found.dynamic), found.fixed
     inputs = example_inputs(model, 5)
     if name == "gpt2":  # any length too
+        assert "input_ids[1]" in found.dynamic
         inputs = {"input_ids": inputs["input_ids"][:, :9]}
     with torch.no_grad():
         expected = onnx_export._tensors(model(**inputs))[0]
     torch.testing.assert_close(run(path, inputs), expected, rtol=1e-3, atol=1e-4)
+
+
+class Short(nn.Module):
+    """Reads 16 tokens at most, but for the exporter: its file gives scores of all tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores = nn.Embedding(9, 6)
+
+    def can_generate(self) -> bool:
+        return True
+
+    def example_inputs(self, batch: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.randint(0, 9, (batch, 16))}
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.scores(input_ids)
+        return found if torch.compiler.is_exporting() else found[:, :16]
+
+
+def test_texts_of_another_length_are_compared(tmp_path: Path) -> None:
+    with pytest.raises(TersorError, match="no file is left"):
+        export_module(Short(), tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("bits", "group_size", "kind"), [(8, -1, "UINT8"), (4, 32, "UINT4")])

@@ -192,7 +192,8 @@ def test_first_token_comes_once(model: TersorLM) -> None:
     assert model.tokenizer.bos_token_id not in model.tok_encode("hello")
     bos = TersorLM("demo", add_bos_token=True)
     with_first = bos.tok_encode("hello")
-    assert with_first.count(bos.tokenizer.bos_token_id) <= 1
+    assert with_first == [bos.tokenizer.bos_token_id, *model.tok_encode("hello")]
+    assert bos.tok_encode("hello", add_special_tokens=False) == model.tok_encode("hello")
     assert bos.tok_encode(f"{bos.tokenizer.bos_token}hello").count(bos.tokenizer.bos_token_id) == 1
 
 
@@ -243,6 +244,24 @@ def test_bad_input_is_one_line(
     assert ran.status == 2
     assert len(ran.err.strip().splitlines()) == 1, ran.err
     assert said in ran.err
+
+
+def test_a_task_that_runs_code_is_one_line(tersor_command: Command, tasks_dir: Path) -> None:
+    file = tasks_dir / "colours.yaml"
+    file.write_text(file.read_text() + "unsafe_code: true\n")
+    ran = tersor_command("eval", "demo", "--tasks", "colours", "--tasks-dir", tasks_dir)
+    assert ran.status == 2
+    assert len(ran.err.strip().splitlines()) == 1, ran.err
+    assert "task colours runs the code that the model writes" in ran.err
+
+
+def test_examples_that_a_task_does_not_take_are_said(tersor_command: Command, tasks_dir: Path) -> None:
+    file = tasks_dir / "colours.yaml"
+    file.write_text(file.read_text() + "num_fewshot: 0\n")
+    ran = tersor_command("eval", "demo", "--tasks", "colours", "--tasks-dir", tasks_dir, "--num-fewshot", 2, "--json")
+    assert ran.status == 0, ran.err
+    assert "task colours has 0 examples before each question, not 2" in ran.err
+    assert json.loads(ran.out)["shots"] == {"colours": 0}
 
 
 def test_a_task_without_its_data_is_one_line(tersor_command: Command, tasks_dir: Path) -> None:

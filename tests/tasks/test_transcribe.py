@@ -108,7 +108,12 @@ def test_a_long_recording_is_cut_at_pauses_and_keeps_its_times(
         assert times == sorted(times)
         assert segment["start"] <= times[0]
         assert times[-1] <= segment["end"]
-    run(capsys, "transcribe", learnt / "run", tmp_path / "talk.flac", "--format", "srt", "--out", tmp_path / "out")
+    as_srt = ("transcribe", learnt / "run", tmp_path / "talk.flac", "--format", "srt", "--out", tmp_path / "out")
+    run(capsys, *as_srt)
+    (tmp_path / "out" / "talk.srt").write_text("corrected by hand")
+    assert "talk.srt exists; give another --out" in run(capsys, *as_srt, status=2)
+    assert (tmp_path / "out" / "talk.srt").read_text() == "corrected by hand"
+    run(capsys, *as_srt, "--overwrite")
     blocks = (tmp_path / "out" / "talk.srt").read_text().strip().split("\n\n")
     assert len(blocks) == 3
     assert blocks[1].split("\n")[2] == "middle"
@@ -255,6 +260,10 @@ def test_every_rate_and_width_is_read_alike(tmp_path: Path) -> None:
     with (tmp_path / "b.wav").open("rb") as stream:
         streamed = torch.cat(list(blocks_of_stream(stream, 16_000)))
     torch.testing.assert_close(streamed, torch.cat(list(blocks_of(tmp_path / "b.wav", 16_000))), atol=1e-6, rtol=0)
+    cut = (tmp_path / "b.wav").read_bytes()[:-100_004]  # inside a sample of 2 x 3 bytes
+    heard = torch.cat(list(blocks_of_stream(io.BytesIO(cut), 44_100)))
+    whole = torch.cat(list(blocks_of(tmp_path / "b.wav", 44_100)))
+    torch.testing.assert_close(heard, whole[: 44_100 - 16_668], atol=1e-6, rtol=0)
     with pytest.raises(TersorError, match="no WAV file"):
         list(blocks_of_stream(io.BytesIO(b"ID3 something else"), 16_000))
     with pytest.raises(TersorError, match="--raw: 7 samples"):

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from tersor.checkpoint.room import disk_errors, read_object, replacing
+from tersor.cli.harness import refuse
 from tersor.cli.options import AsJson, Device
 from tersor.cli.progress import progress_bar
 from tersor.errors import TersorError
@@ -26,6 +27,7 @@ UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 def attribute(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="The compressed model: a directory or hub name.")],
     against: Annotated[str, typer.Option(help="The original.")],
     text: Annotated[list[str] | None, typer.Option(help="A text file, or several. [default: builtin]")] = None,
@@ -64,6 +66,11 @@ def attribute(
 
     Example: `tersor attribute demo-3bit --against demo --out lost.json --plot lost.png`.
     """
+    if not suggestion:
+        refuse(context, "--no-suggest", ("layers", "bits"))
+    for name, value in (("--images", images), ("--data", data)):
+        if value is not None:
+            refuse(context, name, ("seq_len",))
     seconds = seconds_of(time)
     if by not in BY:
         raise TersorError(f"--by {by} is not one of {', '.join(BY)}")

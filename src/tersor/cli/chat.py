@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 
 HELP = (
     "/reset forgets the turns, /system TEXT sets the system message (without TEXT: none) and forgets the turns, "
-    "/save FILE writes the conversation as JSON, /quit ends"
+    "/save FILE writes the conversation as JSON (in a terminal), /quit ends"
 )
+REFUSED = 2  # the exit status where a line of a pipe was refused
 _CONTEXT = 4096
 
 
@@ -64,7 +65,8 @@ def chat(
 ) -> None:
     """Talk with a model. /help lists the commands; Ctrl-C stops an answer, Ctrl-D ends.
 
-    Where standard input is no terminal, every line of it is a message, and the answers are printed one after the other.
+    Where standard input is no terminal, every line of it is a message, or a command where it begins with /, and the answers are
+    printed one after the other. A line that is refused is said on standard error; the exit status is then 2.
     Sampling that is not asked for is as the model's generation_config.json says, or off.
 
     Examples: `tersor chat demo`, `tersor chat my-model --system "Answer in one sentence." < questions.txt`.
@@ -93,19 +95,23 @@ def chat(
     at_terminal = sys.stdin.isatty()
     if at_terminal:
         _say("/help lists the commands; Ctrl-C stops an answer, Ctrl-D ends")
-    for line in _lines(at_terminal):
-        try:
-            if line.startswith("/"):
-                if not _obey(talk, line):
-                    break
-            else:
-                _answer(talk, line, silent=as_json)
-        except TersorError as error:
-            if not at_terminal:
-                raise
-            _say(str(error))  # and the conversation goes on
-    if as_json:
-        typer.echo(json.dumps({"model": model, **talk.transcript()}))
+    refused = False
+    try:
+        for line in _lines(at_terminal):
+            try:
+                if line.startswith("/"):
+                    if not _obey(talk, line, at_terminal):
+                        break
+                else:
+                    _answer(talk, line, silent=as_json)
+            except TersorError as error:  # and the conversation goes on
+                refused = True
+                _say(str(error))
+    finally:
+        if as_json:
+            typer.echo(json.dumps({"model": model, **talk.transcript()}))
+    if refused and not at_terminal:
+        raise typer.Exit(REFUSED)
 
 
 def _start(
@@ -182,7 +188,7 @@ def _from_terminal() -> str:
         return ""
 
 
-def _obey(talk: Chat, line: str) -> bool:
+def _obey(talk: Chat, line: str, at_terminal: bool) -> bool:
     """Carry out a command. Whether the conversation goes on."""
     command, _, rest = line.partition(" ")
     rest = rest.strip()
@@ -200,6 +206,10 @@ def _obey(talk: Chat, line: str) -> bool:
         talk.system = rest or None
         _say("the system message is set and the turns are forgotten" if rest else "there is no system message now")
     elif command == "/save":
+        if not at_terminal:
+            raise TersorError(
+                "/save is for terminals, so that lines of a file write no files; --json prints the conversation"
+            )
         _save(talk, rest)
     else:
         raise TersorError(f"there is no command {command}; {HELP}")

@@ -24,6 +24,13 @@ from tersor.evaluate.similarities import similarities
 from tersor.tasks.compared import FORECASTS, Inputs, check_inputs, compared_on
 from tersor.tasks.forecast_compared import forecasts_compared
 
+# What does nothing in a comparison with --against, by what the models are compared on.
+IDLE = {
+    "text": ("max_images",),
+    "sentences": ("seq_len", "max_windows", "max_images", "cache", "cache_size"),
+    "images": ("text", "seq_len", "max_windows", "cache", "cache_size"),
+    "data": ("text", "seq_len", "max_images", "cache", "cache_size"),
+}
 Compare = Callable[[str | Path, Report], Any]  # a model, beside the original
 
 
@@ -101,15 +108,8 @@ def evaluate(
     if against is not None:
         how = compared_on(model, against)
         check_inputs(how, Inputs((source,), images, data))
-        if how != "text" and (cache is not None or cache_size is not None):
-            raise TersorError("--cache is for language models, whose logits are large; leave it out")
+        refuse(context, f"models that are compared on {how}", IDLE[how])
         size = CACHE_SIZE if cache_size is None else bytes_in(cache_size)
-        for name, idle in (
-            ("windows", max_windows is not None and how in ("images", "sentences")),
-            ("images", max_images is not None and how != "images"),
-        ):
-            if idle:
-                raise TersorError(f"--max-{name} does nothing for models that are compared on {how}; leave it out")
 
         def compare(each: str | Path, said: Report) -> Any:
             if how == "images":
@@ -130,7 +130,10 @@ def evaluate(
     for name, value in (("--data", data), ("--anchors", anchors), ("--cache", cache), ("--cache-size", cache_size)):
         if value:
             raise TersorError(f"{name} is for a comparison: give --against the original")
-    if images is not None:
+    if images is None:
+        refuse(context, "perplexity", ("max_images",))
+    else:
+        refuse(context, "accuracy on images", ("text", "seq_len", "max_windows"))
         _accuracy(model, images, max_images, dtype, device, as_json)
         return
     with progress_bar(quiet=as_json) as progress:

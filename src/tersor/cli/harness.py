@@ -8,6 +8,7 @@ from pathlib import Path
 
 import typer
 
+from tersor.cli.notes import show_notes
 from tersor.cli.progress import progress_bar
 from tersor.errors import TersorError
 
@@ -54,6 +55,11 @@ def show_harness(
             device=device,
             progress=progress,
         )
+    show_notes(
+        f"task {task} has {shots} examples before each question, not {num_fewshot}: its own definition says so"
+        for task, shots in found.shots.items()
+        if num_fewshot is not None and task in found.documents and shots != num_fewshot
+    )
     if as_json:
         typer.echo(json.dumps({"model": model, **found.as_dict()}))
         return

@@ -44,8 +44,8 @@ def _train(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="An architecture (`tersor models` lists them), the folder of a saved model that is to be trained on, or "
-            "lra/TASK, of the Long Range Arena.",
+            help="An architecture (`tersor models` lists them), the folder of a saved model that is to be trained on "
+            "(./NAME where an architecture has its name), or lra/TASK, of the Long Range Arena.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder of the run; one that was interrupted goes on.")],
@@ -194,8 +194,13 @@ def _print(told: dict[str, Any], *, as_json: bool) -> None:
 
 
 def _saved(what: str, checkpoint: Path | None, overrides: dict[str, Any]) -> nn.Module | None:
-    """The model that is saved in the folder `what`; None where that is no folder with a model."""
+    """The model that is saved in the folder `what`; None where that is no folder with a model.
+
+    The name of an architecture is one, whatever folder is called the same: `--out s4` makes such a folder.
+    """
     folder = Path(what)
+    if _registered(what):
+        return None
     with readable(folder):
         if not (folder / "config.json").is_file():
             return None
@@ -214,6 +219,14 @@ def _saved(what: str, checkpoint: Path | None, overrides: dict[str, Any]) -> nn.
     if getattr(type(net), "system", None) is None:
         raise TersorError(f"{what} holds a {type(net).__name__}; tersor trains its own architectures (`tersor models`)")
     return net.requires_grad_()
+
+
+def _registered(name: str) -> bool:
+    try:
+        tersor.models.find(name)
+    except TersorError:
+        return False
+    return True
 
 
 def _as_it_was_trained(folder: Path) -> dict[str, Any]:

@@ -46,6 +46,9 @@ def transcribe(
         int | None,
         typer.Option(metavar="RATE", help="Standard input holds 16-bit samples of one channel, RATE a second."),
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="With --out: replace transcripts that are there already.")
+    ] = False,
     device: Device = "auto",
 ) -> None:
     """Write down what is said in recordings, of any length: they are cut at pauses.
@@ -65,6 +68,8 @@ def transcribe(
         )
     if raw is not None and not streamed:
         raise TersorError("--raw says what standard input holds; give - as the input")
+    if overwrite and out is None:
+        raise TersorError("--overwrite goes with --out, the folder of the transcripts")
     files = [] if streamed else input_files(inputs, SUFFIXES)
     if out is not None:
         stems: dict[str, Path] = {}
@@ -72,6 +77,9 @@ def transcribe(
             if (other := stems.setdefault(path.stem, path)) != path:
                 raise TersorError(f"{other} and {path} have one name, and so would their transcripts; rename one")
         with readable(out):
+            for stem in () if overwrite else stems:
+                if (there := out / f"{stem}.{format}").exists():
+                    raise TersorError(f"{there} exists; give another --out, or --overwrite to replace it")
             out.mkdir(parents=True, exist_ok=True)
     ready = _open(model, published_as, device)
     if streamed:

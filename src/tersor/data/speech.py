@@ -167,6 +167,7 @@ def _wave_blocks(file: wave.Wave_read) -> Iterator[Any]:
     width, channels = file.getsampwidth(), file.getnchannels()
     count = max(1, int(0.2 * file.getframerate()))  # a stream is answered as it comes
     while data := file.readframes(count):
+        data = data[: len(data) // (width * channels) * (width * channels)]  # a stream may be cut inside a sample
         yield _whole_numbers(data, width).reshape(-1, channels).mean(1, dtype=np.float32)
 
 

@@ -83,19 +83,23 @@ def harness(
         if progress is not None:
             progress("reading the tasks' data", 0, len(tasks))
         loaded = _loaded(manager, list(tasks))
+        _check_kinds(loaded["tasks"])
         language_model = model_type.TersorLM(
             model, batch_size=batch_size, max_length=max_length, dtype=dtype, device=device, progress=progress
         )
-        found = lm_eval.simple_evaluate(
-            model=language_model,
-            tasks=list(tasks),
-            task_manager=_Loaded(loaded, manager.task_index),
-            limit=limit,
-            num_fewshot=num_fewshot,
-            apply_chat_template=chat_template,
-            bootstrap_iters=_RESAMPLED,
-            log_samples=False,
-        )
+        try:
+            found = lm_eval.simple_evaluate(
+                model=language_model,
+                tasks=list(tasks),
+                task_manager=_Loaded(loaded, manager.task_index),
+                limit=limit,
+                num_fewshot=num_fewshot,
+                apply_chat_template=chat_template,
+                bootstrap_iters=_RESAMPLED,
+                log_samples=False,
+            )
+        except ValueError as error:  # how the harness refuses what it does not do
+            raise TersorError(f"the harness refuses {', '.join(tasks)}: {first_words(error)}") from error
     return _result(found, lm_eval.__version__)
 
 
@@ -179,6 +183,18 @@ def _loaded(manager: Any, tasks: list[str]) -> Any:
         except Exception as error:
             raise _no_data(each, error) from error
     return found
+
+
+def _check_kinds(tasks: dict[str, Any]) -> None:
+    """Raise TersorError for tasks that a language model of tersor does not do, before the model is loaded."""
+    for name, task in tasks.items():
+        if getattr(task, "UNSAFE_CODE", False):
+            raise TersorError(
+                f"task {name} runs the code that the model writes, which tersor eval does not do; `tersor-lm-eval run --model "
+                f"tersor --tasks {name} --confirm_run_unsafe_code` does, at your own risk"
+            )
+        if getattr(task, "MULTIMODAL", False):
+            raise TersorError(f"task {name} shows images or sounds; tersor's language models read text alone")
 
 
 def _no_data(task: str, error: Exception) -> TersorError:

@@ -4,8 +4,9 @@ Log-likelihoods come from whole calls of the loaded model, whose quantized layer
 padded on the right, where a causal model does not look. Texts are continued by the engines of `runtime/generate.py`, prompts of
 equal length together.
 
-The first token (BOS): a request gets it where the tokenizer adds it by itself, and never twice; `add_bos_token` decides
-otherwise. `loglikelihood_rolling` and requests without a context begin with one `prefix_token_id`: BOS, else the end of text.
+The first token (BOS): a request gets it where the tokenizer adds it by itself, and never twice; with `add_bos_token=True` each
+request has it, with False none. `loglikelihood_rolling` and requests without a context begin with one `prefix_token_id`: BOS,
+else the end of text.
 """
 
 from __future__ import annotations
@@ -76,6 +77,8 @@ class TersorLM(TemplateLM):  # type: ignore[misc,unused-ignore]
         if self.tokenizer is None:
             raise TersorError(f"{directory} has no tokenizer, so it cannot read the tasks' texts")
         self._add_bos, self._progress = add_bos_token, progress
+        if add_bos_token and self.tokenizer.bos_token_id is None:
+            raise TersorError(f"the tokenizer of {directory} has no first token; leave add_bos_token out")
         self._prefix = self._prefix_token(directory, prefix_token_id)
         self.module = load(directory, dtype=dtype, device=device).eval()
         self._device = next(self.module.parameters(), torch.empty(0)).device
@@ -159,6 +162,9 @@ class TersorLM(TemplateLM):  # type: ignore[misc,unused-ignore]
             special = False
         given: dict[str, Any] = {} if special is None else {"add_special_tokens": special}
         ids: list[int] = self.tokenizer(string, verbose=False, **given)["input_ids"]
+        first = self.tokenizer.bos_token_id
+        if self._add_bos and add_special_tokens is None and ids[:1] != [first]:
+            ids = [first, *ids]  # tokenizers with no rule for it add none themselves
         return ids
 
     def _loglikelihood_tokens(
