@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tersor.checkpoint.load import check_tokens, load, load_tokenizer, named_tokenizer, pick_device
 from tersor.checkpoint.positions import positions_of
-from tersor.checkpoint.published import checkpoint_as
+from tersor.checkpoint.published import checkpoint_as, named_by
 from tersor.checkpoint.source import open_checkpoint, torch_dtype
 from tersor.errors import TersorError
 from tersor.layers.quantized_linear import prepare_layers
@@ -156,7 +156,10 @@ def open_writer(
     given = {name: value for name, value in (sampling or {}).items() if value is not None}
     Sampling(**given, seed=seed)  # type: ignore[arg-type]  # what is wrong in it shows before the model is loaded
     where = model if variant is None else checkpoint_as(model, variant)
-    directory = open_checkpoint(where).directory
+    checkpoint = open_checkpoint(where)
+    directory, system = checkpoint.directory, named_by(checkpoint.config)
+    if system is not None and (other := stepped_module.why_not_named(system)):
+        raise TersorError(other)
     found = load_tokenizer(directory) if tokenizer is None else named_tokenizer(tokenizer)
     if found is None:
         raise TersorError(f"{model} has no tokenizer, so it cannot read a prompt; name one with --tokenizer")

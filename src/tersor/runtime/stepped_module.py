@@ -27,7 +27,12 @@ def is_registered(module: nn.Module) -> bool:
 
 def why_not(module: nn.Module) -> str | None:
     """Why this model of `tersor.models` does not continue a text, or None."""
-    found = registry.find(type(module).system)  # type: ignore[attr-defined]
+    return why_not_named(type(module).system)  # type: ignore[attr-defined]
+
+
+def why_not_named(system: str) -> str | None:
+    """The same of an architecture, before anything is loaded."""
+    found = registry.find(system)
     if found.task == "language-model":
         return None
     if found.task == "masked-language-model":
