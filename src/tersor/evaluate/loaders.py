@@ -81,6 +81,8 @@ def _gptq(quantization: QuantizationConfig) -> list[Loader]:
 
 def _llama_cpp(checkpoint: Checkpoint, quantization: QuantizationConfig | None) -> Loader:
     """What `tersor export` would say of it, from the config alone. TESTED: a row of benchmarks/results/gguf_in_llamacpp.md."""
+    if checkpoint.gguf is not None:
+        return Loader("llama.cpp", UNTESTED, "it is a GGUF file; nobody here ran this one")
     why = _why_no_gguf(checkpoint, quantization)
     if why is not None:
         return Loader("llama.cpp", REFUSED, f"`tersor export` refuses it: {why}")
