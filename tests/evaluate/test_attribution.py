@@ -24,6 +24,7 @@ from tersor.errors import TersorError
 from tersor.evaluate.attribute import attribute, read_attribution, state_file
 from tersor.evaluate.attribution import Attribution, Row, cumulative
 from tersor.evaluate.correspondence import parts_of
+from tersor.evaluate.interval import t_quantile
 from tersor.evaluate.measures import Meter, image_measure, text_measure
 from tersor.evaluate.suggestion import most_costly
 from tersor.methods.activations.repquant import RepQuant
@@ -91,7 +92,9 @@ def test_figures_are_those_of_models_made_by_hand(base: nn.Module) -> None:
     gained = measure(model) - measure(rest)
     assert row.kl == pytest.approx(float(measure(alone).mean()))
     assert row.restored == pytest.approx(float(gained.mean()))
-    assert row.restored_half_width == pytest.approx(1.96 * float(gained.std()) / math.sqrt(len(gained)))
+    assert row.restored_half_width == pytest.approx(
+        t_quantile(len(gained) - 1) * float(gained.std()) / math.sqrt(len(gained))
+    )
 
 
 def test_equal_models_cost_exactly_nothing(base: nn.Module, small: Path, tersor_command: Command) -> None:

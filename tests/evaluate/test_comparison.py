@@ -132,7 +132,7 @@ def test_classes_that_are_known_give_known_shares() -> None:
     assert found.agreement.mean == pytest.approx(3 / 5)
     assert found.harmful_flips == found.helpful_flips == pytest.approx(1 / 5)
     assert found.change.mean == 0
-    assert found.change.half_width == pytest.approx(1.96 * math.sqrt(2 / 4) / math.sqrt(5))
+    assert found.change.half_width == pytest.approx(2.7764 * math.sqrt(2 / 4) / math.sqrt(5))
     other = (p.exp() * (p - q)).sum(-1)
     assert found.kl.mean == pytest.approx(float(other.mean()))
 

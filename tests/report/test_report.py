@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,19 +14,22 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Ran
+from zoo import tiny_models
 
 import tersor
-from tersor import RTN, TersorError
+from tersor import RTN, TersorError, models
 from tersor.checkpoint.room import RUN_FILE
 from tersor.compress.run_record import command_of
+from tersor.evaluate.loaders import REFUSED, TESTED, UNTESTED, loaders_of
 from tersor.evaluate.sizes import sizes_of
 from tersor.evaluate.weight_view import BINS, histogram, layer_views, place_of
-from tersor.report import read
+from tersor.report import measure, read
 from tersor.report.collect import collect
-from tersor.report.data import Report, Speed, embedded
-from tersor.report.figures import frontier, heat_map
+from tersor.report.data import Report, Speed, embedded, shortened
+from tersor.report.figures import frontier, heat_map, size_figure
 from tersor.report.html import differences
 from tersor.report.page import page_of, write_page
+from tersor.train.checkpoint import save_model
 
 pytest.importorskip("plotly", reason="plotly, the extra `report`, is not installed")
 HOSTILE = "</script><script>alert(1)</script>&<b>\u2028"
@@ -209,11 +213,126 @@ def test_an_attribution_decides_which_layers_are_worst(results: list[Path], tmp_
         collect(results[:1], attributions=[file])
 
 
+def written(tmp_path: Path, rows: list[dict[str, object]], blocks: list[dict[str, object]], **more: object) -> Path:
+    """A file as of `tersor attribute`."""
+    usual = {"kind": "block", "depth": 0, "bits": 4.0, "half_width": 0.1, "restored_half_width": 0.1}
+    file = tmp_path / "attribution.json"
+    each = {"rows": [usual | row for row in rows], "blocks": [usual | row for row in blocks], "model": "elsewhere"}
+    file.write_text(json.dumps({**each, "total_kl": 0.9, "by": "layer", "measure": "KL", **more}))
+    return file
+
+
+def test_what_was_measured_together_is_counted_once(results: list[Path], tmp_path: Path) -> None:
+    first, second = "model.layers.0", "model.layers.1"
+    q, k, v, up = (
+        f"{first}.{name}" for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj")
+    )
+    rows = [
+        {"name": up, "kl": 0.1, "restored": 0.1, "members": [up]},
+        {"name": f"{q} + k_proj", "kind": "self_attn.q_proj + k_proj", "kl": 0.2, "restored": 0.2, "members": [q, k]},
+    ]
+    blocks = [
+        {"name": first, "kl": 0.5, "restored": 0.5, "members": [q, k, v, up]},
+        {
+            "name": second,
+            "kl": 0.3,
+            "restored": 0.3,
+            "members": [f"{second}.self_attn.q_proj", f"{second}.mlp.up_proj"],
+        },
+    ]
+    left = [v, f"{second}.self_attn.q_proj", f"{second}.mlp.up_proj"]
+    found = collect(results[:1], attributions=[written(tmp_path, rows, blocks, left=left)])
+    costs = {each.name: each.kl for each in found.results[0].layers if each.kl is not None}
+    assert costs == {up: 0.1, f"{q} + k_proj": 0.2, second: 0.3}
+    page = page_of(found)
+    table = page.partition("worst layers</caption>")[2]
+    assert [float(each) for each in re.findall(r">([0-9.]+)%<", table)[:3]] == [50.0, 33.3, 16.7]
+    assert "3 were not measured in the time given" in page
+    by_block = written(tmp_path, blocks, [], by="block")
+    layers = collect(results[:1], attributions=[by_block]).results[0].layers
+    assert {each.name: each.kl for each in layers if each.kl is not None} == {first: 0.5, second: 0.3}
+    assert len({each.depth for each in layers if each.kl is not None}) == 2
+
+
+def test_costs_are_named_by_what_was_measured(results: list[Path], tmp_path: Path) -> None:
+    row = {"name": "model.layers.0.mlp.up_proj", "kl": 0.1, "restored": 0.1}
+    page = page_of(collect(results[:1], attributions=[written(tmp_path, [row], [], measure="MSE")]))
+    where = page.partition("Which layers cost what</h3>")[2].partition("</table>")[0]
+    assert "MSE that it costs" in where
+    assert "KL" not in where
+    assert "nats" not in where
+
+
+def test_names_are_as_long_as_they_must_be() -> None:
+    assert shortened(["out/model", "base/model/", "/x/other"]) == {
+        "out/model": "out/model",
+        "base/model/": "base/model",
+        "/x/other": "other",
+    }
+    assert set(shortened(["/x/m", "x/m", "m"]).values()) == {"/x/m", "x/m", "m"}
+
+
+def test_models_of_one_name_have_bars_of_their_own(report: Report) -> None:
+    result = report.results[0]
+    both = [dataclasses.replace(result, name=name) for name in ("out/model", "base/model")]
+    figure = size_figure(dataclasses.replace(report, results=both), both)
+    assert figure["data"][0]["y"] == ["out/model", "base/model"]
+
+
+def test_a_packed_head_leaves_the_embedding_looked_up(small_source: Path, tmp_path: Path) -> None:
+    tersor.compress(small_source, RTN(bits=4, group_size=32), out=tmp_path / "head", head=True)
+    sizes = sizes_of(tmp_path / "head")
+    assert any(part.kind == "output head, packed" for part in sizes.everything)
+    assert sizes.looked_up == sizes_of(small_source).looked_up > 0
+    assert not sizes.experts
+
+
+def test_llama_cpp_is_what_the_export_takes(small_source: Path, tmp_path: Path) -> None:
+    def state(model: Path, **changes: object) -> str:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        shutil.copytree(model, folder)
+        config = json.loads((folder / "config.json").read_text())
+        quantization = changes.pop("quantization", {})
+        config |= changes
+        if "quantization_config" in config:
+            config["quantization_config"] |= quantization
+        (folder / "config.json").write_text(json.dumps(config))
+        return next(each.state for each in loaders_of(folder) if "llama.cpp" in each.engine)
+
+    tersor.compress(small_source, RTN(bits=4, group_size=32), out=tmp_path / "gptq", format="gptq")
+    gptq = tmp_path / "gptq"
+    assert state(small_source) == state(gptq) == TESTED
+    assert state(small_source, hidden_act="gelu") == REFUSED
+    assert state(small_source, architectures=["LlamaForSequenceClassification"]) == REFUSED
+    assert state(gptq, quantization={"group_size": 48}) == REFUSED
+    assert state(gptq, quantization={"bits": 8, "sym": False}) == REFUSED
+    assert state(gptq, quantization={"group_size": 64}) == UNTESTED
+    assert state(small_source, dtype="float16") == UNTESTED
+    method = RTN(bits=4, group_size=32)
+    tersor.compress(small_source, method, out=tmp_path / "float32", format="compressed-tensors")
+    assert state(tmp_path / "float32") == UNTESTED  # as its steps are
+
+
+def test_a_language_model_of_ours_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, few in (("TURNS", 1), ("PREFIX", 4), ("NEW", 2)):
+        monkeypatch.setattr(measure, name, few)
+    folder = tmp_path / "mamba"
+    folder.mkdir()
+    save_model(models.create("mamba", **models.find("mamba").small), folder, {}, ())
+    speed = measure._speed_of(str(folder), sizes_of(folder), "auto", "cpu", torch.get_num_threads())
+    assert speed.decode[0] > 0
+
+
+def test_a_mixture_of_experts_is_known(tmp_path: Path) -> None:
+    tiny_models.build("mixtral").save_pretrained(tmp_path)
+    assert sizes_of(tmp_path).experts
+
+
 def test_a_heat_map_sums_the_experts_of_a_block() -> None:
     from tersor.report.data import Layer
 
     layers = [Layer(f"l.{d}.experts.{e}.up", d, "experts.*.up", error=1.0 + d) for d in (0, 1) for e in range(3)]
-    trace = heat_map(layers, "error")["data"][0]
+    trace = heat_map(layers, "error", "error")["data"][0]
     assert trace["customdata"] == [[3.0, 6.0]]
 
 
@@ -241,6 +360,10 @@ def test_differences_join_to_the_texts() -> None:
         (["{b4}", "--json", "{mine}"], "would be lost"),
         (["{b4}", "--attribution", "{mine}"], "mine.txt"),
         (["{b4}", "--new-tokens", "0"], "--new-tokens 0"),
+        (["{b4}", "--new-tokens", "4"], "--new-tokens does nothing"),
+        (["{b4}", "--measure", "--seq-len", "64"], "--seq-len does nothing"),
+        (["{b4}", "--max-windows", "2"], "--max-windows does nothing"),
+        (["{b4}", "--dtype", "float32"], "--dtype does nothing"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -275,3 +398,7 @@ def test_a_measured_speed_is_shown_with_its_share_of_the_bandwidth(report: Repor
     assert "50.0 (40.0 - 60.0)" in page
     assert ">50%<" in page
     assert "10.0 GB/s" in page
+    routed = dataclasses.replace(speed, share=None, weight_bytes=None)
+    page = page_of(dataclasses.replace(report, results=[dataclasses.replace(report.results[0], speed=routed)]))
+    assert "A mixture of experts reads some" in page
+    assert ">50%<" not in page

@@ -99,8 +99,7 @@ def _runner(
     module = load_module(name, dtype=dtype, device=device)
     check_length(module, prompt_tokens, new_tokens)
     engine = make_engine(module, capacity=prompt_tokens + new_tokens, batch=batch, take_over=True)
-    config: Any = module.config
-    vocabulary = config.get_text_config().vocab_size if hasattr(config, "get_text_config") else vocabulary_of(module)
+    vocabulary = vocabulary_of(module)
     assert vocabulary is not None  # make_engine refuses a model without tokens
     ids = runtime.random_prompt(vocabulary, batch=batch, tokens=prompt_tokens)
     return engine, lambda: runtime.take_turn(engine, ids, new_tokens)

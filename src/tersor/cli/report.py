@@ -8,12 +8,14 @@ from typing import Annotated
 
 import typer
 
+from tersor.cli.harness import refuse
 from tersor.cli.options import Device
 from tersor.cli.progress import progress_bar
 from tersor.errors import TersorError
 
 
 def report(
+    context: typer.Context,
     models: Annotated[list[str], typer.Argument(help="Directories of results; several are compared.")],
     out: Annotated[Path, typer.Option(help="The page to write; a report that is there is replaced.")] = Path(
         "report.html"
@@ -53,6 +55,11 @@ def report(
 
     if new_tokens < 1:
         raise TersorError(f"--new-tokens {new_tokens} must be positive")
+    if against is None:
+        way_out = "name the original with --against"
+        refuse(context, "a report without the original", ("seq_len", "max_windows", "new_tokens"), way_out)
+        if not measure:
+            refuse(context, "a report that runs no model", ("dtype", "device"), "give --against or --measure")
     check_page(out)
     if json_file is not None:
         _check_json(json_file)

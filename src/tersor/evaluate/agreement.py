@@ -1,6 +1,6 @@
 """What a compressed image classifier lost: its classes beside the original's on the same labelled images.
 
-Images are independent, so every interval is 1.96 standard errors over images; that of the change of accuracy is paired.
+Images are independent, so every interval is over images, by Student's t; that of the change of accuracy is paired.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ For every predicted token, with p of the original and q of the other over the vo
     KL(p || q) = sum p (log p - log q)      in nats; 0 where both say the same
     flip: the likelier choice differs        harmful, where the original was right and the other is wrong
 
-Tokens of one window are not independent, so every interval is that of the means of windows: 1.96 standard errors.
+Tokens of one window are not independent, so every interval is that of the means of windows, by Student's t.
 The noise floor is the same comparison of the original with itself in bfloat16: what is below it cannot be told from rounding.
 
 Models given by name are in memory one after the other: the original's logits of as many windows as the cache has room for wait
@@ -32,6 +32,7 @@ from tersor.checkpoint.source import open_checkpoint, resolve
 from tersor.checkpoint.writer import model_fingerprint
 from tersor.errors import TersorError
 from tersor.evaluate.logit_cache import Kept, LogitCache, opened_folder
+from tersor.evaluate.measures import half_width
 from tersor.evaluate.perplexity import check_length, check_windows, cut_windows, logits_of, tokens_of
 
 BUCKETS = 5
@@ -302,8 +303,7 @@ def _summarized(kept: _Tokens, seq_len: int, passages: list[Passage]) -> Diverge
 def _estimate(windows: Sequence[Tensor]) -> Estimate:
     """The mean over all tokens; windows are equally long, so it is that of their means."""
     means = torch.stack([each.double().mean() for each in windows])
-    half = None if len(means) < 2 else 1.96 * float(means.std()) / math.sqrt(len(means))
-    return Estimate(float(means.mean()), half)
+    return Estimate(float(means.mean()), half_width(means))
 
 
 def _exp(estimate: Estimate) -> Estimate:

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from tersor.checkpoint.gguf_architecture import ARCHITECTURES, metadata_of
 from tersor.checkpoint.quantization_config import read_config
-from tersor.checkpoint.source import open_checkpoint
+from tersor.checkpoint.skeleton import build_skeleton
+from tersor.checkpoint.source import Checkpoint, open_checkpoint, torch_dtype
+from tersor.errors import TersorError
+from tersor.formats.gguf_blocks import BLOCK
 from tersor.formats.layout import QuantizationConfig
 from tersor.layers.exchange import EXCHANGED
 
 TESTED, UNTESTED, REFUSED = "tested", "not tested", "does not load"
+IN_LLAMA_CPP = (  # (bits, symmetric, group) of a Llama whose logits were compared in llama.cpp
+    *((4, True, group) for group in (32, 128, -1)),
+    (4, False, 32),
+    (3, True, 32),
+    (2, False, 32),
+    (8, True, 32),
+)
 
 
 @dataclass(frozen=True)
@@ -35,12 +47,12 @@ def loaders_of(model: str | Path) -> list[Loader]:
     quantization = read_config(checkpoint.directory, config)
     if quantization is None:
         found.append(Loader("transformers", TESTED, "a plain checkpoint in its own layout"))
-        return [*found, Loader("vLLM", UNTESTED, "a plain checkpoint"), _llama_cpp(config, quantization)]
+        return [*found, Loader("vLLM", UNTESTED, "a plain checkpoint"), _llama_cpp(checkpoint, quantization)]
     if quantization.layout == "compressed-tensors":
         found += _compressed(quantization)
     elif quantization.layout in ("gptq", "gptq_v2"):
         found += _gptq(quantization)
-    return [*found, _llama_cpp(config, quantization)]
+    return [*found, _llama_cpp(checkpoint, quantization)]
 
 
 def _compressed(quantization: QuantizationConfig) -> list[Loader]:
@@ -67,11 +79,44 @@ def _gptq(quantization: QuantizationConfig) -> list[Loader]:
     ]
 
 
-def _llama_cpp(config: Mapping[str, Any], quantization: QuantizationConfig | None) -> Loader:
-    scattered = quantization is not None and quantization.desc_act
-    family = any(name in str((config.get("architectures") or [""])[0]) for name in ("Llama", "Mistral", "Qwen"))
-    if not family:
-        return Loader("llama.cpp", REFUSED, "`tersor export` writes models of the LLaMA family")
-    if scattered and quantization is not None and quantization.group_size != -1:
+def _llama_cpp(checkpoint: Checkpoint, quantization: QuantizationConfig | None) -> Loader:
+    """What `tersor export` would say of it, from the config alone. TESTED: a row of benchmarks/results/gguf_in_llamacpp.md."""
+    if checkpoint.gguf is not None:
+        return Loader("llama.cpp", UNTESTED, "it is a GGUF file; nobody here ran this one")
+    why = _why_no_gguf(checkpoint, quantization)
+    if why is not None:
+        return Loader("llama.cpp", REFUSED, f"`tersor export` refuses it: {why}")
+    if quantization is None:
+        if torch_dtype(checkpoint.config) == torch.float16:
+            return Loader("llama.cpp", UNTESTED, "after `tersor export`; logits were compared in float32 and bfloat16")
+        how = "after `tersor export`; benchmarks/results/gguf_in_llamacpp.md compares logits of its architecture"
+        return Loader("llama.cpp", TESTED, how)
+    if quantization.desc_act and quantization.group_size != -1:
         return Loader("llama.cpp", UNTESTED, "with groups in the order of columns only: docs/gguf.md")
+    if quantization.layout == "compressed-tensors" and torch_dtype(checkpoint.config) != torch.float16:
+        return Loader("llama.cpp", UNTESTED, "after `tersor export`, where its steps are float16 numbers: docs/gguf.md")
+    grid = (quantization.bits, quantization.sym, quantization.group_size)
+    llama = checkpoint.config["architectures"][0] == "LlamaForCausalLM"
+    if not llama or grid not in IN_LLAMA_CPP or quantization.overrides:
+        how = "after `tersor export`; nobody compared logits of this architecture on this grid"
+        return Loader("llama.cpp", UNTESTED, how)
     return Loader("llama.cpp", TESTED, "after `tersor export`; benchmarks/results/gguf_in_llamacpp.md compares logits")
+
+
+def _why_no_gguf(checkpoint: Checkpoint, quantization: QuantizationConfig | None) -> str | None:
+    name = str((checkpoint.config.get("architectures") or [""])[0])
+    if name not in ARCHITECTURES:
+        return f"it writes {', '.join(ARCHITECTURES)}, and this is {name}"
+    try:
+        module: Any = build_skeleton(checkpoint, torch_dtype(checkpoint.config))
+        metadata_of(module.config, ARCHITECTURES[name])
+    except TersorError as error:
+        return str(error)
+    if quantization is None:
+        return None
+    for each in (quantization, *(replace(quantization, **changes) for _, changes in quantization.overrides)):
+        if each.group_size != -1 and each.group_size % BLOCK:
+            return f"groups of {each.group_size} are no multiple of {BLOCK}"
+        if each.bits == 8 and not each.sym:
+            return "8 bits, asymmetric, leave -128 to 127"
+    return None

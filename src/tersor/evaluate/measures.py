@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tersor.checkpoint.hashes import bytes_of
 from tersor.errors import TersorError
+from tersor.evaluate.interval import t_quantile
 from tersor.evaluate.perplexity import causal_windows, logits_of, tokens_of
 
 ROWS = 64  # tokens whose distributions are in memory in float64 at once
@@ -138,8 +139,9 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
 
 
 def half_width(values: Tensor) -> float | None:
-    """Half of the 95 % interval of the mean of samples; None of one."""
-    return None if len(values) < 2 else 1.96 * float(values.std()) / math.sqrt(len(values))
+    """Half of the 95 % interval of the mean of samples, by Student's t; None of one."""
+    n = len(values)
+    return None if n < 2 else t_quantile(n - 1) * float(values.std()) / math.sqrt(n)
 
 
 def key_of(samples: Tensor) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from tersor.calibrate.blocks import find_units
 from tersor.checkpoint.lazy_model import LazyModel
 from tersor.checkpoint.source import open_checkpoint, torch_dtype
+from tersor.evaluate.weight_view import place_of
 from tersor.formats.layouts import PACKED_SUFFIXES
 from tersor.layers.linear_map import matrix_shape
 
@@ -49,6 +50,7 @@ class Sizes:
     files: int
     layers: dict[str, float]
     looked_up: int  # bytes of embedding tables of which a step reads single rows
+    experts: bool  # whether it is a mixture of experts, of which a step reads some
 
     @property
     def packed_bits(self) -> float | None:
@@ -94,12 +96,14 @@ def sizes_of(model: str | Path) -> Sizes:
         if keys and name.endswith(".weight") and owner in lazy.maps and parameter.dim() > 1:
             layers.setdefault(owner, 8 * size / parameter.numel())
     everything["tensors that the model does not use"] += sum(stored[key] for key in stored if key not in seen)
-    tied = inputs is not None and outputs is not None and f"{outputs}.weight" not in lazy.keys_of
+    own_head = f"{outputs}.weight" in lazy.keys_of or outputs in lazy.quantized
+    tied = inputs is not None and outputs is not None and not own_head
     if inputs is not None and not tied:
         owned = [f"{stem}.{suffix}" for stem in lazy.quantized.get(inputs, ()) for suffix in PACKED_SUFFIXES]
         owned += lazy.keys_of.get(f"{inputs}.weight", [])
         looked_up = sum(stored.get(key, 0) for key in owned)
-    return Sizes(_parts(everything), _parts(packed), weights, checkpoint.size(), layers, looked_up)
+    experts = any("*" in place_of(name)[1] for name in lazy.maps)
+    return Sizes(_parts(everything), _parts(packed), weights, checkpoint.size(), layers, looked_up, experts)
 
 
 def _parts(found: dict[str, int]) -> list[Part]:

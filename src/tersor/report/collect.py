@@ -26,6 +26,7 @@ from tersor.report.measure import continuations, measure_speed, prompts_from
 from tersor.untrusted import read_json_object
 
 Progress = Callable[[str, int, int], None]
+KEPT = ("total_kl", "total_half_width", "text", "by", "measure", "samples", "left")  # of an attribution
 
 
 def collect(
@@ -120,9 +121,7 @@ def _kept(name: str, against: str | Path | None, attributed: Mapping[str, Any] |
         layers=_layers(name, record, run, sizes.layers, views, attributed),
         views=views,
         loaders=loaders_of(name),
-        attributed=None
-        if attributed is None
-        else {key: attributed.get(key) for key in ("total_kl", "total_half_width", "text", "by", "measure", "samples")},
+        attributed=None if attributed is None else {key: attributed.get(key) for key in KEPT},
     )
 
 
@@ -134,7 +133,8 @@ def _layers(
     views: Sequence[LayerView],
     attributed: Mapping[str, Any] | None,
 ) -> list[Layer]:
-    """Every linear map of the blocks, and what the job solved beside them, with all that is known of it."""
+    """Every linear map of the blocks, and what the job solved beside them, with all that is known of it; then what an
+    attribution measured together: blocks and groups of layers, each a row of its own."""
     rows = {
         str(row["name"]): row
         for row in record.get("layers") or ()
@@ -142,10 +142,10 @@ def _layers(
     }
     seen = {each.name: each for each in views}
     seconds = run.get("layer_seconds") if isinstance(run.get("layer_seconds"), dict) else {}
-    costs = _costs(name, attributed, set(seen) | set(rows)) if attributed is not None else {}
     names = list(dict.fromkeys([*seen, *rows]))
-    places = {each: place_of(each) for each in names}
-    depths = {place: n for n, place in enumerate(sorted({places[each][0] for each in names}))}
+    costs, together = _costs(name, attributed, names) if attributed is not None else ({}, [])
+    places = {each: place_of(each) for each in [*names, *(_first(row) for row in together)]}
+    depths = {place: n for n, place in enumerate(sorted({place for place, _ in places.values()}))}
     found = []
     for each in names:
         row, cost, place = rows.get(each, {}), costs.get(each, {}), places[each]
@@ -168,7 +168,24 @@ def _layers(
                 restored=_number(cost.get("restored")),
             )
         )
+    for cost in together:
+        found.append(
+            Layer(
+                name=str(cost["name"]),
+                depth=depths[places[_first(cost)][0]],
+                kind=str(cost.get("kind") or "block"),
+                note=f"{n} modules measured together" if (n := len(cost.get("members") or ())) > 1 else "",
+                kl=_number(cost.get("kl")),
+                kl_half_width=_number(cost.get("half_width")),
+                restored=_number(cost.get("restored")),
+            )
+        )
     return found
+
+
+def _first(row: Mapping[str, Any]) -> str:
+    """The name of a group's first module, by which it is placed: "a.q_proj + k_proj" is where a.q_proj is."""
+    return str(row["name"]).partition(" + ")[0]
 
 
 def _number(value: Any) -> float | None:
@@ -194,19 +211,39 @@ def _attributions(files: Sequence[Path], names: Sequence[str]) -> dict[str, dict
     return found
 
 
-def _costs(name: str, attributed: Mapping[str, Any], known: set[str]) -> dict[str, Mapping[str, Any]]:
-    """{layer: its row}; where layers were exchanged together, each of them gets the row. Raises TersorError where none is the
-    model's."""
+def _costs(
+    name: str, attributed: Mapping[str, Any], known: Sequence[str]
+) -> tuple[dict[str, Mapping[str, Any]], list[Mapping[str, Any]]]:
+    """{layer: its row}, and the rows of what is no single layer: of blocks, and of layers that were exchanged together.
+
+    No cost is in two of them: a block of which some layer has a row is left out. Raises TersorError where none is the model's.
+    """
     costs: dict[str, Mapping[str, Any]] = {}
-    for row in [*(attributed.get("blocks") or ()), *attributed["rows"]]:
-        members = [each for each in row.get("members") or () if each in known]
-        below = [each for each in known if each.startswith(f"{row['name']}.")]
-        for layer in [row["name"]] if row["name"] in known else members if attributed.get("by") != "block" else below:
-            if layer in known:
-                costs[layer] = row
-    if not costs:
+    together: list[Mapping[str, Any]] = []
+    mine, inside = False, set[str]()
+    for row in attributed["rows"]:
+        members = _members(row, known)
+        mine = mine or bool(members)
+        inside |= members
+        if row["name"] in known and len(row.get("members") or ()) < 2:
+            costs[row["name"]] = row
+        elif row.get("kl") or row.get("restored") or attributed.get("by") == "block":
+            together.append(row)
+    for row in attributed.get("blocks") or ():
+        members = _members(row, known)
+        mine = mine or bool(members)
+        if not members & inside and row["name"] not in known:
+            together.append(row)
+    if not mine:
         raise TersorError(f"the attribution names no layer of {name}: it was made of another model")
-    return costs
+    return costs, together
+
+
+def _members(row: Mapping[str, Any], known: Sequence[str]) -> set[str]:
+    """What a row is of: its members, and the known layers below its name where it has none."""
+    name = row["name"]
+    listed = {str(each) for each in row.get("members") or () if any(f"{k}.".startswith(f"{each}.") for k in known)}
+    return listed or {each for each in known if f"{each}.".startswith(f"{name}.")}
 
 
 def _no_language_model(name: str | Path) -> str | None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ class Continuation:
 @dataclass(frozen=True)
 class Speed:
     """Measured on this machine. Tokens a second: median and the middle half. memory: the peak of a process that loads and runs
-    the model, bytes. bandwidth: what a copy moves, bytes a second; share: of it, by reading the weights once a token."""
+    the model, bytes. bandwidth: what a copy moves, bytes a second; share: of it, by reading the weights once a token. share and
+    weight_bytes are None of a mixture of experts, which reads some of them."""
 
     engine: str
     decode: tuple[float, float, float]
@@ -74,9 +76,9 @@ class Speed:
     prompt_tokens: int
     new_tokens: int
     memory: int
-    weight_bytes: int
+    weight_bytes: int | None
     bandwidth: float
-    share: float
+    share: float | None
     where: str
 
 
@@ -109,9 +111,31 @@ class Report:
     version: str
     notes: list[str] = field(default_factory=list)
 
+    def label(self, result: Result) -> str:
+        """What the page calls a result or the original."""
+        every = [*self.results, *([self.base] if self.base is not None else [])]
+        return shortened([each.name for each in every])[result.name]
+
     def as_dict(self) -> dict[str, Any]:
         found: dict[str, Any] = plain({"kind": KIND, **dataclasses.asdict(self)})
         return found
+
+
+def shortened(names: Sequence[str]) -> dict[str, str]:
+    """Of each path its last parts, as many as tell it from the others."""
+    parts = {name: (name.rstrip("/") or name).split("/") for name in names}
+
+    def end(name: str, n: int) -> str:
+        return "/".join(parts[name][-n:])
+
+    found = {}
+    for name in parts:
+        others = [each for each in parts if parts[each] != parts[name]]
+        n = 1
+        while any(end(each, n) == end(name, n) for each in others):
+            n += 1
+        found[name] = end(name, n)
+    return found
 
 
 def plain(value: Any) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from math import ceil, floor, log10
 from typing import Any
 
-from tersor.report.data import Layer, Report, Result
+from tersor.report.data import Layer, Report, Result, shortened
 
 Figure = dict[str, Any]
 SERIES = [f"--series-{n}" for n in range(1, 9)]
@@ -20,10 +20,10 @@ def _figure(data: list[Any], height: int, **layout: Any) -> Figure:
     return {"data": data, "layout": {"height": height, "margin": {"l": 60, "r": 15, "t": 15, "b": 45}, **layout}}
 
 
-def size_figure(results: Sequence[Result]) -> Figure:
+def size_figure(report: Report, results: Sequence[Result]) -> Figure:
     """One bar a model, of what its tensors take by role."""
     kinds = list(dict.fromkeys(part.kind for each in results for part in each.sizes.everything))
-    names = [short(each.name) for each in results]
+    names = [report.label(each) for each in results]
     data = []
     for n, kind in enumerate(kinds):
         sizes = [sum(p.bytes for p in each.sizes.everything if p.kind == kind) / MEGABYTE for each in results]
@@ -84,6 +84,7 @@ def confidence_figure(result: Result) -> Figure | None:
     data: list[Any] = []
     shapes: list[Any] = []
     notes: list[Any] = []
+    names = shortened([each.text for each in result.compared])
     logarithmic = all(
         v > 0 for each in result.compared for v in (each.found.kl.mean, *(b.kl for b in each.found.buckets))
     )
@@ -95,12 +96,12 @@ def confidence_figure(result: Result) -> Figure | None:
             {
                 "type": "scatter",
                 "mode": "markers",
-                "name": short(each.text),
+                "name": names[each.text],
                 "x": x,
                 "y": [*(b.kl for b in found.buckets), found.kl.mean],
                 "error_y": {"type": "data", "array": [*(0 for _ in found.buckets), half or 0], "thickness": 2},
                 "marker": {"color": SERIES[n % len(SERIES)], "size": 11},
-                "hovertemplate": "%{x}: %{y:.4g} nats<extra>" + short(each.text) + "</extra>",
+                "hovertemplate": "%{x}: %{y:.4g} nats<extra>" + names[each.text] + "</extra>",
             }
         )
         noise = found.noise_floor
@@ -132,7 +133,7 @@ Measure = Callable[[Layer], float | None]
 MEASURES: dict[
     str, tuple[str, Measure, str]
 ] = {  # key: what a cell says, its value, and how values of a cell are put together
-    "cost": ("KL that it costs, nats", lambda each: _cost(each), "sum"),
+    "cost": ("what it costs", lambda each: _cost(each), "sum"),
     "error": ("error that the method reports", lambda each: each.error, "sum"),
     "relative_error": ("‖W - Q‖ / ‖W‖", lambda each: each.relative_error, "mean"),
     "bits": ("bits a weight on disk", lambda each: each.bits, "mean"),
@@ -159,10 +160,16 @@ def value_of(layer: Layer, key: str) -> float | None:
     return MEASURES[key][1](layer)
 
 
-def heat_map(layers: Sequence[Layer], key: str) -> Figure:
-    """Depth along, projections down. Experts of one block share a cell."""
-    what, value, together = MEASURES[key]
-    kinds = list(dict.fromkeys(each.kind for each in layers))
+def label_of(result: Result, key: str) -> str:
+    """What a value is; a cost is in what the attribution measured."""
+    measure = (result.attributed or {}).get("measure") or "KL"
+    return f"{measure} that it costs{', nats' if measure == 'KL' else ''}" if key == "cost" else MEASURES[key][0]
+
+
+def heat_map(layers: Sequence[Layer], key: str, what: str) -> Figure:
+    """Depth along, projections down. Experts of one block share a cell. what: the value in words."""
+    _, value, together = MEASURES[key]
+    kinds = list(dict.fromkeys(each.kind for each in layers if value(each) is not None))
     depths = sorted({each.depth for each in layers})
     cells: dict[tuple[str, int], list[float]] = {}
     for each in layers:
@@ -313,7 +320,7 @@ def frontier_figure(report: Report, anchors: Sequence[str]) -> Figure | None:
                 "mode": "markers+text",
                 "x": [each.sizes.files / MEGABYTE for each, _ in known],
                 "y": [loss for _, loss in known],
-                "text": [short(each.name) for each, _ in known],
+                "text": [report.label(each) for each, _ in known],
                 "textposition": "top center",
                 "cliponaxis": False,
                 "customdata": [[links[each.name], told[n]] for n, (each, _) in enumerate(known)],
@@ -349,11 +356,6 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
     return [
         n for n, (x, y) in enumerate(points) if not any((a <= x and b <= y) and (a < x or b < y) for a, b in points)
     ]
-
-
-def short(name: str) -> str:
-    """The last part of a path."""
-    return name.rstrip("/").rpartition("/")[2] or name
 
 
 def _legend_below() -> dict[str, Any]:

@@ -23,6 +23,7 @@ from tersor.report.data import Speed
 from tersor.runtime import bench
 from tersor.runtime.generate import check_length, end_tokens, load_module, make_engine, stream_tokens
 from tersor.runtime.sampling import Sampling
+from tersor.runtime.stepped_module import vocabulary_of
 
 Progress = Callable[[str, int, int], None]
 PROMPTS, PROMPT_TOKENS = 3, 24  # taken from the text
@@ -95,11 +96,12 @@ def _speed_of(name: str, sizes: Sizes, dtype: str, device: str, threads: int) ->
     check_length(module, prefix, NEW)
     packed = sum(each.bytes for each in sizes.packed)
     dense = sum(each.numel() * each.element_size() for each in module.parameters())
-    table = _looked_up(module) if sizes.looked_up else 0
-    weights = dense + packed - table
+    table = _looked_up(module, sizes) if sizes.looked_up else 0
+    weights = None if sizes.experts else dense + packed - table
     engine = make_engine(module, capacity=prefix + NEW, take_over=True)
-    config: Any = module.config
-    ids = bench.random_prompt(config.get_text_config().vocab_size, batch=1, tokens=prefix)
+    vocabulary = vocabulary_of(module)
+    assert vocabulary is not None  # make_engine refuses a model without tokens
+    ids = bench.random_prompt(vocabulary, batch=1, tokens=prefix)
     turns = bench.measure({name: lambda: bench.take_turn(engine, ids, NEW)}, repeats=TURNS)[name]
     speeds = bench.speeds(turns, prompt_tokens=prefix, new_tokens=NEW, batch=1)
     memory = peak_memory(engine.device)  # before the copies that follow
@@ -115,12 +117,12 @@ def _speed_of(name: str, sizes: Sizes, dtype: str, device: str, threads: int) ->
         memory=memory,
         weight_bytes=weights,
         bandwidth=bandwidth,
-        share=decode.median * weights / bandwidth,
+        share=None if weights is None else decode.median * weights / bandwidth,
         where=torch.cuda.get_device_name(engine.device) if cuda else f"{threads} threads",
     )
 
 
-def _looked_up(module: Any) -> int:
-    """Bytes of a dense embedding of which a step reads one row; a packed one is no parameter."""
+def _looked_up(module: Any, sizes: Sizes) -> int:
+    """Bytes in memory of an embedding of which a step reads one row; a packed one is no parameter, and as on disk."""
     weight = getattr(module.get_input_embeddings(), "weight", None)
-    return weight.numel() * weight.element_size() if isinstance(weight, torch.nn.Parameter) else 0
+    return weight.numel() * weight.element_size() if isinstance(weight, torch.nn.Parameter) else sizes.looked_up

@@ -12,7 +12,7 @@ from typing import Any
 from tersor.checkpoint.room import replacing
 from tersor.errors import TersorError
 from tersor.report.data import ELEMENT, Report, embedded
-from tersor.report.figures import frontier, frontier_figure, loss_of, short
+from tersor.report.figures import frontier, frontier_figure, loss_of
 from tersor.report.html import Raw, megabytes, number, plot, table, text
 from tersor.report.sections import result_section
 
@@ -59,8 +59,8 @@ def page_of(report: Report) -> str:
     anchors = [f"result-{n + 1}" for n in range(len(report.results))]
     sections = [result_section(report, n, anchor, figures, level=2) for n, anchor in enumerate(anchors)]
     several = _several(report, anchors, figures) if len(report.results) > 1 else ""
-    title = ", ".join(short(each.name) for each in report.results)
-    base = "" if report.base is None else f" beside {text(short(report.base.name))}"
+    title = ", ".join(report.label(each) for each in report.results)
+    base = "" if report.base is None else f" beside {text(report.label(report.base))}"
     assets = files("tersor") / "report"
     style, own = ((assets / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     notes = "".join(f"<p>{text(note)}</p>" for note in report.notes)
@@ -120,7 +120,7 @@ def _several(report: Report, anchors: list[str], figures: dict[str, Any]) -> str
         drawn = plot("frontier", "frontier", label, links=True)
     rows = [
         (
-            Raw(f'<a href="#{anchor}">{text(short(each.name))}</a>'),
+            Raw(f'<a href="#{anchor}">{text(report.label(each))}</a>'),
             str((each.record.get("method") or {}).get("name", "")),
             megabytes(each.sizes.files),
             number(each.sizes.packed_bits),

@@ -8,15 +8,14 @@ from typing import Any
 
 from tersor.evaluate.divergence import Estimate
 from tersor.evaluate.loaders import REFUSED, TESTED
-from tersor.report.data import Compared, Layer, Report, Result
+from tersor.report.data import Compared, Layer, Report, Result, shortened
 from tersor.report.figures import (
-    MEASURES,
     confidence_figure,
     experts_figure,
     heat_map,
+    label_of,
     measures_of,
     packed_figure,
-    short,
     size_figure,
     timeline_figure,
     value_of,
@@ -48,8 +47,8 @@ def result_section(report: Report, at: int, anchor: str, figures: Figures, *, le
         bodies.append(f'<div role="tabpanel" id="{panel}" aria-labelledby="{tab}" tabindex="0">{inside}</div>')
     return (
         f'<section id="{anchor}" tabindex="-1" aria-labelledby="{anchor}-name"><h{level} id="{anchor}-name">'
-        f"{text(short(result.name))}</h{level}>{_cards(report, result)}"
-        f'<div role="tablist" aria-label="Parts of the report on {text(short(result.name))}">{"".join(tabs)}</div>'
+        f"{text(report.label(result))}</h{level}>{_cards(report, result)}"
+        f'<div role="tablist" aria-label="Parts of the report on {text(report.label(result))}">{"".join(tabs)}</div>'
         f"{''.join(bodies)}</section>"
     )
 
@@ -98,7 +97,7 @@ def _value(estimate: Estimate, scale: float = 1) -> str:
 
 
 def _summary(report: Report, result: Result, anchor: str, figures: Figures) -> str:
-    figures[f"{anchor}-size"] = size_figure([each for each in (report.base, result) if each is not None])
+    figures[f"{anchor}-size"] = size_figure(report, [each for each in (report.base, result) if each is not None])
     drawn = plot(f"{anchor}-size", f"{anchor}-size", "The bytes of the whole model, by the role of the tensor")
     packed = packed_figure(result)
     if packed is not None:
@@ -160,14 +159,16 @@ def _fidelity(report: Report, result: Result, anchor: str, figures: Figures) -> 
         f"95 % interval.{floor}"
     )
     drawn = plot(f"{anchor}-confidence", f"{anchor}-confidence", label)
-    tables = "".join(_compared(each) for each in result.compared)
-    return f'{"".join(_verdict(each) for each in result.compared)}<div class="pair">{drawn}<div>{tables}</div></div>'
+    names = shortened([each.text for each in result.compared])
+    tables = "".join(_compared(each, names[each.text]) for each in result.compared)
+    said = "".join(_verdict(each, names[each.text]) for each in result.compared)
+    return f'{said}<div class="pair">{drawn}<div>{tables}</div></div>'
 
 
-def _verdict(each: Compared) -> str:
+def _verdict(each: Compared, name: str) -> str:
     """KL beside the noise floor, in a sentence."""
     found = each.found
-    where = f"On {text(short(each.text))} ({found.tokens:,} tokens in {found.windows} windows)"
+    where = f"On {text(name)} ({found.tokens:,} tokens in {found.windows} windows)"
     if found.noise_floor is None:
         return f"<p>{where} the KL divergence is {_value(found.kl)} nats.</p>"
     floor = f"the noise floor of {found.noise_floor:.3g}, the original beside itself in bfloat16"
@@ -179,7 +180,7 @@ def _verdict(each: Compared) -> str:
     return f"<p>{where} the KL divergence of {_value(found.kl)} nats {said}.</p>"
 
 
-def _compared(each: Compared) -> str:
+def _compared(each: Compared, name: str) -> str:
     found = each.found
     rows: list[tuple[str, str]] = [
         ("perplexity", _value(found.perplexity)),
@@ -194,7 +195,7 @@ def _compared(each: Compared) -> str:
         ("right to wrong", f"{100 * found.harmful_flips:.2f} %"),
         ("wrong to right", f"{100 * found.helpful_flips:.2f} %"),
     ]
-    return table(f"On {short(each.text)}; ± is half of a 95 % interval over windows", ["", "value"], rows, numbers=(1,))
+    return table(f"On {name}; ± is half of a 95 % interval over windows", ["", "value"], rows, numbers=(1,))
 
 
 def _hint(report: Report, what: str) -> str:
@@ -215,24 +216,26 @@ def _where(result: Result, anchor: str, figures: Figures) -> str:
         return "<p>No layer was reported on: the method works on the whole model, and nothing was compared.</p>"
     first = next((key for key in ("cost", "error", "relative_error") if key in known), known[0])
     for key in known:
-        figures[f"{anchor}-map-{key}"] = heat_map(layers, key)
+        figures[f"{anchor}-map-{key}"] = heat_map(layers, key, label_of(result, key))
     options = "".join(
-        f'<option value="{anchor}-map-{key}"{" selected" if key == first else ""}>{text(MEASURES[key][0])}</option>'
+        f'<option value="{anchor}-map-{key}"{" selected" if key == first else ""}>{text(label_of(result, key))}</option>'
         for key in known
     )
     chooser = (
         f'<p class="choice"><label for="{anchor}-measure">Show </label>'
         f'<select id="{anchor}-measure" data-plot="{anchor}-map">{options}</select></p>'
     )
-    drawn = plot(f"{anchor}-map", f"{anchor}-map-{first}", f"Heat map: {MEASURES[first][0]}, by block and projection")
+    drawn = plot(
+        f"{anchor}-map", f"{anchor}-map-{first}", f"Heat map: {label_of(result, first)}, by block and projection"
+    )
     more = []
     for key, what in (("bits", "Bits a weight on disk, layer by layer"), ("condition", _CONDITION)):
         if key in known:
             more.append(plot(f"{anchor}-{key}", f"{anchor}-map-{key}", what))
     both = f'<h3>Bits and conditioning</h3><div class="pair">{"".join(more)}</div>{_damping(layers)}' if more else ""
     return (
-        f"<h3>Which layers cost what</h3>{_explained(result, first)}{_worst(layers, first)}{chooser}{drawn}{both}"
-        f"{_experts(layers, anchor, figures)}{_reported(result)}{details('All layers as numbers', _layer_table(layers, known))}"
+        f"<h3>Which layers cost what</h3>{_explained(result, first)}{_worst(result, first)}{chooser}{drawn}{both}"
+        f"{_experts(layers, anchor, figures)}{_reported(result)}{details('All layers as numbers', _layer_table(result, known))}"
     )
 
 
@@ -242,11 +245,18 @@ _CONDITION = "Conditioning: a lower bound of the damped Hessian's condition numb
 def _explained(result: Result, key: str) -> str:
     if key == "cost":
         found = result.attributed or {}
-        total = found.get("total_kl")
-        whole = f" of {total:.4g} nats in all" if isinstance(total, float) else ""
+        total, squared = found.get("total_kl"), found.get("measure") == "MSE"
+        what = "mean squared difference of the forecasts" if squared else "KL divergence"
+        whole = f" of {total:.4g}{'' if squared else ' nats'} in all" if isinstance(total, float) else ""
+        left = len(found.get("left") or ())
+        rest = (
+            f" {left:,} were not measured in the time given and have no cost here; where that is a whole block, its own cost is."
+            if left
+            else ""
+        )
         return (
-            f"<p>Costs are those of <code>tersor attribute</code>: the KL divergence{whole} that a layer causes, the mean of "
-            "compressing it alone and of restoring it alone.</p>"
+            f"<p>Costs are those of <code>tersor attribute</code>: the {what}{whole} that a layer causes, the mean of "
+            f"compressing it alone and of restoring it alone. Layers that were exchanged together share a row.{rest}</p>"
         )
     if key == "error":
         return (
@@ -259,9 +269,9 @@ def _explained(result: Result, key: str) -> str:
     return ""
 
 
-def _worst(layers: list[Layer], key: str) -> str:
+def _worst(result: Result, key: str) -> str:
     """The five layers with the largest values."""
-    valued = [(each, value) for each in layers if (value := value_of(each, key)) is not None]
+    valued = [(each, value) for each in result.layers if (value := value_of(each, key)) is not None]
     worst = sorted(valued, key=lambda each: -each[1])[:WORST]
     total = sum(value for _, value in valued)
     with_share = key in ("error", "cost") and total > 0
@@ -269,7 +279,7 @@ def _worst(layers: list[Layer], key: str) -> str:
         (each.name, number(value), f"{value / total:.1%}" if with_share else "", number(each.bits), each.note)
         for each, value in worst
     ]
-    heads = ["layer", MEASURES[key][0], "share of all", "bits", "note"]
+    heads = ["layer", label_of(result, key), "share of all", "bits", "note"]
     return table(f"The {len(rows)} worst layers", heads, rows, numbers=(1, 2, 3)) if rows else ""
 
 
@@ -312,13 +322,14 @@ def _plain(value: object) -> str:
     return number(value) if isinstance(value, float) else str(value)
 
 
-def _layer_table(layers: list[Layer], known: list[str]) -> str:
+def _layer_table(result: Result, known: list[str]) -> str:
+    layers = result.layers
     rows = [
         (each.name, *(number(value_of(each, key)) for key in known), each.note)
         for each in sorted(layers, key=lambda each: (each.depth, each.kind))[:MOST_ROWS]
     ]
     left = f"; {len(layers) - MOST_ROWS:,} more are in the JSON" if len(layers) > MOST_ROWS else ""
-    heads = ["layer", *(MEASURES[key][0] for key in known), "note"]
+    heads = ["layer", *(label_of(result, key) for key in known), "note"]
     return table(f"Every layer{left}", heads, rows, numbers=range(1, len(known) + 1))
 
 
@@ -382,9 +393,10 @@ def _text(report: Report, result: Result) -> str:
             f'<div><h5>Original</h5><p class="written">{first}</p></div>'
             f'<div><h5>Compressed</h5><p class="written">{second}</p></div></div></div>'
         )
+    names = shortened([each.text for each in result.compared])
     passages = "".join(
         table(
-            f"Where they differ most on {short(each.text)}",
+            f"Where they differ most on {names[each.text]}",
             ["passage", "KL, nats a token"],
             [
                 (Raw(f"<code>{text(json.dumps(p.text, ensure_ascii=False))}</code>"), number(p.kl))
@@ -447,12 +459,12 @@ def _speed(report: Report, result: Result) -> str:
         found = each.speed
         rows.append(
             (
-                short(each.name),
+                report.label(each),
                 f"{found.decode[0]:.1f} ({found.decode[1]:.1f} - {found.decode[2]:.1f})",
                 f"{found.prefill[0]:.0f} ({found.prefill[1]:.0f} - {found.prefill[2]:.0f})",
                 megabytes(found.memory),
-                megabytes(found.weight_bytes),
-                f"{found.share:.0%}",
+                "" if found.weight_bytes is None else megabytes(found.weight_bytes),
+                "" if found.share is None else f"{found.share:.0%}",
                 found.engine,
             )
         )
@@ -460,9 +472,13 @@ def _speed(report: Report, result: Result) -> str:
     found = result.speed
     cached = (
         " Above 100 % the weights are read from the processor's caches, which are faster than memory."
-        if any(each is not None and each.speed is not None and each.speed.share > 1 for each in (report.base, result))
+        if any(
+            each is not None and each.speed is not None and (each.speed.share or 0) > 1
+            for each in (report.base, result)
+        )
         else ""
     )
+    routed = " A mixture of experts reads some of them a token, so it has no share." if found.share is None else ""
     return table(
         f"{found.prompt_tokens} prompt and {found.new_tokens} new tokens on {found.where}: medians, and the middle half",
         heads,
@@ -470,7 +486,7 @@ def _speed(report: Report, result: Result) -> str:
         numbers=(1, 2, 3, 4, 5),
     ) + (
         f"<p>A copy of memory moves {found.bandwidth / 1e9:.1f} GB/s here. The share is what reading the weights once a token "
-        f"takes of that.{cached}</p>"
+        f"takes of that.{cached}{routed}</p>"
     )
 
 

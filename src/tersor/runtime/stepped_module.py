@@ -41,8 +41,10 @@ def why_not_named(system: str) -> str | None:
 
 
 def vocabulary_of(module: nn.Module) -> int | None:
-    """How many tokens a model of `tersor.models` tells apart. Its logits may have more columns, which stand for none."""
-    config = getattr(module, "config", None)
+    """How many tokens a language model tells apart. Its logits may have more columns, which stand for none."""
+    config: Any = getattr(module, "config", None)
+    if hasattr(config, "get_text_config"):  # transformers'
+        return int(config.get_text_config().vocab_size)
     return next((getattr(config, name) for name in _VOCABULARY if hasattr(config, name)), None)
 
 
