@@ -32,6 +32,7 @@ from tersor.data.tables import TableConfig, read_series
 from tersor.data.text import read_text
 from tersor.errors import TersorError
 from tersor.evaluate.accuracy import read_images
+from tersor.evaluate.interval import t_quantile
 from tersor.evaluate.perplexity import causal_windows, logits_of, tokens_of
 from tersor.runtime.bench import random_prompt, take_turn
 from tersor.runtime.generate import load_module, make_engine
@@ -212,7 +213,8 @@ def loss_between(kind: str, base: Sequence[float], other: Sequence[float]) -> tu
         raise TersorError(f"{len(base)} and {len(other)} scores cannot be compared: they are of other data")
     change = [b - a for a, b in zip(base, other, strict=True)]
     mean = statistics.fmean(change)
-    half = 1.96 * statistics.stdev(change) / math.sqrt(len(change)) if len(change) > 1 else math.inf
+    count = len(change)
+    half = t_quantile(count - 1) * statistics.stdev(change) / math.sqrt(count) if count > 1 else math.inf
     if kind == "text":
         ratio = math.exp(min(mean, 700.0))
         return ratio - 1, ratio * half
