@@ -92,6 +92,10 @@ class Rounding(PackedMethod):
     def __post_init__(self) -> None:
         check_options(self)
 
+    @property
+    def moves_integers(self) -> bool:
+        return True
+
     def tune(self, model: nn.Module, original: nn.Module, work: Work) -> None:
         samples, apart = split(work.samples, self.name)
         layers = {name: layer for name, layer in packed_layers(model).items() if work.wanted(name)}

@@ -95,6 +95,10 @@ class Scales(PackedMethod):
     def __post_init__(self) -> None:
         check_options(self)
 
+    @property
+    def moves_integers(self) -> bool:
+        return self.integers
+
     def tune(self, model: nn.Module, original: nn.Module, work: Work) -> None:
         samples, apart = split(work.samples, self.name)
         layers = {name: layer for name, layer in packed_layers(model).items() if work.wanted(name)}
