@@ -216,3 +216,11 @@ def test_what_cannot_be_is_told_before_anything_is_measured(tmp_path: Path, monk
     (tmp_path / "out" / "mine").unlink()
     with pytest.raises(TersorError, match="the least choice takes"):
         tersor.compress(tmp_path / "model", BASE, target_bits=2.01, **job)
+
+
+def test_layers_that_the_judges_do_not_call_keep_the_bits_and_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    together, left = target_bits._together, "model.layers.1.mlp.down_proj"
+    monkeypatch.setattr(target_bits, "_together", lambda *given: [n for n in together(*given) if n != [left]])
+    found = compressed(3.6).summary
+    assert {row.name: row.bits for row in found.layers}[left] == BASE.bits
+    assert 3.0 < found.bits_per_weight <= 3.6
