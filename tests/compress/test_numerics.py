@@ -68,7 +68,8 @@ def overflowing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def as_on_a_gpu(checkpoint: Any, device: Any, dtype: str = "auto") -> torch.dtype:
         return torch.float16 if dtype == "auto" else real(checkpoint, device, dtype)
 
-    monkeypatch.setattr("tersor.compress.stream.compute_dtype", as_on_a_gpu)
+    for room in ("stream", "target_bits"):
+        monkeypatch.setattr(f"tersor.compress.{room}.compute_dtype", as_on_a_gpu)
     return tmp_path / "model"
 
 
@@ -97,6 +98,13 @@ def test_a_model_that_overflows_float16_is_run_in_float32(overflowing: Path, tmp
     asked = quantize(overflowing, tmp_path / "asked", [], rare=rare, dtype="float32")
     one, other = ((out / "model.safetensors").read_bytes() for out in (result.directory, asked.directory))  # type: ignore[operator]
     assert one == other
+
+
+def test_bits_are_measured_in_float32_where_float16_overflows(overflowing: Path, tmp_path: Path) -> None:
+    news: list[str] = []
+    result = quantize(overflowing, tmp_path / "out", news, rare=False, target_bits=4.5)
+    assert news.count("float16 overflows: measuring in float32") == 1
+    assert 3.0 < result.summary.bits_per_weight <= 4.5
 
 
 def test_samples_of_an_iterator_are_there_for_the_run_in_float32(overflowing: Path, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -11,14 +13,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import Ran
+from conftest import Ran, Stopped, files_of
 from torch import nn
 from zoo.tiny_models import build, samples
 
 import tersor
 from tersor import GPTQ, RTN, TersorError
+from tersor.compress import target_bits
 from tersor.compress.knapsack import choose
 from tersor.compress.target_bits import bytes_of
+from tersor.errors import NotFiniteError
 from tersor.formats.layouts import LAYOUTS, write
 from tersor.methods.weights.gptq_solver import solve_rtn
 
@@ -90,7 +94,9 @@ def test_more_bits_lose_less() -> None:
 
 
 @pytest.mark.parametrize("format", ["gptq", "compressed-tensors"])
-def test_a_mixture_is_written_read_back_and_resumed(tmp_path: Path, format: str) -> None:
+def test_a_mixture_is_written_read_back_and_resumed(
+    tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     build("llama").save_pretrained(tmp_path / "model")
     job: dict[str, Any] = {"calibration": samples("llama", 6), "target_bits": 4.0, "format": format}
     done = tersor.compress(tmp_path / "model", BASE, out=tmp_path / "out", **job)
@@ -101,6 +107,20 @@ def test_a_mixture_is_written_read_back_and_resumed(tmp_path: Path, format: str)
     if format == "compressed-tensors":
         theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
         torch.testing.assert_close(theirs(**x).logits, expected, rtol=1e-3, atol=1e-4)
+    record = json.loads((tmp_path / "out" / "tersor.json").read_text())
+    assert record["rules"]
+    assert "target_bits" not in record["settings"]
+
+    def stop(what: str, done: int, total: int) -> None:
+        if what.startswith("compressing model.layers.1"):
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        tersor.compress(tmp_path / "model", BASE, out=tmp_path / "again", progress=stop, **job)
+    monkeypatch.setattr(target_bits, "_lost", None)  # nothing is measured from here on
+    again = tersor.compress(tmp_path / "model", BASE, out=tmp_path / "again", **job)
+    assert again.summary.resumed_blocks == 1
+    assert files_of(tmp_path / "again") == files_of(tmp_path / "out")
     with pytest.raises(TersorError, match="holds the finished result of this very command"):
         tersor.compress(tmp_path / "model", BASE, out=tmp_path / "out", **job)
 
@@ -150,3 +170,57 @@ def test_skipped_layers_stay(tmp_path: Path) -> None:
     rules = [{"match": "*.q_proj", "skip": True}]
     found = tersor.compress(model, BASE, calibration=samples("llama", 4), target_bits=4.0, rules=rules)
     assert not any("q_proj" in row.name for row in found.summary.layers)
+
+
+def test_a_cost_that_is_no_number_is_refused() -> None:
+    with pytest.raises(ValueError, match="NaN"):
+        choose([[(1, math.nan), (2, 0.1), (4, 0.01)]] * 3, 12)
+
+
+def test_a_candidate_that_overflows_is_never_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = target_bits._lost
+    monkeypatch.setattr(target_bits, "_lost", lambda *outputs: found if (found := lost(*outputs)) < 0.01 else math.nan)
+    items: list[Any] = []
+    recipe = target_bits._recipe
+    monkeypatch.setattr(target_bits, "_recipe", lambda found, *rest: items.extend(found) or recipe(found, *rest))
+    bits = {row.name: (row.bits, row.group_size) for row in compressed(6.0).summary.layers}
+    bad = {
+        (name, option) for each in items for option, _, cost in each.options if math.isinf(cost) for name in each.names
+    }
+    assert bad
+    assert not bad & set(bits.items())
+
+
+def test_a_model_that_overflows_is_told() -> None:
+    model = build("llama")
+    with torch.no_grad():
+        model.lm_head.weight.fill_(1e38)
+    with pytest.raises(NotFiniteError, match="not finite"):
+        tersor.compress(model, BASE, calibration=samples("llama", 4), target_bits=4.0)
+
+
+def test_an_encoder_decoder_that_is_given_one_text_is_measured() -> None:
+    texts = [{"input_ids": each["input_ids"]} for each in samples("llama", 4)]
+    found = tersor.compress(build("t5"), BASE, calibration=texts, target_bits=4.5)
+    assert found.summary.bits_per_weight <= 4.5
+
+
+def test_what_cannot_be_is_told_before_anything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build("llama").save_pretrained(tmp_path / "model")
+    job: dict[str, Any] = {"calibration": samples("llama", 4), "out": tmp_path / "out"}
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    monkeypatch.setattr(target_bits, "_lost", None)
+    with pytest.raises(TersorError, match="exists and is not empty"):
+        tersor.compress(tmp_path / "model", BASE, target_bits=4.0, **job)
+    (tmp_path / "out" / "mine").unlink()
+    with pytest.raises(TersorError, match="the least choice takes"):
+        tersor.compress(tmp_path / "model", BASE, target_bits=2.01, **job)
+
+
+def test_layers_that_the_judges_do_not_call_keep_the_bits_and_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    together, left = target_bits._together, "model.layers.1.mlp.down_proj"
+    monkeypatch.setattr(target_bits, "_together", lambda *given: [n for n in together(*given) if n != [left]])
+    found = compressed(3.6).summary
+    assert {row.name: row.bits for row in found.layers}[left] == BASE.bits
+    assert 3.0 < found.bits_per_weight <= 3.6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,14 @@ from zoo.tiny_models import build, samples
 from tersor import RTN
 from tersor.checkpoint.lazy_model import LazyModel
 from tersor.checkpoint.source import open_checkpoint
+from tersor.compress.driver import ToModule, compress_blocks
 from tersor.compress.first_run import prepare
 from tersor.compress.in_memory import InMemory
 from tersor.compress.plan import make_plan
 from tersor.compress.recipe import Recipe
 from tersor.compress.settings import Job, job_of, settings_of
 from tersor.compress.walk import Prepared, trace, units_of, walk
+from tersor.methods.block import Block
 
 
 def prepared() -> tuple[InMemory, Job, Prepared]:
@@ -64,3 +67,17 @@ def test_a_sample_that_the_model_fails_on_is_told_in_its_own_words_and_leaves_no
     outside = [unit.module for unit in units_of(lazy.module) if not unit.is_block]
     assert outside
     assert all(parameter.is_meta for module in outside for parameter in module.parameters())
+
+
+class Failing(ToModule):
+    def write(self, block: Block) -> None:
+        raise OSError("no room")
+
+
+def test_a_sink_that_fails_leaves_a_model_that_runs() -> None:
+    source, job, _ = prepared()
+    with pytest.raises(OSError, match="no room") as held:
+        compress_blocks(source, Failing(source), replace(job, calibration=samples("llama", 2)))
+    assert held.tb is not None  # whose frames hold the walk
+    assert not any("forward" in vars(unit.module) for unit in units_of(source.module))
+    assert source.module(**samples("llama", 1)[0]).logits.isfinite().all()

@@ -50,6 +50,14 @@ def test_a_model_that_drops_nothing_is_the_vit() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("drop", [True, False])
+def test_tokens_are_counted_exactly_in_half_precision(drop: bool) -> None:
+    ats = tersor.models.create("ats", **{**SMALL, "img_size": 72}, ats_blocks=(), drop_tokens=drop).bfloat16()
+    image = torch.zeros(1, 3, 72, 72, dtype=torch.bfloat16)
+    assert ats.tokens(image).unique().tolist() == [(72 // SMALL["patch_size"]) ** 2 + 1]  # which bfloat16 does not hold
+
+
+@torch.no_grad()
 def test_images_keep_different_numbers_of_tokens_and_never_more_later() -> None:
     ats = sampled(small_vit(), ats_blocks="1-")
     tokens = ats.tokens(images(8))

@@ -19,12 +19,14 @@ import tersor
 from tersor import GPTQ, RTN, TersorError
 from tersor.calibrate.batches import without_cache
 from tersor.compress import from_options
+from tersor.compress.recipe import Recipe, Rule
 from tersor.layers.quantized_linear import QuantizedLinear, packed_layers
 from tersor.methods.method import Method, PackedMethod, Work
 from tersor.methods.training.held_out import drawn, judged, split, travelled
 from tersor.methods.training.rounding import Rounding
 from tersor.methods.training.scales import Scales
 from tersor.methods.training.tuned_weight import TunedWeight, learning, requiring
+from tersor.methods.weights.sparsegpt import SparseGPT
 
 PACKED = GPTQ(bits=2, group_size=16)
 
@@ -154,6 +156,12 @@ def test_steps_on_disk_write_the_same_format_with_what_was_tuned(tmp_path: Path,
     assert done.summary.size_after == plain.size_after
     said = json.loads((tmp_path / "out" / "config.json").read_text())
     assert [step["name"] for step in said["tersor_steps"]] == ["gptq", "rounding", "scales"]
+    made = json.loads((tmp_path / "out" / "tersor.json").read_text())
+    assert made["format"] == format
+    assert made["settings"] == {"calibration": "given in Python"}
+    assert made["rules"] == []
+    assert made["version"] == tersor.__version__
+    assert made["fingerprint"]["method"] == "scales"
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "out"))
     assert first.keys() == second.keys()
     changed = {key.rpartition(".")[2] for key in first if not torch.equal(first[key], second[key])}
@@ -208,6 +216,48 @@ def test_steps_that_do_not_follow_are_refused() -> None:
         tersor.compress(teacher(), Scales(), calibration=texts())
     with pytest.raises(TersorError, match="has no packed layer"):
         tersor.compress(teacher(), Scales(), calibration=texts(), original=teacher())
+
+
+def test_integers_do_not_move_away_from_zeros_of_a_step_before(tmp_path: Path) -> None:
+    sparse = SparseGPT(sparsity=0.5, bits=4, group_size=16)
+    for steps, said in (
+        ([sparse, Rounding()], "rounding moves integers, so the zeros of sparsity 0.5 would be lost: use scales"),
+        ([sparse, Scales(), Scales(integers=True)], "scales moves integers, .* leave --integers out"),
+        ([Recipe(GPTQ(), (Rule("*.q_proj", {}, "sparsegpt"),)), Rounding()], "sparsity 0.5 would be lost"),
+    ):
+        with pytest.raises(TersorError, match=said):
+            tersor.compress(teacher(), steps, calibration=texts())
+    teacher().save_pretrained(tmp_path / "model")
+    tersor.compress(tmp_path / "model", sparse, calibration=texts(4), out=tmp_path / "packed")
+    with pytest.raises(TersorError, match="would be lost"):
+        tersor.compress(tmp_path / "packed", Rounding(), calibration=texts(4), original=tmp_path / "model")
+    found = tersor.compress(teacher(), [sparse, Scales(epochs=1)], calibration=texts(4))
+    for layer in packed_layers(found.model).values():
+        assert float((layer.weight == 0).float().mean()) >= 0.5
+
+
+def test_an_encoder_decoder_that_is_given_one_text_is_tuned() -> None:
+    model, steps = build("t5").float(), [PACKED, Rounding(epochs=1), Scales(epochs=1)]
+    found = tersor.compress(model, steps, calibration=texts(9)).summary.layers
+    assert sum(each.name == "(all)" for each in found) == 2
+
+
+def test_a_model_in_float16_is_tuned_in_float32_and_given_back_in_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ran = teacher().half(), []
+    plain = tersor.compress(teacher(), PACKED, calibration=texts(4)).model.half()
+    tune = Scales.tune
+
+    def watched(method: Scales, model: nn.Module, original: nn.Module, work: Work) -> None:
+        ran.append({each.dtype for part in (model, original) for each in part.parameters()})
+        tune(method, model, original, work)
+
+    monkeypatch.setattr(Scales, "tune", watched)
+    found = tersor.compress(plain, Scales(epochs=1), calibration=texts(4), original=model).model
+    assert ran == [{torch.float32}]
+    assert {name: each.dtype for name, each in found.state_dict().items()} == {
+        name: each.dtype for name, each in plain.state_dict().items()
+    }
+    assert all(layer.weight.dtype == torch.float16 for layer in packed_layers(found).values())
 
 
 def test_too_few_samples_are_one_line() -> None:

@@ -7,6 +7,7 @@ goes to files (`stream.py`), a module to a copy of it.
 from __future__ import annotations
 
 import copy
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -75,9 +76,10 @@ def compress_blocks(source: Source, sink: Sink, job: Job) -> Compressed:
         source.load_rest([unit.module for unit in units_of(module)])
         first = prepare(source, plan, job, batches, probe)
         sink.start(first)
-        for block in walk(source, first, job, sink.restore):
-            sink.write(block)
-            del block  # or it would be held while the next is solved
+        with closing(walk(source, first, job, sink.restore)) as blocks:  # a walk that is left stops its passes
+            for block in blocks:
+                sink.write(block)
+                del block  # or it would be held while the next is solved
         return sink.finish(first)
 
 

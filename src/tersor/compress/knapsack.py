@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,8 +13,11 @@ def choose(items: Sequence[Sequence[tuple[int, float]]], budget: int) -> list[in
     costs the least that can be; None where even the smallest do not fit. items: of each its options, (size, cost).
 
     Dynamic programming over sizes, item by item: of all sums that can be reached only those are kept that no smaller one beats
-    in cost. Their number is bounded by that of different sums, which is small where layers repeat.
+    in cost. Their number is bounded by that of different sums, which is small where layers repeat. Raises ValueError where a
+    cost is NaN, which compares with nothing.
     """
+    if any(math.isnan(cost) for options in items for _, cost in options):
+        raise ValueError("a cost is NaN")
     sizes, costs = np.zeros(1, dtype=np.int64), np.zeros(1)
     least = [min(size for size, _ in options) for options in items]
     steps: list[tuple[np.ndarray, np.ndarray]] = []  # of every sum that is kept: the one it came from, and the option

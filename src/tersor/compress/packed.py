@@ -8,6 +8,8 @@ import shutil
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,20 +18,23 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tersor.calibrate.batches import Batch, call, first_tensor, probe_of, without_cache, without_target
+from tersor.calibrate.batches import Batch, call, fingerprint, first_tensor, probe_of, without_cache, without_target
 from tersor.calibrate.draws import PROBE, drawing
 from tersor.checkpoint.lazy_model import LazyModel, classes_of, compute_dtype
 from tersor.checkpoint.load import load_tokenizer
 from tersor.checkpoint.room import RESULT_FILE, appearing, check_free, inputs_of, record_of, write_record
 from tersor.checkpoint.source import STEPS, Checkpoint, open_checkpoint
+from tersor.checkpoint.writer import model_fingerprint
+from tersor.compress.first_run import fitted
 from tersor.compress.result import Compressed, Summary, loss_of, peak_memory
 from tersor.compress.samples import read_samples, samples_by_path
-from tersor.compress.settings import Job
+from tersor.compress.settings import Job, asked_of
+from tersor.compress.stream import record_of_job
 from tersor.compress.whole_model import check_patterns, is_wanted
 from tersor.errors import TersorError
 from tersor.formats.layouts import LAYOUTS, Layout, write
 from tersor.layers.linear_map import matrix_shape
-from tersor.layers.quantized_linear import packed_layers
+from tersor.layers.quantized_linear import QuantizedLinear, packed_layers
 from tersor.methods.method import PackedMethod, Work
 
 CHANGED = ("qweight", "scales", "weight_packed", "weight_scale")  # what of a layer's tensors tuning may change
@@ -52,19 +57,28 @@ def compress_packed_checkpoint(name: str, job: Job) -> Compressed:
     assert target is not None
     inputs = inputs_of(checkpoint, calibration=job.calibration, original=source.directory)
     check_free(target, overwrite=job.overwrite, inputs=inputs)
-    dtype = compute_dtype(source, job.place, job.dtype)
+    earlier, record = checkpoint.config.get(STEPS) or [], record_of(checkpoint.directory) or {}
+    assert isinstance(job.recipe.method, PackedMethod)
+    check_keeps_zeros(job.recipe.method, [*earlier, record.get("method"), *(record.get("rules") or [])])
+    dtype = _wide_enough(compute_dtype(source, job.place, job.dtype), job)
     lazy = LazyModel(checkpoint, dtype=dtype, device=job.place, packed=True)
     layout = _layout_of(lazy, name, method)
     module = lazy.load_all().to(job.place)
     original = LazyModel(source, dtype=dtype, device=job.place).load_all().to(job.place)
     tokenizer = job.tokenizer or load_tokenizer(checkpoint.directory)
     job = replace(job, calibration=samples_by_path(source, job), tokenizer=tokenizer)
-    result = _compress(module, original, job)
+    result, samples = _compress(module, original, job)
     tensors = _changed_tensors(lazy, module, layout)
-    earlier = checkpoint.config.get(STEPS) or []
-    made_by = [(record_of(checkpoint.directory) or {}).get("method")] if not earlier else []
+    made_by = [record.get("method")] if not earlier else []
     steps = job.steps or [*earlier, *filter(None, made_by), job.recipe.method.options()]
-    _write(checkpoint, tensors, result.summary, {**checkpoint.config, STEPS: steps}, target, job, inputs)
+    marks = {
+        "model": model_fingerprint(checkpoint),
+        "original": model_fingerprint(source),
+        **asked_of(job, layout, dtype),
+        "calibration": samples,
+    }
+    made = record_of_job(job, layout, marks, result.summary.layers)
+    _write(checkpoint, tensors, made, {**checkpoint.config, STEPS: steps}, target, job, inputs)
     summary = replace(
         result.summary,
         model=name,
@@ -82,7 +96,53 @@ def compress_packed_module(model: nn.Module, job: Job) -> Compressed:
     if not isinstance(job.original, nn.Module):
         raise TersorError(f"{job.recipe.method.name} on a module in memory compares with another: give it as original=")
     original = copy.deepcopy(job.original)  # passes through it leave no trace in the user's
-    return _compress(copy.deepcopy(model), original, job)
+    module = copy.deepcopy(model)
+    with _out_of_float16(module, original):
+        return _compress(module, original, job)[0]
+
+
+def check_keeps_zeros(method: PackedMethod, before: Sequence[Any]) -> None:
+    """Raise TersorError where integers would move of weights that a step before made zero. before: options of methods."""
+    sparse = next((each for each in before if isinstance(each, Mapping) and each.get("sparsity")), None)
+    if sparse is not None and method.moves_integers:
+        way = "leave --integers out" if method.name == "scales" else "use scales, which keeps them"
+        raise TersorError(
+            f"{method.name} moves integers, so the zeros of sparsity {sparse['sparsity']:g} would be lost: {way}"
+        )
+
+
+def _wide_enough(dtype: torch.dtype, job: Job) -> torch.dtype:
+    """Gradients get lost below what float16 holds, so float32 takes its place."""
+    if dtype != torch.float16:
+        return dtype
+    job.progress("gradients are too small for float16: tuning in float32", 0, 0)
+    return torch.float32
+
+
+def _floats_of(module: nn.Module) -> list[Tensor]:
+    """What computes with activations."""
+    if isinstance(module, QuantizedLinear):
+        return [module.like]
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+
+
+@contextmanager
+def _out_of_float16(*modules: nn.Module) -> Iterator[None]:
+    """Parameters and buffers in float16 are float32 meanwhile, for the gradients; those of packed layers stay."""
+    held = [
+        tensor
+        for module in modules
+        for each in module.modules()
+        for tensor in _floats_of(each)
+        if tensor.dtype == torch.float16
+    ]
+    for tensor in held:
+        tensor.data = tensor.data.float()
+    try:
+        yield
+    finally:
+        for tensor in held:
+            tensor.data = tensor.data.half()
 
 
 def as_packed_before(tuned: Summary, packed: Summary) -> Summary:
@@ -100,8 +160,8 @@ def _layout_of(lazy: LazyModel, name: str, method: str) -> Layout:
     return LAYOUTS[found.layout]
 
 
-def _compress(module: nn.Module, original: nn.Module, job: Job) -> Compressed:
-    """module: to be changed in place."""
+def _compress(module: nn.Module, original: nn.Module, job: Job) -> tuple[Compressed, str]:
+    """The result, and a fingerprint of the samples. module: to be changed in place."""
     method = job.recipe.method
     assert isinstance(method, PackedMethod)
     layers = packed_layers(module)
@@ -113,10 +173,11 @@ def _compress(module: nn.Module, original: nn.Module, job: Job) -> Compressed:
     probe = probe_of(without_target(samples[0]))
     for each in (module, original):
         each.eval().requires_grad_(False)
-    work = Work(samples, lambda name: is_wanted(job, name), job.progress)
+    mark = fingerprint(samples)
     with torch.no_grad(), without_cache(module), without_cache(original):
         with drawing(PROBE):
-            before = first_tensor(call(original, probe))
+            before, samples, probe = fitted(original, samples, probe, lambda batch: first_tensor(call(original, batch)))
+        work = Work(samples, lambda name: is_wanted(job, name), job.progress)
         method.tune(module, original, work)
         with drawing(PROBE):
             after = first_tensor(call(module, probe))
@@ -133,7 +194,7 @@ def _compress(module: nn.Module, original: nn.Module, job: Job) -> Compressed:
         quantization={},
         **loss_of(before, after),
     )
-    return Compressed(summary, None, before, after, _module=module)
+    return Compressed(summary, None, before, after, _module=module), mark
 
 
 def _changed_tensors(lazy: LazyModel, module: nn.Module, layout: Layout) -> dict[str, Tensor]:
@@ -168,7 +229,7 @@ def _bits_per_weight(lazy: LazyModel) -> float:
 def _write(
     source: Checkpoint,
     tensors: dict[str, Tensor],
-    summary: Summary,
+    record: dict[str, Any],
     config: dict[str, Any],
     target: Path,
     job: Job,
@@ -192,5 +253,4 @@ def _write(
                 shutil.copyfile(path, partial / relative)
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         (partial / "config.json").write_text(text, encoding="utf-8")
-        rows = [report.row() for report in summary.layers]
-        write_record(partial, {"method": summary.method, "format": summary.format, "layers": rows})
+        write_record(partial, record)

@@ -90,7 +90,8 @@ class Settings:
     )
     target_bits: float | None = setting(
         None,
-        "Bits a weight in all, such as 3.25: measures what each layer needs, and gives it 2, 3, 4 or 8.",
+        "Bits a weight in all, such as 3.25: measures what each layer needs (on 16 samples, outputs on 256 tokens of 8), and "
+        "gives it 2, 3, 4 or 8.",
         blocks=True,
         decides=True,
     )
@@ -186,12 +187,28 @@ def job_of(recipe: Recipe, settings: Settings, *, history: Sequence[Mapping[str,
     )
 
 
+def asked_of(job: Job, layout: Layout, dtype: torch.dtype) -> dict[str, str]:
+    """What decides the bytes of a result beside model and calibration, by the names under which the user gives it."""
+    options = {("method" if key == "name" else key): value for key, value in job.recipe.method.options().items()}
+    meant = {"format": layout.name, "dtype": dtype, "experts": job.routing}
+    settings = {
+        each.name: meant.get(each.name, getattr(job, each.name))
+        for each in dataclasses.fields(Settings)
+        if each.metadata["decides"]
+    }
+    asked = {**options, "rules": job.recipe.rules, **settings}
+    return {key: str(value) for key, value in asked.items()}
+
+
 def recorded(job: Settings) -> dict[str, Any]:
     """What a job was asked beside its method, where that is no default: with it the job can be done again. As JSON has it;
-    `calibration` is IN_PYTHON where the samples were no file's."""
+    `calibration` is IN_PYTHON where the samples were no file's. Without `target_bits`, in whose place the rules are that it
+    chose."""
     found: dict[str, Any] = {}
     for each in dataclasses.fields(Settings):
         value = getattr(job, each.name)
+        if each.name == "target_bits":
+            continue
         if (each.metadata["decides"] or each.name in ("samples", "seq_len", "seed")) and value != each.default:
             found[each.name] = list(value) if isinstance(value, tuple) else value
     if job.calibration is not None:

@@ -28,12 +28,12 @@ from tersor.calibrate.parallel import processes
 from tersor.checkpoint.room import RESULT_FILE, check_free, disk_errors, inputs_of, read_object, replacing
 from tersor.checkpoint.source import JOB_FOLDER, Checkpoint, open_checkpoint
 from tersor.checkpoint.writer import model_fingerprint
-from tersor.compress.packed import as_packed_before
+from tersor.compress.packed import as_packed_before, check_keeps_zeros
 from tersor.compress.recipe import Recipe
 from tersor.compress.result import Compressed, Summary, loss_of
 from tersor.compress.settings import AUTO, Job, Settings, applies, job_of
 from tersor.errors import TersorError
-from tersor.methods.method import BlockMethod, PackedMethod, Report
+from tersor.methods.method import BlockMethod, Method, PackedMethod, Report
 
 ASKED, REPORTED = "asked.json", "step-{}.json"
 Run = Callable[[str | Path | nn.Module, Job], Compressed]
@@ -63,6 +63,8 @@ def run_steps(model: str | Path | nn.Module, steps: Sequence[Recipe], asked: Set
             raise TersorError(
                 f"step {n}, {step.method.name}, packs the weights, which no later step can change: put it last"
             )
+        if isinstance(following.method, PackedMethod):
+            check_keeps_zeros(following.method, [m.options() for each in steps[:n] for m in _methods_of(each)])
         if tunes and not packs:
             raise TersorError(
                 f"step {n + 1}, {following.method.name}, tunes packed weights: put gptq or rtn in front of it"
@@ -76,6 +78,11 @@ def run_steps(model: str | Path | nn.Module, steps: Sequence[Recipe], asked: Set
     if isinstance(model, nn.Module):
         return _in_memory(model, steps, asked, run)
     return _on_disk(str(model), steps, asked, run)
+
+
+def _methods_of(step: Recipe) -> list[Method]:
+    """The method of a step and those of its rules."""
+    return [step.method, *(m for rule in step.rules if (m := step.method_for(rule.match)) is not None)]
 
 
 def _in_memory(model: nn.Module, steps: Sequence[Recipe], asked: Settings, run: Run) -> Compressed:

@@ -8,8 +8,9 @@ written is what was computed. A model that overflows float16 is walked through o
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import fields, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -31,14 +32,16 @@ from tersor.compress.forecast import forecast
 from tersor.compress.plan import Plan
 from tersor.compress.recipe import plain_rule
 from tersor.compress.result import Compressed
-from tersor.compress.settings import Job, Settings, recorded
+from tersor.compress.settings import Job, asked_of, recorded
 from tersor.compress.shared_writer import follow, lead, open_writer
+from tersor.compress.target_bits import chosen_mark
 from tersor.compress.walk import Prepared, Probe, trace, units_of
 from tersor.errors import NotFiniteError, TersorError
 from tersor.formats.layout import Layout, QuantizationConfig
 from tersor.formats.layouts import write
 from tersor.layers.linear_map import as_matrix, columns_of, own_layout, set_weight_matrix
 from tersor.methods.block import Block, LayerReport
+from tersor.methods.method import Report
 
 
 def compress_checkpoint(name: str, job: Job) -> Compressed:
@@ -105,7 +108,8 @@ class Files(Sink):
         )
         self.marks = {
             "model": model_fingerprint(self.lazy.checkpoint),
-            **_asked(job, self.layout, self.lazy.dtype),
+            **asked_of(job, self.layout, self.lazy.dtype),
+            **chosen_mark(job),
             "calibration": fingerprint(samples),
         }
         self.writer.check(self.marks, overwrite=job.overwrite, redo=bool(job.redo))
@@ -178,7 +182,7 @@ class Files(Sink):
         job, lazy, plan, probe = self.job, self.lazy, first.plan, first.probe
         job.progress("writing", 0, 1)
         config = self._described(plan)
-        extra: dict[str, Any] = {RESULT_FILE: _result(job, self.layout, self.marks, self.tally.reports)}
+        extra: dict[str, Any] = {RESULT_FILE: record_of_job(job, self.layout, self.marks, self.tally.reports)}
         if self.layout.config_beside is not None:
             extra[self.layout.config_beside] = config
         replaced = {key for linear in plan.all_linears() for key in lazy.keys_of_map(linear)}
@@ -211,19 +215,6 @@ class Files(Sink):
         return [stem for stem, _ in self.lazy.pieces(linear)]
 
 
-def _asked(job: Job, layout: Layout, dtype: torch.dtype) -> dict[str, str]:
-    """What decides the bytes of a result beside model and calibration, by the names under which the user gives it."""
-    options = {("method" if key == "name" else key): value for key, value in job.recipe.method.options().items()}
-    meant = {"format": layout.name, "dtype": dtype, "experts": job.routing}
-    settings = {
-        each.name: meant.get(each.name, getattr(job, each.name))
-        for each in fields(Settings)
-        if each.metadata["decides"]
-    }
-    asked = {**options, "rules": job.recipe.rules, **settings}
-    return {key: str(value) for key, value in asked.items()}
-
-
 def _blocks_to_redo(plan: Plan, patterns: tuple[str, ...]) -> set[str]:
     """The blocks that hold a layer that matches. Raises TersorError where a pattern matches none."""
     for pattern in patterns:
@@ -236,7 +227,7 @@ def _blocks_to_redo(plan: Plan, patterns: tuple[str, ...]) -> set[str]:
     }
 
 
-def _result(job: Job, layout: Layout, marks: dict[str, str], reports: list[LayerReport]) -> dict[str, Any]:
+def record_of_job(job: Job, layout: Layout, marks: dict[str, str], reports: Sequence[Report]) -> dict[str, Any]:
     """What is kept beside the checkpoint: no times, so that the same job gives the same bytes."""
     return {
         "method": job.recipe.method.options(),

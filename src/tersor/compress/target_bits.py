@@ -5,12 +5,16 @@ solves it on the samples, it takes the layer's place, and what the whole model s
 divergence where there are `logits`, else the relative squared error). Layers that read the same input (q, k and v; gate and up)
 are taken together, as servers fuse them. The choice is the one with the least sum of divergences within the bytes that the
 target allows, scales and zero points included: found exactly (`knapsack.py`). It becomes the rules of a recipe, and the job goes
-on with it. The whole model is in memory meanwhile.
+on with it. The whole model is in memory meanwhile. The choice stands in the marks of an unfinished job, which goes on with it.
+
+Layers are solved on 16 samples and judged on 8, of which 256 tokens each, whatever the job's own number of samples is.
 """
 
 from __future__ import annotations
 
 import copy
+import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,19 +23,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersor.calibrate.batches import Batch, call, first_tensor, probe_of, without_cache, without_target
+from tersor.calibrate.batches import Batch, call, fingerprint, first_tensor, probe_of, without_cache, without_target
 from tersor.calibrate.parallel import processes
+from tersor.calibrate.statistics import kind_of
 from tersor.checkpoint.lazy_model import LazyModel, compute_dtype
 from tersor.checkpoint.load import load_tokenizer
-from tersor.checkpoint.source import open_checkpoint, torch_dtype
+from tersor.checkpoint.room import inputs_of
+from tersor.checkpoint.source import Checkpoint, open_checkpoint, torch_dtype
+from tersor.checkpoint.writer import ResultWriter, model_fingerprint
+from tersor.compress.first_run import fitted
 from tersor.compress.knapsack import choose
 from tersor.compress.layout_choice import with_fitting_layout
 from tersor.compress.plan import make_plan
-from tersor.compress.recipe import Recipe, Rule
+from tersor.compress.recipe import Recipe, Rule, plain_rule
 from tersor.compress.samples import read_samples, samples_by_path
-from tersor.compress.settings import Job
-from tersor.errors import TersorError
-from tersor.formats.grid import Stored
+from tersor.compress.settings import AUTO, Job, asked_of
+from tersor.errors import NotFiniteError, TersorError
+from tersor.formats.grid import Bits, Stored
 from tersor.formats.layout import Layout
 from tersor.formats.packing import packed_size
 from tersor.layers.experts import ExpertMap
@@ -40,10 +48,12 @@ from tersor.methods.method import Work
 from tersor.methods.structure.greenformers import input_hessians, turns
 from tersor.methods.weights.gptq import GPTQ
 from tersor.methods.weights.gptq_solver import factorize
+from tersor.methods.weights.uniform import width_of
 
 BITS = (2, 3, 4, 8)
 FINE = ((2, 32), (3, 32))  # bits and group size that are tried too
 SOLVED_ON, JUDGED_ON, TOKENS = 16, 8, 256  # samples for the Hessians; samples and tokens of each to compare outputs on
+CHOSEN = "chosen"  # the mark of a job that says what was chosen
 
 
 def with_chosen_bits(model: str | nn.Module, job: Job) -> Job:
@@ -58,26 +68,91 @@ def with_chosen_bits(model: str | nn.Module, job: Job) -> Job:
     if processes() > 1:
         raise TersorError("target_bits measures in one process: start it without torchrun")
     if isinstance(model, nn.Module):
-        module, stored = copy.deepcopy(model).eval(), next(model.parameters()).dtype
-    else:
-        checkpoint = open_checkpoint(model, allow_pickle=job.allow_pickle)
-        if "quantization_config" in checkpoint.config or checkpoint.gguf is not None:
-            return job  # which will be told what is wrong
-        dtype, stored = compute_dtype(checkpoint, job.place, job.dtype), torch_dtype(checkpoint.config)
+        module = copy.deepcopy(model).eval()
+        samples = _samples(module, job, job.calibration)
+        return _with_rules(job, _choice(module, job, method, samples, next(model.parameters()).dtype))
+    checkpoint = open_checkpoint(model, allow_pickle=job.allow_pickle)
+    if "quantization_config" in checkpoint.config or checkpoint.gguf is not None:
+        return job  # which will be told what is wrong
+    job = replace(job, tokenizer=job.tokenizer or load_tokenizer(checkpoint.directory))
+    dtype, stored = compute_dtype(checkpoint, job.place, job.dtype), torch_dtype(checkpoint.config)
+    writer = None
+    if job.out is not None:
+        writer = ResultWriter(job.out, checkpoint, inputs=inputs_of(checkpoint, calibration=job.calibration))
+    may_widen = job.dtype == "auto" and dtype == torch.float16
+    wide = str(torch.float32)
+    widen = may_widen and writer is not None and writer.mark("dtype") == wide  # as an earlier run decided
+    while True:
+        if widen:
+            job.progress("float16 overflows: measuring in float32", 0, 0)
+            dtype = torch.float32
         module = LazyModel(checkpoint, dtype=dtype, device=job.place).load_all().to(job.place).eval()
-        tokenizer = job.tokenizer or load_tokenizer(checkpoint.directory)
-        job = replace(job, tokenizer=tokenizer)
-    fitting = with_fitting_layout(module, replace(job, progress=lambda what, done, total: None))
-    given = job.calibration if isinstance(model, nn.Module) else samples_by_path(checkpoint, job)
+        samples = _samples(module, job, samples_by_path(checkpoint, job))
+        if writer is not None and (earlier := _earlier(writer, checkpoint, job, samples, dtype)) is not None:
+            return _with_rules(job, earlier)
+        try:
+            return _with_rules(job, _choice(module, job, method, samples, stored))
+        except NotFiniteError:
+            if widen or not may_widen:
+                raise
+        widen = True
+        del module  # before it is loaded again
+
+
+def chosen_mark(job: Job) -> dict[str, str]:
+    """What a job keeps of its choice, beside its other marks; nothing where it was asked for none."""
+    if job.target_bits is None:
+        return {}
+    rules = [plain_rule(rule) for rule in job.recipe.rules if not rule.skip]
+    options = job.recipe.method.options()
+    return {CHOSEN: json.dumps({"bits": options["bits"], "group_size": options["group_size"], "rules": rules})}
+
+
+def _with_rules(job: Job, recipe: Recipe) -> Job:
+    return replace(job, recipe=replace(recipe, rules=(*recipe.rules, *job.recipe.rules)))
+
+
+def _samples(module: nn.Module, job: Job, given: Any) -> list[Batch]:
     first = next(module.parameters())
+    return [without_target(each) for each in read_samples(job, given, module, job.tokenizer, first.device, first.dtype)]
+
+
+def _earlier(
+    writer: ResultWriter, checkpoint: Checkpoint, job: Job, samples: list[Batch], dtype: torch.dtype
+) -> Recipe | None:
+    """What an earlier run of this very job chose. Raises TersorError where the result may not be put into `out`, which is
+    then known before anything is measured."""
+    assert job.layout is not None
+    marks = {
+        "model": model_fingerprint(checkpoint),
+        **asked_of(job, job.layout, dtype),
+        "calibration": fingerprint([*samples, probe_of(samples[0])]),
+    }
+    decided = {"bits", "group_size", "rules", *(["format"] if job.format == AUTO else [])}  # by the choice
+    if not job.overwrite and all(writer.mark(key) == value for key, value in marks.items() if key not in decided):
+        try:
+            kept = json.loads(writer.mark(CHOSEN) or "")
+            rules = [Rule(each["match"], {key: each[key] for key in ("bits", "group_size")}) for each in kept["rules"]]
+            method = replace(job.recipe.method, bits=kept["bits"], group_size=kept["group_size"])  # type: ignore[call-arg]
+        except (ValueError, LookupError, TypeError, TersorError):
+            pass  # damaged: `check` says so below, where there is more to it
+        else:
+            return Recipe(method, tuple(rules))
+    writer.check(marks, overwrite=job.overwrite, redo=bool(job.redo))
+    return None
+
+
+def _choice(module: nn.Module, job: Job, method: GPTQ, samples: list[Batch], stored: torch.dtype) -> Recipe:
+    """What is chosen for a model in memory. Raises NotFiniteError where it overflows."""
+    fitting = with_fitting_layout(module, replace(job, progress=lambda what, done, total: None))
     module.requires_grad_(False)
     with torch.no_grad(), without_cache(module):
-        samples = [
-            without_target(each) for each in read_samples(job, given, module, job.tokenizer, first.device, first.dtype)
-        ]
-        measured = _measure(module, fitting, method, samples, Stored(_scale_dtype(fitting, stored), _min_zero(fitting)))
-    recipe = _recipe(measured, method, job)
-    return replace(job, recipe=replace(recipe, rules=(*recipe.rules, *job.recipe.rules)))
+        probe = probe_of(samples[0], TOKENS)
+        _, samples, _ = fitted(module, samples, probe, lambda batch: call(module, batch))
+        items, rest = _measure(
+            module, fitting, method, samples, Stored(_scale_dtype(fitting, stored), _min_zero(fitting))
+        )
+    return _recipe(items, rest, method, job)
 
 
 def _scale_dtype(job: Job, stored: torch.dtype) -> torch.dtype:
@@ -100,36 +175,86 @@ class _Item:
         return sum(rows * columns for rows, columns in self.shapes)
 
 
-def _measure(module: nn.Module, job: Job, method: GPTQ, samples: list[Batch], stored: Stored) -> list[_Item]:
+class _Rest:
+    """Layers that no sample for judging calls, and that are compressed all the same, as those of their kind are (experts): they
+    keep the bits that the job asks for. size: their bytes."""
+
+    def __init__(self, names: list[str], numbers: int, size: int) -> None:
+        self.names, self.numbers, self.size = names, numbers, size
+
+
+def _measure(
+    module: nn.Module, job: Job, method: GPTQ, samples: list[Batch], stored: Stored
+) -> tuple[list[_Item], _Rest]:
     planned = make_plan(module, job).all_linears()
     layers = {name: each for name, each in planned.items() if isinstance(each, nn.Module)}
     if any(isinstance(each, ExpertMap) for each in planned.values()):
         raise TersorError("target_bits does not choose among experts: give their bits by rules of a recipe")
+
+    def size(shape: tuple[int, int], bits: int, group: int) -> int:
+        return bytes_of(*shape, bits, group, job.layout, stored.scale_dtype, sym=method.sym)
+
     judged = [probe_of(each, TOKENS) for each in samples[:JUDGED_ON]]
-    wanted = [call(module, batch) for batch in judged]
-    work = Work(samples[:SOLVED_ON], lambda name: True, lambda what, done, total: None)
+    wanted = [_checked(call(module, batch), n) for n, batch in enumerate(judged)]
     items = [_Item(names, [matrix_shape(layers[n]) for n in names]) for names in _together(module, layers, judged[0])]
+    seen = {name for item in items for name in item.names}
+    kinds = {kind_of(name) for name in seen}
+    shapes = {name: matrix_shape(layers[name]) for name in layers if name not in seen and kind_of(name) in kinds}
+    numbers = sum(rows * columns for rows, columns in shapes.values())
+    rest = _Rest(
+        list(shapes), numbers, sum(size(each, width_of(method.bits), method.group_size) for each in shapes.values())
+    )
+    tried = {item.names[0]: _candidates(item, method, job) for item in items}
+    least = [
+        min(sum(size(shape, bits, group) for shape in item.shapes) for bits, group in tried[item.names[0]])
+        for item in items
+    ]
+    _check_target(job, sum(least) + rest.size, sum(item.numbers for item in items) + rest.numbers)
+    work = Work(samples[:SOLVED_ON], lambda name: True, lambda what, done, total: None)
     done = 0
     for turn in turns({item.names[0]: layers[item.names[0]] for item in items}):
         hessians = input_hessians(module, {name: layers[name] for name in turn}, work)
         for item in (each for each in items if each.names[0] in turn):
             factor = factorize(hessians.pop(item.names[0]).float(), damp=method.damp, desc_act=method.desc_act)
             kept = {name: weight_matrix(layers[name]).clone() for name in item.names}
-            for bits, group in _candidates(item, method, job):
-                tried = replace(method, bits=bits, group_size=group)
+            for bits, group in tried[item.names[0]]:
+                solver = replace(method, bits=bits, group_size=group)
                 for name in item.names:
-                    set_weight_matrix(layers[name], tried.solution(kept[name], factor, stored).dequantize())
+                    set_weight_matrix(layers[name], solver.solution(kept[name], factor, stored).dequantize())
                 lost = sum(_lost(call(module, each), was) for each, was in zip(judged, wanted, strict=True))
-                size = sum(
-                    bytes_of(*shape, bits, group, job.layout, stored.scale_dtype, sym=method.sym)
-                    for shape in item.shapes
-                )
-                item.options.append(((bits, group), size, lost / len(judged)))
+                taken = sum(size(shape, bits, group) for shape in item.shapes)
+                lost = lost if math.isfinite(lost) else math.inf  # it overflows, or gives NaN: never worth it
+                item.options.append(((bits, group), taken, lost / len(judged)))
             for name in item.names:
                 set_weight_matrix(layers[name], kept[name])
+            if not any(math.isfinite(lost) for *_, lost in item.options):
+                raise NotFiniteError(
+                    f"with {item.names[0]} compressed the model's output is not finite (NaN or Inf) at any number of bits; if "
+                    f"the model overflows, use --dtype float32"
+                )
             done += 1
             job.progress("measuring what bits are worth", done, len(items))
-    return items
+    return items, rest
+
+
+def _checked(output: Any, number: int) -> Any:
+    """Raises NotFiniteError where what the original says is not finite."""
+    found = first_tensor(output)
+    if found is not None and not bool(torch.isfinite(found).all()):
+        raise NotFiniteError(
+            f"the model's output is not finite (NaN or Inf) in calibration sample {number}; if it overflows {found.dtype}, use "
+            "--dtype float32"
+        )
+    return output
+
+
+def _check_target(job: Job, least: int, weights: int) -> None:
+    """least: the bytes that the smallest choice takes."""
+    assert job.target_bits is not None
+    if least > int(job.target_bits * weights / 8):
+        raise TersorError(
+            f"target_bits={job.target_bits:g} is below the {8 * least / weights:.3f} bits a weight that the least choice takes"
+        )
 
 
 def _candidates(item: _Item, method: GPTQ, job: Job) -> list[tuple[int, int]]:
@@ -188,27 +313,29 @@ def _lost(output: Any, wanted: Any) -> float:
     return float((mine - other).square().mean() / other.square().mean().clamp(min=1e-30))
 
 
-def _recipe(items: Sequence[_Item], method: GPTQ, job: Job) -> Recipe:
+def _recipe(items: Sequence[_Item], rest: _Rest, method: GPTQ, job: Job) -> Recipe:
     """The method with the commonest choice, and a rule for every layer that has another."""
     assert job.target_bits is not None
-    weights = sum(item.numbers for item in items)
-    options = [[(size, lost) for _, size, lost in item.options] for item in items]
-    found = choose(options, int(job.target_bits * weights / 8))
+    weights = sum(item.numbers for item in items) + rest.numbers
+    finite = [[each for each in item.options if math.isfinite(each[-1])] for item in items]
+    options = [[(size, lost) for _, size, lost in each] for each in finite]
+    found = choose(options, int(job.target_bits * weights / 8) - rest.size)
     if found is None:
-        least = 8 * sum(min(size for size, _ in each) for each in options) / weights
-        raise TersorError(
-            f"target_bits={job.target_bits:g} is below the {least:.3f} bits a weight that the least choice takes"
-        )
-    chosen = {name: item.options[n][0] for item, n in zip(items, found, strict=True) for name in item.names}
+        _check_target(job, sum(min(size for size, _ in each) for each in options) + rest.size, weights)
+    assert found is not None
+    taken = sum(each[n][0] for each, n in zip(options, found, strict=True)) + rest.size
     counted: Counter[tuple[int, int]] = Counter()
-    for item, n in zip(items, found, strict=True):
-        counted[item.options[n][0]] += item.numbers
+    chosen: dict[str, tuple[Bits, int]] = dict.fromkeys(rest.names, (method.bits, method.group_size))
+    if rest.numbers:
+        counted[width_of(method.bits), method.group_size] += rest.numbers
+    for item, each, n in zip(items, finite, found, strict=True):
+        counted[each[n][0]] += item.numbers
+        chosen |= dict.fromkeys(item.names, each[n][0])
     (bits, group), _ = counted.most_common(1)[0]
     shares = ", ".join(
         f"{count / weights:.0%} at {b} bits in groups of {g}" for (b, g), count in sorted(counted.items())
     )
-    taken = 8 * sum(each[n][0] for each, n in zip(options, found, strict=True)) / weights
-    job.progress(f"{taken:.3f} bits a weight: {shares}", 0, 0)
+    job.progress(f"{8 * taken / weights:.3f} bits a weight: {shares}", 0, 0)
     rules = [Rule(name, {"bits": b, "group_size": g}) for name, (b, g) in chosen.items() if (b, g) != (bits, group)]
     return Recipe(replace(method, bits=bits, group_size=group), tuple(rules))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -133,7 +133,7 @@ def _watching_linear_maps(unit: Unit, called: set[str]) -> Iterator[None]:
             handle.remove()
 
 
-def walk(source: Source, first: Prepared, job: Job, restore: Callable[[Block], bool]) -> Iterator[Block]:
+def walk(source: Source, first: Prepared, job: Job, restore: Callable[[Block], bool]) -> Generator[Block]:
     """Compress every planned block and give it out, finished; in the end the probe knows what the compressed model computes.
 
     restore: puts back a block that an earlier run finished; False where none did. A block that the model uses more than once
@@ -156,7 +156,7 @@ def walk(source: Source, first: Prepared, job: Job, restore: Callable[[Block], b
     return _walk(source, first, first.probe, job, compressed)
 
 
-def _walk(source: Source, first: Prepared, probe: Probe, job: Job, compressed: Compress) -> Iterator[Block]:
+def _walk(source: Source, first: Prepared, probe: Probe, job: Job, compressed: Compress) -> Generator[Block]:
     model, plan = source.module, first.plan
     mine = share(first.batches)
     together = bundles(mine)
@@ -202,7 +202,7 @@ def _walk(source: Source, first: Prepared, probe: Probe, job: Job, compressed: C
     probe.after = first_tensor(passes.outputs.get(last))
 
 
-def _walk_without_samples(source: Source, plan: Plan, progress: Progress, compressed: Compress) -> Iterator[Block]:
+def _walk_without_samples(source: Source, plan: Plan, progress: Progress, compressed: Compress) -> Generator[Block]:
     for n, unit in enumerate(plan.blocks):
         progress(f"compressing {unit.name or 'the model'}", n, len(plan.blocks))
         source.load(unit.module)

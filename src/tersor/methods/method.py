@@ -123,6 +123,11 @@ class PackedMethod(Method):
     """Works on a packed model beside its original, both in memory: it changes integers and steps, and nothing of the file's
     layout. In a recipe it is a step after one that packs."""
 
+    @property
+    def moves_integers(self) -> bool:
+        """Whether integers change, with them those of weights that are zero; else steps alone do."""
+        return False
+
     def tune(self, model: nn.Module, original: nn.Module, work: Work) -> None:
         """Change packed layers of `model` in place, by `QuantizedLinear.put`. Call `work.report(...)` for each part."""
         raise NotImplementedError

@@ -66,6 +66,6 @@ class DenseSolution:
 def dense_solution(
     weight: Tensor, stored: Stored | None, *, error: float, damp: float = 0.0, sparsity: float | None = None
 ) -> DenseSolution:
-    """weight [rows, columns] rounded to what the file holds."""
+    """weight [rows, columns] rounded to what the file holds: the dtype that config.json names, whatever single tensors had."""
     kept = weight if stored is None else weight.to(stored.scale_dtype)
     return DenseSolution(kept, error, damp, sparsity)

@@ -20,6 +20,8 @@ lost. The levels stay those that a layer uses, so ternary weights stay ternary. 
 the best of its epochs by its error on these, or its start; and all of it is undone where the whole model's loss on them (that
 of `scales`) did not fall.
 
+It does not follow a sparse step, whose zeros would be lost. float16 computes in float32 here, for the gradients.
+
 What differs from AutoRound (arXiv 2309.05516): the start is GPTQ's integers, not plain rounding; integers may move by one, not
 only to the other neighbour of the weight; Adam in the place of the sign of the gradient; the target is the original's output on
 exact inputs. As there, each weight has an offset that learns, and the ranges learn with it.
@@ -91,6 +93,10 @@ class Rounding(PackedMethod):
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    @property
+    def moves_integers(self) -> bool:
+        return True
 
     def tune(self, model: nn.Module, original: nn.Module, work: Work) -> None:
         samples, apart = split(work.samples, self.name)

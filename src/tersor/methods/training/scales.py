@@ -22,6 +22,8 @@ than the start; where no epoch was better, all epochs run once more at a quarter
 Inside blocks activations are computed again for the gradient (`--no-checkpoint`: kept, which is faster and takes more memory),
 so that memory is bounded by both models, one block's activations and the logits.
 
+After a sparse step integers stay, or zeros would be lost. float16 computes in float32 here, for the gradients.
+
 What differs from EfficientQAT's second phase: the target is the original's predictions, not the text, so a text that the model
 was never trained on does not teach it that text; steps move in proportion to their size.
 
@@ -94,6 +96,10 @@ class Scales(PackedMethod):
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    @property
+    def moves_integers(self) -> bool:
+        return self.integers
 
     def tune(self, model: nn.Module, original: nn.Module, work: Work) -> None:
         samples, apart = split(work.samples, self.name)

@@ -9,7 +9,8 @@ A weight's score is |W_ij| · ‖X_j‖₂, with the norm of its input over all 
 output, the lowest go; in the pattern n:m, those of every m consecutive inputs.
 
 Origin: locuslab/wanda (MIT), not copied. All layers of a block are scored on the inputs that the original block gives them, as
-there.
+there; but where the statistics of a block's experts do not fit into memory together, those of a later turn are taken when the
+layers of the turns before are pruned.
 
 Proven: the pattern and the count of every row are exact; what stays is untouched; saved results load in transformers. Measured:
 benchmarks/results/sparsity.md.

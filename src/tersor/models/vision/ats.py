@@ -254,7 +254,10 @@ class ATS(nn.Module):
         counts = []
         for block in self.blocks:
             x, policy = block(x, policy)
-            counts.append(torch.full_like(x[:, 0, 0], x.shape[1]).long() if policy is None else policy.sum(1).long())
+            if policy is None:
+                counts.append(torch.full((x.shape[0],), x.shape[1], dtype=torch.long, device=x.device))
+            else:
+                counts.append((policy != 0).sum(1))  # in integers, which no dtype of the activations rounds
         return self.head(self.pre_logits(self.norm(x)[:, 0])), torch.stack(counts, 1)
 
     def operations(self, tokens: Tensor) -> Tensor:
