@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from safetensors.torch import load_file, save_file
 
-from tersor.checkpoint.room import RUN_FILE
+from tersor.checkpoint.room import RESULT_FILE, RUN_FILE
 from tersor.checkpoint.source import resolve
 
 settings.register_profile(
@@ -125,12 +125,19 @@ def change_json(path: Path, **values: object) -> None:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """The content of every file under a directory; of the record of times, which differ from run to run, only the name."""
-    return {
-        str(path.relative_to(folder)): b"" if path.name == RUN_FILE else path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    """The content of every file under a directory; of the record of times, which differ from run to run, only the name, and of
+    the record of the result all but what the job was asked, which may be said in other words."""
+    return {str(path.relative_to(folder)): _content(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def _content(path: Path) -> bytes:
+    if path.name == RUN_FILE:
+        return b""
+    if path.name != RESULT_FILE:
+        return path.read_bytes()
+    said = json.loads(path.read_bytes())
+    said.pop("settings", None)
+    return json.dumps(said).encode()
 
 
 @pytest.fixture(scope="session")

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import files_of
 from zoo.tiny_models import build, samples
 
 import tersor
 from tersor import GPTQ
-from tersor.checkpoint.room import RUN_FILE
 from tersor.methods.solved_apart import assign
 
 SCRIPT = Path(__file__).with_name("shared_quantize.py")
@@ -57,12 +57,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def files(directory: Path) -> dict[str, bytes]:
-    """All files but the record of times, which differ from run to run."""
-    found = [path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != RUN_FILE]
-    return {str(path.relative_to(directory)): path.read_bytes() for path in found}
-
-
 def arguments(model: Path, out: Path) -> list[str]:
     return [str(model), "--out", str(out), "--group-size", "32", "--json"]
 
@@ -79,7 +73,7 @@ def test_two_processes_write_the_bytes_of_one(tmp_path: Path) -> None:
     assert (status, errors) == (0, [])
     assert len(output.splitlines()) == 1  # only one process speaks
     assert len(json.loads(output)["layers"]) == 14
-    assert files(tmp_path / "two") == files(tmp_path / "one")
+    assert files_of(tmp_path / "two") == files_of(tmp_path / "one")
 
 
 @pytest.mark.slow
@@ -91,7 +85,7 @@ def test_four_processes_with_three_samples_share_the_experts_of_a_mixture(tmp_pa
     out = tmp_path / "four"
     status, _, errors = finish(torchrun(4, str(SCRIPT), "mixtral", "3", "none", *arguments(tmp_path / "model", out)))
     assert (status, errors) == (0, [])
-    assert files(out) == files(tmp_path / "one")
+    assert files_of(out) == files_of(tmp_path / "one")
 
 
 @pytest.mark.slow
@@ -105,7 +99,7 @@ def test_two_processes_pack_the_embedding_and_the_head_too(tmp_path: Path) -> No
     run = [*arguments(tmp_path / "model", tmp_path / "two"), "--format", "compressed-tensors", "--head", "--embeddings"]
     status, _, errors = finish(torchrun(2, str(SCRIPT), "llama", "4", "none", *run))
     assert (status, errors) == (0, [])
-    assert files(tmp_path / "two") == files(tmp_path / "one")
+    assert files_of(tmp_path / "two") == files_of(tmp_path / "one")
 
 
 @pytest.mark.slow
@@ -125,7 +119,7 @@ def test_a_killed_process_ends_all_and_the_job_goes_on_later(tmp_path: Path) -> 
     assert json.loads(output)["resumed_blocks"] == 1
     method, batches = GPTQ(group_size=32), samples("llama", 4)
     tersor.compress(tmp_path / "model", method, calibration=batches, out=tmp_path / "one")
-    assert files(out) == files(tmp_path / "one")
+    assert files_of(out) == files_of(tmp_path / "one")
 
 
 @pytest.mark.slow
