@@ -21,8 +21,8 @@ import tersor
 from tersor import GPTQ, RTN, TersorError
 from tersor.compress import target_bits
 from tersor.compress.knapsack import choose
-from tersor.compress.target_bits import bytes_of
 from tersor.errors import NotFiniteError
+from tersor.formats.layout import UniformGrids
 from tersor.formats.layouts import LAYOUTS, write
 from tersor.methods.weights.gptq_solver import solve_rtn
 
@@ -70,8 +70,10 @@ def test_sizes_are_those_that_are_written(bits: int, layout: str, sym: bool) -> 
     solution = solve_rtn(torch.randn(64, 96), bits=bits, group_size=32, sym=sym)
     weight = solution.pack(32, None)
     written = write(weight, LAYOUTS[layout], sym=sym)
-    size = sum(each.numel() * each.element_size() for each in written.values())
-    assert bytes_of(64, 96, bits, 32, LAYOUTS[layout], weight.scales.dtype, sym=sym) == size
+    size = {suffix: each.numel() * each.element_size() for suffix, each in written.items()}
+    sizes = LAYOUTS[layout].sizes
+    assert sizes is not None
+    assert sizes(64, 96, UniformGrids(bits, 32, sym), weight.scales.dtype) == size
 
 
 def compressed(target: float, **settings: Any) -> Any:

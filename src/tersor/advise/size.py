@@ -1,9 +1,6 @@
 """Bytes on disk of a result, from shapes alone: what the job would pack, in the layout that it would choose.
 
-    size = size of the original - the tensors that are replaced + the packed tensors, with their entries in the header
-
-For a layer [out, in] in b bits and G groups: packed_size(in, b) out words of codes, packed_size(out, b) G words of zero points
-(compressed-tensors: only where they are not symmetric), G out steps, and `in` words of groups where the layout has them.
+size = size of the original - the tensors that are replaced + the packed tensors, with their entries in the header
 """
 
 from __future__ import annotations
@@ -18,11 +15,9 @@ from tersor.compress.layout_choice import with_fitting_layout
 from tersor.compress.plan import make_plan
 from tersor.compress.recipe import Recipe
 from tersor.compress.settings import Job, job_of, settings_of
-from tersor.formats.packing import packed_size
 from tersor.layers.linear_map import matrix_shape
 from tersor.methods.method import BlockMethod, Method, ModelMethod, PackedMethod
 
-WORD = 4  # bytes
 ENTRY = 76  # of a header beside the tensor's name: dtype, shape, offsets
 
 
@@ -67,28 +62,16 @@ def _replaced(checkpoint: Checkpoint, lazy: LazyModel, job: Job) -> int:
 def _packed(lazy: LazyModel, job: Job) -> int:
     plan, layout = make_plan(lazy.module, job), job.layout
     assert layout is not None
-    steps = (layout.scale_dtype or torch_dtype(lazy.checkpoint.config)).itemsize
+    assert layout.sizes is not None  # the recipe packs
+    steps = layout.scale_dtype or torch_dtype(lazy.checkpoint.config)
     total = 0
     for name, found in plan.all_linears().items():
         grids = plan.methods[name].quantization()
         assert grids is not None  # a recipe is one method for all layers, and this one packs
-        bits, group, sym = grids.bits, grids.group_size, grids.sym
         columns = matrix_shape(found)[1]
-        groups = 1 if group == -1 else -(-columns // group)
         for stem, rows in lazy.pieces(name):
-            codes, scales, zeros = (
-                packed_size(columns, bits) * rows,
-                groups * rows * steps,
-                groups * packed_size(rows, bits),
-            )
-            if layout.name == "compressed-tensors":
-                moved = grids.desc_act and not grids.static_groups and group != -1
-                total += WORD * (codes + (0 if sym else zeros) + (columns if moved else 0)) + scales + 16
-                count = 3 + (not sym) + moved
-            else:
-                total += WORD * (codes + zeros + columns) + scales
-                count = len(layout.suffixes)
-            total += count * (ENTRY + len(stem) + 12)
+            parts = layout.sizes(rows, columns, grids, steps).values()
+            total += sum(parts) + len(parts) * (ENTRY + len(stem) + 12)
     return total
 
 

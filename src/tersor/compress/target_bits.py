@@ -39,9 +39,9 @@ from tersor.compress.recipe import Recipe, Rule, plain_rule
 from tersor.compress.samples import read_samples, samples_by_path
 from tersor.compress.settings import AUTO, Job, asked_of
 from tersor.errors import NotFiniteError, TersorError
+from tersor.formats.compressed_tensors import COMPRESSED_TENSORS
 from tersor.formats.grid import Bits, Stored
-from tersor.formats.layout import Layout
-from tersor.formats.packing import packed_size
+from tersor.formats.layout import UniformGrids
 from tersor.layers.experts import ExpertMap
 from tersor.layers.linear_map import matrix_shape, set_weight_matrix, weight_matrix
 from tersor.methods.method import Work
@@ -191,8 +191,12 @@ def _measure(
     if any(isinstance(each, ExpertMap) for each in planned.values()):
         raise TersorError("target_bits does not choose among experts: give their bits by rules of a recipe")
 
+    sizes = (job.layout or COMPRESSED_TENSORS).sizes
+    assert sizes is not None  # `check_linear` takes no layout that packs nothing
+
     def size(shape: tuple[int, int], bits: int, group: int) -> int:
-        return bytes_of(*shape, bits, group, job.layout, stored.scale_dtype, sym=method.sym)
+        grids = UniformGrids(bits, group, method.sym)  # groups of neighbours
+        return sum(sizes(*shape, grids, stored.scale_dtype).values())
 
     judged = [probe_of(each, TOKENS) for each in samples[:JUDGED_ON]]
     wanted = [_checked(call(module, batch), n) for n, batch in enumerate(judged)]
@@ -338,15 +342,3 @@ def _recipe(items: Sequence[_Item], rest: _Rest, method: GPTQ, job: Job) -> Reci
     job.progress(f"{8 * taken / weights:.3f} bits a weight: {shares}", 0, 0)
     rules = [Rule(name, {"bits": b, "group_size": g}) for name, (b, g) in chosen.items() if (b, g) != (bits, group)]
     return Recipe(replace(method, bits=bits, group_size=group), tuple(rules))
-
-
-def bytes_of(
-    rows: int, columns: int, bits: int, group_size: int, layout: Layout | None, scale_dtype: torch.dtype, *, sym: bool
-) -> int:
-    """What one layer [rows, columns] of natural groups takes on disk, its steps in scale_dtype."""
-    groups = -(-columns // (columns if group_size == -1 else group_size))
-    codes, zeros = 4 * packed_size(columns, bits) * rows, 4 * groups * packed_size(rows, bits)
-    steps = scale_dtype.itemsize * groups * rows
-    if layout is not None and "qzeros" in layout.suffixes:  # as gptq writes them, with the group of each input
-        return codes + steps + zeros + 4 * columns
-    return codes + steps + 16 + (0 if sym else zeros)

@@ -37,7 +37,7 @@ from tersor.formats.layout import (
     groups_of,
     require,
 )
-from tersor.formats.packing import WORD, pack, packed_size, unpack
+from tersor.formats.packing import WORD, WORD_BYTES, pack, packed_size, unpack
 from tersor.formats.quantized_weight import QuantizedWeight
 
 SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
@@ -61,6 +61,20 @@ def _write(weight: QuantizedWeight, sym: bool) -> dict[str, Tensor]:
     if weight.g_idx is not None:
         tensors["weight_g_idx"] = weight.g_idx
     return tensors
+
+
+def _sizes(rows: int, columns: int, grids: UniformGrids, steps: torch.dtype) -> dict[str, int]:
+    groups = grids.groups(columns)
+    found = {
+        "weight_packed": WORD_BYTES * packed_size(columns, grids.bits) * rows,
+        "weight_scale": steps.itemsize * groups * rows,
+        "weight_shape": 2 * torch.int64.itemsize,
+    }
+    if not grids.sym:
+        found["weight_zero_point"] = WORD_BYTES * packed_size(rows, grids.bits) * groups
+    if grids.desc_act and not grids.static_groups and grids.group_size != -1:
+        found["weight_g_idx"] = WORD_BYTES * columns
+    return found
 
 
 def read(name: str, tensors: Mapping[str, Tensor], in_features: int, config: QuantizationConfig) -> QuantizedWeight:
@@ -212,6 +226,7 @@ COMPRESSED_TENSORS = Layout(
     check=_check,
     parse=_parse,
     write=_write,
+    sizes=_sizes,
     config=_config,
     conv1d=False,
     scattered_groups=False,

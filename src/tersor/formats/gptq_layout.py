@@ -28,6 +28,7 @@ from tersor.formats.layout import (
     Header,
     Layout,
     QuantizationConfig,
+    UniformGrids,
     check_dtypes,
     check_shape,
     checked_groups,
@@ -38,7 +39,7 @@ from tersor.formats.layout import (
     groups_of,
     require,
 )
-from tersor.formats.packing import WORD, pack, packed_size, unpack
+from tersor.formats.packing import WORD, WORD_BYTES, pack, packed_size, unpack
 from tersor.formats.quantized_weight import QuantizedWeight
 
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
@@ -57,6 +58,16 @@ def _write(weight: QuantizedWeight, sym: bool, *, v2: bool) -> dict[str, Tensor]
         "qzeros": pack(zeros, weight.bits, dim=1),
         "scales": weight.scales,
         "g_idx": weight.groups().to(torch.int32),
+    }
+
+
+def _sizes(rows: int, columns: int, grids: UniformGrids, steps: torch.dtype) -> dict[str, int]:
+    groups = grids.groups(columns)
+    return {
+        "qweight": WORD_BYTES * packed_size(columns, grids.bits) * rows,
+        "qzeros": WORD_BYTES * packed_size(rows, grids.bits) * groups,
+        "scales": steps.itemsize * groups * rows,
+        "g_idx": WORD_BYTES * columns,
     }
 
 
@@ -176,6 +187,7 @@ def _layout(name: str, *, min_zero: int) -> Layout:
         check=_check,
         parse=_parse,
         write=partial(_write, v2=name == "gptq_v2"),
+        sizes=_sizes,
         config=partial(_config, layout=name),
         config_beside="quantize_config.json",
         scale_dtype=torch.float16,

@@ -34,6 +34,10 @@ class UniformGrids:
     true_sequential: bool = False
     damp: float = 0.01
 
+    def groups(self, columns: int) -> int:
+        """How many a row of so many columns has."""
+        return 1 if self.group_size == -1 else -(-columns // self.group_size)
+
     def of_layer(self) -> dict[str, Any]:
         return {key: asdict(self)[key] for key in LAYER_KEYS}
 
@@ -95,6 +99,8 @@ class Layout:
     check: Callable[[str, Mapping[str, Header], int, QuantizationConfig], None]
     parse: Callable[[Mapping[str, Any]], QuantizationConfig]  # a `quantization_config`
     write: Callable[[Any, bool], dict[str, Tensor]] | None = None  # write(weight, sym)
+    # sizes(rows, columns, grids, dtype of the steps): the bytes of what `write` gives of a packed layer, by suffix
+    sizes: Callable[[int, int, UniformGrids, torch.dtype], dict[str, int]] | None = None
     config: Callable[[Description], dict[str, Any]] | None = None  # the `quantization_config`; None: it needs none
     config_beside: str | None = None  # a file beside config.json in which older readers look for the same
 

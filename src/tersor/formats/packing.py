@@ -12,7 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-WORD = 32
+WORD = 32  # bits
+WORD_BYTES = WORD // 8
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble n of an AWQ word holds column AWQ_ORDER[n] of its eight
 
 
