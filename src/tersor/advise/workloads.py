@@ -11,9 +11,7 @@ them), and mean / mean - 1 of tables. Windows and pictures are paired, so that t
 from __future__ import annotations
 
 import math
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,16 +25,17 @@ from tersor import models
 from tersor.checkpoint.load import load, load_tokenizer, pick_device
 from tersor.checkpoint.positions import positions_of
 from tersor.checkpoint.source import Checkpoint, resolve
+from tersor.compress.result import peak_memory
 from tersor.data.series_memory import scaled
 from tersor.data.tables import TableConfig, read_series
 from tersor.data.text import read_text
 from tersor.errors import TersorError
 from tersor.evaluate.accuracy import read_images
-from tersor.evaluate.interval import t_quantile
+from tersor.evaluate.interval import half_width
+from tersor.evaluate.measures import class_logits
 from tersor.evaluate.perplexity import causal_windows, logits_of, tokens_of
-from tersor.runtime.bench import random_prompt, take_turn
+from tersor.runtime.bench import prompt_for, take_turn
 from tersor.runtime.generate import load_module, make_engine
-from tersor.runtime.stepped_module import vocabulary_of
 from tersor.tasks.forecast_table import as_trained
 from tersor.tasks.forecaster import open_forecaster
 from tersor.tasks.origins import errors_at, windows_at
@@ -96,7 +95,7 @@ def run(model: str | Path, work: Workload) -> Run:
     for _ in range(WARM_UP):
         turn()
     seconds = [turn() for _ in range(work.turns)]
-    memory = peak(pick_device(work.device))
+    memory = peak_memory(pick_device(work.device))
     del turn
     scores, answers = evaluate()
     if not all(math.isfinite(each) for each in scores):
@@ -112,12 +111,7 @@ def _text(model: str | Path, work: Workload) -> tuple[Start, Evaluate]:
     def start() -> Callable[[], float]:
         module: Any = load_module(model, device=work.device)
         engine = make_engine(module, capacity=PROMPT + NEW, take_over=True)
-        config = module.config
-        vocabulary = (
-            config.get_text_config().vocab_size if hasattr(config, "get_text_config") else vocabulary_of(module)
-        )
-        assert vocabulary is not None  # make_engine refuses a model without tokens
-        ids = random_prompt(vocabulary, batch=1, tokens=PROMPT)
+        ids = prompt_for(module, batch=1, tokens=PROMPT)
         return lambda: take_turn(engine, ids, NEW).decode / (NEW - 1)
 
     def evaluate() -> tuple[list[float], list[int]]:
@@ -149,11 +143,7 @@ def _pictures(model: str | Path, work: Workload) -> tuple[Start, Evaluate]:
     first = next(each for each in module.parameters() if each.is_floating_point())
 
     def classes(images: torch.Tensor) -> torch.Tensor:
-        output = module(images.to(first.device, first.dtype))
-        found = getattr(output, "logits", output)
-        if not isinstance(found, torch.Tensor) or found.dim() != 2:
-            raise TersorError(f"{type(module).__name__} is no image classifier: it gives no logits [images, classes]")
-        return found.argmax(-1).cpu()
+        return class_logits(module, images.to(first.device, first.dtype)).argmax(-1).cpu()
 
     def evaluate() -> tuple[list[float], list[int]]:
         answers = torch.cat([classes(part) for part in torch.split(pixels, 50)])
@@ -194,27 +184,13 @@ def _timed(call: Callable[[], object]) -> Callable[[], float]:
     return turn
 
 
-def peak(device: torch.device) -> int:
-    """Bytes: the most that the GPU's allocator held, or this process. A spawned process inherits its parent's `ru_maxrss` on
-    Linux, whose own figure is VmHWM."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
-    except (OSError, StopIteration, ValueError):
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return resident if sys.platform == "darwin" else resident * 1024
-
-
 def loss_between(kind: str, base: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
     """The loss of `other` against `base` on the same windows or pictures, and half the width of its 95 % interval."""
     if len(base) != len(other) or not base:
         raise TersorError(f"{len(base)} and {len(other)} scores cannot be compared: they are of other data")
     change = [b - a for a, b in zip(base, other, strict=True)]
-    mean = statistics.fmean(change)
-    count = len(change)
-    half = t_quantile(count - 1) * statistics.stdev(change) / math.sqrt(count) if count > 1 else math.inf
+    mean, known = statistics.fmean(change), half_width(torch.tensor(change, dtype=torch.float64))
+    half = math.inf if known is None else known
     if kind == "text":
         ratio = math.exp(min(mean, 700.0))
         return ratio - 1, ratio * half

@@ -21,7 +21,6 @@ from tersor.runtime.bench import Spread, Turn
 from tersor.runtime.cached_module import CachedModule
 from tersor.runtime.engine import Engine
 from tersor.runtime.generate import check_length, load_module, make_engine
-from tersor.runtime.stepped_module import vocabulary_of
 from tersor.untrusted import check_at_once
 
 
@@ -99,9 +98,7 @@ def _runner(
     module = load_module(name, dtype=dtype, device=device)
     check_length(module, prompt_tokens, new_tokens)
     engine = make_engine(module, capacity=prompt_tokens + new_tokens, batch=batch, take_over=True)
-    vocabulary = vocabulary_of(module)
-    assert vocabulary is not None  # make_engine refuses a model without tokens
-    ids = runtime.random_prompt(vocabulary, batch=batch, tokens=prompt_tokens)
+    ids = runtime.prompt_for(module, batch=batch, tokens=prompt_tokens)
     return engine, lambda: runtime.take_turn(engine, ids, new_tokens)
 
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from tersor.evaluate.agreement import Agreement
-from tersor.evaluate.divergence import Divergence, Estimate
+from tersor.evaluate.divergence import Divergence
+from tersor.evaluate.interval import Estimate
 from tersor.evaluate.similarities import Similarities
 from tersor.tasks.forecast_compared import ForecastsCompared
 

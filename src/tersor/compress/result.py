@@ -140,9 +140,15 @@ def sparsity_of(reports: Sequence[LayerReport], maps: Mapping[str, LinearMap]) -
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that the GPU's allocator held, or the most that this process had resident."""
+    """Bytes: the most that the GPU's allocator held, or the most that this process had resident. On Linux that is VmHWM: a
+    spawned process inherits its parent's `ru_maxrss`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration, ValueError):
+        pass
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return resident if sys.platform == "darwin" else resident * 1024
 

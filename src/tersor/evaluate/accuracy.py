@@ -16,6 +16,7 @@ from tersor.checkpoint.preprocessing import class_names, image_processor, image_
 from tersor.checkpoint.source import open_checkpoint
 from tersor.data.images import ImageConfig, load_images
 from tersor.errors import TersorError
+from tersor.evaluate.measures import class_logits
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,7 @@ def accuracy(
     right = 0
     module.eval()
     for n, (batch, wanted) in enumerate(_batches(pixels, labels, batch_size), 1):
-        output = module(batch.to(first.device, first.dtype))
-        logits = getattr(output, "logits", output)
-        if not isinstance(logits, Tensor) or logits.dim() != 2:
-            raise TersorError(f"{type(module).__name__} is no image classifier: it gives no logits [images, classes]")
+        logits = class_logits(module, batch.to(first.device, first.dtype))
         if int(labels.max()) >= logits.shape[1]:
             raise TersorError(f"a label is {int(labels.max())}, but the model has only {logits.shape[1]} classes")
         right += int((logits.argmax(-1).cpu() == wanted).sum())

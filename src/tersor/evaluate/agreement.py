@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from tersor.checkpoint.load import load
 from tersor.errors import TersorError
 from tersor.evaluate.accuracy import read_images
-from tersor.evaluate.divergence import Estimate
-from tersor.evaluate.measures import AT_ONCE, class_logits, half_width
+from tersor.evaluate.interval import Estimate, estimate
+from tersor.evaluate.measures import AT_ONCE, class_logits, kl_of
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,13 @@ def compared(p: Tensor, q: Tensor, labels: Tensor) -> Agreement:
     base_right, right = first == labels, second == labels
     return Agreement(
         images=len(labels),
-        accuracy=_estimate(right),
-        base_accuracy=_estimate(base_right),
-        change=_estimate(right.double() - base_right.double()),
-        agreement=_estimate(first == second),
+        accuracy=estimate(right),
+        base_accuracy=estimate(base_right),
+        change=estimate(right.double() - base_right.double()),
+        agreement=estimate(first == second),
         harmful_flips=float((base_right & ~right).double().mean()),
         helpful_flips=float((~base_right & right).double().mean()),
-        kl=_estimate((p.exp() * (p - q)).sum(-1).clamp_min(0)),
+        kl=estimate(kl_of(p, q)),
     )
 
 
@@ -113,7 +113,3 @@ def _classes(
         if progress is not None:
             progress(name, min(len(found) * AT_ONCE, len(pixels)), len(pixels))
     return torch.cat(found)
-
-
-def _estimate(values: Tensor) -> Estimate:
-    return Estimate(float(values.double().mean()), half_width(values.double()))

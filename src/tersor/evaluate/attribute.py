@@ -26,7 +26,8 @@ from tersor.checkpoint.room import disk_errors, read_object, replacing
 from tersor.errors import TersorError
 from tersor.evaluate.attribution import Attribution, Row
 from tersor.evaluate.correspondence import Part, exchanged, parts_of
-from tersor.evaluate.measures import Meter, half_width
+from tersor.evaluate.interval import half_width
+from tersor.evaluate.measures import Meter
 
 Progress = Callable[[str, int, int], None]
 BY = ("layer", "block")

@@ -31,8 +31,9 @@ from tersor.checkpoint.load import load, load_tokenizer, pick_device
 from tersor.checkpoint.source import open_checkpoint, resolve
 from tersor.checkpoint.writer import model_fingerprint
 from tersor.errors import TersorError
+from tersor.evaluate.interval import Estimate, estimate
 from tersor.evaluate.logit_cache import Kept, LogitCache, opened_folder
-from tersor.evaluate.measures import half_width
+from tersor.evaluate.measures import kl_of
 from tersor.evaluate.perplexity import check_length, check_windows, cut_windows, logits_of, tokens_of
 
 BUCKETS = 5
@@ -40,14 +41,6 @@ OVERLAP = 10  # of the k likeliest tokens
 SHOWN = 3  # passages
 PASSAGE = 24  # tokens
 CACHE_SIZE = 4 * 10**9  # bytes on disk
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over tokens, and half the width of its 95 % interval (None where there is only one window)."""
-
-    mean: float
-    half_width: float | None
 
 
 @dataclass(frozen=True)
@@ -217,7 +210,7 @@ def _cache(
 
 def _kept(base: nn.Module, window: Tensor, *, noise: bool) -> Kept:
     logits = _logits(base, window)
-    rounded = _kl(_distribution(logits), _distribution(_logits(base, window, rounded=True))) if noise else None
+    rounded = kl_of(_distribution(logits), _distribution(_logits(base, window, rounded=True))) if noise else None
     return Kept(logits, None if rounded is None else rounded.cpu())
 
 
@@ -242,8 +235,8 @@ def _compare(kept: _Tokens, p: Tensor, q: Tensor, wanted: Tensor) -> None:
     found = {
         "loss": -q.gather(-1, wanted[:, None])[:, 0],
         "base_loss": -p.gather(-1, wanted[:, None])[:, 0],
-        "kl": _kl(p, q),
-        "reverse": _kl(q, p),
+        "kl": kl_of(p, q),
+        "reverse": kl_of(q, p),
         "confidence": p.amax(-1).exp(),
         "same": (first[:, 0] == second[:, 0]).double(),
         "overlap": (first[:, :, None] == second[:, None, :]).any(-1).double().mean(-1),
@@ -252,10 +245,6 @@ def _compare(kept: _Tokens, p: Tensor, q: Tensor, wanted: Tensor) -> None:
     }
     for name, values in found.items():
         getattr(kept, name).append(values.cpu())
-
-
-def _kl(p: Tensor, q: Tensor) -> Tensor:
-    return (p.exp() * (p - q)).sum(-1).clamp_min(0)
 
 
 def _logits(module: nn.Module, window: Tensor, *, rounded: bool = False) -> Tensor:
@@ -302,8 +291,7 @@ def _summarized(kept: _Tokens, seq_len: int, passages: list[Passage]) -> Diverge
 
 def _estimate(windows: Sequence[Tensor]) -> Estimate:
     """The mean over all tokens; windows are equally long, so it is that of their means."""
-    means = torch.stack([each.double().mean() for each in windows])
-    return Estimate(float(means.mean()), half_width(means))
+    return estimate(torch.stack([each.double().mean() for each in windows]))
 
 
 def _exp(estimate: Estimate) -> Estimate:

@@ -1,9 +1,35 @@
-"""Student's t distribution: how wide the 95 % interval of a mean of few samples is."""
+"""The mean of few samples and its 95 % interval, by Student's t distribution."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
 FEW = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)  # of 1 to 10 degrees of freedom
 NORMAL = 1.959964
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean, and half the width of its 95 % interval (None of one sample)."""
+
+    mean: float
+    half_width: float | None
+
+
+def estimate(values: Tensor) -> Estimate:
+    """Of samples [samples, ...], each of which counts by its mean."""
+    values = values.double()
+    means = values if values.dim() == 1 else values.flatten(1).mean(1)
+    return Estimate(float(means.mean()), half_width(means))
+
+
+def half_width(values: Tensor) -> float | None:
+    """Half of the 95 % interval of the mean of samples; None of one."""
+    n = len(values)
+    return None if n < 2 else t_quantile(n - 1) * float(values.std()) / math.sqrt(n)
 
 
 def t_quantile(freedom: int) -> float:

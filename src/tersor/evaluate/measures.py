@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 
 from tersor.checkpoint.hashes import bytes_of
 from tersor.errors import TersorError
-from tersor.evaluate.interval import t_quantile
 from tersor.evaluate.perplexity import causal_windows, logits_of, tokens_of
 
 ROWS = 64  # tokens whose distributions are in memory in float64 at once
@@ -123,6 +121,11 @@ def mean_square(p: Tensor, q: Tensor) -> Tensor:
     return (p.double() - q.double()).square().flatten(1).mean(1)
 
 
+def kl_of(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) in nats of log-probabilities [..., classes] -> [...]; rounding does not take it below 0."""
+    return (p.exp() * (p - q)).sum(-1).clamp_min(0)
+
+
 def _mean_kl(p: Tensor, q: Tensor) -> Tensor:
     """Logits [samples, (tokens,) classes] -> [samples]."""
     return torch.stack([_kl(a, b) for a, b in zip(p, q, strict=True)])
@@ -134,14 +137,8 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
     sums = []
     for a, b in zip(torch.split(p, ROWS), torch.split(q, ROWS), strict=True):
         a, b = a.double().log_softmax(-1), b.double().log_softmax(-1)
-        sums.append((a.exp() * (a - b)).sum(-1).clamp_min(0).sum())
+        sums.append(kl_of(a, b).sum())
     return torch.stack(sums).sum() / len(p)
-
-
-def half_width(values: Tensor) -> float | None:
-    """Half of the 95 % interval of the mean of samples, by Student's t; None of one."""
-    n = len(values)
-    return None if n < 2 else t_quantile(n - 1) * float(values.std()) / math.sqrt(n)
 
 
 def key_of(samples: Tensor) -> str:

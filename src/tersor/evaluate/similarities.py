@@ -21,7 +21,7 @@ from tersor.checkpoint.positions import positions_of
 from tersor.checkpoint.source import open_checkpoint
 from tersor.data.text import builtin_text, read_text
 from tersor.errors import TersorError
-from tersor.evaluate.divergence import Estimate
+from tersor.evaluate.interval import Estimate
 
 LINES = 200  # at most, evenly spread
 FEWEST = 4

@@ -24,7 +24,8 @@ from tersor.compress.job import compress
 from tersor.compress.settings import IN_PYTHON, Settings
 from tersor.errors import TersorError
 from tersor.evaluate.attribution import Attribution, Row, Suggestion
-from tersor.evaluate.measures import Meter, half_width
+from tersor.evaluate.interval import half_width
+from tersor.evaluate.measures import Meter
 from tersor.methods.method import BlockMethod, from_options
 
 Progress = Callable[[str, int, int], None]

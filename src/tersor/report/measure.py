@@ -23,7 +23,6 @@ from tersor.report.data import Speed
 from tersor.runtime import bench
 from tersor.runtime.generate import check_length, end_tokens, load_module, make_engine, stream_tokens
 from tersor.runtime.sampling import Sampling
-from tersor.runtime.stepped_module import vocabulary_of
 
 Progress = Callable[[str, int, int], None]
 PROMPTS, PROMPT_TOKENS = 3, 24  # taken from the text
@@ -99,9 +98,7 @@ def _speed_of(name: str, sizes: Sizes, dtype: str, device: str, threads: int) ->
     table = _looked_up(module, sizes) if sizes.looked_up else 0
     weights = None if sizes.experts else dense + packed - table
     engine = make_engine(module, capacity=prefix + NEW, take_over=True)
-    vocabulary = vocabulary_of(module)
-    assert vocabulary is not None  # make_engine refuses a model without tokens
-    ids = bench.random_prompt(vocabulary, batch=1, tokens=prefix)
+    ids = bench.prompt_for(module, batch=1, tokens=prefix)
     turns = bench.measure({name: lambda: bench.take_turn(engine, ids, NEW)}, repeats=TURNS)[name]
     speeds = bench.speeds(turns, prompt_tokens=prefix, new_tokens=NEW, batch=1)
     memory = peak_memory(engine.device)  # before the copies that follow

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from tersor.evaluate.divergence import Estimate
+from tersor.evaluate.interval import Estimate
 from tersor.evaluate.loaders import REFUSED, TESTED
 from tersor.report.data import Compared, Layer, Report, Result, shortened
 from tersor.report.figures import (

@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from tersor.errors import TersorError
 from tersor.runtime.engine import Engine
+from tersor.runtime.stepped_module import vocabulary_of
 
 Report = Callable[[str, int, int], None]
 TOKENS = 1 << 24
@@ -96,6 +98,13 @@ def ratios(turns: Sequence[Turn], others: Sequence[Turn]) -> dict[str, Spread]:
         "prefill": spread([other.prefill / turn.prefill for turn, other in pairs]),
         "decode": spread([other.decode / turn.decode for turn, other in pairs]),
     }
+
+
+def prompt_for(module: nn.Module, *, batch: int, tokens: int) -> torch.Tensor:
+    """A random prompt for a model that has an engine."""
+    vocabulary = vocabulary_of(module)
+    assert vocabulary is not None  # make_engine refuses a model without tokens
+    return random_prompt(vocabulary, batch=batch, tokens=tokens)
 
 
 def random_prompt(vocabulary: int, *, batch: int, tokens: int) -> torch.Tensor:

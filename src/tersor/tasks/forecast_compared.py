@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tersor.checkpoint.load import load
 from tersor.checkpoint.source import open_checkpoint
 from tersor.errors import TersorError
-from tersor.evaluate.divergence import Estimate
-from tersor.evaluate.measures import half_width
+from tersor.evaluate.interval import Estimate, estimate
 from tersor.tasks.compared import FORECASTS, table_windows
 
 
@@ -58,17 +56,11 @@ def forecasts_compared(
     return ForecastsCompared(
         windows=len(y),
         horizon=windows.horizon,
-        mse=_estimate(mse),
-        base_mse=_estimate(base_mse),
-        mse_change=_estimate(mse - base_mse),
-        mae=_estimate(mae),
-        base_mae=_estimate(base_mae),
-        mae_change=_estimate(mae - base_mae),
-        apart=_estimate((p - q).double().square()),
+        mse=estimate(mse),
+        base_mse=estimate(base_mse),
+        mse_change=estimate(mse - base_mse),
+        mae=estimate(mae),
+        base_mae=estimate(base_mae),
+        mae_change=estimate(mae - base_mae),
+        apart=estimate((p - q).double().square()),
     )
-
-
-def _estimate(values: Tensor) -> Estimate:
-    """values [windows, ...]"""
-    means = values.flatten(1).mean(1)
-    return Estimate(float(means.mean()), half_width(means))
