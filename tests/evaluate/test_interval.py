@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from tersor.evaluate.interval import t_quantile
-from tersor.evaluate.measures import half_width
+from tersor.evaluate.interval import half_width, t_quantile
 
 
 @pytest.mark.parametrize(
