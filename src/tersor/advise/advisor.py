@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import tersor
 from tersor.advise.budget import Budget, binding
 from tersor.advise.candidates import Candidate, candidates_for
 from tersor.advise.evidence import (
@@ -50,14 +49,15 @@ from tersor.advise.predict import (
 from tersor.advise.size import bytes_in_memory, packed_maps, size_on_disk, skeleton
 from tersor.advise.workloads import KINDS, PROMPT, Workload, kind_of, loss_between
 from tersor.checkpoint.lazy_model import LazyModel
-from tersor.checkpoint.load import pick_device
 from tersor.checkpoint.positions import positions_of
 from tersor.checkpoint.source import Checkpoint, open_checkpoint, torch_dtype
+from tersor.devices import pick_device
 from tersor.errors import TersorError
 from tersor.evaluate.machine import Machine, examine, memory_available
 from tersor.layers.linear_map import linear_maps, matrix_shape
+from tersor.progress import Progress, silent
+from tersor.version import __version__
 
-Progress = Callable[[str, int, int], None]
 ROOM = 1.3  # of the original's weights, that must be free in memory to measure it
 
 
@@ -113,7 +113,7 @@ def advise(
 
     Raises TersorError where the model is of a kind that is not advised on, or its data are missing or do not fit.
     """
-    tell = progress or (lambda what, done, total: None)
+    tell = progress or silent
     deadline = time.monotonic() + seconds
     if training > seconds:
         raise TersorError(
@@ -276,7 +276,7 @@ class _Session:
         """What was measured here of this recipe, by this version, on these data."""
 
         def same(row: Evidence) -> bool:
-            mine = (self.mark, self.data, self.machine, tersor.__version__)
+            mine = (self.mark, self.data, self.machine, __version__)
             theirs = (row.model_mark, row.data_mark, row.machine, row.version)
             return theirs == mine and row.steps == recipe and (not recipe or row.settings == self.marked)
 
@@ -304,7 +304,7 @@ class _Session:
             data_mark=self.data,
             recipe=[dict(step) for step in recipe],
             machine=self.machine,
-            version=tersor.__version__,
+            version=__version__,
             settings=self.marked,
             disk=measured.disk,
             memory=measured.run.memory,

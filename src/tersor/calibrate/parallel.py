@@ -1,41 +1,17 @@
-"""Several processes on one calibration job: who has which samples, and one set of statistics out of everybody's.
-
-Built on torch.distributed. Every process runs the same code and knows itself by its rank; where no process group was started,
-there is one process, of rank 0, and everything here does nothing. A process that waits for another that has ended gets a
-LostProcessError.
-"""
+"""Several processes on one calibration: who has which samples, and one set of statistics out of everybody's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TypeVar, cast
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from tersor.calibrate.hessian import Hessian
-from tersor.errors import TersorError
+from tersor.processes import gather, processes, rank, together
 
 T = TypeVar("T")
-
-
-class LostProcessError(TersorError):
-    """Another process of the job is gone."""
-
-
-def processes() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def is_first() -> bool:
-    """Whether this is the process that writes, prints and verifies."""
-    return rank() == 0
 
 
 def share(samples: Sequence[T]) -> list[T]:
@@ -46,48 +22,6 @@ def share(samples: Sequence[T]) -> list[T]:
 def sample_number(n: int) -> int:
     """The number among all samples of the n-th of this process."""
     return n * processes() + rank()
-
-
-def agree(value: T) -> T:
-    """The first process's value, for all."""
-    if processes() == 1:
-        return value
-    box = [value]
-    with _together():
-        dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def once(work: Callable[[], T]) -> T:
-    """What `work` gives on the first process, for all; so is the TersorError that it raises."""
-    if processes() == 1:
-        return work()
-    result: tuple[T | None, TersorError | None] = (None, None)
-    if is_first():
-        try:
-            result = (work(), None)
-        except TersorError as error:
-            result = (None, error)
-    value, failure = agree(result)
-    if failure is not None:
-        raise failure
-    return cast(T, value)
-
-
-def gather(value: T) -> list[T]:
-    """Every process's value, by rank."""
-    if processes() == 1:
-        return [value]
-    box = [value] * processes()
-    with _together():
-        dist.all_gather_object(box, value)
-    return box
-
-
-def send(tensor: Tensor, source: int) -> None:
-    """Fill `tensor` on every process with what it holds on rank `source`."""
-    with _together():
-        dist.broadcast(tensor, src=source)
 
 
 def combine(hessians: Mapping[str, Hessian], device: torch.device) -> dict[str, Hessian]:
@@ -113,19 +47,8 @@ def combine(hessians: Mapping[str, Hessian], device: torch.device) -> dict[str, 
             whole.weight = sum(each[n][3] for each in everyone)
             taken.add(id(own))
             if whole.tokens:
-                with _together():
+                with together():
                     dist.all_reduce(whole.total)
             combined[key] = whole
         result[name] = combined[key]
     return result
-
-
-@contextmanager
-def _together() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:  # what all backends raise where a connection is lost or a peer does not come
-        raise LostProcessError(
-            f"another process of this job has ended ({str(error).splitlines()[0]}); "
-            "finished blocks are kept, and the same command goes on from there"
-        ) from error

@@ -25,10 +25,10 @@ from tersor.advise.budget import (
 )
 from tersor.advise.evidence import DEFAULT
 from tersor.advise.plans import Figure, Plan, command, reason, recipe_command, recipe_content
-from tersor.checkpoint.room import replacing
 from tersor.cli.options import AsJson, Device, Overwrite
 from tersor.cli.progress import progress_bar
 from tersor.errors import TersorError
+from tersor.files import replacing
 
 NO_PLAN = 1  # exit status
 UNIT = {"text": "token", "image": "picture", "series": "window"}

@@ -10,13 +10,15 @@ from typing import Annotated
 
 import typer
 
-from tersor.checkpoint.room import disk_errors, read_object, replacing
+from tersor.checkpoint.disk import disk_errors
+from tersor.checkpoint.room import read_object
 from tersor.cli.harness import refuse
 from tersor.cli.options import AsJson, Device
 from tersor.cli.progress import progress_bar
 from tersor.errors import TersorError
 from tersor.evaluate.attribute import BY, state_file
 from tersor.evaluate.attribution import Attribution, Row, Suggestion, cumulative
+from tersor.files import replacing
 from tersor.report.attribution_plot import plot_attribution
 from tersor.report.forecast_plot import check_plot
 from tersor.tasks.attribution import attribution

@@ -12,7 +12,7 @@ import typer
 from tersor.cli import comparison
 from tersor.cli.harness import given, refuse, show_harness
 from tersor.cli.options import AsJson, Device, Variant, opened_as
-from tersor.cli.progress import Report, progress_bar
+from tersor.cli.progress import progress_bar
 from tersor.errors import TersorError
 from tersor.evaluate.accuracy import accuracy
 from tersor.evaluate.agreement import agreement
@@ -21,6 +21,7 @@ from tersor.evaluate.divergence import CACHE_SIZE, divergence
 from tersor.evaluate.logit_cache import bytes_in
 from tersor.evaluate.perplexity import perplexity
 from tersor.evaluate.similarities import similarities
+from tersor.progress import Progress
 from tersor.tasks.compared import FORECASTS, Inputs, check_inputs, compared_on
 from tersor.tasks.forecast_compared import forecasts_compared
 
@@ -31,7 +32,7 @@ IDLE = {
     "images": ("text", "seq_len", "max_windows", "cache", "cache_size"),
     "data": ("text", "seq_len", "max_images", "cache", "cache_size"),
 }
-Compare = Callable[[str | Path, Report], Any]  # a model, beside the original
+Compare = Callable[[str | Path, Progress], Any]  # a model, beside the original
 
 
 def evaluate(
@@ -111,7 +112,7 @@ def evaluate(
         refuse(context, f"models that are compared on {how}", IDLE[how])
         size = CACHE_SIZE if cache_size is None else bytes_in(cache_size)
 
-        def compare(each: str | Path, said: Report) -> Any:
+        def compare(each: str | Path, said: Progress) -> Any:
             if how == "images":
                 assert images is not None
                 return agreement(each, against, images, max_images=max_images, progress=said, **place)

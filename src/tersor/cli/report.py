@@ -49,7 +49,7 @@ def report(
 
     Examples: `tersor report demo-4bit --against demo`, `tersor report demo-3bit demo-4bit --against demo --measure`.
     """
-    from tersor.checkpoint.room import replacing
+    from tersor.files import replacing
     from tersor.report.collect import collect
     from tersor.report.page import check_page, write_page
 

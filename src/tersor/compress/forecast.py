@@ -16,7 +16,7 @@ from tersor.checkpoint.lazy_model import LazyModel
 from tersor.checkpoint.source import torch_dtype
 from tersor.checkpoint.writer import SINGLE_FILE_LIMIT
 from tersor.compress.plan import Plan
-from tersor.compress.result import peak_memory
+from tersor.devices import peak_memory
 from tersor.layers.linear_map import matrix_shape
 from tersor.methods.block import STATISTICS_MEMORY
 

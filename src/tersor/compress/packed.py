@@ -26,11 +26,13 @@ from tersor.checkpoint.room import RESULT_FILE, appearing, check_free, inputs_of
 from tersor.checkpoint.source import STEPS, Checkpoint, open_checkpoint
 from tersor.checkpoint.writer import model_fingerprint
 from tersor.compress.first_run import fitted
-from tersor.compress.result import Compressed, Summary, loss_of, peak_memory
+from tersor.compress.result import Compressed
 from tersor.compress.samples import read_samples, samples_by_path
 from tersor.compress.settings import Job, asked_of
 from tersor.compress.stream import record_of_job
+from tersor.compress.summary import Summary, loss_of
 from tersor.compress.whole_model import check_patterns, is_wanted
+from tersor.devices import peak_memory
 from tersor.errors import TersorError
 from tersor.formats.layouts import LAYOUTS, Layout, write
 from tersor.layers.linear_map import matrix_shape

@@ -26,7 +26,7 @@ from tersor.layers.experts import ExpertMap
 from tersor.layers.linear_map import computes_its_own, packable_maps
 from tersor.layers.quantized_embedding import looks_up, why_not_packed
 from tersor.methods.block import Block
-from tersor.methods.method import Progress
+from tersor.progress import Progress
 
 Compress = Callable[[Unit, Sequence[Call]], Block]
 

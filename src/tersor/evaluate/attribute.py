@@ -12,7 +12,7 @@ from __future__ import annotations
 import heapq
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import tersor
+from tersor.checkpoint.disk import disk_errors
 from tersor.checkpoint.hashes import hash_of_json
-from tersor.checkpoint.room import disk_errors, read_object, replacing
+from tersor.checkpoint.room import read_object
 from tersor.errors import TersorError
 from tersor.evaluate.attribution import Attribution, Row
 from tersor.evaluate.correspondence import Part, exchanged, parts_of
 from tersor.evaluate.interval import half_width
 from tersor.evaluate.measures import Meter
+from tersor.files import replacing
+from tersor.progress import Progress, silent
+from tersor.version import __version__
 
-Progress = Callable[[str, int, int], None]
 BY = ("layer", "block")
 SHARE = 0.5  # of the time, that measuring all blocks may take
 STATE = "attribution-state"
@@ -109,9 +111,9 @@ def attribute(
     parts = parts_of(base, model, meter.first_call)
     if not parts:
         raise TersorError(f"{type(base).__name__} has no linear layers that could be compared")
-    asked = {"version": tersor.__version__, "models": fingerprint, "samples": measure.key, "by": by}
+    asked = {"version": __version__, "models": fingerprint, "samples": measure.key, "by": by}
     asked["parts"] = hash_of_json([part.members for part in parts])
-    search = _Search(model, base, meter, open_state(state, hash_of_json(asked)), progress or _silent)
+    search = _Search(model, base, meter, open_state(state, hash_of_json(asked)), progress or silent)
     search.deadline = None if seconds is None else started + seconds
     rows, blocks, left = search.run(parts, by)
     total = search.total()
@@ -129,10 +131,6 @@ def attribute(
         blocks=_by_cost(blocks),
         left=tuple(left),
     )
-
-
-def _silent(what: str, done: int, total: int) -> None:
-    pass
 
 
 def _by_cost(rows: Sequence[Row]) -> tuple[Row, ...]:

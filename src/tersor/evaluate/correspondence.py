@@ -22,6 +22,7 @@ from tersor.layers.experts import expert_maps
 from tersor.layers.linear_map import is_linear_map, weight_matrix
 from tersor.methods.method import Work
 from tersor.methods.weights.scale_places import find_places
+from tersor.progress import silent
 
 TERNARY = 1.58
 MOVED = 0.02  # mean |log| of a channel's change that rounding does not make
@@ -164,7 +165,7 @@ def _is_norm_like(module: nn.Module) -> bool:
 
 
 def _places(base: nn.Module, batch: Mapping[str, Any]) -> list[tuple[str, tuple[str, ...]]]:
-    work = Work([dict(batch)], lambda name: True, lambda what, done, total: None)
+    work = Work([dict(batch)], lambda name: True, silent)
     try:
         places, _ = find_places(base, work, of="attribute", linears=True)
     except TersorError:  # the model has none

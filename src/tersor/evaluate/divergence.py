@@ -26,15 +26,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import tersor
-from tersor.checkpoint.load import load, load_tokenizer, pick_device
+from tersor.checkpoint.load import load, load_tokenizer
 from tersor.checkpoint.source import open_checkpoint, resolve
 from tersor.checkpoint.writer import model_fingerprint
+from tersor.devices import pick_device
 from tersor.errors import TersorError
 from tersor.evaluate.interval import Estimate, estimate
 from tersor.evaluate.logit_cache import Kept, LogitCache, opened_folder
 from tersor.evaluate.measures import kl_of
 from tersor.evaluate.perplexity import check_length, check_windows, cut_windows, logits_of, tokens_of
+from tersor.progress import Progress, silent
+from tersor.version import __version__
 
 BUCKETS = 5
 OVERLAP = 10  # of the k likeliest tokens
@@ -118,7 +120,7 @@ def divergence(
     device: str = "auto",
     cache: str | Path | None = None,
     cache_size: int = CACHE_SIZE,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Divergence:
     """Compare `model` with `against`, the original, on windows of a text.
 
@@ -127,7 +129,7 @@ def divergence(
     they may take on disk. Raises TersorError where the vocabularies differ, or the text is shorter than a window.
     """
     ids, decode = _ids(against, text, tokenizer)
-    said = progress or (lambda what, done, total: None)
+    said = progress or silent
     check = partial(check_windows, tokenizer=tokenizer)
     if isinstance(model, nn.Module) or isinstance(against, nn.Module):
         if cache is not None:
@@ -164,7 +166,7 @@ def _one_after_another(
     noise: bool,
     dtype: str,
     device: str,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> _Tokens:
     """As many windows at a time as the cache has room for: the original's logits first, then the other's."""
     kept, first = _Tokens(), 0
@@ -202,7 +204,7 @@ def _cache(
 ) -> Iterator[LogitCache]:
     """The cache of one original; in a temporary folder where none is given."""
     checkpoint = open_checkpoint(against)
-    facts = [model_fingerprint(checkpoint), dtype, str(pick_device(device)), torch.__version__, tersor.__version__]
+    facts = [model_fingerprint(checkpoint), dtype, str(pick_device(device)), torch.__version__, __version__]
     with tempfile.TemporaryDirectory(prefix="tersor-") as temporary:
         place = Path(temporary) if folder is None else opened_folder(Path(folder))
         yield LogitCache(place, most, " ".join(facts))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from tersor.checkpoint.positions import positions_of
 from tersor.checkpoint.source import resolve
 from tersor.data.text import builtin_text, read_text
 from tersor.errors import TersorError
+from tersor.progress import Progress
 
 _PROBE = 32  # tokens that are run twice, with other tokens in the second half, to see whether the model is causal
 # Of the logits' spread: what other tokens in the same call may change by rounding (experts that are visited with others).
@@ -44,7 +44,7 @@ def perplexity(
     max_windows: int | None = None,
     dtype: str = "auto",
     device: str = "auto",
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Perplexity:
     """The whole text is tokenized as one string and cut into windows of `seq_len` tokens without overlap (what is left over is
     dropped); in each window tokens 2 .. n are predicted. This is the GPTQ paper's protocol, there with 2048 tokens.

@@ -8,7 +8,7 @@ so the interval is that of the jackknife over lines: 1.96 times its standard err
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from tersor.checkpoint.source import open_checkpoint
 from tersor.data.text import builtin_text, read_text
 from tersor.errors import TersorError
 from tersor.evaluate.interval import Estimate
+from tersor.progress import Progress
 
 LINES = 200  # at most, evenly spread
 FEWEST = 4
@@ -49,7 +50,7 @@ def similarities(
     *,
     dtype: str = "auto",
     device: str = "auto",
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Similarities:
     """text: a file whose lines are embedded, or "builtin" (also None). One model is in memory at a time. Raises TersorError where
     the text has too few lines, or a model gives no hidden states."""
@@ -118,7 +119,7 @@ def _embedded(
     lines: Sequence[str],
     dtype: str,
     device: str,
-    progress: Callable[[str, int, int], None] | None,
+    progress: Progress | None,
 ) -> Tensor:
     """[lines, hidden] in float64 on the CPU."""
     module = load(model, dtype=dtype, device=device).eval()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,7 @@ from tersor.evaluate.attribution import Attribution, Row, Suggestion
 from tersor.evaluate.interval import half_width
 from tersor.evaluate.measures import Meter
 from tersor.methods.method import BlockMethod, from_options
-
-Progress = Callable[[str, int, int], None]
+from tersor.progress import Progress
 
 
 @dataclass(frozen=True)

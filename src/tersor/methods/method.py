@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from tersor.errors import TersorError
+from tersor.progress import Progress
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from tersor.methods.block import Block
 
 # progress(what is being done, steps done, steps in all); a total of 0 makes `what` a line that stays on the screen.
-Progress = Callable[[str, int, int], None]
 
 
 class Report(Protocol):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -14,17 +14,17 @@ import torch
 from tersor.checkpoint.load import load_tokenizer
 from tersor.checkpoint.positions import positions_of
 from tersor.checkpoint.source import resolve
-from tersor.compress.result import peak_memory
+from tersor.devices import peak_memory
 from tersor.errors import TersorError
 from tersor.evaluate.bandwidth import memory_bandwidth
 from tersor.evaluate.perplexity import tokens_of
 from tersor.evaluate.sizes import Sizes
+from tersor.progress import Progress
 from tersor.report.data import Speed
 from tersor.runtime import bench
 from tersor.runtime.generate import check_length, end_tokens, load_module, make_engine, stream_tokens
 from tersor.runtime.sampling import Sampling
 
-Progress = Callable[[str, int, int], None]
 PROMPTS, PROMPT_TOKENS = 3, 24  # taken from the text
 TURNS, PREFIX, NEW = 5, 128, 32  # what is timed
 

@@ -10,10 +10,11 @@ from tersor.checkpoint.load import load
 from tersor.checkpoint.source import open_checkpoint
 from tersor.checkpoint.writer import model_fingerprint
 from tersor.errors import TersorError
-from tersor.evaluate.attribute import Progress, attribute
+from tersor.evaluate.attribute import attribute
 from tersor.evaluate.attribution import Attribution
 from tersor.evaluate.measures import Meter
 from tersor.evaluate.suggestion import suggest
+from tersor.progress import Progress
 from tersor.tasks.compared import Inputs, check_inputs, compared_on, measure_of
 
 

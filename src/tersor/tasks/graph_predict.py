@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from tersor.checkpoint.room import replacing
 from tersor.data.graphs import NODES, PARTS, read_graph
 from tersor.errors import TersorError
+from tersor.files import replacing
 from tersor.tasks import node_classify
 from tersor.tasks.graph_inputs import ManyGraphs, check_sizes, class_names, flat_inputs
 from tersor.tasks.node_classify import NodeClasses, check_features, graph_config, saved_config, settings_of

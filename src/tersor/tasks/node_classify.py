@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersor.checkpoint.room import replacing
 from tersor.data.graphs import NODES, PARTS, Graph, GraphConfig, read_graph
 from tersor.errors import TersorError
+from tersor.files import replacing
 from tersor.models.config import checked_config
 from tersor.tasks.graph_inputs import (
     SampledNodes,

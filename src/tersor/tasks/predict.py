@@ -11,9 +11,10 @@ from typing import Any
 from torch import nn
 
 from tersor import models
-from tersor.checkpoint.load import load, pick_device
+from tersor.checkpoint.load import load
 from tersor.checkpoint.preprocessing import image_settings, saved_settings
 from tersor.checkpoint.source import open_checkpoint
+from tersor.devices import pick_device
 from tersor.errors import TersorError
 from tersor.tasks import Prediction, Task, task_of
 from tersor.untrusted import readable

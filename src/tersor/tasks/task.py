@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from tersor.progress import Progress
 from tersor.train.objectives import Objective
 
 
@@ -81,7 +82,7 @@ def numbers_of(module: nn.Module) -> Tensor:
 class Sample(Protocol):
     """Makes one result and writes it to order.out. progress(what, done, total)."""
 
-    def __call__(self, generator: Generator, order: Order, progress: Callable[[str, int, int], None]) -> Prediction: ...
+    def __call__(self, generator: Generator, order: Order, progress: Progress) -> Prediction: ...
 
 
 @dataclass(frozen=True)

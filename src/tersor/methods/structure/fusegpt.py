@@ -48,7 +48,7 @@ from torch.nn import functional as F
 
 from tersor.errors import TersorError
 from tersor.layers.linear_map import is_conv1d, linear_maps, matrix_shape, weight_matrix
-from tersor.methods.method import ModelMethod, Progress, Work, check_options, option, register
+from tersor.methods.method import ModelMethod, Work, check_options, option, register
 from tersor.methods.structure.block_choice import (
     CHOICE,
     choices,
@@ -59,6 +59,7 @@ from tersor.methods.structure.block_choice import (
 )
 from tersor.methods.structure.block_stack import Calls, Stack, batches_of
 from tersor.methods.structure.fused_linear import MODES, FusedLinear
+from tersor.progress import Progress
 
 LOSSES = ("squared", "channels", "batch")
 
