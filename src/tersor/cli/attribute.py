@@ -12,8 +12,7 @@ import typer
 
 from tersor.checkpoint.disk import disk_errors
 from tersor.checkpoint.room import read_object
-from tersor.cli.harness import refuse
-from tersor.cli.options import AsJson, Device
+from tersor.cli.options import AsJson, Device, refuse
 from tersor.cli.progress import progress_bar
 from tersor.errors import TersorError
 from tersor.evaluate.attribute import BY, state_file

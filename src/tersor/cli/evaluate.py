@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from tersor.cli import comparison
-from tersor.cli.harness import given, refuse, show_harness
-from tersor.cli.options import AsJson, Device, Variant, opened_as
+from tersor.cli.harness import show_harness
+from tersor.cli.options import AsJson, Device, Variant, given, opened_as, refuse
 from tersor.cli.progress import progress_bar
 from tersor.errors import TersorError
 from tersor.evaluate.accuracy import accuracy

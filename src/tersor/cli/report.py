@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tersor.cli.harness import refuse
-from tersor.cli.options import Device
+from tersor.cli.options import Device, refuse
 from tersor.cli.progress import progress_bar
 from tersor.errors import TersorError
 
