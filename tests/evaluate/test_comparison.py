@@ -21,6 +21,7 @@ from tersor.errors import TersorError
 from tersor.evaluate import agreement as classifiers
 from tersor.evaluate import similarities as encoders
 from tersor.evaluate.attribution import Attribution
+from tersor.evaluate.interval import t_quantile
 from tersor.evaluate.logit_cache import Kept, LogitCache, bytes_in
 from tersor.evaluate.similarities import ranks, spearman
 
@@ -186,7 +187,7 @@ def test_the_jackknife_leaves_out_one_line_at_a_time() -> None:
     left_out = torch.tensor([of([i for i in range(6) if i != n]) for n in range(6)]).double()
     error = math.sqrt(5 / 6 * float((left_out - left_out.mean()).square().sum()))
     assert found.rank_correlation.mean == pytest.approx(of(list(range(6))))
-    assert found.rank_correlation.half_width == pytest.approx(1.96 * error)
+    assert found.rank_correlation.half_width == pytest.approx(t_quantile(5) * error)
 
 
 def test_encoders_on_the_command_line(tmp_path: Path, tersor_command: Command) -> None:
