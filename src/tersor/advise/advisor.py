@@ -34,7 +34,7 @@ from tersor.advise.evidence import (
     model_mark,
     read_evidence,
 )
-from tersor.advise.measure import Measured, NoTimeError, measure
+from tersor.advise.measure import Measured, measure
 from tersor.advise.plans import Figure, Plan, Recipe, frontier, objective, ordered
 from tersor.advise.predict import (
     MEMORY,
@@ -48,6 +48,7 @@ from tersor.advise.predict import (
 )
 from tersor.advise.size import bytes_in_memory, packed_maps, size_on_disk, skeleton
 from tersor.advise.workloads import KINDS, PROMPT, Workload, kind_of, loss_between
+from tersor.apart import NoTimeError
 from tersor.checkpoint.lazy_model import LazyModel
 from tersor.checkpoint.positions import positions_of
 from tersor.checkpoint.source import Checkpoint, open_checkpoint, torch_dtype
