@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tersor.methods.method import from_options, methods
+from tersor.compress.settings import Settings
+from tersor.methods.method import as_words, from_options, methods
 
 Recipe = tuple[Mapping[str, Any], ...]  # the options of each step's method, `name` first; empty: the original
 FIGURES = ("disk", "memory", "latency", "loss")
@@ -138,7 +139,8 @@ def command(plan: Plan, model: str, settings: Mapping[str, Any], *, recipe_file:
     if len(plan.recipe) > 1:
         return recipe_command(model, settings, recipe_file=recipe_file, out=out)
     (step,) = plan.recipe
-    options = [word for key, value in _given(step).items() for word in _flag(step["name"], key, value)]
+    fields = methods()[step["name"]].__dataclass_fields__
+    options = [word for key, value in _given(step).items() for word in as_words(fields[key], value)]
     return shlex.join(["tersor", "compress", step["name"], model, *options, *_flags(settings), "--out", out])
 
 
@@ -148,15 +150,8 @@ def recipe_command(model: str, settings: Mapping[str, Any], *, recipe_file: str,
 
 
 def _flags(settings: Mapping[str, Any]) -> list[str]:
-    return [word for key, value in settings.items() for word in (f"--{key.replace('_', '-')}", str(value))]
-
-
-def _flag(method: str, key: str, value: Any) -> list[str]:
-    declared = methods()[method].__dataclass_fields__[key].metadata.get("flag")
-    if isinstance(value, bool):
-        yes, _, no = (declared or f"--{key.replace('_', '-')}/--no-{key.replace('_', '-')}").partition("/")
-        return [yes if value else no]
-    return [declared or "--" + key.replace("_", "-"), str(value)]
+    fields = Settings.__dataclass_fields__
+    return [word for key, value in settings.items() for word in as_words(fields[key], value)]
 
 
 def recipe_content(recipe: Recipe) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -358,6 +358,19 @@ def compute_dtype(checkpoint: Checkpoint, device: torch.device | str, dtype: str
             raise TersorError(f"dtype {dtype!r} is not one of auto, {', '.join(known)}")
         return known[dtype]
     return torch.float32 if torch.device(device).type == "cpu" else torch_dtype(checkpoint.config)
+
+
+def dtypes_to_try(
+    checkpoint: Checkpoint, device: torch.device | str, dtype: str, *, earlier: Callable[[], str | None]
+) -> list[torch.dtype]:
+    """The dtypes to run in, each when the model overflows the one before: float32 after a float16 that the user did not ask for.
+
+    earlier: gives the dtype that an unfinished run of the same job used, in words; what overflowed then is not tried again.
+    """
+    first = compute_dtype(checkpoint, device, dtype)
+    if dtype != "auto" or first != torch.float16:
+        return [first]
+    return [torch.float32] if earlier() == str(torch.float32) else [first, torch.float32]
 
 
 def check_finite(name: str, weight: Tensor) -> None:

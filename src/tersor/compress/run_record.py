@@ -21,10 +21,10 @@ from torch import nn
 
 from tersor.checkpoint.disk import disk_errors
 from tersor.checkpoint.room import RUN_FILE
-from tersor.compress.recipe import Recipe
+from tersor.compress.recipe import Recipe, plain_rule
 from tersor.compress.settings import Settings
 from tersor.compress.summary import Summary
-from tersor.methods.method import BlockMethod
+from tersor.methods.method import BlockMethod, as_words
 from tersor.processes import processes
 from tersor.version import __version__
 
@@ -86,15 +86,7 @@ def recipe_of(steps: Sequence[Recipe]) -> dict[str, Any]:
     made = []
     for step in steps:
         options = {("method" if key == "name" else key): value for key, value in step.method.options().items()}
-        rules = [
-            {
-                "match": rule.match,
-                **({"method": rule.method} if rule.method else {}),
-                **rule.options,
-                **({"skip": True} if rule.skip else {}),
-            }
-            for rule in step.rules
-        ]
+        rules = [plain_rule(rule) for rule in step.rules]
         made.append({**options, **({"rules": rules} if rules else {})})
     return made[0] if len(made) == 1 else {"steps": made}
 
@@ -124,14 +116,8 @@ def _words(options: Any, *, leave_out: Sequence[str] = ()) -> Iterator[str]:
     """The fields of a method or of settings that are not as by default, as the command line takes them."""
     for each in dataclasses.fields(options):
         value = getattr(options, each.name)
-        if each.name in leave_out or value is None or value == each.default:
-            continue
-        flags = (each.metadata.get("flag") or f"--{each.name.replace('_', '-')}").split("/")
-        if isinstance(value, bool):
-            yield flags[0] if value else flags[-1] if len(flags) > 1 else f"--no-{flags[0].removeprefix('--')}"
-            continue
-        for one in value if isinstance(value, tuple) else (value,):
-            yield from (flags[0], str(one))
+        if each.name not in leave_out and value is not None and value != each.default:
+            yield from as_words(each, value)
 
 
 def _described(calibration: Any) -> str:

@@ -15,12 +15,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tersor.calibrate.batches import Batch, fingerprint, without_cache
 from tersor.checkpoint.hashes import Seen
-from tersor.checkpoint.lazy_model import LazyModel, classes_of, compute_dtype
+from tersor.checkpoint.lazy_model import LazyModel, classes_of, compute_dtype, dtypes_to_try
 from tersor.checkpoint.room import RESULT_FILE, inputs_of
 from tersor.checkpoint.source import STEPS, Checkpoint, open_checkpoint
 from tersor.checkpoint.writer import ResultWriter, model_fingerprint
@@ -61,23 +60,22 @@ def compress_checkpoint(name: str, job: Job) -> Compressed:
         raise TersorError(f"{target} is the model itself; give another output directory")
     if job.layout is None:
         raise TersorError("a model given by name is written as it is compressed: format=None is for modules in memory")
-    dtype = compute_dtype(checkpoint, job.place, job.dtype)
-    may_widen = job.dtype == "auto" and dtype == torch.float16
-    wide = str(torch.float32)
-    widen = may_widen and open_writer(target, checkpoint).mark("dtype") == wide  # as an earlier run decided
-    while True:
-        if widen:
+    tries = dtypes_to_try(
+        checkpoint, job.place, job.dtype, earlier=lambda: open_writer(target, checkpoint).mark("dtype")
+    )
+    for dtype in tries:
+        if dtype != compute_dtype(checkpoint, job.place, job.dtype):
             job.progress("float16 overflows: running in float32", 0, 0)
-            dtype = torch.float32
         lazy = LazyModel(checkpoint, dtype=dtype, device=job.place)
         try:
             with ThreadPoolExecutor(1, thread_name_prefix="tersor-writer") as background:
                 files = Files(lazy, name, target, background)
                 return replace(compress_blocks(lazy, files, job), _folder=folder)
         except NotFiniteError:
-            if widen or not may_widen or (files.started and processes() > 1):  # the others do not know, and go on
+            if dtype == tries[-1] or (files.started and processes() > 1):  # the others do not know, and go on
                 raise
-        widen, job = True, replace(job, overwrite=job.overwrite or files.started)
+        job = replace(job, overwrite=job.overwrite or files.started)
+    raise AssertionError("the last try returns or raises")
 
 
 class Files(Sink):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from tersor.calibrate.batches import Batch, call, fingerprint, first_tensor, probe_of, without_cache, without_target
 from tersor.calibrate.statistics import kind_of
-from tersor.checkpoint.lazy_model import LazyModel, compute_dtype
+from tersor.checkpoint.lazy_model import LazyModel, compute_dtype, dtypes_to_try
 from tersor.checkpoint.load import load_tokenizer
 from tersor.checkpoint.room import inputs_of
 from tersor.checkpoint.source import Checkpoint, open_checkpoint, torch_dtype
@@ -76,28 +76,26 @@ def with_chosen_bits(model: str | nn.Module, job: Job) -> Job:
     if "quantization_config" in checkpoint.config or checkpoint.gguf is not None:
         return job  # which will be told what is wrong
     job = replace(job, tokenizer=job.tokenizer or load_tokenizer(checkpoint.directory))
-    dtype, stored = compute_dtype(checkpoint, job.place, job.dtype), torch_dtype(checkpoint.config)
     writer = None
     if job.out is not None:
         writer = ResultWriter(job.out, checkpoint, inputs=inputs_of(checkpoint, calibration=job.calibration))
-    may_widen = job.dtype == "auto" and dtype == torch.float16
-    wide = str(torch.float32)
-    widen = may_widen and writer is not None and writer.mark("dtype") == wide  # as an earlier run decided
-    while True:
-        if widen:
+    tries = dtypes_to_try(
+        checkpoint, job.place, job.dtype, earlier=lambda: None if writer is None else writer.mark("dtype")
+    )
+    for dtype in tries:
+        if dtype != compute_dtype(checkpoint, job.place, job.dtype):
             job.progress("float16 overflows: measuring in float32", 0, 0)
-            dtype = torch.float32
         module = LazyModel(checkpoint, dtype=dtype, device=job.place).load_all().to(job.place).eval()
         samples = _samples(module, job, samples_by_path(checkpoint, job))
         if writer is not None and (earlier := _earlier(writer, checkpoint, job, samples, dtype)) is not None:
             return _with_rules(job, earlier)
         try:
-            return _with_rules(job, _choice(module, job, method, samples, stored))
+            return _with_rules(job, _choice(module, job, method, samples, torch_dtype(checkpoint.config)))
         except NotFiniteError:
-            if widen or not may_widen:
+            if dtype == tries[-1]:
                 raise
-        widen = True
         del module  # before it is loaded again
+    raise AssertionError("the last try returns or raises")
 
 
 def chosen_mark(job: Job) -> dict[str, str]:

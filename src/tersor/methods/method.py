@@ -173,6 +173,16 @@ def option(
     )
 
 
+def as_words(each: dataclasses.Field[Any], value: Any) -> list[str]:
+    """An option's value as the command line takes it: its flag and the value, for each of several values. A switch that stands
+    as it does by default needs no word, which is also the only way to say so where it has one flag."""
+    dashed = each.name.replace("_", "-")
+    first, _, second = (each.metadata.get("flag") or f"--{dashed}/--no-{dashed}").partition("/")
+    if isinstance(value, bool):
+        return [] if value == each.default else [first if value else second]
+    return [word for one in (value if isinstance(value, tuple) else (value,)) for word in (first, str(one))]
+
+
 def check_options(method: Method) -> None:
     """Called from `__post_init__`: every option against its own check. Raises TersorError with the offending value."""
     for each in dataclasses.fields(method):

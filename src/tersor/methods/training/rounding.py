@@ -47,8 +47,8 @@ from tersor.errors import TersorError
 from tersor.formats.quantized_weight import QuantizedWeight
 from tersor.layers.quantized_linear import QuantizedLinear, packed_layers
 from tersor.methods.method import PackedMethod, Work, check_options, option, register
-from tersor.methods.training.held_out import drawn, judged, rate, split, travelled
-from tersor.methods.training.tuned_weight import TunedWeight, learning, requiring
+from tersor.methods.training.held_out import drawn, judged, learn, split, travelled
+from tersor.methods.training.tuned_weight import TunedWeight, learning
 
 
 @dataclass(frozen=True)
@@ -163,35 +163,28 @@ class Rounding(PackedMethod):
             assert target is not None
             return (output.float() - target.float()).square().mean() / size.clamp(min=1e-30)
 
+        def backward(step: int, chosen: list[int]) -> None:
+            for n in chosen:
+                torch.autograd.backward(error(to_learn[n]) / len(chosen))
+
         def judge() -> float:
             return float(torch.stack([error(n) for n in to_judge]).mean())
 
         weights = [TunedWeight(layer, moves=True) for layer in layers.values()]
         offsets = [each.offset for each in weights if each.offset is not None]
-        steps = [each.log_step for each in weights]
-        parameters = [*offsets, *steps] if self.step_lr else offsets
-        groups = [{"params": offsets}] + [{"params": steps}] * bool(self.step_lr)
-        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+        steps = [each.log_step for each in weights] if self.step_lr else []
         order = drawn(len(to_learn), self.batch_size, self.epochs, self.order_seed)
-        an_epoch = len(order) // self.epochs
-        rates = (self.travel / travelled(len(order)), self.step_lr)
         with learning(weights):
-            start = best = judge()
-            kept = [each.clone() for each in parameters]
-            for step, chosen in enumerate(order):
-                with requiring(parameters), torch.enable_grad():
-                    for n in chosen:
-                        torch.autograd.backward(error(to_learn[n]) / len(chosen))
-                for group, lr in zip(optimizer.param_groups, rates, strict=False):
-                    group["lr"] = lr * rate(step, len(order))
-                optimizer.step()
-                optimizer.zero_grad()
-                for each in offsets:
-                    each.clamp_(-1, 1)
-                if (step + 1) % an_epoch == 0 and (now := judge()) < best:
-                    best, kept = now, [each.clone() for each in parameters]
-            for parameter, state in zip(parameters, kept, strict=True):
-                parameter.copy_(state)
+            start = judge()
+            best = learn(
+                [(offsets, self.travel / travelled(len(order))), (steps, self.step_lr)],
+                order,
+                epochs=self.epochs,
+                offsets=offsets,
+                backward=backward,
+                judge=judge,
+                start=start,
+            )
         moved = sum(each.moved() for each in weights) / sum(each.codes.numel() for each in weights)
         return RoundedBlock(name, start, best, moved)
 
