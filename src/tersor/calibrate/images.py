@@ -12,6 +12,11 @@ from torch import Tensor
 from tersor.data.images import ImageConfig, flip_and_shift, load_images
 
 
+def is_images(path: str | Path) -> bool:
+    """Whether samples at this path are images: a folder, or a packed file."""
+    return Path(path).is_dir() or Path(path).suffix == ".npz"
+
+
 def image_batches(
     path: str | Path,
     settings: dict[str, Any],

@@ -64,7 +64,7 @@ def compress(
     on when called again with the same arguments and `out`.
     """
     asked, steps = settings_of(settings), _steps(method, rules)
-    refuse_idle(asked, [step.method for step in steps], by_name=not isinstance(model, nn.Module))
+    refuse_idle(asked, [each for step in steps for each in step.methods], by_name=not isinstance(model, nn.Module))
     if len(steps) > 1:
         result = run_steps(model, steps, asked, run_job)
     else:

@@ -115,6 +115,8 @@ def make_plan(model: nn.Module, job: Choice) -> Plan:
     for block in blocks:
         if any(map(is_expert, chosen[block.name])):
             check_routing(block.name, block.module, job.routing)
+    if job.routing.experts is not None and not any(map(is_expert, taken)):
+        raise TersorError("experts does nothing: no layer that is compressed is an expert of a mixture; leave it out")
     for name, module in taken.items():
         methods[name].check_linear(name, *matrix_shape(module), layout)
         if layout is not None and not layout.conv1d and is_conv1d(module):

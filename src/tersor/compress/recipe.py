@@ -46,11 +46,17 @@ class Recipe:
     method: Method
     rules: tuple[Rule, ...] = ()
 
+    @property
+    def methods(self) -> list[Method]:
+        """The method, and those of the rules."""
+        return [self.method, *(found for rule in self.rules if (found := self._method_of(rule)) is not None)]
+
     def method_for(self, layer: str) -> Method | None:
         """The method of one layer, or None where it is left as it is."""
         rule = next((rule for rule in reversed(self.rules) if fnmatchcase(layer, rule.match)), None)
-        if rule is None:
-            return self.method
+        return self.method if rule is None else self._method_of(rule)
+
+    def _method_of(self, rule: Rule) -> Method | None:
         if rule.skip:
             return None
         base = self.method.options()

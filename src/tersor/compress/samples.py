@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.calibrate.batches import Batch, Calibration, make_batches, probe_of, to_device, without_target
-from tersor.calibrate.images import image_batches
+from tersor.calibrate.images import image_batches, is_images
 from tersor.calibrate.padding import shown_only
 from tersor.checkpoint.load import check_tokens, load_tokenizer
 from tersor.checkpoint.positions import positions_of
@@ -85,7 +85,7 @@ def _named_for(module: nn.Module, batch: Batch) -> Batch:
 def samples_by_path(checkpoint: Checkpoint, job: Job) -> Calibration:
     """The job's calibration; the images at a path as batches of one image and its label."""
     given = job.calibration
-    if not isinstance(given, str | Path) or not (Path(given).is_dir() or Path(given).suffix == ".npz"):
+    if not isinstance(given, str | Path) or not is_images(given):
         return given
     prepare = image_processor(checkpoint)
     return image_batches(

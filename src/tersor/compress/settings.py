@@ -1,7 +1,8 @@
 """What a user can ask of a job beside its method: each setting is declared once, here.
 
 The arguments of `tersor.compress`, the options of `tersor quantize` and `tersor compress`, the keys of a sweep, the check of a
-resumed job and the table in the docs are made from these fields. A setting that does nothing for a job is refused.
+resumed job and the table in the docs are made from these fields. A setting says for what it counts (`only`), and is refused where
+it would do nothing.
 """
 
 from __future__ import annotations
@@ -20,35 +21,47 @@ from tersor.calibrate.activations import PLACES
 from tersor.calibrate.batches import Calibration
 from tersor.calibrate.routing import Routing, parse_routing
 from tersor.checkpoint.load import pick_device
+from tersor.compress.conditions import (
+    BLOCKS,
+    BY_NAME,
+    DRAWN,
+    LAYERS,
+    OUT,
+    PACKED,
+    PACKING,
+    SAMPLES,
+    STATISTICS,
+    TEXT,
+    Asked,
+    Condition,
+)
 from tersor.compress.recipe import Recipe
 from tersor.errors import TersorError
 from tersor.formats.layout import Layout
 from tersor.formats.layouts import layout_named
-from tersor.methods.method import BlockMethod, Method, PackedMethod, Progress
+from tersor.methods.method import BlockMethod, Method, Progress
 from tersor.untrusted import check_seed
 
 AUTO = "auto"
 IN_PYTHON = "given in Python"  # what a record says of samples that came from no file
-SAMPLES, TOKENS = 1 << 20, 1 << 30  # at most
+MOST_SAMPLES, MOST_TOKENS = 1 << 20, 1 << 30
 
 
 def setting(
     default: Any,
     help: str,
     *,
-    blocks: bool = False,
-    by_name: bool = False,
-    packed: bool = False,
+    only: Sequence[Condition] = (),
     decides: bool = False,
     flag: str = "",
     typed: type | None = None,
 ) -> Any:
-    """A setting. blocks: only for methods that go block by block. packed: only for those that work on a packed model. by_name:
-    only for a model given by name, not for a module in memory. decides: whether it changes the bytes of the result by itself.
-    flag: its name on the command line where that is not simply its own. typed: what the command line takes, where the field
-    takes more; `object` for nothing."""
-    about = {"help": help, "blocks": blocks, "packed": packed, "by_name": by_name, "decides": decides}
-    return field(default=default, metadata={**about, "flag": flag, "typed": typed})
+    """A setting. only: the conditions under which it does something, all of them. decides: whether it changes the bytes of the
+    result by itself. flag: its name on the command line where that is not simply its own. typed: what the command line takes,
+    where the field takes more; `object` for nothing."""
+    return field(
+        default=default, metadata={"help": help, "only": only, "decides": decides, "flag": flag, "typed": typed}
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,64 +73,81 @@ class Settings:
         "A text file (.gz too), `builtin`, or `hf:NAME`; for images a folder of classes or a packed .npz.",
         typed=str,
     )
-    samples: int = setting(128, "Calibration samples.")
-    seq_len: int = setting(2048, "Tokens a sample; at most what the model has positions for.")
-    seed: int = setting(0, "Seed of the choice of samples.")
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...", by_name=True)
+    samples: int = setting(128, "Calibration samples.", only=(SAMPLES,))
+    seq_len: int = setting(2048, "Tokens a sample; at most what the model has positions for.", only=(SAMPLES, TEXT))
+    seed: int = setting(0, "Seed of the choice of samples.", only=(SAMPLES, DRAWN))
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...", only=(BY_NAME,))
     format: str | None = setting(
         AUTO,
         "gptq, gptq_v2, compressed-tensors, safetensors, or auto: gptq where it holds every layer, else compressed-tensors; "
         "safetensors for what is pruned only.",
-        blocks=True,
         decides=True,
         typed=str,
+        only=(BLOCKS,),
     )
     dtype: str = setting(
-        "auto", "Precision of the forward passes: auto, float32, bfloat16, float16.", by_name=True, decides=True
+        "auto",
+        "Precision of the forward passes: auto, float32, bfloat16, float16.",
+        decides=True,
+        only=(BY_NAME,),
     )
     out: Path | None = setting(
-        None, "Directory to write; must not exist, or hold this job unfinished.", by_name=True, typed=object
+        None,
+        "Directory to write; must not exist, or hold this job unfinished.",
+        typed=object,
+        only=(BY_NAME,),
     )
-    overwrite: bool = setting(False, "Replace what is in --out.", by_name=True)
+    overwrite: bool = setting(False, "Replace what is in --out.", only=(BY_NAME, OUT))
     redo: tuple[str, ...] = setting(
-        (), "Solve the blocks of layers that match again, in a finished result.", blocks=True, by_name=True
+        (),
+        "Solve the blocks of layers that match again, in a finished result.",
+        only=(BLOCKS, BY_NAME, OUT),
     )
-    include: tuple[str, ...] = setting((), "Only layers that match, such as `*.mlp.*`.", decides=True)
-    exclude: tuple[str, ...] = setting((), "Not layers that match.", decides=True)
-    head: bool = setting(False, "Quantize the output head too.", blocks=True, decides=True)
+    include: tuple[str, ...] = setting((), "Only layers that match, such as `*.mlp.*`.", decides=True, only=(LAYERS,))
+    exclude: tuple[str, ...] = setting((), "Not layers that match.", decides=True, only=(LAYERS,))
+    head: bool = setting(False, "Quantize the output head too.", decides=True, only=(BLOCKS,))
     embeddings: bool = setting(
-        False, "Quantize the token embedding too, in format compressed-tensors.", blocks=True, decides=True
+        False,
+        "Quantize the token embedding too, in format compressed-tensors.",
+        decides=True,
+        only=(BLOCKS,),
     )
     target_bits: float | None = setting(
         None,
         "Bits a weight in all, such as 3.25: measures what each layer needs (on 16 samples, outputs on 256 tokens of 8), and "
         "gives it 2, 3, 4 or 8.",
-        blocks=True,
         decides=True,
+        only=(BLOCKS,),
     )
-    target_tp: int = setting(1, "Check that the layers split over so many devices when served.", blocks=True)
+    target_tp: int = setting(1, "Check that the layers split over so many devices when served.", only=(PACKING,))
     experts: str = setting(
         "as-is",
         "Experts that calibrate with a token: as-is, top-k:N, or all, by the router's weight.",
-        blocks=True,
         decides=True,
+        only=(STATISTICS,),
     )
     activations: str = setting(
-        "device", "Where samples wait between blocks: device, cpu or disk.", blocks=True, by_name=True
+        "device",
+        "Where samples wait between blocks: device, cpu or disk.",
+        only=(STATISTICS, BY_NAME),
     )
     original: Any = setting(
-        None, "The model that was packed: a directory or a name. A recipe of steps knows it.", packed=True, typed=str
+        None,
+        "The model that was packed: a directory or a name. A recipe of steps knows it.",
+        typed=str,
+        only=(PACKED,),
     )
-    allow_pickle: bool = setting(False, "Read pickled weights (.bin) too.", by_name=True)
+    allow_pickle: bool = setting(False, "Read pickled weights (.bin) too.", only=(BY_NAME,))
     tokenizer: Any = setting(None, "The tokenizer of a text, where the model has none of its own.", typed=object)
     progress: Progress = setting(lambda what, done, total: None, "Called as progress(what, done, total).", typed=object)
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.seq_len < 1:
             raise TersorError(f"samples={self.samples} and seq_len={self.seq_len} must be positive")
-        if self.samples > SAMPLES or self.seq_len > TOKENS:
+        if self.samples > MOST_SAMPLES or self.seq_len > MOST_TOKENS:
             raise TersorError(
-                f"samples={self.samples} and seq_len={self.seq_len} are more than any calibration has: {SAMPLES}, {TOKENS}"
+                f"samples={self.samples} and seq_len={self.seq_len} are more than any calibration has: {MOST_SAMPLES}, "
+                f"{MOST_TOKENS}"
             )
         check_seed(self.seed)
         if self.activations not in PLACES:
@@ -221,28 +251,39 @@ def _usual(recipe: Recipe) -> str:
     return recipe.method.layouts[0] if isinstance(recipe.method, BlockMethod) else "gptq"
 
 
-def applies(each: dataclasses.Field[Any], methods: Sequence[type[Method]], *, by_name: bool) -> bool:
-    """Whether a setting does anything for a job of these methods."""
-    if each.metadata["blocks"] and not any(issubclass(method, BlockMethod) for method in methods):
-        return False
-    if each.metadata["packed"] and not any(issubclass(method, PackedMethod) for method in methods):
-        return False
-    return by_name or not each.metadata["by_name"]
+def applies(each: dataclasses.Field[Any], methods: Sequence[Method], *, by_name: bool) -> bool:
+    """Whether a setting can do something for these methods, whatever else is asked."""
+    asked = Asked(Settings(calibration="builtin", out=Path("out")), methods, by_name)
+    return all(condition.holds(asked) for condition in each.metadata["only"])
+
+
+def idle(settings: Settings, methods: Sequence[Method], *, by_name: bool) -> dict[str, str]:
+    """The settings that were given and would do nothing, each with the reason. methods: of all steps and rules."""
+    asked = Asked(settings, methods, by_name)
+    found: dict[str, str] = {}
+    for each in dataclasses.fields(Settings):
+        value = getattr(settings, each.name)
+        if value == each.default or (each.name == "format" and value is None and not by_name):
+            continue  # a format of None means exact numbers, which every method gives in memory
+        unmet = next((one for one in each.metadata["only"] if not one.holds(asked)), None)
+        if unmet is not None:
+            names = " and ".join(dict.fromkeys(method.name for method in methods))
+            found[each.name] = (
+                f"{each.name}={value!r} does nothing with {names}: it counts for {unmet.counts_for}; leave it out"
+            )
+    return found
 
 
 def refuse_idle(settings: Settings, methods: Sequence[Method], *, by_name: bool) -> None:
     """Raise TersorError for a setting that was given and would do nothing."""
-    for each in dataclasses.fields(Settings):
-        value = getattr(settings, each.name)
-        if applies(each, [type(method) for method in methods], by_name=by_name) or value == each.default:
-            continue
-        if each.name == "format" and value is None and not by_name:
-            continue  # exact numbers are what every method on a whole model gives
-        if each.name == "out":
-            raise TersorError(
-                "a module in memory is compressed in memory: call save(directory) on the result, not out="
-            )
-        if each.metadata["by_name"] and not by_name:
-            raise TersorError(f"{each.name}={value!r} does nothing for a module in memory; leave it out")
-        how = "does not compare with it" if each.metadata["packed"] else "works on the whole model"
-        raise TersorError(f"{each.name}={value!r} does nothing for method {methods[0].name}, which {how}; leave it out")
+    found = idle(settings, methods, by_name=by_name)
+    if "out" in found:
+        raise TersorError("a module in memory is compressed in memory: call save(directory) on the result, not out=")
+    for reason in found.values():
+        raise TersorError(reason)
+
+
+def counting(given: Mapping[str, Any], methods: Sequence[Method]) -> dict[str, Any]:
+    """Those of the given settings that do something for a model that is given by name and compressed to a directory."""
+    ignored = idle(settings_of({**given, "out": "out"}), methods, by_name=True)
+    return {name: value for name, value in given.items() if name not in ignored}

@@ -33,7 +33,7 @@ from tersor.compress.recipe import Recipe
 from tersor.compress.result import Compressed, Summary, loss_of
 from tersor.compress.settings import AUTO, Job, Settings, applies, job_of
 from tersor.errors import TersorError
-from tersor.methods.method import BlockMethod, Method, PackedMethod, Report
+from tersor.methods.method import BlockMethod, PackedMethod, Report
 
 ASKED, REPORTED = "asked.json", "step-{}.json"
 Run = Callable[[str | Path | nn.Module, Job], Compressed]
@@ -64,7 +64,7 @@ def run_steps(model: str | Path | nn.Module, steps: Sequence[Recipe], asked: Set
                 f"step {n}, {step.method.name}, packs the weights, which no later step can change: put it last"
             )
         if isinstance(following.method, PackedMethod):
-            check_keeps_zeros(following.method, [m.options() for each in steps[:n] for m in _methods_of(each)])
+            check_keeps_zeros(following.method, [m.options() for each in steps[:n] for m in each.methods])
         if tunes and not packs:
             raise TersorError(
                 f"step {n + 1}, {following.method.name}, tunes packed weights: put gptq or rtn in front of it"
@@ -78,11 +78,6 @@ def run_steps(model: str | Path | nn.Module, steps: Sequence[Recipe], asked: Set
     if isinstance(model, nn.Module):
         return _in_memory(model, steps, asked, run)
     return _on_disk(str(model), steps, asked, run)
-
-
-def _methods_of(step: Recipe) -> list[Method]:
-    """The method of a step and those of its rules."""
-    return [step.method, *(m for rule in step.rules if (m := step.method_for(rule.match)) is not None)]
 
 
 def _in_memory(model: nn.Module, steps: Sequence[Recipe], asked: Settings, run: Run) -> Compressed:
@@ -160,9 +155,10 @@ def _on_disk(name: str, steps: Sequence[Recipe], asked: Settings, run: Run) -> C
 
 def _job(steps: Sequence[Recipe], n: int, asked: Settings, *, by_name: bool = True) -> Job:
     """What step n is asked: the settings that do something for it."""
-    method = type(steps[n].method)
     idle: dict[str, Any] = {
-        each.name: each.default for each in dataclasses.fields(Settings) if not applies(each, [method], by_name=by_name)
+        each.name: each.default
+        for each in dataclasses.fields(Settings)
+        if not applies(each, steps[n].methods, by_name=by_name)
     }
     if not all(isinstance(step.method, PackedMethod) for step in steps[n + 1 :]):
         idle["format"] = AUTO  # what is asked for is the last step's, or that of the step whose result it tunes

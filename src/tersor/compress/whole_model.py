@@ -121,12 +121,13 @@ def is_wanted(job: Job, name: str) -> bool:
 
 def check_patterns(job: Job, layers: list[str]) -> None:
     """Raise TersorError where a pattern matches none of the layers, or a rule does more than skip some."""
+    method = job.recipe.method
+    if isinstance(method, ModelMethod) and not method.takes_layers and job.recipe.rules:
+        raise TersorError(f"method {method.name} does not work on single layers: it takes no rules")
     job.recipe.check_matches(layers)
     for rule in job.recipe.rules:
         if not rule.skip:
-            raise TersorError(
-                f"method {job.recipe.method.name} works on the whole model: its rules can only skip layers"
-            )
+            raise TersorError(f"method {method.name} works on the whole model: its rules can only skip layers")
     for pattern in (*job.include, *job.exclude):
         if not any(fnmatchcase(name, pattern) for name in layers):
             raise TersorError(f"the pattern {pattern!r} matches none of the {len(layers)} linear layers")

@@ -112,6 +112,9 @@ class ModelMethod(Method):
     takes as many bytes on disk as the original."""
 
     keeps_size: ClassVar[bool] = False
+    takes_layers: ClassVar[bool] = (
+        True  # whether it asks `work.wanted`, and so leaves layers alone that the user excludes
+    )
 
     def compress_model(self, model: nn.Module, work: Work) -> nn.Module:
         """The compressed model: `model` changed in place, or another one. Call `work.report(...)` for each part."""

@@ -58,6 +58,7 @@ class SsmTokenPruning(ModelMethod):
         "practical/pruning",
     )
     needs_samples: ClassVar[bool] = False
+    takes_layers: ClassVar[bool] = False
 
     prune_after: str = option(
         "",
