@@ -30,10 +30,15 @@ def find_units(model: nn.Module) -> list[Unit]:
     return list(_units("", model))
 
 
+def units_of(model: nn.Module) -> list[Unit]:
+    """The units of a model; the whole model as one block where nothing is repeated."""
+    found = find_units(model)
+    return found if any(unit.is_block for unit in found) else [Unit("", model, True)]
+
+
 def find_blocks(model: nn.Module) -> list[Unit]:
     """The repeated blocks; the model itself where nothing is repeated."""
-    blocks = [unit for unit in find_units(model) if unit.is_block]
-    return blocks or [Unit("", model, True)]
+    return [unit for unit in units_of(model) if unit.is_block]
 
 
 def _units(name: str, module: nn.Module) -> Iterator[Unit]:

@@ -15,16 +15,16 @@ import torch
 from torch import nn
 
 from tersor.calibrate.batches import Batch, call, first_tensor, without_cache
+from tersor.calibrate.blocks import units_of
 from tersor.calibrate.draws import PROBE, drawing
 from tersor.compress.describe import quantization_config
 from tersor.compress.first_run import prepare
 from tersor.compress.in_memory import InMemory, Source
-from tersor.compress.layout_choice import with_fitting_layout
-from tersor.compress.plan import Plan, make_plan, without_stacks
+from tersor.compress.plan import Plan, make_plan, with_fitting_layout, without_stacks
 from tersor.compress.result import Compressed, Tally
 from tersor.compress.samples import samples_of
 from tersor.compress.settings import Job
-from tersor.compress.walk import Prepared, units_of, walk
+from tersor.compress.walk import Prepared, walk
 from tersor.formats.layout import Layout
 from tersor.formats.layouts import write
 from tersor.layers.experts import ExpertMap

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,19 +16,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tersor.calibrate.batches import Batch, call, fingerprint, first_tensor, probe_of, without_cache, without_target
-from tersor.calibrate.draws import PROBE, drawing
+from tersor.calibrate.batches import fingerprint, without_cache
 from tersor.checkpoint.lazy_model import LazyModel, classes_of, compute_dtype
 from tersor.checkpoint.load import load_tokenizer
 from tersor.checkpoint.room import RESULT_FILE, appearing, check_free, inputs_of, record_of, write_record
 from tersor.checkpoint.source import STEPS, Checkpoint, open_checkpoint
 from tersor.checkpoint.writer import model_fingerprint
-from tersor.compress.first_run import fitted
-from tersor.compress.result import Compressed, Summary, loss_of, peak_memory
+from tersor.compress.result import Compressed, Summary, directory_for
 from tersor.compress.samples import read_samples, samples_by_path
 from tersor.compress.settings import Job, asked_of
 from tersor.compress.stream import record_of_job
-from tersor.compress.whole_model import check_patterns, is_wanted
+from tersor.compress.whole_model import check_rules, compared
 from tersor.errors import TersorError
 from tersor.formats.layouts import LAYOUTS, Layout, write
 from tersor.layers.linear_map import matrix_shape
@@ -52,9 +48,7 @@ def compress_packed_checkpoint(name: str, job: Job) -> Compressed:
     source = open_checkpoint(job.original, allow_pickle=job.allow_pickle)
     if "quantization_config" in source.config:
         raise TersorError(f"the original {job.original} is quantized itself; give the model that {name} was made from")
-    folder = tempfile.TemporaryDirectory(prefix="tersor-") if job.out is None else None
-    target = Path(folder.name) / "model" if folder is not None else job.out
-    assert target is not None
+    target, folder = directory_for(job.out)
     inputs = inputs_of(checkpoint, calibration=job.calibration, original=source.directory)
     check_free(target, overwrite=job.overwrite, inputs=inputs)
     earlier, record = checkpoint.config.get(STEPS) or [], record_of(checkpoint.directory) or {}
@@ -167,34 +161,20 @@ def _compress(module: nn.Module, original: nn.Module, job: Job) -> tuple[Compres
     layers = packed_layers(module)
     if not layers:
         raise TersorError(f"the model has no packed layer, and {method.name} tunes what gptq or rtn made")
-    check_patterns(job, list(layers))
+    check_rules(job)
+    job.check_patterns(list(layers))
     first = next(original.parameters())
-    samples: list[Batch] = read_samples(job, job.calibration, original, job.tokenizer, first.device, first.dtype)
-    probe = probe_of(without_target(samples[0]))
+    samples = read_samples(job, job.calibration, original, job.tokenizer, first.device, first.dtype)
     for each in (module, original):
         each.eval().requires_grad_(False)
-    mark = fingerprint(samples)
-    with torch.no_grad(), without_cache(module), without_cache(original):
-        with drawing(PROBE):
-            before, samples, probe = fitted(original, samples, probe, lambda batch: first_tensor(call(original, batch)))
-        work = Work(samples, lambda name: is_wanted(job, name), job.progress)
-        method.tune(module, original, work)
-        with drawing(PROBE):
-            after = first_tensor(call(module, probe))
-    summary = Summary(
-        model=type(module).__name__,
-        method=method.options(),
-        format=None,
-        layers=work.reports,
-        left=[],
-        seconds=time.perf_counter() - job.started,
-        seconds_per_block={},
-        peak_memory=peak_memory(job.place),
-        bits_per_weight=0.0,
-        quantization={},
-        **loss_of(before, after),
-    )
-    return Compressed(summary, None, before, after, _module=module), mark
+
+    def change(work: Work) -> nn.Module:
+        with torch.no_grad():
+            method.tune(module, original, work)
+        return module
+
+    with without_cache(module):
+        return compared(original, job, samples, change), fingerprint(samples)
 
 
 def _changed_tensors(lazy: LazyModel, module: nn.Module, layout: Layout) -> dict[str, Tensor]:

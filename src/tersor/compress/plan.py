@@ -5,18 +5,20 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
 from tersor.calibrate.blocks import Unit, find_blocks
-from tersor.calibrate.routing import Routing, check_routing
+from tersor.calibrate.routing import check_routing
 from tersor.calibrate.statistics import is_expert
 from tersor.compress.recipe import Recipe
+from tersor.compress.settings import Job
 from tersor.errors import TersorError
 from tersor.formats.layout import Layout
+from tersor.formats.layouts import LAYOUTS
 from tersor.layers.experts import ExpertMap
 from tersor.layers.linear_map import LinearMap, is_conv1d, linear_maps, matrix_shape
 from tersor.layers.quantized_embedding import why_not_packed
@@ -25,27 +27,6 @@ from tersor.methods.method import BlockMethod, Progress
 
 # Layers that servers split along their inputs, by the names that transformers gives them.
 ROW_PARALLEL = re.compile(r"(^|\.)(o_proj|out_proj|down_proj|c_proj|dense|dense_4h_to_h|fc2|fc_out|w2|wo)(\.\d+)?$")
-
-
-class Choice(Protocol):
-    """What of a job's settings decides which layers are compressed, and how."""
-
-    @property
-    def recipe(self) -> Recipe: ...
-    @property
-    def layout(self) -> Layout | None: ...
-    @property
-    def include(self) -> Sequence[str]: ...
-    @property
-    def exclude(self) -> Sequence[str]: ...
-    @property
-    def head(self) -> bool: ...
-    @property
-    def embeddings(self) -> bool: ...
-    @property
-    def target_tp(self) -> int: ...
-    @property
-    def routing(self) -> Routing: ...
 
 
 @dataclass(frozen=True)
@@ -69,21 +50,18 @@ class Plan:
         return groups
 
 
-def make_plan(model: nn.Module, job: Choice) -> Plan:
+def make_plan(model: nn.Module, job: Job) -> Plan:
     """All linear maps inside the repeated blocks, but for routers, tied weights and the towers of multimodal generators;
     `include` and `exclude` are patterns like `*.mlp.*`; `head` adds the output head, `embeddings` the token embedding.
 
     Raises TersorError where a pattern matches nothing, nothing is left to compress, or the method refuses a layer.
     """
-    recipe, layout, include, exclude = job.recipe, job.layout, job.include, job.exclude
+    recipe, layout = job.recipe, job.layout
     embedding = [_embedding(model, layout)] if job.embeddings else []
     everything: dict[str, LinearMap] = {**{unit.name: unit.module for unit in embedding}, **linear_maps(model)}
     blocks = [*embedding, *find_blocks(model), *([_head(model)] if job.head else [])]
-    recipe.check_matches(list(everything))
-    for pattern in (*include, *exclude):
-        if not any(fnmatchcase(name, pattern) for name in everything):
-            raise TersorError(f"the pattern {pattern!r} matches none of the {len(everything)} linear layers")
-    tied, towers, routers = _tied_weights(model), () if include else _towers(model), router_maps(model)
+    job.check_patterns(list(everything))
+    tied, towers, routers = _tied_weights(model), () if job.include else _towers(model), router_maps(model)
     chosen: dict[str, dict[str, LinearMap]] = {}
     for block in blocks:
         found = {"": block.module} if block in embedding else linear_maps(block.module)
@@ -94,9 +72,7 @@ def make_plan(model: nn.Module, job: Choice) -> Plan:
             if not (ROUTERS.search(name) or name in routers)
             and not (isinstance(module, nn.Module) and id(module.weight) in tied)
             and not block.name.startswith(towers)
-            and (not include or any(fnmatchcase(name, pattern) for pattern in include))
-            and not any(fnmatchcase(name, pattern) for pattern in exclude)
-            and recipe.method_for(name) is not None
+            and job.wants(name)
         }
     methods = {name: m for each in chosen.values() for name in each if (m := _method_for(recipe, name)) is not None}
     methods |= {unit.name: methods[unit.name].without_inputs() for unit in embedding if unit.name in methods}
@@ -272,3 +248,21 @@ def _tied_weights(model: nn.Module) -> set[int]:
     """Weights that several modules share (an output head tied to the embedding): quantizing one would change the others."""
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     return {key for key, count in owners.items() if count > 1}
+
+
+def with_fitting_layout(model: nn.Module, job: Job) -> Job:
+    """The job with compressed-tensors for its layout where it names none and the usual one does not hold every layer. Conv1D
+    layers keep the usual one: readers of compressed-tensors draw them at random."""
+    if job.layout is None or not job.may_pad:
+        return job
+    taken = make_plan(model, replace(job, layout=None)).all_linears()
+    if any(map(is_conv1d, taken.values())):
+        return job
+    for name, module in taken.items():
+        found = job.layout.misfit(*matrix_shape(module))
+        if isinstance(module, nn.Embedding) and not job.layout.embeddings:
+            found = "an embedding's rows"
+        if found:
+            job.progress(f"format compressed-tensors: {name} has {found}, which {job.layout.name} does not hold", 0, 0)
+            return replace(job, layout=LAYOUTS["compressed-tensors"], may_pad=False)
+    return job

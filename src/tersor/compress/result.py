@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -86,6 +87,14 @@ class Compressed:
         save_module(self.model, self.summary, target, overwrite=overwrite)
         write_run(target, self.run or {})
         return target
+
+
+def directory_for(out: Path | None) -> tuple[Path, Any]:
+    """Where a result goes; in a temporary directory, which comes with it, where the user names none."""
+    if out is not None:
+        return out, None
+    folder = tempfile.TemporaryDirectory(prefix="tersor-")
+    return Path(folder.name) / "model", folder
 
 
 class Tally:

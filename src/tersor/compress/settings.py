@@ -12,6 +12,7 @@ import difflib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,19 @@ class Job(Settings):
     def steps(self) -> list[dict[str, Any]]:
         """The methods of all steps up to this one; empty where there is only one."""
         return [*map(dict, self.history), self.recipe.method.options()] if self.history else []
+
+    def wants(self, layer: str) -> bool:
+        """Whether the user asked for this layer."""
+        included = not self.include or any(fnmatchcase(layer, pattern) for pattern in self.include)
+        excluded = any(fnmatchcase(layer, pattern) for pattern in self.exclude)
+        return included and not excluded and self.recipe.method_for(layer) is not None
+
+    def check_patterns(self, layers: Sequence[str]) -> None:
+        """Raise TersorError where a rule or a pattern matches none of the layers."""
+        self.recipe.check_matches(layers)
+        for pattern in (*self.include, *self.exclude):
+            if not any(fnmatchcase(name, pattern) for name in layers):
+                raise TersorError(f"the pattern {pattern!r} matches none of the {len(layers)} linear layers")
 
 
 def settings_of(given: Mapping[str, Any]) -> Settings:

@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import json
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -30,7 +29,7 @@ from tersor.checkpoint.source import JOB_FOLDER, Checkpoint, open_checkpoint
 from tersor.checkpoint.writer import model_fingerprint
 from tersor.compress.packed import as_packed_before, check_keeps_zeros
 from tersor.compress.recipe import Recipe
-from tersor.compress.result import Compressed, Summary, loss_of
+from tersor.compress.result import Compressed, Summary, directory_for, loss_of
 from tersor.compress.settings import AUTO, Job, Settings, applies, job_of
 from tersor.errors import TersorError
 from tersor.methods.method import BlockMethod, PackedMethod, Report
@@ -40,14 +39,10 @@ Run = Callable[[str | Path | nn.Module, Job], Compressed]
 
 
 @dataclasses.dataclass(frozen=True)
-class Line:
+class Line(Report):
     """A row of an earlier step's report."""
 
     values: Mapping[str, Any]
-
-    @property
-    def name(self) -> str:
-        return str(self.values["name"])
 
     def row(self) -> dict[str, Any]:
         return dict(self.values)
@@ -98,9 +93,7 @@ def _in_memory(model: nn.Module, steps: Sequence[Recipe], asked: Settings, run: 
 
 
 def _on_disk(name: str, steps: Sequence[Recipe], asked: Settings, run: Run) -> Compressed:
-    temporary = tempfile.TemporaryDirectory(prefix="tersor-") if asked.out is None else None
-    out = Path(temporary.name) / "model" if temporary else asked.out
-    assert out is not None
+    out, temporary = directory_for(asked.out)
     source = open_checkpoint(name, allow_pickle=asked.allow_pickle)
     folder = out.parent / f".tersor-steps-{out.name}"
     started, said = time.perf_counter(), _asked(source, steps, asked)
@@ -134,7 +127,7 @@ def _on_disk(name: str, steps: Sequence[Recipe], asked: Settings, run: Run) -> C
                 with replacing(report) as partial:
                     partial.write_text(json.dumps(result.summary.as_dict()))
         values = read_object(report) or {}
-        summaries.append(Summary(**{**values, "layers": [Line(row) for row in values["layers"]]}))
+        summaries.append(Summary(**{**values, "layers": [Line(row["name"], row) for row in values["layers"]]}))
         if not isinstance(step.method, PackedMethod):
             original = at
         at = str(target)

@@ -7,7 +7,6 @@ written is what was computed. A model that overflows float16 is walked through o
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -19,6 +18,7 @@ from torch import Tensor
 
 import tersor
 from tersor.calibrate.batches import Batch, fingerprint, without_cache
+from tersor.calibrate.blocks import units_of
 from tersor.calibrate.parallel import agree, is_first, processes
 from tersor.checkpoint.hashes import Seen
 from tersor.checkpoint.lazy_model import LazyModel, classes_of, compute_dtype, dtypes_to_try
@@ -30,11 +30,11 @@ from tersor.compress.driver import Sink, compress_blocks
 from tersor.compress.forecast import forecast
 from tersor.compress.plan import Plan
 from tersor.compress.recipe import plain_rule
-from tersor.compress.result import Compressed
+from tersor.compress.result import Compressed, directory_for
 from tersor.compress.settings import Job, asked_of, recorded
 from tersor.compress.shared_writer import follow, lead, open_writer
 from tersor.compress.target_bits import chosen_mark
-from tersor.compress.walk import Prepared, Probe, trace, units_of
+from tersor.compress.walk import Prepared, Probe, trace
 from tersor.errors import NotFiniteError, TersorError
 from tersor.formats.layout import Layout, QuantizationConfig
 from tersor.formats.layouts import write
@@ -51,9 +51,7 @@ def compress_checkpoint(name: str, job: Job) -> Compressed:
         )
     if "quantization_config" in checkpoint.config:
         raise TersorError(f"{name} is quantized already; compress the original")
-    folder = tempfile.TemporaryDirectory(prefix="tersor-") if job.out is None else None
-    target = Path(folder.name) / "model" if folder is not None else job.out
-    assert target is not None
+    target, folder = directory_for(job.out)
     target = agree(target)
     if target.resolve() == (checkpoint.origin or checkpoint.directory).resolve():
         raise TersorError(f"{target} is the model itself; give another output directory")

@@ -17,7 +17,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,8 +33,7 @@ from tersor.checkpoint.source import Checkpoint, open_checkpoint, torch_dtype
 from tersor.checkpoint.writer import ResultWriter, model_fingerprint
 from tersor.compress.first_run import fitted
 from tersor.compress.knapsack import choose
-from tersor.compress.layout_choice import with_fitting_layout
-from tersor.compress.plan import make_plan
+from tersor.compress.plan import make_plan, with_fitting_layout
 from tersor.compress.recipe import Recipe, Rule, plain_rule
 from tersor.compress.samples import read_samples, samples_by_path
 from tersor.compress.settings import AUTO, Job, asked_of
@@ -147,38 +146,33 @@ def _choice(module: nn.Module, job: Job, method: GPTQ, samples: list[Batch], sto
     with torch.no_grad(), without_cache(module):
         probe = probe_of(samples[0], TOKENS)
         _, samples, _ = fitted(module, samples, probe, lambda batch: call(module, batch))
-        items, rest = _measure(
-            module, fitting, method, samples, Stored(_scale_dtype(fitting, stored), _min_zero(fitting))
-        )
+        kept = Stored(stored) if fitting.layout is None else fitting.layout.stored(stored)
+        items, rest = _measure(module, fitting, method, samples, kept)
     return _recipe(items, rest, method, job)
 
 
-def _scale_dtype(job: Job, stored: torch.dtype) -> torch.dtype:
-    return (job.layout.scale_dtype if job.layout else None) or stored
-
-
-def _min_zero(job: Job) -> int:
-    return job.layout.min_zero if job.layout else 0
-
-
+@dataclass
 class _Item:
-    """Layers that are chosen together. options: (bits, group size), its bytes and its divergence."""
+    """Layers that are chosen together."""
 
-    def __init__(self, names: list[str], shapes: list[tuple[int, int]]) -> None:
-        self.names, self.shapes = names, shapes
-        self.options: list[tuple[tuple[int, int], int, float]] = []
+    names: list[str]
+    shapes: list[tuple[int, int]]
+    options: list[tuple[tuple[int, int], int, float]] = field(
+        default_factory=list
+    )  # (bits, group size), bytes, divergence
 
     @property
     def numbers(self) -> int:
         return sum(rows * columns for rows, columns in self.shapes)
 
 
+@dataclass
 class _Rest:
-    """Layers that no sample for judging calls, and that are compressed all the same, as those of their kind are (experts): they
-    keep the bits that the job asks for. size: their bytes."""
+    """Layers that keep the bits that the job asks for: no sample calls them, but others of their kind are compressed."""
 
-    def __init__(self, names: list[str], numbers: int, size: int) -> None:
-        self.names, self.numbers, self.size = names, numbers, size
+    names: list[str]
+    numbers: int
+    size: int  # their bytes
 
 
 def _measure(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.calibrate.batches import Batch, bundles, call, first_tensor, joined
-from tersor.calibrate.blocks import Unit, find_units
+from tersor.calibrate.blocks import Unit, units_of
 from tersor.calibrate.draws import PROBE
 from tersor.calibrate.lockstep import Call, Lockstep, Stop
 from tersor.calibrate.parallel import sample_number, share
@@ -21,7 +21,6 @@ from tersor.compress.in_memory import Source
 from tersor.compress.plan import Plan, without
 from tersor.compress.settings import Job
 from tersor.errors import NotFiniteError, TersorError
-from tersor.formats.grid import Stored
 from tersor.layers.experts import ExpertMap
 from tersor.layers.linear_map import computes_its_own, packable_maps
 from tersor.layers.quantized_embedding import looks_up, why_not_packed
@@ -140,7 +139,7 @@ def walk(source: Source, first: Prepared, job: Job, restore: Callable[[Block], b
     is compressed at its last use, from the samples of all uses. Where several processes walk together, each runs its share
     of the samples.
     """
-    stored = None if job.layout is None else Stored(job.layout.scale_dtype or source.stored_dtype, job.layout.min_zero)
+    stored = None if job.layout is None else job.layout.stored(source.stored_dtype)
     hessian_dtype = torch.float64 if source.dtype == torch.float64 else torch.float32
 
     def compressed(unit: Unit, calls: Sequence[Call]) -> Block:
@@ -210,12 +209,6 @@ def _walk_without_samples(source: Source, plan: Plan, progress: Progress, compre
         yield compressed(unit, [])
         source.release(unit.module)
     progress("compressed", len(plan.blocks), len(plan.blocks))
-
-
-def units_of(model: nn.Module) -> list[Unit]:
-    """The units of a model; the whole model as one block where nothing is repeated."""
-    units = find_units(model)
-    return units if any(unit.is_block for unit in units) else [Unit("", model, True)]
 
 
 def _check_weights(unit: Unit) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tersor.errors import TersorError
+from tersor.formats.grid import Stored
 from tersor.formats.packed_weight import PackedWeight
 from tersor.formats.quantized_weight import QuantizedWeight
 from tersor.untrusted import matches
@@ -113,6 +114,10 @@ class Layout:
     conv1d: bool = True  # whether other readers find packed Conv1D layers
     scattered_groups: bool = True  # whether a group may hold columns from anywhere
     expert_stacks: bool = True  # whether other readers find experts that one parameter of the model holds
+
+    def stored(self, dtype: torch.dtype) -> Stored:
+        """What it keeps of a grid. dtype: the model's own."""
+        return Stored(self.scale_dtype or dtype, self.min_zero)
 
     def misfit(self, out_features: int, in_features: int) -> str | None:
         """The size of a layer that fills no whole words, such as "80 outputs"; None where the layer fits."""
