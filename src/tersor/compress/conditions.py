@@ -1,4 +1,4 @@
-"""When a setting of a job does something: by the methods, the source of the model, and what else is asked."""
+"""When a setting does something. It depends on the methods, on how the model is given, and on other settings."""
 
 from __future__ import annotations
 

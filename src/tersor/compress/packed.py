@@ -1,4 +1,4 @@
-"""Apply a method that tunes a packed model beside its original, and write the same files with other integers and steps."""
+"""Tune a packed model towards its original, and write the same files with other integers and steps."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from tersor.layers.linear_map import matrix_shape
 from tersor.layers.quantized_linear import QuantizedLinear, packed_layers
 from tersor.methods.method import PackedMethod, Work
 
-CHANGED = ("qweight", "scales", "weight_packed", "weight_scale")  # what of a layer's tensors tuning may change
+CHANGED = ("qweight", "scales", "weight_packed", "weight_scale")  # the tensors of a layer that tuning may change
 
 
 def compress_packed_checkpoint(name: str, job: Job) -> Compressed:
-    """Read a packed model and its original, tune the former, and write it to `job.out` (a temporary directory where none is
-    given). Nothing is left where it fails."""
+    """Read a packed model and its original, tune the packed one, and write it to `job.out` (or a temporary directory). Leaves
+    nothing behind where it fails."""
     method = job.recipe.method.name
     checkpoint = open_checkpoint(name, allow_pickle=job.allow_pickle)
     if job.original is None:
@@ -86,17 +86,17 @@ def compress_packed_checkpoint(name: str, job: Job) -> Compressed:
 
 
 def compress_packed_module(model: nn.Module, job: Job) -> Compressed:
-    """A tuned copy of a packed module in memory, whose original is given as one too."""
+    """A tuned copy of a packed module in memory. Its original is a module too."""
     if not isinstance(job.original, nn.Module):
         raise TersorError(f"{job.recipe.method.name} on a module in memory compares with another: give it as original=")
-    original = copy.deepcopy(job.original)  # passes through it leave no trace in the user's
+    original = copy.deepcopy(job.original)  # so that the user's module stays as it is
     module = copy.deepcopy(model)
     with _out_of_float16(module, original):
         return _compress(module, original, job)[0]
 
 
 def check_keeps_zeros(method: PackedMethod, before: Sequence[Any]) -> None:
-    """Raise TersorError where integers would move of weights that a step before made zero. before: options of methods."""
+    """Raise TersorError where the method would move weights that a step before made zero. before: the options of those steps."""
     sparse = next((each for each in before if isinstance(each, Mapping) and each.get("sparsity")), None)
     if sparse is not None and method.moves_integers:
         way = "leave --integers out" if method.name == "scales" else "use scales, which keeps them"
@@ -106,7 +106,7 @@ def check_keeps_zeros(method: PackedMethod, before: Sequence[Any]) -> None:
 
 
 def _wide_enough(dtype: torch.dtype, job: Job) -> torch.dtype:
-    """Gradients get lost below what float16 holds, so float32 takes its place."""
+    """The dtype to tune in: float32 instead of float16, which holds no small gradients."""
     if dtype != torch.float16:
         return dtype
     job.progress("gradients are too small for float16: tuning in float32", 0, 0)
@@ -114,7 +114,7 @@ def _wide_enough(dtype: torch.dtype, job: Job) -> torch.dtype:
 
 
 def _floats_of(module: nn.Module) -> list[Tensor]:
-    """What computes with activations."""
+    """The floating tensors of a module that meet activations."""
     if isinstance(module, QuantizedLinear):
         return [module.like]
     return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
@@ -122,7 +122,7 @@ def _floats_of(module: nn.Module) -> list[Tensor]:
 
 @contextmanager
 def _out_of_float16(*modules: nn.Module) -> Iterator[None]:
-    """Parameters and buffers in float16 are float32 meanwhile, for the gradients; those of packed layers stay."""
+    """Meanwhile parameters and buffers in float16 are float32, for the gradients. Packed layers keep theirs."""
     held = [
         tensor
         for module in modules
@@ -140,7 +140,7 @@ def _out_of_float16(*modules: nn.Module) -> Iterator[None]:
 
 
 def as_packed_before(tuned: Summary, packed: Summary) -> Summary:
-    """What a step that tunes says of a module that the step before packed."""
+    """The summary of a step that tunes what the step before packed: the format and what is left stay as they were."""
     same = ("format", "quantization", "bits_per_weight", "left")
     return replace(tuned, **{name: getattr(packed, name) for name in same})
 
@@ -155,7 +155,7 @@ def _layout_of(lazy: LazyModel, name: str, method: str) -> Layout:
 
 
 def _compress(module: nn.Module, original: nn.Module, job: Job) -> tuple[Compressed, str]:
-    """The result, and a fingerprint of the samples. module: to be changed in place."""
+    """The result, and a fingerprint of the samples. Changes `module` in place."""
     method = job.recipe.method
     assert isinstance(method, PackedMethod)
     layers = packed_layers(module)

@@ -31,13 +31,12 @@ ROW_PARALLEL = re.compile(r"(^|\.)(o_proj|out_proj|down_proj|c_proj|dense|dense_
 
 @dataclass(frozen=True)
 class Plan:
-    """blocks in tree order; linears: what is compressed in each, {block name: {full name: module}}; methods: how, by layer;
-    left: what is not compressed."""
+    """What is compressed, and how."""
 
-    blocks: list[Unit]
-    linears: dict[str, dict[str, LinearMap]]
-    methods: dict[str, BlockMethod]
-    left: list[str]
+    blocks: list[Unit]  # in tree order
+    linears: dict[str, dict[str, LinearMap]]  # the maps to compress in each block: {block: {full name: map}}
+    methods: dict[str, BlockMethod]  # the method of each layer
+    left: list[str]  # the linear layers that stay as they are
 
     def all_linears(self) -> dict[str, LinearMap]:
         return {name: module for each in self.linears.values() for name, module in each.items()}
@@ -51,8 +50,8 @@ class Plan:
 
 
 def make_plan(model: nn.Module, job: Job) -> Plan:
-    """All linear maps inside the repeated blocks, but for routers, tied weights and the towers of multimodal generators;
-    `include` and `exclude` are patterns like `*.mlp.*`; `head` adds the output head, `embeddings` the token embedding.
+    """All linear maps inside the repeated blocks, except routers, tied weights and the towers of multimodal generators. `head`
+    adds the output head, `embeddings` the token embedding.
 
     Raises TersorError where a pattern matches nothing, nothing is left to compress, or the method refuses a layer.
     """
@@ -113,7 +112,7 @@ def _method_for(recipe: Recipe, layer: str) -> BlockMethod | None:
 
 
 def _check_stacks(plan: Plan, everything: dict[str, LinearMap]) -> None:
-    """Experts that share one parameter are compressed together."""
+    """Raise TersorError where only some of the experts in one parameter are chosen: they are compressed together."""
     taken = plan.all_linears()
     stacks = {n.rpartition(".")[0] for n, each in taken.items() if isinstance(each, ExpertMap)}
     for name, each in everything.items():
@@ -163,8 +162,8 @@ def without(plan: Plan, names: set[str]) -> Plan:
 def without_stacks(
     plan: Plan, stacked: Sequence[str], layout: Layout, *, include: Sequence[str], progress: Progress
 ) -> Plan:
-    """The plan without experts that transformers would draw at random: those whose checkpoint has no name for each of them,
-    under which it would look for packed ones. Said in one line.
+    """The plan without experts that lie in one tensor: transformers finds no packed ones there and would draw them at random. One
+    line tells the user.
 
     stacked: those experts. Raises TersorError where `include` asks for them, or nothing else is left to compress.
     """
@@ -201,8 +200,8 @@ def _head(model: nn.Module) -> Unit:
 
 
 def _check_one_grid(methods: Sequence[BlockMethod]) -> None:
-    """Raise TersorError where a checkpoint with a packed embedding would have layers on several kinds of grids: transformers,
-    which unpacks such a checkpoint as it reads it, takes one kind for all."""
+    """Raise TersorError where the methods have several kinds of grids. It is called for a checkpoint with a packed embedding,
+    because transformers unpacks such a checkpoint by one kind of grid."""
     kinds = {(grids.bits, grids.group_size, grids.sym) for method in methods if (grids := method.quantization())}
     if len(kinds) > 1:
         found = "; ".join(f"bits {bits}, group size {group}, sym {sym}" for bits, group, sym in sorted(kinds, key=str))
@@ -213,10 +212,13 @@ def _check_one_grid(methods: Sequence[BlockMethod]) -> None:
 
 
 def _embedding(model: nn.Module, layout: Layout | None) -> Unit:
-    """The token embedding as a block of its own, whose one map it is. Raises TersorError where it cannot be packed."""
+    """The token embedding as a block of its own, with one map. Raises TersorError where it cannot be packed."""
     try:
         found: Any = getattr(model, "get_input_embeddings", lambda: None)()
-    except (AttributeError, NotImplementedError):  # what transformers raises for models that it knows none of
+    except (
+        AttributeError,
+        NotImplementedError,
+    ):  # transformers raises these for models whose embedding it does not know
         found = None
     names = [name for name, each in model.named_modules(remove_duplicate=False) if each is found]
     if not names or not isinstance(found, nn.Embedding):
@@ -236,7 +238,8 @@ def _embedding(model: nn.Module, layout: Layout | None) -> Unit:
 
 
 def _towers(model: nn.Module) -> tuple[str, ...]:
-    """Prefixes of the encoders that feed a text generator with images or sound: kept as they are, unless asked for."""
+    """Prefixes of the encoders that feed a text generator with images or sound. They stay as they are unless `include` is
+    given."""
     generates = getattr(model, "can_generate", lambda: False)()
     if not generates or getattr(model, "main_input_name", None) != "input_ids":
         return ()

@@ -25,28 +25,23 @@ from tersor.methods.method import Report
 
 @dataclass(frozen=True)
 class Summary:
-    """What a job did. Sizes in bytes, times in seconds.
+    """What a job did. Sizes in bytes, times in seconds."""
 
-    quantization: what the checkpoint says of itself, as in its config.json.
-    divergence: mean KL divergence of the compressed model's predictions from the original's on the probe, in nats; agreement: how
-    often both predict the same. None where the model's output is no prediction over classes.
-    """
-
-    model: str
-    method: dict[str, Any]
-    format: str | None
+    model: str  # its name, or its class where a module was given
+    method: dict[str, Any]  # its options
+    format: str | None  # None: exact numbers, in memory
     layers: Sequence[Report]
-    left: list[str]
+    left: list[str]  # linear layers that stay as they were
     seconds: float
     seconds_per_block: dict[str, float]
     peak_memory: int
     bits_per_weight: float
-    quantization: dict[str, Any]
+    quantization: dict[str, Any]  # the `quantization_config` in config.json
     size_before: int | None = None
     size_after: int | None = None
-    divergence: float | None = None
-    agreement: float | None = None
-    resumed_blocks: int = 0
+    divergence: float | None = None  # mean KL from the original's predictions on the probe, in nats; None: no classes
+    agreement: float | None = None  # how often both predict the same class of the probe
+    resumed_blocks: int = 0  # finished by an earlier run
     parameters_before: int | None = None
     parameters_after: int | None = None
     sparsity: float | None = None  # share of zeros in the layers that were made sparse
@@ -59,12 +54,12 @@ class Summary:
 
 @dataclass
 class Compressed:
-    """The result: `summary`, `model` (read from `directory` on demand where the job streamed), `save(directory)`."""
+    """The result of a job: `summary`, `model` (read from `directory` when it is first asked for), `save(directory)`."""
 
     summary: Summary
     directory: Path | None = None
-    before: Tensor | None = None  # what the original computes of the probe, and the result
-    after: Tensor | None = None
+    before: Tensor | None = None  # the original's output of the probe
+    after: Tensor | None = None  # the result's
     _module: nn.Module | None = None
     run: Mapping[str, Any] | None = None  # what `run_record.py` keeps beside the checkpoint
     _folder: Any = None  # a temporary directory that lives as long as the result
@@ -90,7 +85,7 @@ class Compressed:
 
 
 def directory_for(out: Path | None) -> tuple[Path, Any]:
-    """Where a result goes; in a temporary directory, which comes with it, where the user names none."""
+    """Where a result goes. Where the user names no directory, a temporary one, which is returned too."""
     if out is not None:
         return out, None
     folder = tempfile.TemporaryDirectory(prefix="tersor-")
@@ -110,7 +105,7 @@ class Tally:
         self._last = time.perf_counter()
 
     def lap(self, name: str) -> None:
-        """The seconds since the last lap are those of `name`, and so is the memory that is held now."""
+        """Count the seconds since the last lap, and the memory that is held now, for `name`."""
         now = time.perf_counter()
         self.seconds[name] = now - self._last
         self._last = now
@@ -121,7 +116,7 @@ class Tally:
         self.bits += 8 * sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
     def result(self, job: Job, first: Prepared, **facts: Any) -> Compressed:
-        """What a walk gives; facts: what else a summary says."""
+        """The result of a walk. facts: what else the summary says."""
         before, after = (None, None) if first.probe is None else (first.probe.before, first.probe.after)
         summary = Summary(
             method=job.recipe.method.options(),
@@ -149,8 +144,8 @@ def sparsity_of(reports: Sequence[LayerReport], maps: Mapping[str, LinearMap]) -
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that the GPU's allocator held, or the most that this process had resident. On Linux that is VmHWM: a
-    spawned process inherits its parent's `ru_maxrss`."""
+    """Bytes: the most that the GPU's allocator held, or that this process had resident. Linux says it as VmHWM; `ru_maxrss` would
+    count the parent of a spawned process too."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -163,7 +158,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def memory_now(device: torch.device) -> int:
-    """Bytes: what the GPU's allocator holds, or what this process has resident; its peak where the system does not tell."""
+    """Bytes that the GPU's allocator holds, or that this process has resident. The peak, where the system says nothing else."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     try:
@@ -174,7 +169,7 @@ def memory_now(device: torch.device) -> int:
 
 
 def loss_of(before: Tensor | None, after: Tensor | None) -> dict[str, Any]:
-    """Divergence and agreement of two outputs [..., classes]; empty where there is nothing to compare."""
+    """Divergence and agreement of two outputs [..., classes]. Empty where they cannot be compared."""
     if before is None or after is None or before.shape != after.shape or before.dim() < 2:
         return {}
     after = after.to(before.device)

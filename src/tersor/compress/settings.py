@@ -1,8 +1,8 @@
-"""What a user can ask of a job beside its method: each setting is declared once, here.
+"""What a user can ask of a job beside its method. Each setting is declared once, here.
 
 The arguments of `tersor.compress`, the options of `tersor quantize` and `tersor compress`, the keys of a sweep, the check of a
-resumed job and the table in the docs are made from these fields. A setting says for what it counts (`only`), and is refused where
-it would do nothing.
+resumed job and the table in the docs are made from these fields. A setting says when it does something (`only`); otherwise it is
+refused.
 """
 
 from __future__ import annotations
@@ -57,9 +57,13 @@ def setting(
     flag: str = "",
     typed: type | None = None,
 ) -> Any:
-    """A setting. only: the conditions under which it does something, all of them. decides: whether it changes the bytes of the
-    result by itself. flag: its name on the command line where that is not simply its own. typed: what the command line takes,
-    where the field takes more; `object` for nothing."""
+    """A field of `Settings`.
+
+    only: conditions that must all hold, else the setting does nothing and is refused.
+    decides: whether it changes the bytes of the result by itself.
+    flag: its name on the command line, where that differs from the field's.
+    typed: the type that the command line takes, where the field takes more; `object`: not on the command line.
+    """
     return field(
         default=default, metadata={"help": help, "only": only, "decides": decides, "flag": flag, "typed": typed}
     )
@@ -161,7 +165,7 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Job(Settings):
-    """Settings with what they mean: what a driver needs to know."""
+    """A user's settings, and what they mean for one run of the driver."""
 
     recipe: Recipe
     layout: Layout | None  # None: exact numbers, in memory only
@@ -191,7 +195,7 @@ class Job(Settings):
 
 
 def settings_of(given: Mapping[str, Any]) -> Settings:
-    """Raises TersorError where a name is unknown or a value not allowed. An argument of None is one that was not given."""
+    """Settings from arguments. None means not given. Raises TersorError where a name is unknown or a value not allowed."""
     known = {each.name: each for each in dataclasses.fields(Settings)}
     for name in given:
         if name not in known:
@@ -206,7 +210,7 @@ def settings_of(given: Mapping[str, Any]) -> Settings:
         values["out"] = Path(values["out"]).expanduser().absolute()  # `demo` is the user's directory here
     given_samples = values.get("calibration")
     if given_samples is not None and not isinstance(given_samples, str | Path):
-        values["calibration"] = list(given_samples)  # for every step, and for a job that starts anew in float32
+        values["calibration"] = list(given_samples)  # it is read more than once: by every step, and again in float32
     return Settings(**values)
 
 
@@ -232,7 +236,7 @@ def job_of(recipe: Recipe, settings: Settings, *, history: Sequence[Mapping[str,
 
 
 def asked_of(job: Job, layout: Layout, dtype: torch.dtype) -> dict[str, str]:
-    """What decides the bytes of a result beside model and calibration, by the names under which the user gives it."""
+    """What decides the bytes of a result beside model and calibration, by the names of options and settings."""
     options = {("method" if key == "name" else key): value for key, value in job.recipe.method.options().items()}
     meant = {"format": layout.name, "dtype": dtype, "experts": job.routing}
     settings = {
@@ -245,9 +249,8 @@ def asked_of(job: Job, layout: Layout, dtype: torch.dtype) -> dict[str, str]:
 
 
 def recorded(job: Settings) -> dict[str, Any]:
-    """What a job was asked beside its method, where that is no default: with it the job can be done again. As JSON has it;
-    `calibration` is IN_PYTHON where the samples were no file's. Without `target_bits`, in whose place the rules are that it
-    chose."""
+    """The settings that are not at their defaults, for JSON: with them and its method the job can be done again. `calibration` is
+    IN_PYTHON where a program gave the samples. `target_bits` is left out: the rules that it chose take its place."""
     found: dict[str, Any] = {}
     for each in dataclasses.fields(Settings):
         value = getattr(job, each.name)
@@ -261,7 +264,7 @@ def recorded(job: Settings) -> dict[str, Any]:
 
 
 def _usual(recipe: Recipe) -> str:
-    """The format of a job that names none."""
+    """The format where the user names none."""
     return recipe.method.layouts[0] if isinstance(recipe.method, BlockMethod) else "gptq"
 
 
@@ -298,6 +301,6 @@ def refuse_idle(settings: Settings, methods: Sequence[Method], *, by_name: bool)
 
 
 def counting(given: Mapping[str, Any], methods: Sequence[Method]) -> dict[str, Any]:
-    """Those of the given settings that do something for a model that is given by name and compressed to a directory."""
+    """The given settings without those that would do nothing for a model that is given by name and written to a directory."""
     ignored = idle(settings_of({**given, "out": "out"}), methods, by_name=True)
     return {name: value for name, value in given.items() if name not in ignored}

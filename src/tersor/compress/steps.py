@@ -1,7 +1,7 @@
 """Several methods, one after another, each on the result of the last.
 
-Between the steps of a model given by name, the results lie in `.tersor-steps-OUT` beside OUT, each a finished model directory; a
-job that is stopped goes on with the step, and the block of it, that it had reached. The folder is removed in the end.
+Where the model is given by name, the result of each step is a finished model directory in `.tersor-steps-OUT`, beside OUT. A job
+that was stopped goes on with the step, and with the block, that it had reached. The folder is removed in the end.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _on_disk(name: str, steps: Sequence[Recipe], asked: Settings, run: Run) -> C
                 f"the {what} ({path}) lies in {folder}, which this job uses: move it, or give another --out"
             )
     goes_on = _goes_on(folder, said, overwrite=asked.overwrite)
-    if not (goes_on and (out / JOB_FOLDER).is_dir()):  # else the last step goes on too
+    if not (goes_on and (out / JOB_FOLDER).is_dir()):  # else the last step goes on in `out`
         check_free(out, overwrite=asked.overwrite, inputs=inputs)
     with disk_errors(folder):
         if not goes_on:
@@ -147,20 +147,20 @@ def _on_disk(name: str, steps: Sequence[Recipe], asked: Settings, run: Run) -> C
 
 
 def _job(steps: Sequence[Recipe], n: int, asked: Settings, *, by_name: bool = True) -> Job:
-    """What step n is asked: the settings that do something for it."""
+    """Step n as a job, with the settings that do something for it."""
     idle: dict[str, Any] = {
         each.name: each.default
         for each in dataclasses.fields(Settings)
         if not applies(each, steps[n].methods, by_name=by_name)
     }
     if not all(isinstance(step.method, PackedMethod) for step in steps[n + 1 :]):
-        idle["format"] = AUTO  # what is asked for is the last step's, or that of the step whose result it tunes
+        idle["format"] = AUTO  # the format asked for is that of the last step, or of the step that later ones tune
     history = [step.method.options() for step in steps[:n]]
     return job_of(steps[n], replace(asked, **idle), history=history)
 
 
 def _asked(source: Checkpoint, steps: Sequence[Recipe], asked: Settings) -> dict[str, Any]:
-    """What decides the results between the steps, as JSON has it."""
+    """What decides the results between the steps, for JSON."""
     given = asked.calibration
     path = Path(given).expanduser() if isinstance(given, str | Path) else None
     if path is not None and path.is_file():
@@ -204,7 +204,7 @@ def _goes_on(folder: Path, said: Mapping[str, Any], *, overwrite: bool) -> bool:
         raise TersorError(f"{folder} exists and was not made by tersor: move it, or give another --out")
     if found == said:
         return True
-    if not overwrite and (folder / REPORTED.format(1)).exists():  # else nothing is lost
+    if not overwrite and (folder / REPORTED.format(1)).exists():  # no step is finished: nothing is lost
         changed = [key for key in said if found.get(key) != said[key]]
         raise TersorError(
             f"{folder} holds unfinished steps of a job with another {' and '.join(changed)}; "
@@ -214,7 +214,7 @@ def _goes_on(folder: Path, said: Mapping[str, Any], *, overwrite: bool) -> bool:
 
 
 def _make(folder: Path, said: Mapping[str, Any]) -> None:
-    """The folder between the steps, anew."""
+    """Make the folder between the steps, empty."""
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)

@@ -1,8 +1,8 @@
 """Compress a checkpoint on disk into another, one block in memory at a time.
 
 The walk loads a block, lets the methods replace its linear maps, runs the samples through the compressed block, and gives it
-out to be written. A short extra sample, the probe, runs along to the end: its output tells what was lost, and whether what was
-written is what was computed. A model that overflows float16 is walked through once more, in float32.
+out to be written. A short extra sample, the probe, runs through the whole model with them. Its output tells what was lost, and
+whether the files hold what was computed. A model that overflows float16 is walked through once more, in float32.
 """
 
 from __future__ import annotations
@@ -69,16 +69,19 @@ def compress_checkpoint(name: str, job: Job) -> Compressed:
                 files = Files(lazy, name, target, background)
                 return replace(compress_blocks(lazy, files, job), _folder=folder)
         except NotFiniteError:
-            if dtype == tries[-1] or (files.started and processes() > 1):  # the others do not know, and go on
+            if dtype == tries[-1] or (
+                files.started and processes() > 1
+            ):  # other processes cannot be told, and would go on
                 raise
         job = replace(job, overwrite=job.overwrite or files.started)
     raise AssertionError("the last try returns or raises")
 
 
 class Files(Sink):
-    """Finished blocks to disk, and those of an interrupted run back from it.
+    """Writes finished blocks to disk, and reads those of an interrupted run back.
 
-    One process writes a block while it solves the next; a failure to write comes out when that one is finished, or in the end.
+    A single process writes a block while it solves the next. A failure to write is raised when that next block is finished, or in
+    the end.
     """
 
     layout: Layout
@@ -145,7 +148,7 @@ class Files(Sink):
         reports = [report.row() for report in block.reports]
         if processes() == 1:
             self._writing = self._background.submit(self.writer.write_block, block.name, tensors, reports)
-        else:  # which takes an exchange with the other processes, and these keep an order
+        else:  # writing exchanges messages with the other processes, which need a fixed order
             self.writer.write_block(block.name, tensors, reports)
         self.tally.reports.extend(block.reports)
 
@@ -200,7 +203,7 @@ class Files(Sink):
         return lead(replace(result, directory=self.target))
 
     def _wait(self) -> None:
-        """Until everything finished so far is on disk."""
+        """Wait until every finished block is on disk."""
         if self._writing is not None:
             self._writing.result()
 
@@ -224,7 +227,7 @@ def _blocks_to_redo(plan: Plan, patterns: tuple[str, ...]) -> set[str]:
 
 
 def record_of_job(job: Job, layout: Layout, marks: dict[str, str], reports: Sequence[Report]) -> dict[str, Any]:
-    """What is kept beside the checkpoint: no times, so that the same job gives the same bytes."""
+    """What `tersor.json` says of a job. It holds no times, so the same job gives the same bytes."""
     return {
         "method": job.recipe.method.options(),
         "format": layout.name,

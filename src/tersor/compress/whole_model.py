@@ -30,7 +30,7 @@ from tersor.methods.method import ModelMethod, Work
 
 
 def compress_whole_checkpoint(name: str, job: Job) -> Compressed:
-    """Load a model as it is, compress it, and write it to `job.out` where that is given. Nothing is left where it fails."""
+    """Load a model, compress it, and write it to `job.out` where that is given. Leaves nothing behind where it fails."""
     checkpoint = open_checkpoint(name, allow_pickle=job.allow_pickle)
     if "quantization_config" in checkpoint.config:
         raise TersorError(f"{name} is quantized already; compress the original")
@@ -44,7 +44,7 @@ def compress_whole_checkpoint(name: str, job: Job) -> Compressed:
     result = _compress(module, job, torch_dtype(checkpoint.config))
     summary = replace(result.summary, model=name, size_before=checkpoint.size())
     extra: dict[str, Any] = {}
-    if "mean" in checkpoint.config:  # facts that lie in a config.json of timm's and not in ours
+    if "mean" in checkpoint.config:  # timm keeps these in its config.json, which ours takes the place of
         extra[PREPROCESSOR] = preprocessor_config(image_settings(checkpoint))
     if job.out is None:
         return replace(result, summary=summary)
@@ -67,7 +67,7 @@ def compress_whole_module(model: nn.Module, job: Job) -> Compressed:
 
 
 def _compress(module: nn.Module, job: Job, stored: torch.dtype) -> Compressed:
-    """module: to be changed. stored: the dtype of the parameters on disk, to which the result's are rounded."""
+    """Changes `module`. stored: the dtype of the parameters on disk; the result is rounded to it."""
     method = job.recipe.method
     assert isinstance(method, ModelMethod)
     check_rules(job)
@@ -95,8 +95,8 @@ def _compress(module: nn.Module, job: Job, stored: torch.dtype) -> Compressed:
 
 
 def compared(original: nn.Module, job: Job, samples: list[Batch], change: Callable[[Work], nn.Module]) -> Compressed:
-    """The model that `change` makes, with the output of the first sample, where there is one, before (by the original) and after.
-    Its summary lacks what a file would say."""
+    """The model that `change` makes. The first sample, where there is one, runs through the original before and through the
+    result after. The summary says nothing of a file."""
     probe, before, after = probe_of(without_target(samples[0])) if samples else None, None, None
     with without_cache(original):
         if probe:
@@ -126,7 +126,7 @@ def compared(original: nn.Module, job: Job, samples: list[Batch], change: Callab
 
 
 def _parameters_of(module: nn.Module) -> int:
-    """How many numbers were learned: parameters, and those that exchanged modules hold packed."""
+    """How many numbers were learned: the parameters, and what exchanged modules hold packed."""
     packed = sum(int(getattr(each, "packed_parameters", 0)) for each in module.modules())
     return packed + sum(parameter.numel() for parameter in module.parameters())
 
