@@ -36,5 +36,5 @@ def image_batches(
 
 
 def augmented(images: Tensor, chance: torch.Generator) -> Tensor:
-    """images [B, C, H, W], each mirrored or not and moved by up to an eighth, as the images of a training are."""
+    """images [B, C, H, W], each mirrored at random and moved by up to an eighth, as in training."""
     return torch.stack([flip_and_shift(image, chance) for image in images])

@@ -1,7 +1,7 @@
-"""Several processes on one calibration job: who has which samples, and one set of statistics out of everybody's.
+"""Several processes on one job: which samples each has, and one set of statistics made from all.
 
-Built on torch.distributed. Every process runs the same code and knows itself by its rank; where no process group was started,
-there is one process, of rank 0, and everything here does nothing. A process that waits for another that has ended gets a
+Built on torch.distributed. Every process runs the same code and has a rank. Where no process group was started, there is one
+process of rank 0, and the functions here return what they are given. A process that waits for another that has ended gets a
 LostProcessError.
 """
 
@@ -44,7 +44,7 @@ def share(samples: Sequence[T]) -> list[T]:
 
 
 def sample_number(n: int) -> int:
-    """The number among all samples of the n-th of this process."""
+    """The number, among all samples, of the n-th sample of this process."""
     return n * processes() + rank()
 
 
@@ -59,7 +59,7 @@ def agree(value: T) -> T:
 
 
 def once(work: Callable[[], T]) -> T:
-    """What `work` gives on the first process, for all; so is the TersorError that it raises."""
+    """Run `work` on the first process only. All get its value, or the TersorError that it raised."""
     if processes() == 1:
         return work()
     result: tuple[T | None, TersorError | None] = (None, None)
@@ -91,10 +91,10 @@ def send(tensor: Tensor, source: int) -> None:
 
 
 def combine(hessians: Mapping[str, Hessian], device: torch.device) -> dict[str, Hessian]:
-    """The Hessians over all samples from those over each process's share; the totals that it is given are summed in place.
+    """The Hessians over all samples, from each process's own. Sums the given totals in place.
 
-    Linear maps whose inputs are one tensor share one Hessian, which is summed once. One that no sample of a process reached
-    counts as zeros there. Adding in another order changes nothing: see `hessian.py`.
+    Linear maps with the same input share one Hessian, which is summed once. Where no sample of a process reached a map, that
+    process adds zeros. The order of adding changes nothing: see `hessian.py`.
     """
     if processes() == 1:
         return dict(hessians)
@@ -104,7 +104,7 @@ def combine(hessians: Mapping[str, Hessian], device: torch.device) -> dict[str, 
     taken: set[int] = set()
     result: dict[str, Hessian] = {}
     for n, (name, own) in enumerate(hessians.items()):
-        # Two maps share where they do so on every process that reached them.
+        # Two maps share one only where they do so on every process that reached them.
         key = (len(own.total), *(each[n][0] for each in everyone))
         if key not in combined:
             whole = Hessian(0, dtype=own.dtype)
