@@ -1,7 +1,7 @@
 """A packed weight in the layout that the GPU kernel streams: tiles of 64 outputs x 128 inputs, codes and scales together.
 
-The layout itself is described at the top of `packed_tile.cuh`. `prepare` makes it once, on whatever device the weight
-is; `restore` is its inverse, so that a model needs to hold one copy only.
+`packed_tile.cuh` describes the layout at its top. `prepare` makes it once, on the weight's device. `restore` is the inverse, so
+a model holds only one copy.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from tersor.formats.quantized_weight import QuantizedWeight
 
 K_TILE, N_BLOCK = 128, 64  # inputs and outputs of a tile
-_FIELDS = {2: 8, 3: 5, 4: 4, 8: 2}  # pairs of codes in a word; 3 bits leave two bits over
+_FIELDS = {2: 8, 3: 5, 4: 4, 8: 2}  # pairs of codes in a word; at 3 bits, two bits are left over
 _PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (4, 4)}  # words of half a tile that a thread loads at once
 _MEBIBYTES_AT_ONCE = 256  # of codes, while repacking
 
@@ -24,7 +24,7 @@ class PreparedWeight:
     """A weight [out, in] as the kernel reads it.
 
     tiles: uint8 [ceil(out / 64), ceil(in / 128), bytes of a tile]
-    order: int64 [in], the input column at every position of the tiles; None where that is the natural order.
+    order: int64 [in], the input column at every position of the tiles; None: the natural order.
     zero:  the one zero point of all groups, or -1 where the tiles hold one per group.
     group_size: input columns a group, 32, 64 or a multiple of 128; -1 for one group of all columns.
     """
