@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from tersor.kernels import nvrtc
-from tersor.kernels.prepared_weight import PreparedWeight
 from tersor.kernels.quantized_matmul_cuda import MULTIPROCESSOR_SHARED_BYTES, has_kernel
+from tersor.kernels.tiled_weight import TiledWeight
 
 # As in llama_step.cu.
 WARPS, THREADS = 16, 640
@@ -30,7 +30,7 @@ MIN_STAGES, MAX_STAGES = 3, 32
 # cache.
 IN_FLIGHT = {16: 8, 8: 2, 4: 3, 3: 3, 2: 4}
 AHEAD_BYTES = 128 * 1024
-Weight = Tensor | PreparedWeight
+Weight = Tensor | TiledWeight
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def why_not(layers: Sequence[StepLayer], heads: int) -> str | None:
         return "its weights are of several kinds"
     for layer in layers:
         for weight in layer.weights:
-            if isinstance(weight, PreparedWeight) and weight.order is not None:
+            if isinstance(weight, TiledWeight) and weight.order is not None:
                 return "columns of its weights are in another order"
             if isinstance(weight, Tensor) and (weight.dtype != dtype or not weight.is_contiguous()):
                 return "its weights are not contiguous, or of another type than its activations"
@@ -276,6 +276,6 @@ def _row_of(layer: StepLayer) -> list[int]:
     return [
         0 if value is None
         else value if isinstance(value, int)
-        else (value.tiles if isinstance(value, PreparedWeight) else value).data_ptr()
+        else (value.tiles if isinstance(value, TiledWeight) else value).data_ptr()
         for value in values
     ]  # fmt: skip

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from tersor.formats.quantized_weight import QuantizedWeight
-from tersor.kernels import prepared_weight as gpu
 from tersor.kernels import quantized_matmul_cpu as cpu
 from tersor.kernels import quantized_matmul_int4 as int4
+from tersor.kernels import tiled_weight as gpu
 from tersor.kernels.quantized_matmul_cuda import has_kernel, prepared_matmul
 
 
@@ -67,7 +67,7 @@ def _matmul(x: Tensor, weight: QuantizedWeight) -> Tensor:
     return y
 
 
-def _int4_matmul(x: Tensor, weight: int4.PreparedWeight) -> Tensor:
+def _int4_matmul(x: Tensor, weight: int4.Int4Weight) -> Tensor:
     """torch's operator where it is faster and no gradient is wanted, else the reference."""
     if x.dtype == torch.bfloat16 and not (x.requires_grad and torch.is_grad_enabled()):
         return int4.matmul(x, weight)
@@ -86,11 +86,11 @@ class Kernel:
 
 # By the class that `prepare` returns. The first kernel that takes a weight is chosen.
 KERNELS: dict[type, Kernel] = {
-    cpu.PreparedWeight: Kernel(lambda w: _on_cpu(w) and cpu.why_not(w) is None, cpu.prepare, cpu.restore, cpu.matmul),
-    int4.PreparedWeight: Kernel(
+    cpu.PanelWeight: Kernel(lambda w: _on_cpu(w) and cpu.why_not(w) is None, cpu.prepare, cpu.restore, cpu.matmul),
+    int4.Int4Weight: Kernel(
         lambda w: _on_cpu(w) and int4.why_not(w) is None, int4.prepare, lambda w: w.standard, _int4_matmul
     ),
-    gpu.PreparedWeight: Kernel(
+    gpu.TiledWeight: Kernel(
         lambda w: not _on_cpu(w) and has_kernel(w.qweight.device, torch.float16) and gpu.why_not(w) is None,
         gpu.prepare,
         gpu.restore,
@@ -98,7 +98,8 @@ KERNELS: dict[type, Kernel] = {
     ),
     QuantizedWeight: Kernel(lambda w: True, lambda w: w, lambda w: w, _matmul),
 }
-PreparedWeight = QuantizedWeight | cpu.PreparedWeight | int4.PreparedWeight | gpu.PreparedWeight
+# A weight in any layout that `quantized_matmul` takes.
+PreparedWeight = QuantizedWeight | cpu.PanelWeight | int4.Int4Weight | gpu.TiledWeight
 
 
 def _on_cpu(weight: QuantizedWeight) -> bool:

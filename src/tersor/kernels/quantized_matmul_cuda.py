@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tersor.kernels import nvrtc
-from tersor.kernels.prepared_weight import K_TILE, PreparedWeight, restore
+from tersor.kernels.tiled_weight import K_TILE, TiledWeight, restore
 
 MULTIPROCESSOR_SHARED_BYTES = 227 * 1024
 SMALL_WEIGHT_BYTES = 48 * 2**20  # for smaller weights, starting and ending a launch takes longer than streaming
@@ -179,7 +179,7 @@ def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0) and torch.version.hip is None
 
 
-def launch(x: Tensor, weight: PreparedWeight, how: tuple[Launch, int] | None = None) -> Tensor:
+def launch(x: Tensor, weight: TiledWeight, how: tuple[Launch, int] | None = None) -> Tensor:
     """y [rows, out] = x [rows, in] · Wᵀ; x contiguous, its columns in the order of the tiles. `how` overrides the table."""
     rows, device = x.shape[0], x.device
     y = x.new_empty(rows, weight.out_features)
@@ -239,9 +239,9 @@ def _weight(
     scale_bfloat: bool,
     in_features: int,
     out_features: int,
-) -> PreparedWeight:
+) -> TiledWeight:
     scale_dtype = torch.bfloat16 if scale_bfloat else torch.float16
-    return PreparedWeight(tiles, order, bits, group_size, zero, scale_dtype, in_features, out_features)
+    return TiledWeight(tiles, order, bits, group_size, zero, scale_dtype, in_features, out_features)
 
 
 @_prepared_matmul.register_fake
@@ -273,7 +273,7 @@ def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
 _prepared_matmul.register_autograd(_backward, setup_context=_setup_context)
 
 
-def prepared_matmul(x: Tensor, weight: PreparedWeight) -> Tensor:
+def prepared_matmul(x: Tensor, weight: TiledWeight) -> Tensor:
     """y = x · Wᵀ. x [..., in], y [..., out] in x's dtype. Differentiable in x; traceable by torch.compile.
 
     The first call for a kind of weight and number of rows compiles: make it before capturing a CUDA graph.

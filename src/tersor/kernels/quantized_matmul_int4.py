@@ -17,7 +17,7 @@ GROUP_SIZES = (32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
-class PreparedWeight:
+class Int4Weight:
     """The weight in the operator's layout, and `standard`, the weight as it was, for what the operator cannot do.
 
     packed: uint8 [out, in / 2] in the operator's order, codes counted from 8.
@@ -48,17 +48,17 @@ def why_not(weight: QuantizedWeight) -> str | None:
     return None
 
 
-def prepare(weight: QuantizedWeight) -> PreparedWeight:
+def prepare(weight: QuantizedWeight) -> Int4Weight:
     """Pack for the operator. Raises ValueError where `why_not` has a reason."""
     if reason := why_not(weight):
         raise ValueError(f"torch's int4 operator does not take {reason}; use the reference")
     codes = weight.codes().to(torch.int32) + (8 - 2 ** (weight.bits - 1))
     packed = torch._convert_weight_to_int4pack_for_cpu(codes.contiguous(), 1)
     scales = weight.scales.to(torch.bfloat16)
-    return PreparedWeight(weight, packed, torch.stack([scales, torch.zeros_like(scales)], dim=-1))
+    return Int4Weight(weight, packed, torch.stack([scales, torch.zeros_like(scales)], dim=-1))
 
 
-def matmul(x: Tensor, weight: PreparedWeight) -> Tensor:
+def matmul(x: Tensor, weight: Int4Weight) -> Tensor:
     """y = x · Wᵀ for bfloat16 x [..., in] that needs no gradient."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     y = torch._weight_int4pack_mm_for_cpu(rows, weight.packed, weight.standard.group_size, weight.scales_and_zeros)
