@@ -34,36 +34,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from tersor.calibrate.batches import call, first_tensor
-from tersor.calibrate.blocks import Unit, find_units
+from tersor.calibrate.blocks import Unit, units_of
 from tersor.calibrate.lockstep import Call, Lockstep
 from tersor.errors import TersorError
 from tersor.formats.quantized_weight import QuantizedWeight
 from tersor.layers.quantized_linear import QuantizedLinear, packed_layers
-from tersor.methods.method import PackedMethod, Work, check_options, option, register
+from tersor.methods.method import PackedMethod, Report, Work, option, register
 from tersor.methods.training.held_out import drawn, judged, learn, split, travelled
 from tersor.methods.training.tuned_weight import TunedWeight, learning
 
 
 @dataclass(frozen=True)
-class RoundedBlock:
+class RoundedBlock(Report):
     """One block: ‖block(x̂) - y‖² / ‖y‖² on the samples kept apart, before and after, and the share of its integers that
     moved; or, under `(all)`, the loss of the whole model on these."""
 
-    name: str
     before: float
     after: float
     moved: float | None = None
     note: str = ""
-
-    def row(self) -> dict[str, Any]:
-        return {key: "" if value is None else value for key, value in asdict(self).items()}
 
 
 @register
@@ -90,9 +86,6 @@ class Rounding(PackedMethod):
     )
     batch_size: int = option(2, "samples a step", check=lambda v: v >= 1, allowed="at least 1")
     order_seed: int = option(0, "seed of the order of samples", check=lambda v: v >= 0, allowed="0 or more")
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
     @property
     def moves_integers(self) -> bool:
@@ -187,12 +180,6 @@ class Rounding(PackedMethod):
             )
         moved = sum(each.moved() for each in weights) / sum(each.codes.numel() for each in weights)
         return RoundedBlock(name, start, best, moved)
-
-
-def units_of(model: nn.Module) -> list[Unit]:
-    """The units of a model; the whole model as one block where nothing is repeated."""
-    found = find_units(model)
-    return found if any(unit.is_block for unit in found) else [Unit("", model, True)]
 
 
 def _inside(block: str, layers: Mapping[str, QuantizedLinear]) -> dict[str, QuantizedLinear]:

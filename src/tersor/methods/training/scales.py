@@ -36,7 +36,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -46,7 +46,7 @@ from torch.utils.checkpoint import checkpoint
 from tersor.calibrate.blocks import find_blocks
 from tersor.errors import TersorError
 from tersor.layers.quantized_linear import packed_layers
-from tersor.methods.method import PackedMethod, Work, check_options, option, register
+from tersor.methods.method import PackedMethod, Report, Work, option, register
 from tersor.methods.training.held_out import as_batches, divergence, drawn, judged, learn, split, travelled
 from tersor.methods.training.tuned_weight import TunedWeight, learning
 
@@ -54,19 +54,15 @@ SHARES = (1.0, 0.25)  # of the rates, tried in turn until the samples kept apart
 
 
 @dataclass(frozen=True)
-class TunedSteps:
+class TunedSteps(Report):
     """One layer: by how much its steps changed, as the mean of |s / s_0 - 1|, and the share of its integers that moved; or,
     under `(all)`, the loss on the samples kept apart before and after."""
 
-    name: str
     change: float | None
     moved: float | None
     before: float | None = None
     after: float | None = None
     note: str = ""
-
-    def row(self) -> dict[str, Any]:
-        return {key: "" if value is None else value for key, value in asdict(self).items()}
 
 
 @register
@@ -93,9 +89,6 @@ class Scales(PackedMethod):
     )
     checkpoint: bool = option(True, "compute activations inside blocks again for the gradient, which takes less memory")
     order_seed: int = option(0, "seed of the order of samples", check=lambda v: v >= 0, allowed="0 or more")
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
     @property
     def moves_integers(self) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tersor.errors import TersorError
 from tersor.formats.layout import Layout
-from tersor.methods.method import BlockMethod, check_options, option
+from tersor.methods.method import BlockMethod, option
 
 UNSTRUCTURED = "unstructured"
 PATTERNS = {UNSTRUCTURED: None, "2:4": (2, 4), "4:8": (4, 8)}
@@ -63,7 +63,7 @@ class Pruning(BlockMethod):
     )
 
     def __post_init__(self) -> None:
-        check_options(self)
+        super().__post_init__()
         if self.pattern != UNSTRUCTURED and self.sparsity != HALF:
             raise TersorError(
                 f"sparsity={self.sparsity:g} does not go with pattern {self.pattern}, which removes half: leave sparsity out, "
