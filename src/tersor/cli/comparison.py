@@ -6,13 +6,16 @@ import json
 from collections.abc import Callable
 from typing import TypeVar
 
+import typer
+
 from tersor.evaluate.agreement import Agreement
-from tersor.evaluate.divergence import Divergence
+from tersor.evaluate.divergence import Divergence, Passage
 from tersor.evaluate.interval import Estimate
 from tersor.evaluate.similarities import Similarities
 from tersor.tasks.forecast_compared import ForecastsCompared
 
 T = TypeVar("T")
+COLOURS = (None, "yellow", "bright_red", "magenta")  # of a token by its divergence
 INTERVAL = "± is half of a 95 % interval"
 
 
@@ -41,9 +44,14 @@ def of_texts(found: Divergence, anchor: Divergence | None) -> list[str]:
         lines.append(
             f"  {each.low:.3f} to {each.high:.3f}         {each.tokens:>9,}  {each.kl:>8.4f}  {100 * each.same_top1:>10.1f} %"
         )
-    lines += ["", "most different:"]
-    lines += [f"  {each.kl:.3f} nats in window {each.window}: {json.dumps(each.text)}" for each in found.passages]
+    lines += ["", "most different, the more a token differs the stronger its colour:"]
+    lines += [f'  {each.kl:.3f} nats in window {each.window}: "{_coloured(each)}"' for each in found.passages]
     return lines
+
+
+def _coloured(passage: Passage) -> str:
+    """The text, escaped as in JSON; colours go where the output is no terminal."""
+    return "".join(typer.style(json.dumps(part)[1:-1], fg=COLOURS[level]) for part, _, level in passage.levels())
 
 
 def of_images(found: Agreement, anchor: Agreement | None) -> list[str]:

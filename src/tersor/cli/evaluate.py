@@ -27,9 +27,9 @@ from tersor.tasks.forecast_compared import forecasts_compared
 # What does nothing in a comparison with --against, by what the models are compared on.
 IDLE = {
     "text": ("max_images",),
-    "sentences": ("seq_len", "max_windows", "max_images", "cache", "cache_size"),
-    "images": ("text", "seq_len", "max_windows", "cache", "cache_size"),
-    "data": ("text", "seq_len", "max_images", "cache", "cache_size"),
+    "sentences": ("seq_len", "max_windows", "max_images", "cache", "cache_size", "stream"),
+    "images": ("text", "seq_len", "max_windows", "cache", "cache_size", "stream"),
+    "data": ("text", "seq_len", "max_images", "cache", "cache_size", "stream"),
 }
 Compare = Callable[[str | Path, Report], Any]  # a model, beside the original
 
@@ -54,6 +54,13 @@ def evaluate(
     ] = None,
     cache_size: Annotated[
         str | None, typer.Option(help="What they may take on disk; the oldest go first. [default: 4GB]")
+    ] = None,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="With --against: hold a block of each language model in memory. [default: where one does not fit]",
+        ),
     ] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens a window.")] = 1024,
     max_windows: Annotated[int | None, typer.Option(help="Evaluate only the first windows.")] = None,
@@ -90,7 +97,18 @@ def evaluate(
         refuse(
             context,
             "--tasks",
-            ("text", "images", "data", "against", "anchors", "cache", "cache_size", "max_windows", "max_images"),
+            (
+                "text",
+                "images",
+                "data",
+                "against",
+                "anchors",
+                "cache",
+                "cache_size",
+                "stream",
+                "max_windows",
+                "max_images",
+            ),
         )
         length = seq_len if given(context, "seq_len") else None
         show_harness(
@@ -121,14 +139,15 @@ def evaluate(
                 assert data is not None
                 most = FORECASTS if max_windows is None else max_windows
                 return forecasts_compared(each, against, data, most=most, **place)
-            sizes: dict[str, Any] = {"seq_len": seq_len, "max_windows": max_windows}
+            sizes: dict[str, Any] = {"seq_len": seq_len, "max_windows": max_windows, "stream": stream}
             return divergence(each, against, source, cache=cache, cache_size=size, progress=said, **sizes, **place)
 
         show = comparison.SHOWN[how]
         _against(model, against, compare, show, anchors=anchors, device=device, as_json=as_json)
         return
-    for name, value in (("--data", data), ("--anchors", anchors), ("--cache", cache), ("--cache-size", cache_size)):
-        if value:
+    alone = {"--data": data, "--cache": cache, "--cache-size": cache_size, "--stream": stream}
+    for name, value in {**alone, "--anchors": anchors or None}.items():
+        if value is not None:
             raise TersorError(f"{name} is for a comparison: give --against the original")
     if images is None:
         refuse(context, "perplexity", ("max_images",))
@@ -141,8 +160,9 @@ def evaluate(
     if as_json:
         typer.echo(json.dumps({"model": model, **found.__dict__}))
     else:
+        half = "" if found.half_width is None else f" ± {found.half_width:.2g}"
         typer.echo(
-            f"perplexity {found.perplexity:.4f} over {found.tokens:,} tokens in {found.windows} windows of {seq_len}"
+            f"perplexity {found.perplexity:.4f}{half} over {found.tokens:,} tokens in {found.windows} windows of {seq_len}"
         )
 
 

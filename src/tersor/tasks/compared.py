@@ -6,7 +6,6 @@ measure = measure_of("demo", module, how, inputs)      # for `tersor attribute`
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -142,9 +141,5 @@ def table_windows(base: str | Path, data: Path, *, most: int) -> TableWindows:
 def table_measure(base: str | Path, data: Path, *, most: int) -> Measure:
     windows = table_windows(base, data, most=most)
     inputs, _ = windows_at(windows.scaled, windows.origins, windows.opened.look_back)
-
-    def outputs(module: nn.Module) -> Iterator[Tensor]:
-        yield windows.forecasts(module)
-
     told = f"{len(windows.origins)} windows of {windows.horizon} rows of {data}"
-    return Measure("MSE", told, key_of(inputs), outputs, mean_square)
+    return Measure("MSE", told, key_of(inputs), (windows.forecasts,), mean_square)
