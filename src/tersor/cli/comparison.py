@@ -13,6 +13,7 @@ from tersor.evaluate.divergence import Divergence, Passage
 from tersor.evaluate.interval import Estimate
 from tersor.evaluate.similarities import Similarities
 from tersor.tasks.forecast_compared import ForecastsCompared
+from tersor.tasks.graphs_compared import GraphsCompared
 
 T = TypeVar("T")
 COLOURS = (None, "yellow", "bright_red", "magenta")  # of a token by its divergence
@@ -94,11 +95,31 @@ def of_forecasts(found: ForecastsCompared, anchor: ForecastsCompared | None) -> 
     ]
 
 
+def of_graphs(found: GraphsCompared, anchor: GraphsCompared | None) -> list[str]:
+    beside = _beside(found, anchor)
+    scale, unit = (1, "") if found.measure == "MAE" else (100, " %")
+    lines = [
+        f"{found.count:,} {found.of}, {found.part} ones; {INTERVAL}",
+        f"{found.measure:<16} {_value(found.score, scale)}{unit}, the original's {_value(found.base_score, scale)}{unit}"
+        + beside(lambda each: f"{_value(each.score, scale)}{unit}"),
+        f"  change         {_value(found.change, scale)}" + beside(lambda each: _value(each.change, scale)),
+    ]
+    if found.same is not None:
+        lines += [
+            f"same answers     {_value(found.same, 100)} %"
+            + beside(lambda each: "" if each.same is None else f"{_value(each.same, 100)} %"),
+            f"  flips          {_flips(found)}" + beside(_flips_short),
+        ]
+    apart = "KL divergence" if found.measure == "accuracy" else "squared change"
+    return [*lines, f"{apart:<16} {_value(found.apart)}" + beside(lambda each: _value(each.apart))]
+
+
 SHOWN: dict[str, Callable[..., list[str]]] = {
     "text": of_texts,
     "images": of_images,
     "sentences": of_sentences,
     "data": of_forecasts,
+    "graph": of_graphs,
 }
 
 
@@ -107,13 +128,17 @@ def _beside(found: T, anchor: T | None) -> Callable[[Callable[[T], str]], str]:
     return lambda figure: "" if anchor is None else f"  [8 bits: {figure(anchor)}]"
 
 
-def _flips(found: Divergence | Agreement) -> str:
+def _flips(found: Divergence | Agreement | GraphsCompared) -> str:
+    assert found.harmful_flips is not None
+    assert found.helpful_flips is not None
     return (
         f"{100 * found.harmful_flips:.2f} % from right to wrong, {100 * found.helpful_flips:.2f} % from wrong to right"
     )
 
 
-def _flips_short(found: Divergence | Agreement) -> str:
+def _flips_short(found: Divergence | Agreement | GraphsCompared) -> str:
+    assert found.harmful_flips is not None
+    assert found.helpful_flips is not None
     return f"{100 * found.harmful_flips:.2f} %, {100 * found.helpful_flips:.2f} %"
 
 

@@ -23,6 +23,7 @@ from tersor.evaluate.perplexity import perplexity
 from tersor.evaluate.similarities import similarities
 from tersor.tasks.compared import FORECASTS, Inputs, check_inputs, compared_on
 from tersor.tasks.forecast_compared import forecasts_compared
+from tersor.tasks.graphs_compared import graphs_compared
 
 # What does nothing in a comparison with --against, by what the models are compared on.
 IDLE = {
@@ -30,6 +31,7 @@ IDLE = {
     "sentences": ("seq_len", "max_windows", "max_images", "cache", "cache_size", "stream"),
     "images": ("text", "seq_len", "max_windows", "cache", "cache_size", "stream"),
     "data": ("text", "seq_len", "max_images", "cache", "cache_size", "stream"),
+    "graph": ("text", "seq_len", "max_windows", "max_images", "cache", "cache_size", "stream"),
 }
 Compare = Callable[[str | Path, Report], Any]  # a model, beside the original
 
@@ -42,7 +44,9 @@ def evaluate(
         Path | None,
         typer.Option(help="Labelled images instead: a folder with one subfolder a class, or a packed .npz."),
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="A table, with --against, for forecasters.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="With --against: a table for forecasters, a graph for graph models.")
+    ] = None,
     against: Annotated[
         str | None, typer.Option(help="The original: how far the predictions are from its own, one by one.")
     ] = None,
@@ -85,7 +89,8 @@ def evaluate(
     """Perplexity of a language model over windows of a text that do not overlap; accuracy of a classifier with --images.
 
     In each window, tokens 2 to n are predicted. With --against, the model's predictions are compared with the original's: those
-    of a language model, a classifier (--images), a sentence encoder (the lines of --text) or a forecaster (--data).
+    of a language model, a classifier (--images), a sentence encoder (the lines of --text), a forecaster or a graph
+    model (--data).
 
     With --tasks, the model answers tasks of EleutherAI's harness, in windows of its own length or of --seq-len.
 
@@ -135,6 +140,9 @@ def evaluate(
                 return agreement(each, against, images, max_images=max_images, progress=said, **place)
             if how == "sentences":
                 return similarities(each, against, source, progress=said, **place)
+            if how == "graph":
+                assert data is not None
+                return graphs_compared(each, against, data, **place)
             if how == "data":
                 assert data is not None
                 most = FORECASTS if max_windows is None else max_windows

@@ -45,10 +45,9 @@ def attribution(
     Raises TersorError where the two are of unlike kinds, their layers do not correspond, or the inputs do not fit.
     """
     how = compared_on(model, against)
-    if how == "sentences":
-        raise TersorError(
-            f"{model} embeds sentences; layers are attributed for language models, classifiers, forecasters"
-        )
+    if how in ("sentences", "graph"):
+        what = "embeds sentences" if how == "sentences" else "predicts graphs"
+        raise TersorError(f"{model} {what}; layers are attributed for language models, classifiers, forecasters")
     check_inputs(how, inputs)
     if stream and how != "text":
         raise TersorError(f"--stream is for language models; {model} is compared on {how}")
