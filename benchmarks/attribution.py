@@ -26,7 +26,8 @@ import tersor
 from tersor.checkpoint.load import load_tokenizer
 from tersor.checkpoint.source import open_checkpoint, resolve
 from tersor.evaluate.attribute import attribute
-from tersor.evaluate.measures import Meter, half_width, text_measure
+from tersor.evaluate.interval import half_width
+from tersor.evaluate.measures import Meter, text_measure
 from tersor.evaluate.perplexity import tokens_of
 from tersor.evaluate.suggestion import most_costly
 
