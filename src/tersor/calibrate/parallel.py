@@ -57,7 +57,7 @@ def combine(hessians: Mapping[str, Hessian], device: torch.device) -> dict[str, 
                 if any(each[n][4] for each in everyone):
                     part = torch.zeros_like(whole.total) if own.deviation is None else own.deviation
                     whole.deviation = part.to(device, copy=True)
-                    with _together():
+                    with together():
                         dist.all_reduce(whole.deviation)
             combined[key] = whole
         result[name] = combined[key]
