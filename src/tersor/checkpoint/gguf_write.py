@@ -47,7 +47,7 @@ class Exported:
 
     path: Path
     architecture: str
-    bytes: int
+    size: int
     types: dict[str, int]
     bits_before: float
     bits: float

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,9 +9,11 @@ from typing import Annotated, Any
 import typer
 
 from tersor.cli import comparison
+from tersor.cli.comparison import INTERVAL
 from tersor.cli.harness import given, refuse, show_harness
-from tersor.cli.options import AsJson, Device, Variant, opened_as
+from tersor.cli.options import AsJson, Device, Variant, opened_as, print_json
 from tersor.cli.progress import Report, progress_bar
+from tersor.cli.table import wrapped
 from tersor.errors import TersorError
 from tersor.evaluate.accuracy import accuracy
 from tersor.evaluate.agreement import agreement
@@ -21,7 +22,7 @@ from tersor.evaluate.divergence import CACHE_SIZE, divergence
 from tersor.evaluate.logit_cache import bytes_in
 from tersor.evaluate.perplexity import perplexity
 from tersor.evaluate.similarities import similarities
-from tersor.tasks.compared import FORECASTS, Inputs, check_inputs, compared_on
+from tersor.tasks.compared import FORECASTS, Inputs, check_evaluated_on, check_inputs, compared_on
 from tersor.tasks.forecast_compared import forecasts_compared
 
 # What does nothing in a comparison with --against, by what the models are compared on.
@@ -130,6 +131,7 @@ def evaluate(
     for name, value in (("--data", data), ("--anchors", anchors), ("--cache", cache), ("--cache-size", cache_size)):
         if value:
             raise TersorError(f"{name} is for a comparison: give --against the original")
+    check_evaluated_on(model, images)
     if images is None:
         refuse(context, "perplexity", ("max_images",))
     else:
@@ -139,11 +141,14 @@ def evaluate(
     with progress_bar(quiet=as_json) as progress:
         found = perplexity(model, source, seq_len=seq_len, max_windows=max_windows, progress=progress, **place)
     if as_json:
-        typer.echo(json.dumps({"model": model, **found.__dict__}))
+        print_json({"model": model, **found.__dict__})
     else:
+        half = "" if found.half_width is None else f" ± {found.half_width:.2g}"
         typer.echo(
-            f"perplexity {found.perplexity:.4f} over {found.tokens:,} tokens in {found.windows} windows of {seq_len}"
+            f"perplexity {found.perplexity:.4f}{half} over {found.tokens:,} tokens in {found.windows} windows of {seq_len}"
         )
+        if half:
+            typer.echo(INTERVAL)
 
 
 def _against(
@@ -164,9 +169,9 @@ def _against(
                 anchor = compare(rounded, progress)
     if as_json:
         told = {} if anchor is None else {"anchor": anchor.as_dict()}
-        typer.echo(json.dumps({"model": model, "against": base, **found.as_dict(), **told}))
+        print_json({"model": model, "against": base, **found.as_dict(), **told})
         return
-    for line in show(found, anchor):
+    for line in wrapped(show(found, anchor)):
         typer.echo(line)
 
 
@@ -174,6 +179,6 @@ def _accuracy(model: str, images: Path, limit: int | None, dtype: str, device: s
     with progress_bar(quiet=as_json) as progress:
         found = accuracy(model, images, max_images=limit, dtype=dtype, device=device, progress=progress)
     if as_json:
-        typer.echo(json.dumps({"model": model, **found.__dict__}))
+        print_json({"model": model, **found.__dict__})
     else:
         typer.echo(f"top-1 accuracy {found.top1:.2f} % (± {found.half_width:.2f}) on {found.images:,} images")

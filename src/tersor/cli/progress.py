@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from tersor.cli.quiet import is_quiet
+
 Report = Callable[[str, int, int], None]
 
 
@@ -15,6 +17,7 @@ Report = Callable[[str, int, int], None]
 def progress_bar(*, quiet: bool = False) -> Iterator[Report]:
     """A `progress(what, done, total)` that draws one bar where standard error is a terminal, and prints a report with total 0
     as a line; silent where `quiet`."""
+    quiet = quiet or is_quiet()
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),

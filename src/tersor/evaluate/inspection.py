@@ -27,14 +27,14 @@ class BlockGroup:
 
 @dataclass(frozen=True)
 class Inspection:
-    """parameters counts the dense model's; bytes and files are those on disk. outside: what lies outside the blocks, with the
-    bits a weight of its linear maps and embeddings."""
+    """parameters counts the dense model's; size (bytes) and files are those on disk. outside: what lies outside the blocks, with
+    the bits a weight of its linear maps and embeddings."""
 
     model: str
     architecture: str
     format: str
     parameters: int
-    bytes: int
+    size: int
     files: int
     blocks: list[BlockGroup]
     outside: dict[str, float | None]
@@ -66,7 +66,7 @@ def inspect_checkpoint(model: str | Path) -> Inspection:
         architecture=type(lazy.module).__name__,
         format=kind if quantization is None else f"{quantization.layout}, {quantization.bits} bits",
         parameters=sum(p.numel() for p in lazy.module.parameters()),
-        bytes=checkpoint.size(),
+        size=checkpoint.size(),
         files=len(set(checkpoint.shard_of.values())),
         blocks=blocks,
         outside={unit.name: _bits_outside(lazy, unit.name, stored) for unit in units if not unit.is_block},

@@ -16,6 +16,7 @@ from tersor.checkpoint.positions import positions_of
 from tersor.checkpoint.source import resolve
 from tersor.data.text import builtin_text, read_text
 from tersor.errors import TersorError
+from tersor.evaluate.interval import estimate
 
 _PROBE = 32  # tokens that are run twice, with other tokens in the second half, to see whether the model is causal
 # Of the logits' spread: what other tokens in the same call may change by rounding (experts that are visited with others).
@@ -24,12 +25,14 @@ _TOLERANCE, _TOLERANCE_HALF = 1e-3, 5e-2
 
 @dataclass(frozen=True)
 class Perplexity:
-    """perplexity over `tokens` predicted tokens in `windows` windows of `seq_len` tokens."""
+    """perplexity over `tokens` predicted tokens in `windows` windows of `seq_len` tokens; half_width: of its 95 % interval, over
+    windows; None of one."""
 
     perplexity: float
     tokens: int
     windows: int
     seq_len: int
+    half_width: float | None = None
 
     def __float__(self) -> float:
         return self.perplexity
@@ -63,17 +66,18 @@ def perplexity(
     ids = text if isinstance(text, Tensor) else tokens_of(text, tokenizer)
     windows = causal_windows(module, ids, seq_len=seq_len, max_windows=max_windows, tokenizer=tokenizer)
     where = next(module.parameters(), torch.empty(0)).device
-    count, total = len(windows), 0.0
+    count, losses = len(windows), []
     with torch.no_grad():
         for n, window in enumerate(windows):
             inputs = window[None].to(where)
             logits = logits_of(module, inputs)
-            total += float(nn.functional.cross_entropy(logits[0, :-1].float(), inputs[0, 1:], reduction="sum"))
+            losses.append(float(nn.functional.cross_entropy(logits[0, :-1].float(), inputs[0, 1:])))
             if progress is not None:
                 progress("evaluating", n + 1, count)
-    predicted = count * (seq_len - 1)
-    mean = total / predicted
-    return Perplexity(math.exp(mean) if mean < 700 else math.inf, predicted, count, seq_len)
+    found = estimate(torch.tensor(losses, dtype=torch.float64))
+    value = math.exp(found.mean) if found.mean < 700 else math.inf
+    half = None if found.half_width is None else value * found.half_width  # the slope of exp
+    return Perplexity(value, count * (seq_len - 1), count, seq_len, half)
 
 
 @torch.no_grad()
