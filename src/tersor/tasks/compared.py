@@ -73,8 +73,8 @@ def check_evaluated_on(model: str | Path, images: Path | None) -> None:
     said = checkpoint.config.get("tersor_model")
     info = models.find(said) if isinstance(said, str) else None
     classifies = (
-        (info is not None and (info.task, info.input) == ("classify", "image")) or "architecture" in checkpoint.config
-    )
+        info is not None and (info.task, info.input) == ("classify", "image")
+    ) or "architecture" in checkpoint.config
     if images is None and (classifies or "ForImageClassification" in architecture):
         raise TersorError(f"{model} classifies images: give {NEEDED['images']}, a folder with one subfolder a class")
 
