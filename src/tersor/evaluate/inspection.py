@@ -39,7 +39,7 @@ class BlockGroup:
 
 @dataclass(frozen=True)
 class Inspection:
-    """parameters counts the dense model's; size (bytes) and files are those on disk. methods: that made it, one after another, with
+    """parameters counts the dense model's; size (bytes) and files are those on disk. methods: those that made it, in order, with
     their options, as the result says itself. outside: what lies outside the blocks, with the bits a weight of its linear maps
     and embeddings."""
 
