@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,9 +60,25 @@ def files_left(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return left
 
 
+WRITERS = ("generate", "chat", "transcribe", "show")  # verbs that print a text as it is
+BETWEEN_COLUMNS = re.compile(r"\S {2,}\S")
+
+
+def check_plain(arguments: list[str], out: str) -> None:
+    """What a command prints into a pipe of 80 columns: JSON for every parser, or plain lines; those of tables are that wide."""
+    assert "\x1b" not in out
+    if "--json" in arguments:
+        for line in out.splitlines():
+            json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    elif arguments[:1] not in [[verb] for verb in WRITERS] and not {"--help", "-h"} & set(arguments):
+        for line in out.splitlines():
+            assert line == line.rstrip(), f"blanks at the end of {line!r}"
+            assert len(line) <= 80 or not BETWEEN_COLUMNS.search(line), f"wider than 80 columns: {line!r}"
+
+
 @pytest.fixture
-def tersor_command(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
-    """The command line, run in this process: as `tersor ARGUMENTS`, after its imports."""
+def tersor_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
+    """The command line, run in this process: as `tersor ARGUMENTS`, after its imports. What it prints is checked."""
     from tersor.cli.main import main
 
     def run(*arguments: object) -> Ran:
@@ -72,8 +89,10 @@ def tersor_command(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
         except SystemExit as end:
             status = int(end.code or 0)
         captured = capsys.readouterr()
+        check_plain([str(each) for each in arguments], captured.out)
         return Ran(status, captured.out, captured.err)
 
+    monkeypatch.setenv("COLUMNS", "80")
     return run
 
 

@@ -25,7 +25,7 @@ import pytest
 import typer
 
 from tersor import models
-from tersor.cli.main import app, main
+from tersor.cli.main import VERBS, app, main
 from tersor.methods.method import methods
 
 ROOT = Path(__file__).parents[1]
@@ -120,6 +120,12 @@ def test_tables_of_options_are_current(page: Path) -> None:
     assert text == with_current_options(text), (
         "an option changed: run `python tests/test_docs.py` to write the tables anew"
     )
+
+
+def test_every_verb_has_its_table_of_options_on_a_page() -> None:
+    pages = [page.read_text(encoding="utf-8") for page in PAGES]
+    assert set(VERBS) == {found[2] for text in pages for found in OPTIONS.finditer(text)}
+    assert sum(text.count("<!-- options of ") for text in pages) == sum(len(OPTIONS.findall(text)) for text in pages)
 
 
 PICTURE = re.compile(r"!\[[^\]]*\]\(images/([\w.]+)\)")

@@ -150,7 +150,7 @@ def test_what_a_process_holds_is_no_less_than_the_formula(small_source: Path) ->
 def test_the_command_ends_with_status_1_where_nothing_fits(
     small_source: Path, seen: Path, tersor_command: Command
 ) -> None:
-    how = ("--units", UNITS, "--device", "cpu", "--evidence", seen, "--measure", 0, "--samples", 2, "--seq-len", 64)
+    how = ("--units", UNITS, "--device", "cpu", "--evidence", seen, "--max-recipes", 0, "--samples", 2, "--seq-len", 64)
     ran = tersor_command("advise", small_source, "--max-latency", "1us", *how)
     assert ran.status == 1
     assert "--max-latency" in ran.err.splitlines()[-1]
@@ -161,7 +161,7 @@ def test_the_command_of_a_recipe_has_the_settings_that_were_measured(
     small_source: Path, seen: Path, tersor_command: Command
 ) -> None:
     out = seen.with_name("my recipe.yaml")
-    how = ("--units", UNITS, "--device", "cpu", "--evidence", seen, "--measure", 0, "--samples", 2, "--seq-len", 64)
+    how = ("--units", UNITS, "--device", "cpu", "--evidence", seen, "--max-recipes", 0, "--samples", 2, "--seq-len", 64)
     asked = ("advise", small_source, "--max-loss", "90%", *how, "--out", out)
     ran = tersor_command(*asked)
     assert ran.status == 0, ran.err
@@ -443,7 +443,20 @@ def test_measures_writes_a_recipe_and_goes_on_from_what_it_measured(
     small_source: Path, tmp_path: Path, tersor_command: Command
 ) -> None:
     file, out = tmp_path / "evidence.jsonl", tmp_path / "recipe.yaml"
-    how = ("--units", UNITS, "--device", "cpu", "--samples", 2, "--seq-len", 64, "--measure", 1, "--training", "none")
+    how = (
+        "--units",
+        UNITS,
+        "--device",
+        "cpu",
+        "--samples",
+        2,
+        "--seq-len",
+        64,
+        "--max-recipes",
+        1,
+        "--training",
+        "none",
+    )
     asked = ("advise", small_source, "--disk", f"{open_checkpoint(small_source).size() - 1}B", *how, "--evidence", file)
     ran = tersor_command(*asked, "--out", out, "--json")
     assert ran.status == 0, ran.err
@@ -457,7 +470,7 @@ def test_measures_writes_a_recipe_and_goes_on_from_what_it_measured(
     assert words[words.index("--samples") :] == ["--samples", "2", "--seq-len", "64", "--device", "cpu", "--out"]
     assert tersor_command(*words, tmp_path / "made").status == 0
     assert open_checkpoint(tmp_path / "made").size() == rows[1].disk
-    again = tersor_command(*asked[:-2], "--measure", 0, "--evidence", file, "--json")
+    again = tersor_command(*asked[:-2], "--max-recipes", 0, "--evidence", file, "--json")
     assert json.loads(again.out)["plans"][0]["name"] == first["name"]
     assert len(read_evidence(file)) == 2
     assert name_of(rows[1].steps) == first["name"]

@@ -453,3 +453,10 @@ def test_what_eval_and_generate_cannot_do(
     tersor_command: Command, small: Path, arguments: list[object], expected: str
 ) -> None:
     refused(tersor_command(arguments[0], small, *arguments[1:]), expected)
+
+
+def test_images_go_with_classifiers_and_text_with_language_models(
+    tersor_command: Command, small: Path, tmp_path: Path
+) -> None:
+    refused(tersor_command("eval", small, "--images", tmp_path), "is a language model", "--images does nothing")
+    refused(tersor_command("eval", "demo-vit"), "demo-vit classifies images", "--images DIR")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,3 +45,12 @@ def test_shows_an_architecture(name: str, tersor_command: Callable[..., Any]) ->
     assert ran.out.startswith("SHViT, the single-head vision transformer")
     assert "shvit_s4" in ran.out
     assert "16,588,484 parameters" in ran.out
+
+
+def test_every_name_that_train_takes_is_found_by_models() -> None:
+    systems = {info.system for info in tersor.models.list()}
+    assert all(tersor.models.list(name) for name in systems | {info.name for info in tersor.models.list()})
+    registered = {
+        found.stem for found in Path(tersor.models.__file__).parent.glob("*/*.py") if "@register" in found.read_text()
+    }
+    assert registered <= {info.module.rpartition(".")[2] for info in tersor.models.list()}

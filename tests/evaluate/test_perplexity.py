@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -60,3 +62,14 @@ def test_a_token_without_a_row_is_named() -> None:
         TersorError, match=f"token {VOCABULARY} has no row in the model's embedding of {VOCABULARY} rows"
     ):
         tersor.perplexity(build("llama"), torch.full((64,), VOCABULARY), seq_len=32)
+
+
+def test_the_interval_is_that_of_the_windows() -> None:
+    model = build("llama")
+    ids = torch.arange(4 * 32) % VOCABULARY
+    found = tersor.perplexity(model, ids, seq_len=32)
+    alone = [math.log(tersor.perplexity(model, ids[n : n + 32], seq_len=32).perplexity) for n in range(0, 128, 32)]
+    assert found.perplexity == pytest.approx(math.exp(sum(alone) / 4), rel=1e-5)
+    deviation = torch.tensor(alone).double().std()
+    assert found.half_width == pytest.approx(float(3.1824 * deviation / 2 * found.perplexity), rel=1e-3)
+    assert tersor.perplexity(model, ids[:32], seq_len=32).half_width is None

@@ -80,10 +80,10 @@ def padded(sizes: tuple[int, ...] = (5, 9, 2)) -> tuple[Tensor, Tensor]:
         {"tokens": 0.5},
         {"tokens": 0.5, "published_tokens": True},
         {"heads": 0.5},
-        {"layers": 0.4},
+        {"attention_layers": 0.4},
         {"weights": 0.3},
         {"weights": 0.5, "schedule": "dst", "drop_path": 0.5},
-        {"tokens": 0.5, "heads": 0.25, "layers": 0.7, "weights": 0.5, "schedule": "gmp"},
+        {"tokens": 0.5, "heads": 0.25, "attention_layers": 0.7, "weights": 0.5, "schedule": "gmp"},
     ],
 )
 def test_results_are_saved_and_loaded_equal(options: dict[str, Any], tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_results_are_saved_and_loaded_equal(options: dict[str, Any], tmp_path: P
     rows = [report.row() for report in result.summary.layers]
     assert min(row["operations"] for row in rows) < 1 or "published_tokens" in options
     for row in rows:
-        assert row["heads"] in ({0: (1, 2, 4), 1: (0, 1, 2, 4)}["layers" in options])
+        assert row["heads"] in ({0: (1, 2, 4), 1: (0, 1, 2, 4)}["attention_layers" in options])
 
 
 def test_the_pruned_model_learns_its_task() -> None:
@@ -116,7 +116,7 @@ def test_the_pruned_model_learns_its_task() -> None:
 
 def test_a_pruned_model_can_be_pruned_further() -> None:
     model = graph_model()
-    first = pruned(model, tokens=0.5, layers=0.7, epochs=1)
+    first = pruned(model, tokens=0.5, attention_layers=0.7, epochs=1)
     again = pruned(first.model, heads=0.5, epochs=1, update_frequency=1)
     rows = {report.row()["name"]: report.row() for report in again.summary.layers}
     left = [report.row() for report in first.summary.layers if report.row()["heads"]]
@@ -128,10 +128,10 @@ def test_a_pruned_model_can_be_pruned_further() -> None:
 
 
 def test_layers_that_lose_attention_have_none() -> None:
-    result = pruned(graph_model(), layers=0.0)
+    result = pruned(graph_model(), attention_layers=0.0)
     assert [report.row()["heads"] for report in result.summary.layers] == [0, 0, 0]
     assert not any("in_proj" in name for name, _ in result.model.named_parameters())
-    kept = pruned(graph_model(), layers=0.3)  # one of three
+    kept = pruned(graph_model(), attention_layers=0.3)  # one of three
     assert sorted(report.row()["heads"] for report in kept.summary.layers) == [0, 0, 4]
 
 
@@ -276,7 +276,7 @@ def test_operations_are_those_that_torch_counts() -> None:
     model = graph_model()
     batches = graphs(model)
     full = sum(layer_operations(model, batches).values())
-    assert sum(layer_operations(pruned(model, layers=0.0, epochs=0).model, batches).values()) < 0.8 * full
+    assert sum(layer_operations(pruned(model, attention_layers=0.0, epochs=0).model, batches).values()) < 0.8 * full
 
 
 def test_without_targets_it_learns_from_the_original() -> None:

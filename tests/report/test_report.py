@@ -357,7 +357,6 @@ def test_differences_join_to_the_texts() -> None:
         (["{b4}", "--text", "builtin"], "--against"),
         (["{b4}", "--against", "demo-vit"], "has no model.layers.0"),
         (["{b4}", "--out", "{mine}"], "would be lost"),
-        (["{b4}", "--json", "{mine}"], "would be lost"),
         (["{b4}", "--attribution", "{mine}"], "mine.txt"),
         (["{b4}", "--new-tokens", "0"], "--new-tokens 0"),
         (["{b4}", "--new-tokens", "4"], "--new-tokens does nothing"),

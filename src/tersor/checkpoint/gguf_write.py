@@ -47,7 +47,7 @@ class Exported:
 
     path: Path
     architecture: str
-    bytes: int
+    size: int  # bytes
     types: dict[str, int]  # how many tensors each GGUF type has
     bits_before: float  # stored bits per weight of the quantized layers in the checkpoint; 0 where there are none
     bits: float  # the same in the file

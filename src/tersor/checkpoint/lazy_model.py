@@ -124,6 +124,10 @@ class LazyModel:
         """The parameter that holds a linear map's weight: an expert's is a stack."""
         return linear.rpartition(".")[0] if isinstance(self.maps[linear], ExpertMap) else f"{linear}.weight"
 
+    def is_converted(self, name: str) -> bool:
+        """Whether a parameter may be made of the checkpoint's tensors by more than renaming."""
+        return any(pattern in name for each in self._keys.converters for pattern in each.target_patterns)
+
     def keys_of_map(self, linear: str) -> list[str]:
         """The checkpoint's tensors that make up this map's weight. Where experts lie in one tensor, it is that of the whole
         stack."""

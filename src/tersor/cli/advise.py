@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import yaml
-from rich.console import Console
-from rich.table import Table
 
 from tersor.advise import advise as find_advice
 from tersor.advise.advisor import Advice
@@ -25,8 +22,9 @@ from tersor.advise.budget import (
 )
 from tersor.advise.evidence import DEFAULT
 from tersor.advise.plans import Figure, Plan, command, reason, recipe_command, recipe_content
-from tersor.cli.options import AsJson, Device, Overwrite
+from tersor.cli.options import AsJson, Device, Overwrite, print_json
 from tersor.cli.progress import progress_bar
+from tersor.cli.table import print_table
 from tersor.errors import TersorError
 from tersor.files import replacing
 
@@ -67,7 +65,7 @@ def advise(
     units: Annotated[
         int | None, typer.Option(min=2, help="Windows or pictures to evaluate on. [default: 24 or 200]")
     ] = None,
-    measure: Annotated[int, typer.Option(min=0, help="Recipes to measure at most.")] = 6,
+    max_recipes: Annotated[int, typer.Option(min=0, help="Recipes to measure at most.")] = 6,
     evidence: Annotated[Path, typer.Option(help="What was measured before, and where it is kept.")] = DEFAULT,
     out: Annotated[Path | None, typer.Option(help="Write the first recipe here, for `tersor compress recipe`.")] = None,
     overwrite: Overwrite = False,
@@ -117,7 +115,7 @@ def advise(
             samples=samples,
             seq_len=seq_len,
             units=units,
-            most=measure,
+            most=max_recipes,
             seconds=parse_seconds(time, "--time"),
             device=device,
             evidence=evidence,
@@ -131,7 +129,7 @@ def advise(
         with replacing(out) as partial:
             partial.write_text(yaml.safe_dump(recipe_content(chosen.recipe), sort_keys=False), encoding="utf-8")
     if as_json:
-        typer.echo(json.dumps(_plain(found, out)))
+        print_json(_plain(found, out))
     else:
         _print(found, out)
     if chosen is None:
@@ -162,20 +160,15 @@ def _check_out(out: Path | None, overwrite: bool) -> None:
 def _print(found: Advice, out: Path | None) -> None:
     limits = ", ".join(f"{name} {shown(name, value)}" for name, value in found.budget.limits().items())
     typer.echo(f"{found.model} on {found.machine}; at most: {limits}\n")
-    table = Table(box=None, pad_edge=False)
-    for column in ("", "recipe", "disk", "memory", f"a {UNIT[found.kind]}", "loss"):
-        table.add_column(column, justify="left" if column in ("", "recipe") else "right", no_wrap=column != "recipe")
+    rows = []
     for plan in found.plans:
-        star = "*" if plan.name in found.front else ""
         cells = [_figure(name, plan.figure(name)) for name in ("disk", "memory", "latency", "loss")]
-        table.add_row(star, plan.name, *cells)
+        rows.append((f"{plan.name} *" if plan.name in found.front else plan.name, *cells))
     if found.plans:
-        Console(width=None if Console().is_terminal else 160).print(table)
+        print_table(("recipe", "disk", "memory", f"a {UNIT[found.kind]}", "loss"), rows)
         typer.echo("\n*: on the frontier, no other plan is as good in everything")
         if not all(plan.measured for plan in found.plans):
-            typer.echo(
-                "~: predicted; its interval is a rule of thumb with widths set by hand, not a confidence interval"
-            )
+            typer.echo("~: predicted; its interval is a rule of thumb with widths set by hand")
     for plan in found.plans:
         typer.echo(f"\n{plan.name}: {reason(plan, found.plans, bounded_loss=found.budget.loss is not None)}")
         if source := _source(plan):

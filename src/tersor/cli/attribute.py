@@ -12,8 +12,9 @@ import typer
 
 from tersor.checkpoint.disk import disk_errors
 from tersor.checkpoint.room import read_object
-from tersor.cli.options import AsJson, Device, refuse
+from tersor.cli.options import AsJson, Device, finite, print_json, refuse
 from tersor.cli.progress import progress_bar
+from tersor.cli.table import table
 from tersor.errors import TersorError
 from tersor.evaluate.attribute import BY, state_file
 from tersor.evaluate.attribution import Attribution, Row, Suggestion, cumulative
@@ -110,7 +111,7 @@ def attribute(
         with disk_errors(plot), replacing(plot) as partial:
             plot_attribution(found, partial, plot.suffix.lower()[1:])
     if as_json:
-        typer.echo(json.dumps(found.to_json()))
+        print_json(found.to_json())
         return
     for line in lines_of(found):
         typer.echo(line)
@@ -156,7 +157,7 @@ def _write(found: Attribution, out: Path | None) -> Path | None:
     recipe = out.with_suffix(".yaml") if found.suggestion is not None else None
     with disk_errors(out):
         with replacing(out) as partial:
-            partial.write_text(json.dumps(found.to_json(), indent=2) + "\n", encoding="utf-8")
+            partial.write_text(json.dumps(finite(found.to_json()), indent=2, allow_nan=False) + "\n", encoding="utf-8")
         if recipe is not None and found.suggestion is not None:
             with replacing(recipe) as partial:
                 partial.write_text(found.suggestion.recipe.replace("THIS-FILE", recipe.name, 1), encoding="utf-8")
@@ -176,10 +177,8 @@ def lines_of(found: Attribution) -> list[str]:
     if found.total_kl == 0 and all(row.cost == 0 for row in found.rows):
         return [*lines, "nothing was lost: both predict the same"]
     rows = found.rows[:SHOWN]
-    width = max([len(found.by), *(len(row.name) for row in rows)])
-    lines += ["", f"{found.by:<{width}}  {'bits':>4}  {'alone':>19}  {'restored':>19}  {'share':>6}"]
-    for row, share in zip(rows, cumulative(found.rows), strict=False):
-        lines.append(_line(row, share, width))
+    cells = [_cells(row, share) for row, share in zip(rows, cumulative(found.rows), strict=False)]
+    lines += ["", *table((found.by, "bits", "alone", "restored", "share"), cells)]
     if len(found.rows) > SHOWN:
         lines.append(f"... {len(found.rows) - SHOWN} more cost less; --json and --out hold all")
     if found.left:
@@ -191,10 +190,10 @@ def lines_of(found: Attribution) -> list[str]:
     return lines
 
 
-def _line(row: Row, share: float, width: int) -> str:
+def _cells(row: Row, share: float) -> tuple[str, ...]:
     bits = "" if row.bits is None else f"{row.bits:g}"
     alone, restored = _value(row.kl, row.half_width), _value(row.restored, row.restored_half_width)
-    return f"{row.name:<{width}}  {bits:>4}  {alone:>19}  {restored:>19}  {100 * share:>4.0f} %"
+    return row.name, bits, alone, restored, f"{100 * share:.0f} %"
 
 
 def _value(mean: float, half: float | None) -> str:

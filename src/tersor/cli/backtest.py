@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Annotated
 
@@ -10,7 +9,8 @@ import typer
 
 from tersor.cli.forecast import Data, Fill, Id, Season, Target, Time, Weights, levels_of
 from tersor.cli.notes import show_notes
-from tersor.cli.options import AsJson, Device
+from tersor.cli.options import AsJson, Device, print_json
+from tersor.cli.table import table
 from tersor.data.tables import TableConfig, read_series
 from tersor.errors import TersorError
 from tersor.tasks.backtest import MEASURES, Backtest
@@ -48,13 +48,13 @@ def backtest(
     """
     levels = levels_of(interval)
     opened = open_model(model, checkpoint=checkpoint, device=device)
-    table = read_series(data, as_trained(opened, TableConfig(time=time, target=target, id=id, fill=fill)))
+    series = read_series(data, as_trained(opened, TableConfig(time=time, target=target, id=id, fill=fill)))
     try:
-        found = run_backtest(opened, table, horizon=horizon, windows=windows, interval=levels, season=season)
+        found = run_backtest(opened, series, horizon=horizon, windows=windows, interval=levels, season=season)
     except TersorError as error:
         raise TersorError(f"{data}: {error}") from None
     if as_json:
-        typer.echo(json.dumps(found.as_dict()))
+        print_json(found.as_dict())
         return
     show_notes(found.notes)
     typer.echo(f"{found.windows} windows of {found.horizon} rows, {found.first}")
@@ -66,18 +66,12 @@ def backtest(
 def _lines(found: Backtest) -> list[str]:
     levels = list(dict.fromkeys(level for row in found.rows for level in row.coverage))
     head = ["", *(name.upper() for name in MEASURES), *(f"in {level} %" for level in levels)]
-    table = [head]
+    rows = []
     for row in found.rows:
         name = f"{row.name} (yardstick)" if row.yardstick else row.name
         cells = [_cell(getattr(row, each), best=found.best(each) is row) for each in MEASURES]
-        table.append([name, *cells, *(_share(row.coverage.get(level)) for level in levels)])
-    widths = [max(len(row[n]) for row in table) for n in range(len(head))]
-    return [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in table
-    ]
+        rows.append([name, *cells, *(_share(row.coverage.get(level)) for level in levels)])
+    return table(head, rows)
 
 
 def _cell(value: float, *, best: bool) -> str:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from tersor.cli.options import AsJson, Device
+from tersor.cli.options import AsJson, Device, print_json
 from tersor.cli.progress import progress_bar
+from tersor.cli.table import print_table
 from tersor.devices import peak_memory
 from tersor.errors import TersorError
 from tersor.runtime import bench as runtime
@@ -40,6 +38,8 @@ def bench(
 
     Figures are medians of the turns, with the middle half of them in brackets. With --against, both models run one after the
     other in every turn, and the ratios are those of the same turns.
+
+    Example: `tersor bench demo-4bit --against demo --prompt-tokens 128`.
     """
     runtime.check_sizes(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch, repeats=repeats)
     if threads is not None:
@@ -67,22 +67,15 @@ def bench(
             **memory,
             "models": {name: {"engine": runs_as[name], **_plain(each)} for name, each in found.items()},
         }
-        typer.echo(json.dumps(result if ratios is None else {**result, "ratios": _plain(ratios)}))
+        print_json(result if ratios is None else {**result, "ratios": _plain(ratios)})
         return
-    table = Table(box=None, pad_edge=False)
-    for column in ("", "runs as", "prompt tokens/s", "new tokens/s", "first token, ms"):
-        table.add_column(column, justify="left" if column in ("", "runs as") else "right")
-    for name, each in found.items():
-        table.add_row(
-            name,
-            runs_as[name],
-            _show(each["prefill"]),
-            _show(each["decode"]),
-            _show(each["first_token"], scale=1e3),
-        )
+    rows = [
+        (name, runs_as[name], _show(each["prefill"]), _show(each["decode"]), _show(each["first_token"], scale=1e3))
+        for name, each in found.items()
+    ]
     if ratios is not None:
-        table.add_row("times as fast", "", _show(ratios["prefill"]), _show(ratios["decode"]), "")
-    Console().print(table)
+        rows.append(("times as fast", "", _show(ratios["prefill"]), _show(ratios["decode"]), ""))
+    print_table(("", "runs as", "prompt tokens/s", "new tokens/s", "first token, ms"), rows, left=(0, 1))
     where = f"{torch.get_num_threads()} threads"
     if engine.device.type == "cuda":
         where = torch.cuda.get_device_name(engine.device)

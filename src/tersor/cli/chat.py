@@ -24,6 +24,7 @@ from tersor.cli.options import (
     TopK,
     TopP,
     Variant,
+    print_json,
 )
 from tersor.errors import TersorError
 from tersor.untrusted import read_bytes
@@ -106,10 +107,10 @@ def chat(
                     _answer(talk, line, silent=as_json)
             except TersorError as error:  # and the conversation goes on
                 refused = True
-                _say(str(error))
+                show_notes([str(error)], always=True)
     finally:
         if as_json:
-            typer.echo(json.dumps({"model": model, **talk.transcript()}))
+            print_json({"model": model, **talk.transcript()})
     if refused and not at_terminal:
         raise typer.Exit(REFUSED)
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from tersor.advise.complexity import (
     FORMULAE,
@@ -25,8 +22,9 @@ from tersor.advise.complexity import (
     room,
     timed,
 )
-from tersor.cli.options import AsJson
+from tersor.cli.options import AsJson, print_json
 from tersor.cli.progress import progress_bar
+from tersor.cli.table import print_table
 from tersor.errors import TersorError
 
 Times = dict[str, list[float | None]]  # seconds by layer; None where a length was not timed
@@ -72,7 +70,7 @@ def complexity(
         name: crossover(lengths, seconds["attention"], found) for name, found in seconds.items() if name != "attention"
     }
     if as_json:
-        typer.echo(json.dumps(_plain(kinds, shapes, seconds, cross)))
+        print_json(_plain(kinds, shapes, seconds, cross))
     else:
         _print(kinds, shapes, seconds, cross, most)
     if plot is not None:
@@ -103,11 +101,7 @@ def _plain(kinds: list[Kind], shapes: list[Shape], seconds: Times, cross: dict[s
 def _print(kinds: list[Kind], shapes: list[Shape], seconds: Times, cross: dict[str, Any], most: float) -> None:
     first = shapes[0]
     typer.echo(f"d {first.d}, {first.heads} heads, window {first.window}, k {first.k}; one sequence in float32\n")
-    table = Table(box=None, pad_edge=False)
-    for column in ("layer", "order", "n"):
-        table.add_column(column, justify="right" if column == "n" else "left")
-    for column in ("operations", "held", "cache", *(["ms"] if seconds else [])):
-        table.add_column(column, justify="right")
+    rows = []
     for kind in kinds:
         for number, shape in enumerate(shapes):
             row = _row(kind, shape)
@@ -115,8 +109,9 @@ def _print(kinds: list[Kind], shapes: list[Shape], seconds: Times, cross: dict[s
             if seconds:
                 found = seconds[kind.name][number]
                 cells.append("-" if found is None else f"{1e3 * found:.3g}")
-            table.add_row(*((kind.name, kind.order) if number == 0 else ("", "")), f"{shape.n:,}", *cells)
-    Console().print(table)
+            rows.append((*((kind.name, kind.order) if number == 0 else ("", "")), f"{shape.n:,}", *cells))
+    head = ("layer", "order", "n", "operations", "held", "cache", *(["ms"] if seconds else []))
+    print_table(head, rows, left=(0, 1))
     if any(each is None for found in seconds.values() for each in found):
         typer.echo(
             f"\n-: not timed: it would hold more than {most / 1e9:.1f} GB, or a pass take more than {LIMIT:.0f} s by the "
@@ -132,8 +127,9 @@ def _print(kinds: list[Kind], shapes: list[Shape], seconds: Times, cross: dict[s
                 f"  {name}: " + ("at none of the lengths timed" if length is None else f"from n = {length:,.0f}")
             )
     typer.echo("\nnot held; as the survey says (arXiv 2103.14636):")
-    for each in FORMULAE:
-        typer.echo(f"  {each.name}: time {each.time}, memory {each.memory}; {each.note}")
+    print_table(
+        ("layer", "time", "memory", ""), [(e.name, e.time, e.memory, e.note) for e in FORMULAE], left=(0, 1, 2, 3)
+    )
 
 
 def _short(number: int) -> str:

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from tersor.cli.job_options import run_job, split, with_options
-from tersor.cli.options import SummaryAsJson, Variant, opened_as
+from tersor.cli.options import Layers, SummaryAsJson, Variant, opened_as
 from tersor.compress.recipe import Recipe, read_steps
 from tersor.methods.method import Method, from_options, methods
 
@@ -53,9 +53,23 @@ def _compress() -> None:
 
 
 def _command(name: str, kind: type[Method]) -> Callable[..., None]:
-    def run(model: Model, out: Out, variant: Variant = None, as_json: SummaryAsJson = False, **given: Any) -> None:
+    def run(
+        model: Model,
+        out: Out,
+        variant: Variant = None,
+        every_layer: Layers = False,
+        as_json: SummaryAsJson = False,
+        **given: Any,
+    ) -> None:
         settings, options = split(given, [kind])
-        run_job(opened_as(model, variant), out, [Recipe(from_options(name, options))], settings, as_json=as_json)
+        run_job(
+            opened_as(model, variant),
+            out,
+            [Recipe(from_options(name, options))],
+            settings,
+            every_layer=every_layer,
+            as_json=as_json,
+        )
 
     run.__doc__ = kind.__doc__
     return with_options(run, {name: kind})
@@ -66,11 +80,12 @@ def _recipe(
     model: Model,
     out: Out,
     variant: Variant = None,
+    every_layer: Layers = False,
     as_json: SummaryAsJson = False,
     **given: Any,
 ) -> None:
     """The steps of a recipe, one after another, each on the result of the last; a job that is interrupted goes on."""
-    run_job(opened_as(model, variant), out, read_steps(file), split(given)[0], as_json=as_json)
+    run_job(opened_as(model, variant), out, read_steps(file), split(given)[0], every_layer=every_layer, as_json=as_json)
 
 
 for _name, _kind in METHODS.items():

@@ -7,16 +7,15 @@ import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from tersor.checkpoint.room import check_free
 from tersor.checkpoint.source import JOB_FOLDER, open_checkpoint
-from tersor.cli.options import Samples
+from tersor.cli.options import AsJson, Samples, print_json
 from tersor.cli.progress import progress_bar
+from tersor.cli.table import print_table
 from tersor.compress import GPTQ, RTN, Method, compress
 from tersor.evaluate.inspection import inspect_checkpoint
 from tersor.evaluate.perplexity import perplexity
@@ -36,34 +35,30 @@ def demo(
     bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
     samples: Samples = 32,
     seq_len: Annotated[int, typer.Option(help="Tokens a sample and an evaluation window.")] = 512,
-    windows: Annotated[int, typer.Option(help="Windows of text to evaluate on.")] = 16,
+    max_windows: Annotated[int, typer.Option(help="Evaluate only the first windows.")] = 16,
     report: Annotated[Path, typer.Option(help="The page about both results; a report there is replaced.")] = Path(
         "tersor-demo.html"
     ),
+    as_json: AsJson = False,
 ) -> None:
-    """Quantize the built-in model by rounding and by GPTQ, compare both with the original, and let the result write."""
+    """Quantize the built-in model by rounding and by GPTQ, compare both with the original, and let the result write.
+
+    Example: `tersor demo --bits 3 --out demo-3bit`.
+    """
     if out is not None and not (out / JOB_FOLDER).exists():  # an unfinished job goes on
         check_free(out, overwrite=False)
     if find_spec("plotly") is not None:
         check_page(report)
-    console = Console()
-    table = Table(box=None, pad_edge=False)
-    for column in ("", "size on disk", "bits a weight", "perplexity", "seconds"):
-        table.add_column(column, justify="right" if column else "left")
+    rows: list[dict[str, Any]] = []
 
     def measure(name: str, model: str | Path, seconds: float | None, progress: Progress) -> None:
         def evaluating(what: str, done: int, total: int) -> None:
             progress(f"{name}: {what}", done, total)
 
-        found = perplexity(model, "builtin", seq_len=seq_len, max_windows=windows, progress=evaluating)
+        found = perplexity(model, "builtin", seq_len=seq_len, max_windows=max_windows, progress=evaluating)
         size = open_checkpoint(model).size()
-        table.add_row(
-            name,
-            f"{size / 1e6:.1f} MB",
-            f"{_bits_a_weight(model):.2f}",
-            f"{found.perplexity:.2f}",
-            "" if seconds is None else f"{seconds:.1f}",
-        )
+        figures = {"size": size, "bits_per_weight": _bits_a_weight(model), "perplexity": found.perplexity}
+        rows.append({"name": name, **figures, "seconds": seconds})
 
     def quantize(name: str, method: Method, target: Path, progress: Progress) -> None:
         def compressing(what: str, done: int, total: int) -> None:
@@ -73,26 +68,38 @@ def demo(
         compress(MODEL, method, out=target, samples=samples, seq_len=seq_len, progress=compressing)
         measure(name, target, time.perf_counter() - started, progress)
 
-    console.print(
+    said = (
         f"The built-in model, a LLaMA of 12.6 million parameters, is quantized to {bits} bits twice: by rounding each weight "
         f"to the nearest level, and by GPTQ with {samples} samples of {seq_len} tokens. Both texts, for calibration and for "
-        f"perplexity ({windows} windows of {seq_len} tokens), are from Python's own documentation.\n"
+        f"perplexity ({max_windows} windows of {seq_len} tokens), are from Python's own documentation.\n"
     )
+    if not as_json:
+        typer.echo(said)
     with tempfile.TemporaryDirectory(prefix="tersor-demo-") as folder:
         target = out.absolute() if out else Path(folder) / "gptq"  # `demo` is the user's directory here
         rounded = Path(folder) / "rtn"
-        with progress_bar() as progress:
+        with progress_bar(quiet=as_json) as progress:
             measure("original", MODEL, None, progress)
             quantize("round to nearest", RTN(bits=bits), rounded, progress)
             quantize("GPTQ", GPTQ(bits=bits), target, progress)
-            told = _report([target, rounded], report, seq_len, windows, progress)
-        console.print(table)
+            told = _report([target, rounded], report, seq_len, max_windows, progress)
         written = "".join(stream(target, PROMPT, max_new_tokens=48, temperature=0.7, seed=1))
         end = written.find(".") + 1
-        console.print(f"\n{told}", highlight=False, soft_wrap=True)
-        console.print(f"\nThe GPTQ model goes on with a sentence:\n\n{PROMPT}{written[: end or None]}", highlight=False)
+        text = PROMPT + written[: end or None]
+        if as_json:
+            print_json({"models": rows, "text": text})
+            return
+        print_table(("", "size on disk", "bits a weight", "perplexity", "seconds"), map(_cells, rows))
+        typer.echo(f"\n{told}")
+        typer.echo(f"\nThe GPTQ model goes on with a sentence:\n\n{text}")
     if out is not None:
-        console.print(f"\nThe quantized model is in {out}: tersor generate {out} --prompt '...'")
+        typer.echo(f"\nThe quantized model is in {out}: tersor generate {out} --prompt '...'")
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    seconds = "" if row["seconds"] is None else f"{row['seconds']:.1f}"
+    size, bits = f"{row['size'] / 1e6:.1f} MB", f"{row['bits_per_weight']:.2f}"
+    return row["name"], size, bits, f"{row['perplexity']:.2f}", seconds
 
 
 def _report(results: Sequence[Path], page: Path, seq_len: int, windows: int, progress: Progress) -> str:

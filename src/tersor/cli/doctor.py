@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from tersor.cli.options import AsJson
+from tersor.cli.options import AsJson, print_json
+from tersor.cli.table import print_table
 from tersor.evaluate.machine import EXTRAS, Machine, advice, examine
 
 
@@ -19,27 +17,27 @@ def doctor(
     """Show what tersor finds on this machine, the kernels that run here and their speed, and what is missing.
 
     The first time, this compiles the kernel, which takes a while.
+
+    Example: `tersor doctor --json`.
     """
     machine = examine()
     said = advice(machine)
     if as_json:
-        typer.echo(json.dumps({**asdict(machine), "advice": said}))
+        print_json({**asdict(machine), "advice": said})
         return
-    console = Console(highlight=False, markup=False)
     for name, value in _facts(machine):
-        console.print(f"{name:<11} {value}", soft_wrap=True)
-    console.print(
+        typer.echo(f"{name:<11} {value}")
+    typer.echo(
         f"\nA linear layer of 4096 x 4096, symmetric, groups of 128, in {machine.dtype} on {machine.device}; "
-        "`1 row` is a token being generated, `64 rows` a prompt.",
-        soft_wrap=True,
+        "`1 row` is a token being generated, `64 rows` a prompt."
     )
-    console.print(_table(machine))
+    _print_kernels(machine)
     for reason in dict.fromkeys(each.why_not for each in machine.kernels if each.why_not is not None):
         bits = ", ".join(str(each.bits) for each in machine.kernels if each.why_not == reason)
-        console.print(f"No compiled kernel for {bits} bits: {reason}", soft_wrap=True)
-    console.print()
+        typer.echo(f"No compiled kernel for {bits} bits: {reason}")
+    typer.echo()
     for sentence in said:
-        console.print(f"- {sentence}.", soft_wrap=True)
+        typer.echo(f"- {sentence}.")
 
 
 def _facts(machine: Machine) -> list[tuple[str, str]]:
@@ -73,15 +71,13 @@ def _facts(machine: Machine) -> list[tuple[str, str]]:
     ]
 
 
-def _table(machine: Machine) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for column in ("bits", "implementation", *(f"{rows} rows" if rows > 1 else "1 row" for rows in machine.dense)):
-        table.add_column(column, justify="left" if column == "implementation" else "right")
-    table.add_row("", "F.linear", *(f"{ms:.2f} ms" for ms in machine.dense.values()))
+def _print_kernels(machine: Machine) -> None:
+    head = ("bits", "implementation", *(f"{rows} rows" if rows > 1 else "1 row" for rows in machine.dense))
+    rows = [("", "F.linear", *(f"{ms:.2f} ms" for ms in machine.dense.values()))]
     for each in machine.kernels:
-        cells = [f"{each.milliseconds[rows]:.2f} ms, {_times(each.speedup[rows])}" for rows in machine.dense]
-        table.add_row(str(each.bits), each.implementation, *cells)
-    return table
+        cells = [f"{each.milliseconds[n]:.2f} ms, {_times(each.speedup[n])}" for n in machine.dense]
+        rows.append((str(each.bits), each.implementation, *cells))
+    print_table(head, rows, left=(1,))
 
 
 def _times(ratio: float) -> str:

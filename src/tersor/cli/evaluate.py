@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,9 +9,11 @@ from typing import Annotated, Any
 import typer
 
 from tersor.cli import comparison
+from tersor.cli.comparison import INTERVAL
 from tersor.cli.harness import show_harness
-from tersor.cli.options import AsJson, Device, Variant, given, opened_as, refuse
+from tersor.cli.options import AsJson, Device, Variant, given, opened_as, print_json, refuse
 from tersor.cli.progress import progress_bar
+from tersor.cli.table import wrapped
 from tersor.errors import TersorError
 from tersor.evaluate.accuracy import accuracy
 from tersor.evaluate.agreement import agreement
@@ -22,7 +23,7 @@ from tersor.evaluate.logit_cache import bytes_in
 from tersor.evaluate.perplexity import perplexity
 from tersor.evaluate.similarities import similarities
 from tersor.progress import Progress
-from tersor.tasks.compared import FORECASTS, Inputs, check_inputs, compared_on
+from tersor.tasks.compared import FORECASTS, Inputs, check_evaluated_on, check_inputs, compared_on
 from tersor.tasks.forecast_compared import forecasts_compared
 from tersor.tasks.graphs_compared import graphs_compared
 
@@ -158,6 +159,7 @@ def evaluate(
     for name, value in {**alone, "--anchors": anchors or None}.items():
         if value is not None:
             raise TersorError(f"{name} is for a comparison: give --against the original")
+    check_evaluated_on(model, images)
     if images is None:
         refuse(context, "perplexity", ("max_images",))
     else:
@@ -167,12 +169,14 @@ def evaluate(
     with progress_bar(quiet=as_json) as progress:
         found = perplexity(model, source, seq_len=seq_len, max_windows=max_windows, progress=progress, **place)
     if as_json:
-        typer.echo(json.dumps({"model": model, **found.__dict__}))
+        print_json({"model": model, **found.__dict__})
     else:
         half = "" if found.half_width is None else f" ± {found.half_width:.2g}"
         typer.echo(
             f"perplexity {found.perplexity:.4f}{half} over {found.tokens:,} tokens in {found.windows} windows of {seq_len}"
         )
+        if half:
+            typer.echo(INTERVAL)
 
 
 def _against(
@@ -193,9 +197,9 @@ def _against(
                 anchor = compare(rounded, progress)
     if as_json:
         told = {} if anchor is None else {"anchor": anchor.as_dict()}
-        typer.echo(json.dumps({"model": model, "against": base, **found.as_dict(), **told}))
+        print_json({"model": model, "against": base, **found.as_dict(), **told})
         return
-    for line in show(found, anchor):
+    for line in wrapped(show(found, anchor)):
         typer.echo(line)
 
 
@@ -203,6 +207,6 @@ def _accuracy(model: str, images: Path, limit: int | None, dtype: str, device: s
     with progress_bar(quiet=as_json) as progress:
         found = accuracy(model, images, max_images=limit, dtype=dtype, device=device, progress=progress)
     if as_json:
-        typer.echo(json.dumps({"model": model, **found.__dict__}))
+        print_json({"model": model, **found.__dict__})
     else:
         typer.echo(f"top-1 accuracy {found.top1:.2f} % (± {found.half_width:.2f}) on {found.images:,} images")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from tersor.checkpoint.gguf_write import export as export_gguf
-from tersor.cli.options import AsJson, Variant, opened_as, refuse
+from tersor.cli.options import AsJson, Variant, opened_as, print_json, refuse
 from tersor.cli.progress import progress_bar
 from tersor.errors import TersorError
 
@@ -54,10 +53,10 @@ def export(
     with progress_bar(quiet=as_json) as progress:
         found = export_gguf(model, out, dtype=dtype, overwrite=overwrite, progress=progress)
     if as_json:
-        typer.echo(json.dumps({**found.__dict__, "path": str(found.path)}))
+        print_json({**found.__dict__, "path": str(found.path)})
         return
     types = ", ".join(f"{count} {kind}" for kind, count in found.types.items())
-    typer.echo(f"{found.path}: {found.architecture}, {found.bytes / 1e6:.1f} MB; tensors: {types}")
+    typer.echo(f"{found.path}: {found.architecture}, {found.size / 1e6:.1f} MB; tensors: {types}")
     if found.bits:
         typer.echo(
             f"quantized layers: {found.bits_before:.3f} bits a weight in {model}, {found.bits:.3f} here, same values"
@@ -82,10 +81,10 @@ def _export_onnx(
             progress=progress,
         )
     if as_json:
-        typer.echo(json.dumps({**found.__dict__, "path": str(found.path)}))
+        print_json({**found.__dict__, "path": str(found.path)})
         return
     kept = "".join(f", {count} layers of {bits} bits" for bits, count in sorted(found.integers.items()))
-    typer.echo(f"{found.path}: {found.bytes / 1e6:.1f} MB, opset {found.opset}{kept}")
+    typer.echo(f"{found.path}: {found.size / 1e6:.1f} MB, opset {found.opset}{kept}")
     sizes = f"any size: {', '.join(found.dynamic)}" if found.dynamic else f"all sizes are fixed: {found.fixed}"
     typer.echo(sizes)
     same = {True: ", the same first choices", False: ", not all the same first choices", None: ""}

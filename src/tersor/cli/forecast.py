@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Annotated
 import typer
 
 from tersor.cli.notes import show_notes
-from tersor.cli.options import AsJson, Device
+from tersor.cli.options import AsJson, Device, print_json
 from tersor.data.tables import TableConfig, read_series, told
 from tersor.errors import TersorError
 from tersor.files import replacing
@@ -94,7 +93,7 @@ def forecast(
         with replacing(plot) as partial:
             plot_forecast(made, partial, plot.suffix.lower()[1:])
     if as_json:
-        typer.echo(json.dumps(made.as_dict()))
+        print_json(made.as_dict())
         return
     show_notes(made.notes)
     _print(made, out=out, plot=plot)

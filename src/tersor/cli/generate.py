@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from tersor.cli.options import (
+    AsJson,
     Device,
     Dtype,
     MinP,
@@ -19,7 +20,9 @@ from tersor.cli.options import (
     TopK,
     TopP,
     Variant,
+    print_json,
 )
+from tersor.cli.quiet import is_quiet
 from tersor.errors import TersorError
 from tersor.untrusted import read_bytes
 
@@ -44,6 +47,7 @@ def generate(
     tokenizer: Tokenizer = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    as_json: AsJson = False,
 ) -> None:
     """Continue a text, token by token as they come. Ctrl-C ends the text where it is.
 
@@ -73,8 +77,11 @@ def generate(
         tokenizer=tokenizer,
         dtype=dtype,
         device=device,
-        notice=lambda line: typer.echo(line, err=True),
+        notice=_say,
     )
+    if as_json:
+        print_json({"model": model, "prompt": given, "text": "".join(pieces)})
+        return
     first = next(pieces, "")  # what is wrong with the model or the prompt shows before anything is printed
     _print(first.lstrip() if chat else given + first)
     try:
@@ -100,6 +107,11 @@ def _prompt(text: str | None, prompt: str | None, file: Path | None) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise TersorError(f"--prompt-file {file} cannot be read: {error}") from None
+
+
+def _say(line: str) -> None:
+    if not is_quiet():
+        typer.echo(line, err=True)
 
 
 def _print(text: str) -> None:

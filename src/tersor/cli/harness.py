@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import typer
 
 from tersor.cli.notes import show_notes
+from tersor.cli.options import print_json
 from tersor.cli.progress import progress_bar
+from tersor.cli.table import print_table
 
 
 def show_harness(
@@ -46,14 +47,13 @@ def show_harness(
         if num_fewshot is not None and task in found.documents and shots != num_fewshot
     )
     if as_json:
-        typer.echo(json.dumps({"model": model, **found.as_dict()}))
+        print_json({"model": model, **found.as_dict()})
         return
-    width = max((len(each.task) for each in found.metrics), default=4)
-    wide = max((len(each.metric) for each in found.metrics), default=6)
-    typer.echo(f"{'task':<{width}}  {'metric':<{wide}}  {'value':>10}  standard error")
+    rows = []
     for each in found.metrics:
         error = "" if each.stderr is None else f"± {each.stderr:.4f}"
-        after = "" if each.filter == "none" else f"  (after {each.filter})"
-        typer.echo(f"{each.task:<{width}}  {each.metric:<{wide}}  {each.value:>10.4f}  {error}{after}")
+        after = "" if each.filter == "none" else f"(after {each.filter})"
+        rows.append((each.task, each.metric, f"{each.value:.4f}", error, after))
+    print_table(("task", "metric", "value", "standard error", ""), rows, left=(0, 1, 3, 4))
     read = ", ".join(f"{count:,} of {task}" for task, count in found.documents.items())
     typer.echo(f"documents: {read}; harness {found.harness}")

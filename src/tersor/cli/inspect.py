@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from tersor.cli.options import AsJson, Variant, opened_as
+from tersor.cli.options import AsJson, Variant, opened_as, print_json
+from tersor.cli.table import print_table
 from tersor.evaluate.inspection import inspect_checkpoint
 
 
@@ -19,29 +17,38 @@ def inspect(
     variant: Variant = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show a checkpoint's blocks, linear layers, formats and bits per weight; reads no weights."""
+    """Show a checkpoint's blocks, linear layers, formats and bits per weight; reads no weights.
+
+    Example: `tersor inspect demo-4bit`.
+    """
     found = inspect_checkpoint(opened_as(model, variant))
     if as_json:
-        typer.echo(json.dumps(asdict(found)))
+        print_json(asdict(found))
         return
-    console = Console()
-    console.print(
-        f"{found.architecture}: {found.parameters:,} parameters, {found.bytes / 1e6:.1f} MB in {found.files} file(s), "
+    typer.echo(
+        f"{found.architecture}: {found.parameters:,} parameters, {found.size / 1e6:.1f} MB in {found.files} file(s), "
         f"{found.format}"
     )
-    table = Table(box=None, pad_edge=False)
-    for column in ("blocks", "layers in each", "shapes", "bits a weight"):
-        table.add_column(column)
+    for method in found.methods:
+        options = ", ".join(f"{name} {_word(value)}" for name, value in method.items() if name != "name")
+        typer.echo(f"made by {method.get('name')}: {options}")
+    rows = []
     for group in found.blocks:
-        table.add_row(
-            f"{group.first} ... ({group.count})" if group.count > 1 else group.first,
-            "\n".join(group.linears),
-            "\n".join(f"{o} x {i}" for o, i in group.shapes),
-            "\n".join(f"{b:.3f}" for b in group.bits),
-        )
-    console.print(table)
+        block = f"{group.first} ... ({group.count})" if group.count > 1 else group.first
+        columns = zip(group.linears, group.shapes, group.bits, group.a_bits, strict=True)
+        for name, (outputs, inputs), bits, a_bits in columns:
+            rounded = "" if a_bits is None else str(a_bits)
+            rows.append((block, name, f"{outputs} x {inputs}", f"{bits:.3f}", rounded))
+            block = ""  # once is enough
+    head = ("blocks", "layers in each", "shapes", "bits a weight", "of the input")
+    most = 5 if any(row[4] for row in rows) else 4
+    print_table(head[:most], [row[:most] for row in rows], left=(0, 1))
     if found.outside:
         parts = (name if bits is None else f"{name} ({bits:.3f} bits)" for name, bits in found.outside.items())
-        console.print(f"outside the blocks: {', '.join(parts)}")
+        typer.echo(f"outside the blocks: {', '.join(parts)}")
     if found.unknown:
-        console.print(f"tensors that the architecture has no place for: {', '.join(found.unknown[:8])}")
+        typer.echo(f"tensors that the architecture has no place for: {', '.join(found.unknown[:8])}")
+
+
+def _word(value: Any) -> str:
+    return "yes" if value is True else "no" if value is False else "not set" if value is None else str(value)

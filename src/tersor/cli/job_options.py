@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import typer
 
+from tersor.cli.options import print_json
 from tersor.cli.progress import progress_bar
 from tersor.cli.summary import print_summary
 from tersor.cli.torchrun import together
@@ -61,7 +61,9 @@ def _names(kinds: Iterable[type[Method]]) -> set[str]:
     return {each.name for kind in kinds for each in dataclasses.fields(kind)}
 
 
-def run_job(model: str, out: Path, steps: Sequence[Recipe], settings: Mapping[str, Any], *, as_json: bool) -> None:
+def run_job(
+    model: str, out: Path, steps: Sequence[Recipe], settings: Mapping[str, Any], *, every_layer: bool, as_json: bool
+) -> None:
     """Run a job and print what came out; of several processes only the first speaks."""
     with (
         together(settings.get("device", "auto")) as device,
@@ -71,20 +73,27 @@ def run_job(model: str, out: Path, steps: Sequence[Recipe], settings: Mapping[st
         if not is_first():
             return
     if as_json:
-        typer.echo(json.dumps({"out": str(out), **result.summary.as_dict()}))
+        print_json({"out": str(out), **result.summary.as_dict()})
     else:
-        print_summary(result.summary, out)
+        print_summary(result.summary, out, every_layer=every_layer)
 
 
 def run_best(
-    model: str, out: Path, name: str, options: Mapping[str, Any], settings: Mapping[str, Any], *, as_json: bool
+    model: str,
+    out: Path,
+    name: str,
+    options: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    *,
+    every_layer: bool,
+    as_json: bool,
 ) -> None:
     """`run_job` with the steps of `best` or `best-fast`, said before they start."""
     if "target_bits" in settings:
         raise TersorError(f"--target-bits chooses for gptq alone, and {name} takes one number of bits: leave one out")
     with progress_bar(quiet=as_json) as progress:
         steps = steps_for(name, model, options, settings_of({**settings, "progress": progress}))
-    run_job(model, out, steps, settings, as_json=as_json)
+    run_job(model, out, steps, settings, every_layer=every_layer, as_json=as_json)
 
 
 def _settings(kinds: Iterable[type[Method]]) -> list[inspect.Parameter]:

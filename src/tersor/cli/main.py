@@ -19,6 +19,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from tersor.cli.quiet import add_quiet
 from tersor.errors import TersorError
 from tersor.version import __version__
 
@@ -50,6 +51,7 @@ VERBS = (
     "sample",
 )
 FUNCTIONS = {"eval": "evaluate"}  # `eval` is a name of Python's
+BRIEF = ("catalog", "inspect", "models", "show", "doctor")  # say nothing on the way, so they have no --quiet
 
 
 class LazyVerbs(TyperGroup):
@@ -67,11 +69,20 @@ class LazyVerbs(TyperGroup):
             return TyperCommand(cmd_name, help=_summary(cmd_name))
         name = FUNCTIONS.get(cmd_name, cmd_name)
         verb = getattr(importlib.import_module(f"tersor.cli.{name}"), name)
-        if isinstance(verb, typer.Typer):
-            return typer.main.get_command(verb)
-        alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
-        alone.command(cmd_name)(verb)
-        return typer.main.get_command(alone)
+        if not isinstance(verb, typer.Typer):
+            alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+            alone.command(cmd_name)(verb)
+            verb = alone
+        command = typer.main.get_command(verb)
+        if cmd_name not in BRIEF:
+            add_quiet(command)
+        return command
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> Any:
+        self._listing = True
+        found = super().shell_complete(ctx, incomplete)
+        self._listing = False
+        return found
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         self._listing = True
@@ -95,7 +106,6 @@ app = typer.Typer(
     cls=LazyVerbs,
     help="Make transformers small and fast, see what was lost, and run them.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain text: the list of verbs comes in a third of the time
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -130,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else list(arguments)
     shown = "--traceback" in takewhile(lambda each: each.startswith("-"), given)
     try:
-        app(args=given)
+        app(args=given, prog_name="tersor")
     except TersorError as error:
         if shown:
             traceback.print_exc()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from itertools import groupby
 from typing import Annotated
 
 import typer
 
-from tersor.cli.options import AsJson
+from tersor.cli.options import AsJson, print_json
 from tersor.errors import TersorError
 from tersor.models import ModelInfo, registry
 
@@ -24,21 +23,27 @@ def models(
 
     Without a pattern, one line an architecture; with one, every published variant that matches. `tersor show NAME` tells
     what an architecture is and how it is used.
+
+    Examples: `tersor models`, `tersor models "vision/*"`, `tersor models forecast`.
     """
     found = registry.list_models() if pattern is None else registry.list_models(pattern)
     if not found:
         raise TersorError(f"no model matches {pattern!r}; `tersor models` without a pattern lists all")
     if as_json:
-        typer.echo(json.dumps([_facts(info) for info in found]))
+        print_json([_facts(info) for info in found])
         return
     rows = _systems(found) if pattern is None else [(i.name, i.task, f"{i.parameters:,}", i.paper) for i in found]
     families = [info.family for info in found]
     if pattern is None:
         families = [next(info.family for info in found if info.system == row[0]) for row in rows]
-    for family, pairs in groupby(zip(families, rows, strict=True), key=lambda pair: pair[0]):
-        members = [row for _, row in pairs]
-        widths = [max(len(row[column]) for row in members) for column in range(3)]  # a family's own: 80 columns suffice
-        typer.echo(family)
+    alike = families if pattern is None else [(info.family, info.system) for info in found]
+    shown = ""
+    for (family, _), group in groupby(zip(families, alike, rows, strict=True), key=lambda each: each[:2]):
+        members = [row for *_, row in group]
+        widths = [max(len(row[column]) for row in members) for column in range(3)]  # of those alike: 80 columns suffice
+        if family != shown:
+            typer.echo(family)
+        shown = family
         for name, task, size, paper in members:
             typer.echo(f"  {name:{widths[0]}}  {task:{widths[1]}}  {size:>{widths[2]}}  {_short(paper)}".rstrip())
 

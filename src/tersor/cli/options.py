@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterable
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,6 +23,7 @@ Variant = Annotated[
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read pickled weights (.bin) too.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in --out.")]
 SummaryAsJson = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")]
+Layers = Annotated[bool, typer.Option("--layers", help="Show every layer, however many there are.")]
 Tokenizer = Annotated[
     str | None,
     typer.Option(help="A directory or hub name of a tokenizer, or `bytes`, in place of the model's own."),
@@ -37,6 +40,20 @@ RepetitionPenalty = Annotated[
 SamplingSeed = Annotated[int, typer.Option("--seed", help="Seed of the sampling.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def print_json(value: Any) -> None:
+    """One object on standard output, in the JSON of every parser: what is not finite is null."""
+    typer.echo(json.dumps(finite(value), allow_nan=False))
+
+
+def finite(value: Any) -> Any:
+    """The value with None for each number that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def opened_as(model: str, variant: str | None) -> str:

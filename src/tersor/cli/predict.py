@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tersor.cli.options import AsJson, Device
+from tersor.cli.options import AsJson, Device, print_json
 from tersor.cli.progress import progress_bar
 from tersor.errors import TersorError
 from tersor.tasks.predict import input_files, open_predictor, predictions
@@ -64,7 +63,7 @@ def predict(
             else:
                 typer.echo(found.line())
     if as_json:
-        typer.echo(json.dumps(told))
+        print_json(told)
     if skipped:
         typer.echo(f"tersor: {skipped} of {len(files)} files skipped", err=True)
         raise typer.Exit(SKIPPED)

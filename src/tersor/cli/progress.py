@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
+from tersor.cli.quiet import is_quiet
 from tersor.progress import Progress
 
 
@@ -16,6 +17,7 @@ from tersor.progress import Progress
 def progress_bar(*, quiet: bool = False) -> Iterator[Progress]:
     """A `progress(what, done, total)` that draws one bar where standard error is a terminal, and prints a report with total 0
     as a line; silent where `quiet`."""
+    quiet = quiet or is_quiet()
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from tersor.cli.job_options import run_best, run_job, split, with_options
-from tersor.cli.options import SummaryAsJson, Variant, opened_as
+from tersor.cli.options import Layers, SummaryAsJson, Variant, opened_as
 from tersor.compress.best import NAMES
 from tersor.compress.recipe import Recipe, read_recipe
 from tersor.errors import TersorError
@@ -30,6 +30,7 @@ def _quantize(
         Path | None, typer.Option(help="A YAML file with method, options and rules for single layers.")
     ] = None,
     variant: Variant = None,
+    every_layer: Layers = False,
     as_json: SummaryAsJson = False,
     **given: Any,
 ) -> None:
@@ -42,7 +43,7 @@ def _quantize(
     """
     settings, options = split(given, QUANTIZING.values())
     if recipe is None and method in NAMES:
-        run_best(opened_as(model, variant), out, method, options, settings, as_json=as_json)
+        run_best(opened_as(model, variant), out, method, options, settings, every_layer=every_layer, as_json=as_json)
         return
     if "target_bits" in settings and "bits" in options:
         raise TersorError(
@@ -57,7 +58,7 @@ def _quantize(
             raise TersorError(f"{named} and --recipe exclude each other: write it in {recipe}")
         chosen = read_recipe(recipe)
         _check(chosen.method.name)
-    run_job(opened_as(model, variant), out, [chosen], settings, as_json=as_json)
+    run_job(opened_as(model, variant), out, [chosen], settings, every_layer=every_layer, as_json=as_json)
 
 
 def _check(method: str) -> None:

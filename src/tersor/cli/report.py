@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tersor.cli.options import Device, refuse
+from tersor.cli.options import Device, print_json, refuse
 from tersor.cli.progress import progress_bar
 from tersor.errors import TersorError
 
@@ -37,9 +36,7 @@ def report(
     new_tokens: Annotated[int, typer.Option(help="Tokens that are written after a prompt.")] = 48,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Device = "auto",
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write what the page says to this file too, as JSON.")
-    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what the page says as one JSON object.")] = False,
 ) -> None:
     """Write one page about compressed models: size, what was lost and where, weights, texts, the job, what loads them.
 
@@ -48,7 +45,6 @@ def report(
 
     Examples: `tersor report demo-4bit --against demo`, `tersor report demo-3bit demo-4bit --against demo --measure`.
     """
-    from tersor.files import replacing
     from tersor.report.collect import collect
     from tersor.report.page import check_page, write_page
 
@@ -60,9 +56,7 @@ def report(
         if not measure:
             refuse(context, "a report that runs no model", ("dtype", "device"), "give --against or --measure")
     check_page(out)
-    if json_file is not None:
-        _check_json(json_file)
-    with progress_bar() as progress:
+    with progress_bar(quiet=as_json) as progress:
         found = collect(
             models,
             against=against,
@@ -78,23 +72,9 @@ def report(
             progress=progress,
         )
     write_page(found, out)
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(json_file) as partial:
-            partial.write_text(json.dumps(found.as_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if as_json:
+        print_json(found.as_dict())
+        return
     for note in found.notes:
         typer.echo(note)
     typer.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB; open it in a browser")
-
-
-def _check_json(path: Path) -> None:
-    """Raise TersorError where a file is there that is no report's."""
-    from tersor.report.data import read
-
-    if path.is_dir():
-        raise TersorError(f"--json {path} is a directory; give a file")
-    if path.exists():
-        try:
-            read(path)
-        except TersorError:
-            raise TersorError(f"--json {path} is no report of tersor's and would be lost; give another") from None

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tersor.cli.options import AsJson, Device
+from tersor.cli.options import AsJson, Device, print_json
 from tersor.cli.progress import progress_bar
 from tersor.tasks.sample import sample as make
 from tersor.tasks.task import Order
@@ -46,4 +45,7 @@ def sample(
     order = Order(out, seed, prompt, condition, steps, guidance, resolution)
     with progress_bar(quiet=as_json) as progress:
         made = make(model, order, device=device, progress=progress)
-    typer.echo(json.dumps(made.as_dict()) if as_json else made.line())
+    if as_json:
+        print_json(made.as_dict())
+    else:
+        typer.echo(made.line())

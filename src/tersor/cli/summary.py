@@ -2,43 +2,45 @@
 
 from __future__ import annotations
 
+import re
 import shlex
+import statistics
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+import typer
 
 from tersor.calibrate.statistics import is_expert
+from tersor.cli.table import print_table
 from tersor.compress.summary import Summary
 from tersor.formats.layouts import PLAIN
 
 HIDDEN = ("condition",)  # of a row: the report shows it
-WIDTH_OF_FILES = 200  # columns, where the output is no terminal
+WHOLE = 48  # layers that are shown one by one, where all are not asked for
+HEADINGS = {"name": "layer", "note": "", "group_size": "group"}  # by keys; of the others as they are
 
 
-def print_summary(summary: Summary, out: Path) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH_OF_FILES)
+def print_summary(summary: Summary, out: Path, *, every_layer: bool = False) -> None:
+    """every_layer: show each layer, however many there are."""
     rows_of_all = (report.row() for report in summary.layers)
     every = [{key: value for key, value in row.items() if key not in HIDDEN} for row in rows_of_all]
     for _, group in groupby(every, key=tuple):  # of several steps each has columns of its own
         rows = list(group)
-        table = Table(title=None, box=None, pad_edge=False)
-        for key, value in rows[0].items():
-            heading = {"name": "layer", "note": "", "group_size": "group"}.get(key, key.replace("_", " "))
-            if key == "name":  # kept whole, however narrow the terminal
-                table.add_column(heading, min_width=max(len(str(row[key])) for row in rows))
-            else:
-                table.add_column(heading, justify="left" if isinstance(value, str) else "right")
-        for row in rows:
-            table.add_row(*map(_shown, row.values()))
-        console.print(table)
+        keys = [key for key in rows[0] if any(row[key] != "" for row in rows)]
+        rows = [{key: row[key] for key in keys} for row in rows]
+        left = [
+            number for number, key in enumerate(keys) if any(isinstance(row[key], str) and row[key] for row in rows)
+        ]
+        head = [HEADINGS.get(key, key.replace("_", " ")) for key in keys]
+        short = not every_layer and len(rows) > WHOLE
+        cells = _in_short(rows) if short else [[_shown(value) for value in row.values()] for row in rows]
+        print_table(head, cells, left=left)
+        if short:
+            typer.echo(f"medians of {len(rows):,} layers, and the least and most of whole numbers; --layers shows each")
     experts = [row["tokens"] for row in every if "tokens" in row and is_expert(row["name"])]
     if experts:
-        console.print(
+        typer.echo(
             f"{len(experts)} experts, calibrated with {min(experts):,} to {max(experts):,} tokens each; "
             f"{experts.count(0) or 'none'} without"
         )
@@ -56,16 +58,36 @@ def print_summary(summary: Summary, out: Path) -> None:
     blocks = [seconds for name, seconds in summary.seconds_per_block.items() if name]
     a_block = f"{sum(blocks) / len(blocks):.1f} s a block, " if blocks else ""
     earlier = f", {summary.resumed_blocks} blocks from an earlier run" if summary.resumed_blocks else ""
-    console.print(
+    typer.echo(
         f"{out}: {', '.join(facts) or summary.format}\n"
         f"{summary.seconds:.1f} s in all, {a_block}peak memory {summary.peak_memory / 1e9:.2f} GB{earlier}"
     )
     if summary.divergence is not None:
-        console.print(
+        typer.echo(
             f"predictions on a sample: KL divergence {summary.divergence:.4f} nats from the original, "
             f"{summary.agreement:.1%} of the first choices the same"
         )
-    console.print(f"what was lost, and where, as a page: tersor report {shlex.quote(str(out))}", highlight=False)
+    typer.echo(f"what was lost, and where, as a page: tersor report {shlex.quote(str(out))}")
+
+
+def _in_short(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """One row for the layers whose names differ in numbers only."""
+    alike: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        alike.setdefault(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", str(row["name"])), []).append(row)
+    return [
+        [f"{len(each)} x {name}", *(_together([row[key] for row in each]) for key in each[0] if key != "name")]
+        for name, each in alike.items()
+    ]
+
+
+def _together(values: list[Any]) -> str:
+    known = [value for value in values if value != ""]
+    if known and all(isinstance(value, int | float) for value in known):
+        if any(isinstance(value, float) for value in known):
+            return _shown(statistics.median(known))
+        return _shown(min(known)) if min(known) == max(known) else f"{_shown(min(known))} - {_shown(max(known))}"
+    return "; ".join(dict.fromkeys(map(_shown, known)))
 
 
 def _shown(value: Any) -> str:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
+from tersor.cli.options import print_json
 from tersor.cli.progress import progress_bar
+from tersor.cli.table import print_table
 from tersor.errors import TersorError
 from tersor.evaluate.sweep import Row
 from tersor.evaluate.sweep import sweep as run_sweep
@@ -32,6 +31,8 @@ def sweep(
 
     A sweep that is interrupted goes on when the same command is given again. Jobs that fail do not stop the others; the exit
     status is then 1.
+
+    Example: `tersor sweep grid.yaml --model demo --out results`.
     """
     if jobs < 1:
         raise TersorError(f"--jobs {jobs} must be positive")
@@ -42,7 +43,7 @@ def sweep(
         rows = run_sweep(todo, out, processes=jobs, ray=ray, cpus=cpus, gpus=gpus, progress=progress)
     failed = [row for row in rows if row.error is not None]
     if as_json:
-        typer.echo(json.dumps([asdict(row) for row in rows]))
+        print_json([asdict(row) for row in rows])
     else:
         _print(rows)
     for row in failed:
@@ -52,13 +53,9 @@ def sweep(
 
 
 def _print(rows: list[Row]) -> None:
-    table = Table(box=None, pad_edge=False)
-    for column in ("job", "model", "method"):
-        table.add_column(column)
-    for column in ("bits", "group", "size", "bits a weight", "perplexity", "seconds"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(
+    head = ("job", "model", "method", "bits", "group", "size", "bits a weight", "perplexity", "seconds")
+    cells = [
+        (
             row.name,
             row.model,
             row.method,
@@ -69,4 +66,6 @@ def _print(rows: list[Row]) -> None:
             "" if row.perplexity is None else f"{row.perplexity:.3f}",
             "" if row.seconds is None else f"{row.seconds:.1f}",
         )
-    Console().print(table)
+        for row in rows
+    ]
+    print_table(head, cells, left=(0, 1, 2))

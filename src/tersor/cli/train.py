@@ -13,7 +13,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from torch import nn
 
 from tersor import models
@@ -21,6 +20,7 @@ from tersor.checkpoint.load import load
 from tersor.checkpoint.preprocessing import PREPROCESSOR, image_settings
 from tersor.checkpoint.source import open_checkpoint
 from tersor.cli.notes import show_notes
+from tersor.cli.options import print_json
 from tersor.cli.progress import progress_bar
 from tersor.data.denoising import DenoisingConfig
 from tersor.errors import TersorError
@@ -185,13 +185,12 @@ def _long_range(
 
 def _print(told: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(told))
+        print_json(told)
         return
-    console = Console()
-    console.print(f"{told['out']}: {told['steps']} steps, the weights of step {told['best_step']} kept")
+    typer.echo(f"{told['out']}: {told['steps']} steps, the weights of step {told['best_step']} kept")
     for part in ("validation", "test"):
         if told.get(part):
-            console.print(f"{part}: " + ", ".join(f"{name} {value:.4f}" for name, value in told[part].items()))
+            typer.echo(f"{part}: " + ", ".join(f"{name} {value:.4f}" for name, value in told[part].items()))
 
 
 def _saved(what: str, checkpoint: Path | None, overrides: dict[str, Any]) -> nn.Module | None:

@@ -15,7 +15,7 @@ from tersor.checkpoint.load import load
 from tersor.checkpoint.preprocessing import saved_settings
 from tersor.checkpoint.published import checkpoint_as
 from tersor.checkpoint.source import open_checkpoint
-from tersor.cli.options import Device
+from tersor.cli.options import Device, print_json
 from tersor.cli.progress import progress_bar
 from tersor.data.speech import SUFFIXES, blocks_of_stream
 from tersor.errors import TersorError
@@ -103,7 +103,7 @@ def transcribe(
             else:
                 typer.echo(as_text(found, format, name=str(path) if len(files) > 1 else None), nl=False)
     if format == "json" and out is None:
-        typer.echo(json.dumps(told, ensure_ascii=False))
+        print_json(told)
     if skipped:
         typer.echo(f"tersor: {skipped} of {len(files)} files skipped", err=True)
         raise typer.Exit(SKIPPED)

@@ -15,7 +15,7 @@ from tersor.checkpoint.positions import positions_of
 from tersor.checkpoint.source import resolve
 from tersor.data.text import builtin_text, read_text
 from tersor.errors import TersorError
-from tersor.evaluate.interval import half_width
+from tersor.evaluate.interval import estimate
 from tersor.progress import Progress
 
 _PROBE = 32  # tokens that are run twice, with other tokens in the second half, to see whether the model is causal
@@ -71,14 +71,13 @@ def perplexity(
         for n, window in enumerate(windows):
             inputs = window[None].to(where)
             logits = logits_of(module, inputs)
-            losses.append(float(nn.functional.cross_entropy(logits[0, :-1].float(), inputs[0, 1:], reduction="sum")))
+            losses.append(float(nn.functional.cross_entropy(logits[0, :-1].float(), inputs[0, 1:])))
             if progress is not None:
                 progress("evaluating", n + 1, count)
-    predicted = count * (seq_len - 1)
-    mean = sum(losses) / predicted
-    found = math.exp(mean) if mean < 700 else math.inf
-    half = half_width(torch.tensor(losses, dtype=torch.float64) / (seq_len - 1))
-    return Perplexity(found, predicted, count, seq_len, None if half is None else found * half)
+    found = estimate(torch.tensor(losses, dtype=torch.float64))
+    value = math.exp(found.mean) if found.mean < 700 else math.inf
+    half = None if found.half_width is None else value * found.half_width  # the slope of exp
+    return Perplexity(value, count * (seq_len - 1), count, seq_len, half)
 
 
 @torch.no_grad()

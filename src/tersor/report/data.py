@@ -158,7 +158,7 @@ def embedded(value: Any) -> str:
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """What a report says, from the page or from the file that `--json` wrote. Raises TersorError where it is neither."""
+    """What a report says, from the page or from a file with what `--json` printed. Raises TersorError where it is neither."""
     path = Path(path).expanduser()
     try:
         text = read_bytes(path, most=JSON_BYTES).decode("utf-8")

@@ -50,7 +50,7 @@ Inputs = dict[str, Any]
 
 @dataclass(frozen=True)
 class OnnxExported:
-    """bytes: of the file; dynamic: the inputs' axes that may have any size, such as image[0] (input_ids[1]: up to
+    """size: bytes of the file; dynamic: the inputs' axes that may have any size, such as image[0] (input_ids[1]: up to
     the model's positions); fixed: why that is not so of the
     batch, or None. difference: the largest between onnxruntime and torch in float32, as a share of the largest output;
     rounded_difference: the same with onnxruntime's defaults, where packed layers round what they multiply to 8 bits; None
@@ -61,7 +61,7 @@ class OnnxExported:
     bits."""
 
     path: Path
-    bytes: int
+    size: int
     opset: int
     dynamic: list[str]
     fixed: str | None
@@ -170,7 +170,7 @@ def export_module(
             del session
     return OnnxExported(
         path=path,
-        bytes=path.stat().st_size,
+        size=path.stat().st_size,
         opset=opset,
         dynamic=dynamic,
         fixed=fixed,

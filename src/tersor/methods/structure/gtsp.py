@@ -16,7 +16,8 @@ Four axes, each 1 (left as it is) unless asked:
     heads     the share of heads that live. A random choice begins; at every update ⌈prune_rate · alive⌉ of least importance
               die and as many of the dead with the largest gradient come back. Dead heads are taken out in the end: what
               such a head still adds, its value's bias, becomes part of the output's
-    layers    the share of layers, rounded, that keep their attention. The attention goes that the loss on the samples misses
+    attention_layers
+              the share of layers, rounded, that keep their attention. The attention goes that the loss on the samples misses
               least, one layer after another, before the training; message passing and MLP stay. `drop_path` is the
               published study of this axis: each node skips attention with this probability while training, and nothing goes
     weights   the density of the layers' linear maps in the end, by `schedule` (gtsp_schedule.py): granet, gmp, dst, uniform.
@@ -96,7 +97,7 @@ class GTSP(ModelMethod):
 
     tokens: float = option(1.0, "share of a graph's nodes that attention runs over", **SHARE)
     heads: float = option(1.0, "share of each layer's heads that is left", **SHARE)
-    layers: float = option(
+    attention_layers: float = option(
         1.0, "share of the layers that keep their attention", check=lambda v: 0 <= v <= 1, allowed="0 to 1"
     )
     weights: float = option(1.0, "density of the layers' weights in the end", **SHARE)
@@ -182,7 +183,7 @@ class GTSP(ModelMethod):
     def _without_attention(self, model: nn.Module, names: Sequence[str], lesson: Lesson, work: Work) -> set[str]:
         """Take the attention out of as many layers as asked, those first that the loss misses least."""
         gone: set[str] = set()
-        while len(gone) < len(names) - round(self.layers * len(names)):
+        while len(gone) < len(names) - round(self.attention_layers * len(names)):
             losses = {}
             for name in (name for name in names if name not in gone):
                 kept = model.get_submodule(name)
