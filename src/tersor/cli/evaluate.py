@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tersor.checkpoint.source import Checkpoint, Openable, open_checkpoint
 from tersor.cli import comparison
 from tersor.cli.harness import show_harness
 from tersor.cli.options import AsJson, Device, Variant, given, opened_as, refuse
@@ -32,7 +33,7 @@ IDLE = {
     "images": ("text", "seq_len", "max_windows", "cache", "cache_size"),
     "data": ("text", "seq_len", "max_images", "cache", "cache_size"),
 }
-Compare = Callable[[str | Path, Progress], Any]  # a model, beside the original
+Compare = Callable[[Openable, Progress], Any]  # a model, beside the original
 
 
 def evaluate(
@@ -107,26 +108,27 @@ def evaluate(
     source: str | Path = text if text == "builtin" else Path(text)
     place: dict[str, Any] = {"dtype": dtype, "device": device}
     if against is not None:
-        how = compared_on(model, against)
+        other, base = open_checkpoint(model), open_checkpoint(against)
+        how = compared_on(other, base)
         check_inputs(how, Inputs((source,), images, data))
         refuse(context, f"models that are compared on {how}", IDLE[how])
         size = CACHE_SIZE if cache_size is None else bytes_in(cache_size)
 
-        def compare(each: str | Path, said: Progress) -> Any:
+        def compare(each: Openable, said: Progress) -> Any:
             if how == "images":
                 assert images is not None
-                return agreement(each, against, images, max_images=max_images, progress=said, **place)
+                return agreement(each, base, images, max_images=max_images, progress=said, **place)
             if how == "sentences":
-                return similarities(each, against, source, progress=said, **place)
+                return similarities(each, base, source, progress=said, **place)
             if how == "data":
                 assert data is not None
                 most = FORECASTS if max_windows is None else max_windows
-                return forecasts_compared(each, against, data, most=most, **place)
+                return forecasts_compared(each, base, data, most=most, **place)
             sizes: dict[str, Any] = {"seq_len": seq_len, "max_windows": max_windows}
-            return divergence(each, against, source, cache=cache, cache_size=size, progress=said, **sizes, **place)
+            return divergence(each, base, source, cache=cache, cache_size=size, progress=said, **sizes, **place)
 
         show = comparison.SHOWN[how]
-        _against(model, against, compare, show, anchors=anchors, device=device, as_json=as_json)
+        _against(other, base, compare, show, anchors=anchors, device=device, as_json=as_json)
         return
     for name, value in (("--data", data), ("--anchors", anchors), ("--cache", cache), ("--cache-size", cache_size)):
         if value:
@@ -148,8 +150,8 @@ def evaluate(
 
 
 def _against(
-    model: str,
-    base: str,
+    model: Checkpoint,
+    base: Checkpoint,
     compare: Compare,
     show: Callable[..., list[str]],
     *,
@@ -165,7 +167,7 @@ def _against(
                 anchor = compare(rounded, progress)
     if as_json:
         told = {} if anchor is None else {"anchor": anchor.as_dict()}
-        typer.echo(json.dumps({"model": model, "against": base, **found.as_dict(), **told}))
+        typer.echo(json.dumps({"model": str(model), "against": str(base), **found.as_dict(), **told}))
         return
     for line in show(found, anchor):
         typer.echo(line)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tersor.checkpoint.source import open_checkpoint
+from tersor.checkpoint.source import Openable, open_checkpoint
 from tersor.compress.job import compress
 from tersor.errors import TersorError
 from tersor.methods.weights.rtn import RTN
@@ -18,7 +18,7 @@ BITS = 8
 
 
 @contextmanager
-def anchor_of(against: str | Path, *, device: str = "auto", progress: Progress | None = None) -> Iterator[Path]:
+def anchor_of(against: Openable, *, device: str = "auto", progress: Progress | None = None) -> Iterator[Path]:
     """A directory that holds the original, each row of its layers rounded to 8 bits, for as long as the context lasts. Raises
     TersorError where the original is packed already."""
     if "quantization_config" in open_checkpoint(against).config:
@@ -26,5 +26,5 @@ def anchor_of(against: str | Path, *, device: str = "auto", progress: Progress |
     with tempfile.TemporaryDirectory(prefix="tersor-") as folder:
         out = Path(folder) / "model"
         more: dict[str, Any] = {} if progress is None else {"progress": progress}
-        compress(against, RTN(bits=BITS, group_size=-1), out=out, device=device, samples=1, seq_len=64, **more)
+        compress(str(against), RTN(bits=BITS, group_size=-1), out=out, device=device, samples=1, seq_len=64, **more)
         yield out

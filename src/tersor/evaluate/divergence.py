@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.checkpoint.load import load, load_tokenizer
-from tersor.checkpoint.source import open_checkpoint, resolve
+from tersor.checkpoint.source import Checkpoint, Openable, open_checkpoint
 from tersor.checkpoint.writer import model_fingerprint
 from tersor.devices import pick_device
 from tersor.errors import TersorError
@@ -108,8 +108,8 @@ class _Tokens:
 
 @torch.no_grad()
 def divergence(
-    model: str | Path | nn.Module,
-    against: str | Path | nn.Module,
+    model: Openable | nn.Module,
+    against: Openable | nn.Module,
     text: str | Path | Tensor | None = None,
     *,
     tokenizer: Any = None,
@@ -128,6 +128,7 @@ def divergence(
     `perplexity`. cache: a folder where the original's logits stay for the next call (None: they go); cache_size: bytes that
     they may take on disk. Raises TersorError where the vocabularies differ, or the text is shorter than a window.
     """
+    model, against = (each if isinstance(each, nn.Module) else open_checkpoint(each) for each in (model, against))
     ids, decode = _ids(against, text, tokenizer)
     said = progress or silent
     check = partial(check_windows, tokenizer=tokenizer)
@@ -148,7 +149,6 @@ def divergence(
             said("comparing", number + 1, len(windows))
         return _summarized(kept, seq_len, _passages(kept.kl, windows, decode))
     windows = cut_windows(ids, seq_len=seq_len, max_windows=max_windows)
-    open_checkpoint(model)  # says what is wrong with it before the original runs
     with _cache(against, cache, cache_size, dtype=dtype, device=device) as store:
         kept = _one_after_another(
             model, against, windows, store, check, noise=noise_floor, dtype=dtype, device=device, progress=said
@@ -157,8 +157,8 @@ def divergence(
 
 
 def _one_after_another(
-    model: str | Path,
-    against: str | Path,
+    model: Checkpoint,
+    against: Checkpoint,
     windows: Tensor,
     store: LogitCache,
     check: Callable[[nn.Module, Tensor], None],
@@ -200,11 +200,10 @@ def _one_after_another(
 
 @contextmanager
 def _cache(
-    against: str | Path, folder: str | Path | None, most: int, *, dtype: str, device: str
+    against: Checkpoint, folder: str | Path | None, most: int, *, dtype: str, device: str
 ) -> Iterator[LogitCache]:
     """The cache of one original; in a temporary folder where none is given."""
-    checkpoint = open_checkpoint(against)
-    facts = [model_fingerprint(checkpoint), dtype, str(pick_device(device)), torch.__version__, __version__]
+    facts = [model_fingerprint(against), dtype, str(pick_device(device)), torch.__version__, __version__]
     with tempfile.TemporaryDirectory(prefix="tersor-") as temporary:
         place = Path(temporary) if folder is None else opened_folder(Path(folder))
         yield LogitCache(place, most, " ".join(facts))
@@ -331,12 +330,12 @@ def _passages(kl: Sequence[Tensor], windows: Tensor, decode: Callable[[list[int]
 
 
 def _ids(
-    model: str | Path | nn.Module, text: str | Path | Tensor | None, tokenizer: Any
+    model: Checkpoint | nn.Module, text: str | Path | Tensor | None, tokenizer: Any
 ) -> tuple[Tensor, Callable[[list[int]], str] | None]:
     if isinstance(text, Tensor):
         return text, tokenizer.decode if tokenizer is not None else None
     if tokenizer is None and not isinstance(model, nn.Module):
-        tokenizer = load_tokenizer(resolve(model))
+        tokenizer = load_tokenizer(model.directory)
     if tokenizer is None:
         raise TersorError("the original has no tokenizer: give token ids as a tensor")
     return tokens_of(text, tokenizer), tokenizer.decode

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tersor.checkpoint.load import check_tokens, load, load_tokenizer
 from tersor.checkpoint.positions import positions_of
-from tersor.checkpoint.source import resolve
+from tersor.checkpoint.source import Openable, open_checkpoint
 from tersor.data.text import builtin_text, read_text
 from tersor.errors import TersorError
 from tersor.progress import Progress
@@ -36,7 +36,7 @@ class Perplexity:
 
 
 def perplexity(
-    model: str | Path | nn.Module,
+    model: Openable | nn.Module,
     text: str | Path | Tensor | None = None,
     *,
     tokenizer: Any = None,
@@ -56,10 +56,10 @@ def perplexity(
     if isinstance(model, nn.Module):
         module = model
     else:
-        directory = resolve(model)
+        checkpoint = open_checkpoint(model)
         if not isinstance(text, Tensor) and tokenizer is None:
-            tokenizer = load_tokenizer(directory)
-        module = load(directory, dtype=dtype, device=device)
+            tokenizer = load_tokenizer(checkpoint.directory)
+        module = load(checkpoint, dtype=dtype, device=device)
     ids = text if isinstance(text, Tensor) else tokens_of(text, tokenizer)
     windows = causal_windows(module, ids, seq_len=seq_len, max_windows=max_windows, tokenizer=tokenizer)
     where = next(module.parameters(), torch.empty(0)).device

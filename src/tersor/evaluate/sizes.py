@@ -9,12 +9,11 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tersor.calibrate.blocks import find_units
-from tersor.checkpoint.lazy_model import LazyModel
-from tersor.checkpoint.source import open_checkpoint, torch_dtype
+from tersor.checkpoint.lazy_model import LazyModel, lazily
+from tersor.checkpoint.source import Openable
 from tersor.evaluate.weight_view import place_of
 from tersor.formats.layouts import PACKED_SUFFIXES
 from tersor.layers.linear_map import matrix_shape
@@ -60,10 +59,10 @@ class Sizes:
         return 8 * sum(each.bytes for each in self.packed) / self.packed_weights if self.packed_weights else None
 
 
-def sizes_of(model: str | Path) -> Sizes:
+def sizes_of(model: Openable | LazyModel) -> Sizes:
     """Raises TersorError where it is no model."""
-    checkpoint = open_checkpoint(model)
-    lazy = LazyModel(checkpoint, dtype=torch_dtype(checkpoint.config))
+    lazy = lazily(model)
+    checkpoint = lazy.checkpoint
     stored = checkpoint.bytes_of_tensors()
     everything: dict[str, int] = defaultdict(int)
     packed: dict[str, int] = defaultdict(int)

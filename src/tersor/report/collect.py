@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from tersor.checkpoint.lazy_model import LazyModel, lazily
 from tersor.checkpoint.load import load, load_tokenizer
 from tersor.checkpoint.room import RUN_FILE, read_object, record_of
-from tersor.checkpoint.source import open_checkpoint, resolve
+from tersor.checkpoint.source import Checkpoint, open_checkpoint
 from tersor.errors import TersorError
 from tersor.evaluate.divergence import Divergence, divergence
 from tersor.evaluate.loaders import loaders_of
@@ -59,20 +60,24 @@ def collect(
     if (texts or prompts) and against is None:
         raise TersorError("--text and --prompt compare with the original: name it with --against")
     attributed = _attributions(attributions, names)
-    results = [_kept(name, against, attributed.get(name), progress) for name in names]
-    base = None if against is None else _kept(str(against), None, None, progress)
+    opened = {name: open_checkpoint(name) for name in names}
+    original = None if against is None else lazily(against)
+    results = [_kept(lazily(each), original, attributed.get(name), progress) for name, each in opened.items()]
+    base = None if original is None else _kept(original, None, None, progress)
     notes: list[str] = []
-    if against is not None:
-        reason = _no_language_model(against)
+    if original is not None:
+        reason = _no_language_model(original)
         if reason is not None:
             if texts or prompts:
                 raise TersorError(f"--text and --prompt are for language models: {reason}")
             notes.append(f"Predictions are not compared: {reason}.")
         else:
             how: dict[str, Any] = {"seq_len": seq_len, "max_windows": max_windows, "dtype": dtype, "device": device}
-            compared = _compared(names, against, texts or ["builtin"], how, progress)
-            given = list(prompts) or prompts_from(against, texts[0] if texts else "builtin")
-            written = continuations([str(against), *names], given, new_tokens, dtype, device, progress)
+            compared = _compared(opened, original.checkpoint, texts or ["builtin"], how, progress)
+            given = list(prompts) or prompts_from(original.checkpoint, texts[0] if texts else "builtin")
+            written = continuations(
+                {str(against): original.checkpoint} | opened, given, new_tokens, dtype, device, progress
+            )
             results = [
                 dataclasses.replace(
                     each,
@@ -104,14 +109,14 @@ def collect(
     )
 
 
-def _kept(name: str, against: str | Path | None, attributed: Mapping[str, Any] | None, progress: Progress) -> Result:
+def _kept(
+    model: LazyModel, against: LazyModel | None, attributed: Mapping[str, Any] | None, progress: Progress
+) -> Result:
     """What a model's directory says, and its weights beside the original's."""
-    directory = resolve(name)
-    checkpoint = open_checkpoint(name)
+    name, directory, config = str(model.checkpoint), model.checkpoint.directory, model.checkpoint.config
     record, run = record_of(directory) or {}, read_object(directory / RUN_FILE) or {}
-    sizes = sizes_of(name)
-    views = layer_views(name, against, progress=progress)
-    config = checkpoint.config
+    sizes = sizes_of(model)
+    views = layer_views(model, against, progress=progress)
     return Result(
         name=name,
         architecture=str((config.get("architectures") or [config.get("tersor_model", "unknown")])[0]),
@@ -120,7 +125,7 @@ def _kept(name: str, against: str | Path | None, attributed: Mapping[str, Any] |
         sizes=sizes,
         layers=_layers(name, record, run, sizes.layers, views, attributed),
         views=views,
-        loaders=loaders_of(name),
+        loaders=loaders_of(model),
         attributed=None if attributed is None else {key: attributed.get(key) for key in KEPT},
     )
 
@@ -246,33 +251,30 @@ def _members(row: Mapping[str, Any], known: Sequence[str]) -> set[str]:
     return listed or {each for each in known if f"{each}.".startswith(f"{name}.")}
 
 
-def _no_language_model(name: str | Path) -> str | None:
+def _no_language_model(model: LazyModel) -> str | None:
     """Why predictions cannot be compared, or None."""
-    directory = resolve(name)
-    if load_tokenizer(directory) is None:
-        return f"{name} has no tokenizer"
-    from tersor.checkpoint.lazy_model import LazyModel
-
-    return why_not_causal(LazyModel(open_checkpoint(name), dtype=torch.float32).module)
+    if load_tokenizer(model.checkpoint.directory) is None:
+        return f"{model.checkpoint} has no tokenizer"
+    return why_not_causal(model.module)
 
 
 def _compared(
-    names: Sequence[str], against: str | Path, texts: Sequence[str], how: dict[str, Any], progress: Progress
+    models: Mapping[str, Checkpoint], against: Checkpoint, texts: Sequence[str], how: dict[str, Any], progress: Progress
 ) -> dict[str, list[Compared]]:
     """Each model with the original on each text. The original is loaded once, and its noise floor on a text found once."""
-    tokenizer = load_tokenizer(resolve(against))
+    tokenizer = load_tokenizer(against.directory)
     base = load(against, dtype=how["dtype"], device=how["device"])
-    found: dict[str, list[Compared]] = {name: [] for name in names}
+    found: dict[str, list[Compared]] = {name: [] for name in models}
     for text in texts:
         floor: float | None = None
-        for n, name in enumerate(names):
+        for n, (name, model) in enumerate(models.items()):
 
             def tell(what: str, done: int, total: int, name: str = name) -> None:
                 progress(f"{name}: {what}", done, total)
 
             source = text if text == "builtin" else Path(text)
             each: Divergence = divergence(
-                name, base, source, tokenizer=tokenizer, noise_floor=n == 0, progress=tell, **how
+                model, base, source, tokenizer=tokenizer, noise_floor=n == 0, progress=tell, **how
             )
             floor = each.noise_floor if n == 0 else floor
             found[name].append(Compared(text, dataclasses.replace(each, noise_floor=floor)))

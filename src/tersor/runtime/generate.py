@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tersor.checkpoint.load import check_tokens, load, load_tokenizer, named_tokenizer
 from tersor.checkpoint.positions import positions_of
 from tersor.checkpoint.published import checkpoint_as, named_by
-from tersor.checkpoint.source import open_checkpoint, torch_dtype
+from tersor.checkpoint.source import Openable, open_checkpoint, torch_dtype
 from tersor.devices import pick_device
 from tersor.errors import TersorError
 from tersor.layers.quantized_linear import prepare_layers
@@ -87,16 +87,17 @@ def _engine_of_ours(module: nn.Module, *, capacity: int, batch: int, take_over: 
     return SteppedModule(module, capacity=capacity, batch=batch, take_over=take_over)
 
 
-def load_module(model: str | Path, *, dtype: str = "auto", device: str = "auto") -> nn.Module:
+def load_module(model: Openable, *, dtype: str = "auto", device: str = "auto") -> nn.Module:
     """As `tersor.load`, but a bfloat16 model that LlamaCPU takes stays bfloat16 on a CPU: its values are read as they are."""
+    checkpoint = open_checkpoint(model)
     if dtype == "auto" and pick_device(device).type == "cpu":
-        config = open_checkpoint(model).config
+        config = checkpoint.config
         if (config.get("architectures") or [""])[0] in FAMILY and torch_dtype(config) == torch.bfloat16:
-            module = load(model, dtype="bfloat16", device=device)
+            module = load(checkpoint, dtype="bfloat16", device=device)
             if llama_cpu.why_not(module) is not None:
                 prepare_layers(module.float())
             return module
-    return load(model, dtype=dtype, device=device)
+    return load(checkpoint, dtype=dtype, device=device)
 
 
 def check_length(module: nn.Module, prompt: int, new: int) -> None:
@@ -164,7 +165,7 @@ def open_writer(
     found = load_tokenizer(directory) if tokenizer is None else named_tokenizer(tokenizer)
     if found is None:
         raise TersorError(f"{model} has no tokenizer, so it cannot read a prompt; name one with --tokenizer")
-    module = load_module(directory, dtype=dtype, device=device)
+    module = load_module(checkpoint, dtype=dtype, device=device)
     reason = (stepped_module if stepped_module.is_registered(module) else cached_module).why_not(module)
     if reason is not None:
         raise TersorError(reason)

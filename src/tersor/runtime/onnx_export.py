@@ -98,7 +98,7 @@ def export_onnx(
     _packages()
     report = progress or silent
     report("loading", 0, 3)
-    module = load(model, dtype="float32", device="cpu").eval()
+    module = load(checkpoint, dtype="float32", device="cpu").eval()
     report("exporting", 1, 3)
     return export_module(
         module,

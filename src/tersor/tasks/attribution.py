@@ -37,17 +37,18 @@ def attribution(
     inputs: what predictions are compared on. seconds: for the exchanges. layers, bits: what is tried then; bits None: nothing.
     Raises TersorError where the two are of unlike kinds, their layers do not correspond, or the inputs do not fit.
     """
-    how = compared_on(model, against)
+    mine, theirs = open_checkpoint(model), open_checkpoint(against)
+    how = compared_on(mine, theirs)
     if how == "sentences":
         raise TersorError(
             f"{model} embeds sentences; layers are attributed for language models, classifiers, forecasters"
         )
     check_inputs(how, inputs)
-    base = load(against, dtype=dtype, device=device).eval()
-    measure = measure_of(against, base, how, inputs)
-    other = load(model, dtype=dtype, device=device).eval()
+    base = load(theirs, dtype=dtype, device=device).eval()
+    measure = measure_of(theirs, base, how, inputs)
+    other = load(mine, dtype=dtype, device=device).eval()
     meter = Meter(measure, base)
-    both = "".join(model_fingerprint(open_checkpoint(each)) for each in (model, against))
+    both = "".join(model_fingerprint(each) for each in (mine, theirs))
     found = attribute(
         other,
         base,

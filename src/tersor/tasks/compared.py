@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tersor import models
 from tersor.checkpoint.load import TOKENIZER_FILES, load_tokenizer
-from tersor.checkpoint.source import Checkpoint, open_checkpoint
+from tersor.checkpoint.source import Checkpoint, Openable, open_checkpoint
 from tersor.data.series_memory import ScaledTable, scaled
 from tersor.data.tables import SeriesTable, TableConfig, read_series
 from tersor.errors import TersorError
@@ -42,7 +42,7 @@ class Inputs:
     most: int | None = None
 
 
-def compared_on(model: str | Path, against: str | Path) -> str:
+def compared_on(model: Openable, against: Openable) -> str:
     """text, sentences, images or data. Raises TersorError where the two are of unlike kinds, or of one that is not compared."""
     mine, theirs = (_kind(open_checkpoint(each), str(each)) for each in (model, against))
     if mine != theirs:
@@ -80,7 +80,7 @@ def _kind(checkpoint: Checkpoint, name: str) -> str:
     return "sentences" if encodes and tokenized and checkpoint.gguf is None else "text"
 
 
-def measure_of(base: str | Path, module: nn.Module, how: str, inputs: Inputs) -> Measure:
+def measure_of(base: Openable, module: nn.Module, how: str, inputs: Inputs) -> Measure:
     """How far models are from `module`, which was loaded from `base`, on what the user gave. Raises TersorError where it does not
     fit the model."""
     if inputs.most is not None and inputs.most < 1:
@@ -115,7 +115,7 @@ class TableWindows:
         return torch.stack([self.scaled.values[s][row : row + self.horizon] for s, row in self.origins])
 
 
-def table_windows(base: str | Path, data: Path, *, most: int) -> TableWindows:
+def table_windows(base: Openable, data: Path, *, most: int) -> TableWindows:
     """The last windows of every series, one after another without overlap, at most `most` in all."""
     if most < 1:
         raise TersorError(f"{most} windows at most leave nothing to measure on; use at least 1")
@@ -139,7 +139,7 @@ def table_windows(base: str | Path, data: Path, *, most: int) -> TableWindows:
     return TableWindows(opened, prepared, origins[:most], horizon)
 
 
-def table_measure(base: str | Path, data: Path, *, most: int) -> Measure:
+def table_measure(base: Openable, data: Path, *, most: int) -> Measure:
     windows = table_windows(base, data, most=most)
     inputs, _ = windows_at(windows.scaled, windows.origins, windows.opened.look_back)
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tersor import models
 from tersor.checkpoint.load import load
 from tersor.checkpoint.preprocessing import PREPROCESSOR
-from tersor.checkpoint.source import open_checkpoint
+from tersor.checkpoint.source import Openable, open_checkpoint
 from tersor.data.series_memory import Memory
 from tersor.data.time_grid import Step, time_marks
 from tersor.devices import pick_device
@@ -64,7 +64,7 @@ class Forecaster:
         return self.trained is not None and horizon > self.trained
 
 
-def open_forecaster(model: str | Path, *, checkpoint: Path | None = None, device: str = "auto") -> Forecaster:
+def open_forecaster(model: Openable, *, checkpoint: Path | None = None, device: str = "auto") -> Forecaster:
     """model: the directory of a trained forecaster, quantized or not; with `checkpoint` an architecture whose official
     weights these are. Raises TersorError where it is no forecaster."""
     name = str(model)
@@ -84,7 +84,7 @@ def open_forecaster(model: str | Path, *, checkpoint: Path | None = None, device
     _check_task(name, models.find(said).task)
     file = opened.directory / PREPROCESSOR
     memory = Memory.from_dict(read_json_object(file), of=str(file)) if file.is_file() else Memory()
-    return model_forecaster(load(model, device=device), Path(name).name or name, memory)
+    return model_forecaster(load(opened, device=device), Path(name).name or name, memory)
 
 
 def model_forecaster(module: nn.Module, name: str = "", memory: Memory | None = None) -> Forecaster:

@@ -73,7 +73,7 @@ def open_predictor(
     opened = open_checkpoint(model)
     task = _shown(*_task_of(opened.config), out, reference)
     settings = image_settings(opened) if task.normalises else saved_settings(opened)
-    return Predictor(load(model, device=device).eval(), task, settings, _labels_of(opened.config), out, reference)
+    return Predictor(load(opened, device=device).eval(), task, settings, _labels_of(opened.config), out, reference)
 
 
 def input_files(inputs: Sequence[str], suffixes: frozenset[str], marker: str = "") -> list[Path]:
