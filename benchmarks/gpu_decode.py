@@ -33,7 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tersor.formats.packing import packed_size
 from tersor.formats.quantized_weight import QuantizedWeight
 from tersor.kernels.llama_step import PARTS
-from tersor.kernels.prepared_weight import K_TILE, N_BLOCK, PreparedWeight
+from tersor.kernels.tiled_weight import K_TILE, N_BLOCK, TiledWeight
 from tersor.layers.quantized_linear import QuantizedLinear
 from tersor.runtime.cached_module import CachedModule
 from tersor.runtime.llama_gpu import LlamaGPU, why_not
@@ -73,14 +73,14 @@ class Kind:
 KINDS = (Kind(16, 16), Kind(8, 8), Kind(4, 8), Kind(4, 16), Kind(3, 8), Kind(2, 8))
 
 
-def random_prepared(bits: int, outputs: int, inputs: int) -> PreparedWeight:
+def random_prepared(bits: int, outputs: int, inputs: int) -> TiledWeight:
     """A symmetric weight in the kernel's layout: random codes, one scale, groups of 128."""
     blocks, k_tiles = -(-outputs // N_BLOCK), inputs // K_TILE
     code_bytes, scale_bytes = N_BLOCK * K_TILE * bits // 8, 2 * N_BLOCK * K_TILE // GROUP_SIZE
     tiles = torch.randint(0, 256, (blocks, k_tiles, code_bytes + scale_bytes), dtype=torch.uint8, device="cuda")
     scale = torch.full((N_BLOCK * K_TILE // GROUP_SIZE,), 0.05 / 2**bits, dtype=torch.float16, device="cuda")
     tiles[..., code_bytes:] = scale.view(torch.uint8)
-    return PreparedWeight(tiles, None, bits, GROUP_SIZE, 2 ** (bits - 1), torch.float16, inputs, outputs)
+    return TiledWeight(tiles, None, bits, GROUP_SIZE, 2 ** (bits - 1), torch.float16, inputs, outputs)
 
 
 def random_layer(bits: int, outputs: int, inputs: int) -> nn.Module:
@@ -93,7 +93,7 @@ def random_layer(bits: int, outputs: int, inputs: int) -> nn.Module:
     return packed_layer(random_prepared(bits, outputs, inputs), dtype=torch.bfloat16)
 
 
-def packed_layer(weight: PreparedWeight, *, dtype: torch.dtype, bias: Tensor | None = None) -> QuantizedLinear:
+def packed_layer(weight: TiledWeight, *, dtype: torch.dtype, bias: Tensor | None = None) -> QuantizedLinear:
     """A layer that was never in the standard layout."""
     layer = QuantizedLinear(weight_on_meta(weight), bias, dtype=dtype)
     layer.qweight = layer.scales = layer.zeros = None  # type: ignore[assignment]
@@ -102,7 +102,7 @@ def packed_layer(weight: PreparedWeight, *, dtype: torch.dtype, bias: Tensor | N
     return layer
 
 
-def weight_on_meta(weight: PreparedWeight) -> QuantizedWeight:
+def weight_on_meta(weight: TiledWeight) -> QuantizedWeight:
     """The standard layout of this weight without its numbers: what a packed layer is made from."""
     outputs, inputs, groups = weight.out_features, weight.in_features, weight.in_features // GROUP_SIZE
     words = torch.empty(packed_size(inputs, weight.bits), outputs, dtype=torch.int32, device="meta")
@@ -138,7 +138,7 @@ def weight_bytes(model: LlamaForCausalLM) -> int:
     """Of all weights that a token reads, which is one row of the embedding."""
     dense = sum(p.nbytes for name, p in model.named_parameters() if "embed_tokens" not in name)
     packed = [each.prepared for each in model.modules() if isinstance(each, QuantizedLinear)]
-    return dense + sum(weight.tiles.nbytes for weight in packed if isinstance(weight, PreparedWeight))
+    return dense + sum(weight.tiles.nbytes for weight in packed if isinstance(weight, TiledWeight))
 
 
 def cache_bytes(shape: dict[str, Any], batch: int, positions: int) -> int:

@@ -20,8 +20,8 @@ from common import RESULTS, gpu
 from torch import Tensor
 
 from tersor.formats.quantized_weight import QuantizedWeight
-from tersor.kernels.prepared_weight import PreparedWeight, prepare
 from tersor.kernels.quantized_matmul import quantized_matmul
+from tersor.kernels.tiled_weight import TiledWeight, prepare
 
 # K x N and the speed-ups over cuBLAS float16 that are aimed at, by the largest M they hold for.
 SHAPES: dict[tuple[int, int], dict[int, float]] = {
@@ -71,7 +71,7 @@ def copies(tensor: Tensor) -> list[Tensor]:
     return [tensor, *(tensor.clone() for _ in range(max(1, ROTATED_BYTES // tensor.nbytes)))]
 
 
-def rotated(weight: PreparedWeight) -> list[PreparedWeight]:
+def rotated(weight: TiledWeight) -> list[TiledWeight]:
     return [replace(weight, tiles=tiles) for tiles in copies(weight.tiles)]
 
 
@@ -80,7 +80,7 @@ def time_dense(x: Tensor, weights: list[Tensor]) -> float:
     return microseconds([lambda w=w: torch.mm(x, w.t(), out=y) for w in weights])  # type: ignore[misc]
 
 
-def time_packed(x: Tensor, weights: list[PreparedWeight]) -> float:
+def time_packed(x: Tensor, weights: list[TiledWeight]) -> float:
     return microseconds([lambda w=w: quantized_matmul(x, w) for w in weights])  # type: ignore[misc]
 
 

@@ -24,8 +24,8 @@ from gpu_matmul import memory_bandwidth
 from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
 
-from tersor.kernels.prepared_weight import K_TILE, N_BLOCK, PreparedWeight, restore
 from tersor.kernels.quantized_matmul import quantized_matmul, reference
+from tersor.kernels.tiled_weight import K_TILE, N_BLOCK, TiledWeight, restore
 from tersor.layers.quantized_linear import QuantizedLinear
 from tersor.runtime.bench import random_prompt
 from tersor.runtime.cached_module import CachedModule
@@ -44,7 +44,7 @@ PROMPT, WARM_UP, TOKENS = 128, 8, 64
 PAPER = "GPTQ's paper: 71 ms with 3 bits on one A100-80GB, 230 ms in float16 on five (OPT-175B, batch 1, 128 tokens)."
 
 
-def random_prepared(inputs: int, outputs: int) -> PreparedWeight:
+def random_prepared(inputs: int, outputs: int) -> TiledWeight:
     """Codes of random bits, which are all valid, and scales that keep the activations' size within float16."""
     code_bytes = N_BLOCK * K_TILE * BITS // 8
     blocks, k_tiles = outputs // N_BLOCK, inputs // K_TILE
@@ -52,7 +52,7 @@ def random_prepared(inputs: int, outputs: int) -> PreparedWeight:
     words = torch.randint(-(2**31), 2**31, (blocks, k_tiles, code_bytes // 4), dtype=torch.int32, device="cuda")
     scales = (torch.rand(blocks, k_tiles, N_BLOCK, device="cuda") * 0.5 + 0.75) * size
     tiles = torch.cat([words.view(torch.uint8), scales.half().view(torch.uint8)], dim=-1)
-    return PreparedWeight(tiles, None, BITS, GROUP_SIZE, 2 ** (BITS - 1), torch.float16, inputs, outputs)
+    return TiledWeight(tiles, None, BITS, GROUP_SIZE, 2 ** (BITS - 1), torch.float16, inputs, outputs)
 
 
 def random_layer(inputs: int, outputs: int) -> QuantizedLinear:

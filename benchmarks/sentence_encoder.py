@@ -62,10 +62,10 @@ def main() -> None:
         "| --- | --- | ---: | ---: | ---: | ---: |",
     ]
     for label, method, kind in jobs:
-        how: dict[str, Any] = {"samples": 32}
+        how: dict[str, Any] = {"samples": 32, "seq_len": 64} if kind else {}
         if kind == "sentences":
-            how = {"samples": 64, "calibration": sentences("calibration", 64)}
-        result = tersor.compress(path, method, seq_len=64, **how)
+            how = {"samples": 64, "seq_len": 64, "calibration": sentences("calibration", 64)}
+        result = tersor.compress(path, method, **how)
         after = embeddings(result.model, tokenizer, texts)
         cosine, moved = (before * after).sum(-1), (after @ after.t() - before @ before.t()).abs().max()
         size = (result.summary.size_after or 0) / 1e6

@@ -96,7 +96,7 @@ def options_table(verb: str) -> str:
     command = getattr(command, "commands", {}).get("recipe", command)
     rows = ["| option | |", "| --- | --- |"]
     for parameter in command.params:
-        if parameter.param_type_name == "argument":
+        if parameter.param_type_name == "argument" or parameter.hidden:
             continue
         names = "`, `".join([*parameter.opts, *parameter.secondary_opts])
         default = parameter.default() if callable(parameter.default) else parameter.default

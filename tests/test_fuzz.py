@@ -278,7 +278,7 @@ def make_sound_files(root: Path) -> Sound:
     keys = ["model.embed_tokens.weight", "model.norm.weight"]
     index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(keys, "model-00001-of-00001.safetensors")}
     (root / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
-    run("quantize", root / "model", "--out", root / "quantized", "--method", "rtn", "--group-size", 16, *FEW)
+    run("quantize", root / "model", "--out", root / "quantized", "--method", "rtn", "--group-size", 16)
     run("export", root / "model", "--out", root / "model.gguf")
     encoded, offsets = b"", [0]
     for n in range(4):
@@ -310,7 +310,7 @@ def make_stopped_job(model: Path, out: Path) -> None:
             raise Hang
 
     with contextlib.suppress(Hang):
-        tersor.compress(model, tersor.RTN(group_size=16), samples=1, seq_len=16, out=out, progress=stop)
+        tersor.compress(model, tersor.RTN(group_size=16), out=out, progress=stop)
     assert (out / ".tersor-job" / "model.layers.0.safetensors").exists()
 
 
@@ -325,7 +325,7 @@ def _on_a_model(draw: Draw, model: Path, folder: Path) -> Commands:
     more: dict[str, tuple[object, ...]] = {
         "eval": ("--seq-len", 16, "--max-windows", 1),
         "generate": ("--prompt", "a", "--max-new-tokens", 2),
-        "quantize": ("--out", folder / "out", "--method", "rtn", "--group-size", 16, *FEW),
+        "quantize": ("--out", folder / "out", "--method", "rtn", "--group-size", 16),
         "export": ("--out", folder / "out.gguf"),
         "compress": ("--out", folder / "out", "--method", "greenformers", "--rank", 0.5),
     }
@@ -480,7 +480,7 @@ def _usual(sound: Sound, folder: Path) -> Commands:
     return [
         ("eval", sound.model, "--seq-len", 16, "--max-windows", 1),
         ("generate", sound.model, "--prompt", "a", "--max-new-tokens", 2),
-        ("quantize", sound.model, "--out", folder / "out", "--method", "rtn", "--group-size", 16, *FEW),
+        ("quantize", sound.model, "--out", folder / "out", "--method", "rtn", "--group-size", 16),
         ("export", sound.model, "--out", folder / "out.gguf"),
         ("forecast", sound.run, "--data", sound.series, "--horizon", 3),
         ("backtest", sound.run, "--data", sound.series, "--horizon", 2, "--windows", 2),
@@ -493,7 +493,7 @@ def _journal(draw: Draw, sound: Sound, folder: Path) -> Commands:
     job = Path(shutil.copytree(sound.stopped, folder / "out")) / ".tersor-job"
     path = draw(st.sampled_from(sorted(job.iterdir())))
     path.write_bytes((changed_json if path.suffix == ".json" else damage)(draw, path.read_bytes()))
-    command = ("quantize", sound.model, "--out", folder / "out", "--method", "rtn", "--group-size", 16, *FEW)
+    command = ("quantize", sound.model, "--out", folder / "out", "--method", "rtn", "--group-size", 16)
     return [command, (*command, "--overwrite")]
 
 

@@ -136,7 +136,7 @@ def test_a_head_in_the_file_wins_over_a_config_that_says_tied(tied: Path, tmp_pa
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
     made = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(made["lm_head.weight"], head)
-    result = compress(found, RTN(bits=8, group_size=32), samples=1)
+    result = compress(found, RTN(bits=8, group_size=32))
     result.save(tmp_path / "memory")
     ids = random_ids(1, 24)
     assert torch.equal(logits_of(tersor.load(tmp_path / "memory"), ids), logits_of(tersor.load(tmp_path / "out"), ids))

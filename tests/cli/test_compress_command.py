@@ -7,6 +7,7 @@ from pathlib import Path
 
 from conftest import Ran
 
+from tersor.cli.job_options import split
 from tersor.methods.method import methods
 
 
@@ -31,6 +32,12 @@ def test_an_option_of_another_method(tersor_command: Callable[..., Ran], tmp_pat
     ran = tersor_command("compress", "ats", "demo-vit", "--rank", "0.5", "--out", tmp_path / "out")
     assert ran.status == 2
     assert "No such option: --rank" in ran.err
+
+
+def test_an_option_that_is_called_as_a_setting_is_the_method_s() -> None:
+    given = {"head": True, "rank": 0.5, "seed": 3, "samples": None}
+    assert split(given, [methods()["greenformers"]]) == ({"seed": 3}, {"head": True, "rank": 0.5})
+    assert split({"head": True}, [methods()["gptq"]]) == ({"head": True}, {})
 
 
 def test_an_unknown_method(tersor_command: Callable[..., Ran], tmp_path: Path) -> None:

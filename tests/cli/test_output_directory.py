@@ -11,7 +11,7 @@ import pytest
 from conftest import Ran, files_of
 
 Command = Callable[..., Ran]
-RTN = ("--method", "rtn", "--group-size", 32, "--samples", 1, "--seq-len", 16)
+RTN = ("--method", "rtn", "--group-size", 32)
 
 
 def refused(ran: Ran, *expected: str) -> None:
@@ -28,7 +28,7 @@ def made(small_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     import tersor
 
     out = tmp_path_factory.mktemp("made") / "out"
-    tersor.compress(small_source, tersor.RTN(group_size=32), samples=1, seq_len=16, out=out)
+    tersor.compress(small_source, tersor.RTN(group_size=32), out=out)
     return out
 
 

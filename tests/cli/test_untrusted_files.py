@@ -276,7 +276,7 @@ def packed_source(small_source: Path, tmp_path_factory: pytest.TempPathFactory) 
     import tersor
 
     out = tmp_path_factory.mktemp("packed") / "out"
-    tersor.compress(str(small_source), tersor.RTN(bits=4, group_size=32), out=out, samples=1, seq_len=16)
+    tersor.compress(str(small_source), tersor.RTN(bits=4, group_size=32), out=out)
     return out
 
 

@@ -7,12 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from zoo import tiny_models
 
 import tersor
 from tersor import GPTQ, RTN
 from tersor.layers.quantized_linear import QuantizedConv2d, QuantizedLinear
-from tersor.methods.tokens.ats import AdaptiveTokenSampling
 
 
 class Mixer(nn.Module):
@@ -155,10 +153,3 @@ def test_a_saved_module_keeps_what_was_there_where_it_cannot_be_written(tmp_path
         with pytest.raises(tersor.TersorError, match=r"exists and is not empty|is no model directory"):
             result.save(tmp_path / "letters", overwrite=overwrite)
     assert (tmp_path / "letters" / "one.txt").read_text() == "Dear"
-
-
-def test_whole_model_methods_say_that_they_leave_the_head_alone() -> None:
-    with pytest.raises(
-        tersor.TersorError, match=r"head=True does nothing for method ats, which works on the whole model"
-    ):
-        tersor.compress(tiny_models.build("llama"), AdaptiveTokenSampling(), head=True)

@@ -247,7 +247,7 @@ def test_a_source_in_half_precision_stays_so(small: Path, tmp_path: Path, dtype:
 
 
 def test_tied_heads_stay_tied(tmp_path: Path) -> None:
-    read = compress_to(tmp_path / "out", "demo", RTN(), calibration=None, seq_len=32, samples=1)
+    read = compress_to(tmp_path / "out", "demo", RTN(), calibration=None)
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
         assert "lm_head.weight" not in set(file.keys())
     assert read.lm_head.weight is read.model.embed_tokens.weight  # type: ignore[union-attr]

@@ -68,8 +68,8 @@ def overflowing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def as_on_a_gpu(checkpoint: Any, device: Any, dtype: str = "auto") -> torch.dtype:
         return torch.float16 if dtype == "auto" else real(checkpoint, device, dtype)
 
-    for room in ("stream", "target_bits"):
-        monkeypatch.setattr(f"tersor.compress.{room}.compute_dtype", as_on_a_gpu)
+    for file in ("checkpoint.lazy_model", "compress.stream", "compress.target_bits"):
+        monkeypatch.setattr(f"tersor.{file}.compute_dtype", as_on_a_gpu)
     return tmp_path / "model"
 
 

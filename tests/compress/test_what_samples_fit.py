@@ -56,7 +56,7 @@ def test_a_t5_that_does_not_say_how_a_text_starts_is_refused_in_one_line() -> No
         setattr(model.config, name, None)
     with pytest.raises(TersorError, match="reads a second text: the samples lack decoder_input_ids"):
         tersor.compress(model, METHOD, calibration=[{"input_ids": samples("t5", 1)[0]["input_ids"]}])
-    rounded = tersor.compress(model, RTN(group_size=32), tokenizer=letters, seq_len=32)
+    rounded = tersor.compress(model, RTN(group_size=32), tokenizer=letters)
     assert len(rounded.summary.layers) == len(tersor.compress(build("t5"), RTN(group_size=32)).summary.layers)
 
 
@@ -65,5 +65,5 @@ def test_a_method_that_needs_no_samples_needs_no_text(name: str, tmp_path: Path)
     build(name).save_pretrained(tmp_path / "model")  # without a tokenizer
     result = tersor.compress(tmp_path / "model", RTN(group_size=32), out=tmp_path / "out")
     assert result.summary.layers
-    with_text = tersor.compress(build(name), RTN(group_size=32), tokenizer=letters, seq_len=16)
+    with_text = tersor.compress(build(name), RTN(group_size=32), tokenizer=letters)
     assert len(with_text.summary.layers) == len(result.summary.layers)

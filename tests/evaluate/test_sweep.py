@@ -37,6 +37,14 @@ def test_options_go_to_the_methods_that_have_them() -> None:
     assert names(jobs) == ["w,method=gptq,damp=0.01", "w,method=gptq,damp=0.1", "w,method=rtn"]
 
 
+def test_settings_go_to_the_methods_that_read_them() -> None:
+    jobs = jobs_of("w", {"model": "demo", "method": ["gptq", "rtn"], "samples": [2, 3], "dtype": "float32"}, "w.yaml")
+    assert names(jobs) == ["w,method=gptq,samples=2", "w,method=gptq,samples=3", "w,method=rtn"]
+    assert jobs[-1].settings() == {"dtype": "float32"}
+    (job,) = jobs_of("w", {"model": "demo", "method": "greenformers", "head": True}, "w.yaml")
+    assert (job.options(), job.settings()) == ({"head": True}, {})  # an option of the method's own
+
+
 def test_rules_and_patterns_are_lists_in_themselves() -> None:
     rule = {"match": "*.down_proj", "bits": 8}
     (job,) = jobs_of("w", {"model": "demo", "rules": [rule], "exclude": ["a", "b"]}, "w.yaml")
@@ -56,6 +64,7 @@ def test_rules_and_patterns_are_lists_in_themselves() -> None:
         ({"model": "demo", "bits": []}, "bits is an empty list"),
         ({"model": "demo", "eval": {"txt": "builtin"}}, "did you mean 'text'"),
         ({"bits": 4}, "names no model"),
+        ({"model": "demo", "method": ["rtn", "magnitude"], "samples": 8}, "samples=8 does nothing with"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_runs(recipe: dict[str, object], message: str) -> None:

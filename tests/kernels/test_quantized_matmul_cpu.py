@@ -328,7 +328,7 @@ def test_without_a_compiler_symmetric_weights_run_on_torchs_int4_operator(bits: 
         out_features=64, in_features=128, bits=bits, group_size=32, symmetric=True, act_order=False, seed=0
     )
     prepared = quantized_matmul.prepare(weight)
-    assert isinstance(prepared, quantized_matmul_int4.PreparedWeight)
+    assert isinstance(prepared, quantized_matmul_int4.Int4Weight)
     assert quantized_matmul.restore(prepared) is weight
     assert "no compiled kernel" in cpu.describe()
     for rows in (1, 4, 20):

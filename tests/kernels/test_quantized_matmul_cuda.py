@@ -5,9 +5,9 @@ import torch
 from kernels.random_weights import random_weight
 from torch import Tensor
 
-from tersor.kernels.prepared_weight import PreparedWeight, prepare
 from tersor.kernels.quantized_matmul import quantized_matmul, reference
 from tersor.kernels.quantized_matmul_cuda import Launch, has_kernel, launch
+from tersor.kernels.tiled_weight import TiledWeight, prepare
 from tersor.layers.quantized_linear import QuantizedLinear
 
 pytestmark = [
@@ -124,7 +124,7 @@ def test_launches_beyond_the_table() -> None:
 def test_the_weight_may_follow_its_tiles_to_another_place() -> None:
     weight = prepare(random_weight(128, 256, bits=4, group_size=64))
     moved = weight.to("cuda")
-    assert isinstance(moved, PreparedWeight)
+    assert isinstance(moved, TiledWeight)
     x = torch.randn(2, 256, dtype=torch.float16)
     torch.testing.assert_close(
         quantized_matmul(x.cuda(), moved).cpu(), quantized_matmul(x, weight), rtol=1e-2, atol=1e-2

@@ -17,7 +17,7 @@ from zoo.tiny_models import build, samples
 
 import tersor
 from tersor.calibrate.batches import call, first_tensor, without_target
-from tersor.methods.method import BlockMethod, Method, PackedMethod, from_options, methods
+from tersor.methods.method import BlockMethod, Method, PackedMethod, as_words, from_options, methods, option
 from tersor.methods.structure.nvit_latency import LatencyTable
 
 Batches = list[dict[str, Any]]
@@ -124,8 +124,26 @@ def test_its_options_are_a_command_and_come_back_from_plain_values(
     for each in dataclasses.fields(method):
         flag = (each.metadata.get("flag") or f"--{each.name.replace('_', '-')}").partition("/")[0]
         assert flag[:20] in shown
+        if isinstance(each.default, bool):
+            (other,) = as_words(each, not each.default)
+            assert other[:20] in shown
     assert ("--format" in ran.out) == isinstance(method, BlockMethod)
     assert ("--original" in ran.out) == isinstance(method, PackedMethod)
+
+
+def test_a_switch_with_one_flag_is_off_when_it_is_not_given() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        quick: bool = option(False, "", flag="--quick")
+        sym: bool = option(True, "", flag="--sym/--asym")
+        exact: bool = option(True, "")
+        names: tuple[str, ...] = option((), "")
+
+    quick, sym, exact, names = dataclasses.fields(Options)
+    assert (as_words(quick, False), as_words(quick, True)) == ([], ["--quick"])
+    assert (as_words(sym, True), as_words(sym, False)) == ([], ["--asym"])
+    assert as_words(exact, False) == ["--no-exact"]
+    assert as_words(names, ("a", "b c")) == ["--names", "a", "--names", "b c"]
 
 
 @pytest.mark.parametrize("name", list(CASES))

@@ -210,7 +210,7 @@ def test_steps_that_do_not_follow_are_refused() -> None:
             tersor.compress(teacher(), steps, calibration=texts())
     with pytest.raises(TersorError, match="the steps know the original"):
         tersor.compress(teacher(), [RTN(), Scales()], calibration=texts(), original=teacher())
-    with pytest.raises(TersorError, match=r"original=.* does nothing for method gptq, which does not compare with it"):
+    with pytest.raises(TersorError, match=r"original=.* does nothing with gptq: it counts for methods that tune"):
         tersor.compress(teacher(), GPTQ(group_size=16), calibration=texts(), original="demo")
     with pytest.raises(TersorError, match="give it as original="):
         tersor.compress(teacher(), Scales(), calibration=texts())

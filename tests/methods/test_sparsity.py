@@ -175,7 +175,7 @@ def test_what_is_removed_is_exactly_zero_on_every_grid(seed: int, bits: Any, sym
         ("sparsegpt", {"sparsity": 1.0}, "sparsity=1.0 is not allowed: 0 or more, below 1"),
         ("wanda", {"sparsity": -0.1}, "sparsity=-0.1 is not allowed"),
         ("magnitude", {"sparsity": "half"}, "sparsity='half' is not allowed"),
-        ("magnitude", {"sparsity": 0.0}, "sparsity=0 removes nothing"),
+        ("magnitude", {"sparsity": 0.0}, "sparsity=0.0 is not allowed: above 0, below 1"),
         ("wanda", {"pattern": "1:4"}, "pattern='1:4' is not allowed: 'unstructured' or '2:4' or '4:8'"),
         ("sparsegpt", {"pattern": "2:4", "sparsity": 0.6}, "sparsity=0.6 does not go with pattern 2:4"),
         ("sparsegpt", {"sparsity": 0.0}, "sparsity=0 without bits changes nothing"),

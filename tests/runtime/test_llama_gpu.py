@@ -19,8 +19,8 @@ from zoo.tiny_models import random_ids
 
 from tersor.compress import RTN, compress
 from tersor.errors import TersorError
-from tersor.kernels.prepared_weight import prepare, restore
 from tersor.kernels.quantized_matmul_cuda import has_kernel
+from tersor.kernels.tiled_weight import prepare, restore
 from tersor.layers.quantized_linear import QuantizedLinear, prepare_layers
 from tersor.runtime import llama_gpu
 from tersor.runtime.cached_module import CachedModule

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tersor.advise.plans import Recipe
+from tersor.advise.plans import Recipe, methods_of
 from tersor.advise.workloads import Run, Workload, run
 from tersor.apart import apart
 from tersor.checkpoint.source import open_checkpoint
 from tersor.compress import compress
-from tersor.methods.method import from_options
+from tersor.compress.settings import counting
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,15 @@ def measure(
         made, seconds = model, 0.0
         if recipe:
             made = str(Path(scratch) / "model")
-            steps = [dict(step) for step in recipe]
-            seconds = apart(_make, model, steps, dict(settings), made, deadline=deadline)
+            seconds = apart(_make, model, recipe, dict(settings), made, deadline=deadline)
         found = apart(run, made, work, deadline=deadline)
         low, middle, high = statistics.quantiles(found.seconds, n=4, method="inclusive")
         p95 = statistics.quantiles(found.seconds, n=20, method="inclusive")[-1]
         return Measured(open_checkpoint(made).size(), seconds, middle, p95, (low, high), found)
 
 
-def _make(model: str, steps: list[dict[str, Any]], settings: dict[str, Any], out: str) -> float:
-    methods = [from_options(step.pop("name"), step) for step in steps]
+def _make(model: str, recipe: Recipe, settings: dict[str, Any], out: str) -> float:
+    steps = methods_of(recipe)
     began = time.perf_counter()
-    compress(model, methods if len(methods) > 1 else methods[0], out=out, **settings)
+    compress(model, steps if len(steps) > 1 else steps[0], out=out, **counting(settings, steps))
     return time.perf_counter() - began

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tersor.methods.method import from_options, methods
+from tersor.compress.settings import Settings, counting
+from tersor.methods.method import Method, as_words, from_options, methods
 
 Recipe = tuple[Mapping[str, Any], ...]  # the options of each step's method, `name` first; empty: the original
 FIGURES = ("disk", "memory", "latency", "loss")
@@ -136,27 +137,29 @@ def command(plan: Plan, model: str, settings: Mapping[str, Any], *, recipe_file:
     if not plan.recipe:
         return ""
     if len(plan.recipe) > 1:
-        return recipe_command(model, settings, recipe_file=recipe_file, out=out)
+        return recipe_command(plan.recipe, model, settings, recipe_file=recipe_file, out=out)
     (step,) = plan.recipe
-    options = [word for key, value in _given(step).items() for word in _flag(step["name"], key, value)]
-    return shlex.join(["tersor", "compress", step["name"], model, *options, *_flags(settings), "--out", out])
+    fields = methods()[step["name"]].__dataclass_fields__
+    options = [word for key, value in _given(step).items() for word in as_words(fields[key], value)]
+    words = ["tersor", "compress", step["name"], model, *options, *_flags(plan.recipe, settings), "--out", out]
+    return shlex.join(words)
 
 
-def recipe_command(model: str, settings: Mapping[str, Any], *, recipe_file: str, out: str) -> str:
+def recipe_command(recipe: Recipe, model: str, settings: Mapping[str, Any], *, recipe_file: str, out: str) -> str:
     """The command line that makes what a recipe file says, with the settings that it was measured with."""
-    return shlex.join(["tersor", "compress", "recipe", recipe_file, model, *_flags(settings), "--out", out])
+    words = ["tersor", "compress", "recipe", recipe_file, model, *_flags(recipe, settings), "--out", out]
+    return shlex.join(words)
 
 
-def _flags(settings: Mapping[str, Any]) -> list[str]:
-    return [word for key, value in settings.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+def methods_of(recipe: Recipe) -> list[Method]:
+    return [from_options(step["name"], {k: v for k, v in step.items() if k != "name"}) for step in recipe]
 
 
-def _flag(method: str, key: str, value: Any) -> list[str]:
-    declared = methods()[method].__dataclass_fields__[key].metadata.get("flag")
-    if isinstance(value, bool):
-        yes, _, no = (declared or f"--{key.replace('_', '-')}/--no-{key.replace('_', '-')}").partition("/")
-        return [yes if value else no]
-    return [declared or "--" + key.replace("_", "-"), str(value)]
+def _flags(recipe: Recipe, settings: Mapping[str, Any]) -> list[str]:
+    """Of the settings, those that count for the recipe, as options."""
+    fields = Settings.__dataclass_fields__
+    found = counting(settings, methods_of(recipe))
+    return [word for key, value in found.items() for word in as_words(fields[key], value)]
 
 
 def recipe_content(recipe: Recipe) -> dict[str, Any]:

@@ -11,8 +11,7 @@ from torch import nn
 
 from tersor.checkpoint.lazy_model import LazyModel, compute_dtype
 from tersor.checkpoint.source import Checkpoint, torch_dtype
-from tersor.compress.layout_choice import with_fitting_layout
-from tersor.compress.plan import make_plan
+from tersor.compress.plan import make_plan, with_fitting_layout
 from tersor.compress.recipe import Recipe
 from tersor.compress.settings import Job, job_of, settings_of
 from tersor.layers.linear_map import matrix_shape

@@ -1,6 +1,6 @@
 """Where the samples' activations wait between blocks: on the device, in the host's memory, or on disk.
 
-A tensor that waits elsewhere keeps its identity, because the model's suspended code holds on to it: only its storage goes away
+A tensor that waits elsewhere stays the same object, because the model's suspended code holds on to it. Only its storage goes away
 and comes back.
 """
 
@@ -52,7 +52,7 @@ class Activations:
                 tensor.data = torch.empty(0, dtype=tensor.dtype, device=device)
             else:
                 tensor.data = tensor.data.cpu()
-            # A tensor that nobody fetches ends some time, and another may get its identity.
+            # A tensor may be freed without being fetched, and another may then get its id.
             self._away[key] = _Away(weakref.ref(tensor, partial(self._forget, key)), device, kept)
 
     def get(self, values: Any) -> None:

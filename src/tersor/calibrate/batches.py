@@ -16,8 +16,8 @@ from tersor.data.text import builtin_text, hub_text, read_text
 from tersor.errors import TersorError
 
 Batch = dict[str, Any]
-SAMPLES_OF_A_SHORT_TEXT = 4096  # may be drawn from any text, although some are then alike
-TOKENS_AT_ONCE = 8192  # that run through a block together, on a GPU
+SAMPLES_OF_A_SHORT_TEXT = 4096  # so many may be drawn from any text, although some are then alike
+TOKENS_AT_ONCE = 8192  # run through a block together, on a GPU
 Calibration = str | Path | Sequence[str] | Iterable[Any] | None
 
 
@@ -26,9 +26,9 @@ def make_batches(
 ) -> list[Batch]:
     """Samples from whatever the user gave.
 
-    A text ("builtin", None, "hf:NAME" or a file's path) is tokenized as one string, of which `samples` windows of `seq_len`
-    tokens are drawn, one at a random place in each equal part; of a list of strings each is one sample, cut at `seq_len`
-    tokens; anything else is taken as the model's own inputs: dictionaries (of tensors, arrays or lists of numbers; tokens
+    A text ("builtin", None, "hf:NAME" or a file's path) is tokenized as one string and cut into `samples` equal parts; from
+    each a window of `seq_len` tokens is drawn at a random place. In a list of strings each is one sample, cut at `seq_len`
+    tokens. Anything else is taken as the model's own inputs: dictionaries (of tensors, arrays or lists of numbers; tokens
     without a batch axis get one), tensors (the first argument) or tuples (the arguments). At most `samples` are used.
     """
     length = min(seq_len, max_positions or seq_len)
@@ -48,9 +48,9 @@ def make_batches(
 
 
 def bundles(batches: Sequence[Batch]) -> list[list[int]]:
-    """Which samples run through the model together, by their place: on a GPU neighbouring texts of one length.
+    """The samples that run through the model together, as lists of their indices: on a GPU neighbouring texts of one length.
 
-    A block then starts a quarter as many kernels, which is what its time is made of where a sample is short.
+    Where samples are short, starting kernels takes most of a block's time, and a bundle starts them once for all of its samples.
     """
     found: list[list[int]] = []
     for n, batch in enumerate(batches):
@@ -73,7 +73,7 @@ def bundles(batches: Sequence[Batch]) -> list[list[int]]:
 
 
 def joined(batches: Sequence[Batch]) -> Batch:
-    """Samples of a bundle as one."""
+    """The samples of a bundle as one batch."""
     if len(batches) == 1:
         return batches[0]
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
@@ -94,7 +94,7 @@ def fingerprint(batches: Sequence[Batch]) -> str:
 
 
 def without_target(batch: Batch) -> Batch:
-    """What the model takes of a sample: all but the label that data sets give."""
+    """A sample as the model takes it: without the label that data sets give."""
     return {name: value for name, value in batch.items() if name != "target"}
 
 
@@ -152,8 +152,8 @@ def _windows(tokens: Tensor, origin: str, *, samples: int, length: int, seed: in
     if samples > max(different, SAMPLES_OF_A_SHORT_TEXT):
         raise TersorError(f"samples={samples} are more than the {different} of {length} tokens that {origin} has")
     generator = torch.Generator().manual_seed(seed)
-    # One window at a random place in each of `samples` equal parts: texts are collections, and this visits all of one. No two
-    # overlap, where the text is long enough.
+    # One window at a random place in each of `samples` equal parts, so that every document of a collection has its chance. No two
+    # windows overlap where the text is long enough.
     chance = torch.rand(samples, generator=generator, dtype=torch.float64)
     part = len(tokens) / samples
     if part >= length:
@@ -179,7 +179,7 @@ def _as_batch(value: Any, n: int) -> Batch:
 
 
 def _as_tensor(value: Any, name: str, n: int) -> Any:
-    """Arrays, and lists of numbers as tokenizers return them, as tensors; anything else as it is."""
+    """Arrays and lists of numbers as tensors; anything else as it is."""
     if isinstance(value, np.ndarray) or (isinstance(value, list | tuple) and value and _holds_numbers(value)):
         try:
             found = torch.from_numpy(np.array(value))
@@ -199,7 +199,7 @@ def _holds_numbers(value: Any) -> bool:
 
 
 def _with_batch(value: Any, name: str, length: int | None) -> Any:
-    """One text's tokens, and what goes with each of them, as a batch of one."""
+    """The tokens of one text, and other inputs with an entry per token, as a batch of one."""
     if not isinstance(value, Tensor) or value.dim() != 1:
         return value
     of_tokens = name.endswith(("input_ids", "attention_mask", "token_type_ids", "position_ids"))

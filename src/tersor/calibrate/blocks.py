@@ -1,4 +1,4 @@
-"""Find the repeated blocks of any model, and the rest of the parts that own weights, by looking at the module tree."""
+"""Find the repeated blocks of any model, and the other parts that own weights, in the module tree."""
 
 from __future__ import annotations
 
@@ -30,10 +30,15 @@ def find_units(model: nn.Module) -> list[Unit]:
     return list(_units("", model))
 
 
+def units_of(model: nn.Module) -> list[Unit]:
+    """The units of a model; the whole model as one block where nothing is repeated."""
+    found = find_units(model)
+    return found if any(unit.is_block for unit in found) else [Unit("", model, True)]
+
+
 def find_blocks(model: nn.Module) -> list[Unit]:
     """The repeated blocks; the model itself where nothing is repeated."""
-    blocks = [unit for unit in find_units(model) if unit.is_block]
-    return blocks or [Unit("", model, True)]
+    return [unit for unit in units_of(model) if unit.is_block]
 
 
 def _units(name: str, module: nn.Module) -> Iterator[Unit]:
@@ -52,8 +57,8 @@ def _units(name: str, module: nn.Module) -> Iterator[Unit]:
 
 
 def _repeated_children(module: nn.Module) -> set[str]:
-    """Children of a list that are blocks: at least two of one class that hold linear maps. One block alone counts in a list
-    that models name for their blocks (a model cut down to one layer)."""
+    """The children of a list that are blocks: at least two of one class, and each holds a linear map. In a ModuleList a single
+    one counts too (a model cut down to one layer)."""
     if not isinstance(module, CONTAINERS):
         return set()
     weighted = {n: c for n, c in module.named_children() if not isinstance(c, CONTAINERS) and _holds_linear_map(c)}

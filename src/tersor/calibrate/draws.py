@@ -1,7 +1,7 @@
 """Random numbers that a model draws while it runs, also in eval mode (a mask, a noise): the same in every run of a sample.
 
-Samples run side by side, and their blocks more than once. So each has a state of its own, which is put in the place of the
-process's while its code runs; the process's own random numbers go on as if nothing had run.
+Samples run side by side, and each block runs more than once. So each sample has random states of its own. They replace the
+process's while the sample's code runs; afterwards the process's own go on as if nothing had run.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PROBE = 0  # the seed of the sample that is compared before and after; those of calibration samples count from 1
+PROBE = 0  # the seed of the probe; calibration samples have 1, 2, ...
 
 
 @dataclass(frozen=True)
 class State:
-    """Where the generators stand from which models draw."""
+    """The states of all generators that models draw from."""
 
     cpu: Tensor
     gpus: list[Tensor]
@@ -45,7 +45,7 @@ def restore(found: State) -> None:
 
 @contextmanager
 def drawing(start: State | int) -> Iterator[None]:
-    """What runs here draws from this state or seed on."""
+    """The code in this context draws random numbers from this state or seed on."""
     before = state()
     try:
         if isinstance(start, State):

@@ -1,9 +1,9 @@
 """Second-order statistics of a linear map's inputs: H = 2/N · Σ x xᵀ over all tokens of N samples (GPTQ, section 3).
 
-Each sample's x xᵀ is computed in float32 and added up in float64. Numbers of 24 bits have room there to be added without
-rounding, as long as none is 2²² times another, so that the sum does not depend on the order of the samples, nor on how many
-processes they were shared out to. On a GPU, inputs of 16 bits are multiplied as they are, on tensor cores: their products are
-exact in float32 all the same, in which up to 2048 of them are added up (benchmarks/gpu_quantize.py shows the difference).
+Each sample's x xᵀ is computed in float32, and the samples are added up in float64. A float32 has 24 bits, so float64 adds them
+without rounding as long as none is 2²² times another. The sum then depends neither on the order of the samples nor on how many
+processes share them. On a GPU, inputs of 16 bits are multiplied as they are, on tensor cores. Their products are exact in
+float32, and up to 2048 of them are added up in float32 (benchmarks/gpu_quantize.py shows the difference).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ class Hessian:
 
     def __init__(self, columns: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         self._total = torch.zeros(columns, columns, device=device, dtype=torch.float64)
-        self._half = False  # whether what lies above the diagonal is out of date
+        self._half = False  # whether the part above the diagonal is out of date
         self.dtype = dtype  # of the products, and of H
         self.samples = 0
         self.tokens = 0
-        self.weight = 0.0  # of all tokens together
+        self.weight = 0.0  # the sum of the tokens' weights
 
     def add(self, x: Tensor, samples: int, weights: Tensor | None = None) -> None:
         """Take in inputs x [tokens, columns] that belong to `samples` samples; weights [tokens]: how much each counts."""
@@ -65,11 +65,11 @@ class Hessian:
 
 
 def shrink_towards_mean(hessians: Mapping[str, Hessian], mean: Tensor | None = None) -> dict[str, Tensor]:
-    """Hessians per token, each moved towards the mean of all: what experts that saw few tokens are solved with.
+    """Hessians per token, each moved towards the mean of all, so that experts that saw few tokens can be solved too.
 
-    The mean counts as much as `columns` tokens would: H = (S + columns · M) / (tokens + columns), with S an expert's own sum of
-    x xᵀ and M the mean over all tokens of all experts of the layer: `mean` where these are only some of them. Tokens that
-    count in part do so here too.
+    The mean counts as much as `columns` tokens: H = (S + columns · M) / (tokens + columns), where S is an expert's own sum of x
+    xᵀ and M the mean over all tokens of all experts of the layer. mean: M, where `hessians` are only some of the experts. A
+    token with a weight counts by it.
     """
     if mean is None:
         weight = sum(each.weight for each in hessians.values())

@@ -12,6 +12,11 @@ from torch import Tensor
 from tersor.data.images import ImageConfig, flip_and_shift, load_images
 
 
+def is_images(path: str | Path) -> bool:
+    """Whether samples at this path are images: a folder, or a packed file."""
+    return Path(path).is_dir() or Path(path).suffix == ".npz"
+
+
 def image_batches(
     path: str | Path,
     settings: dict[str, Any],
@@ -31,5 +36,5 @@ def image_batches(
 
 
 def augmented(images: Tensor, chance: torch.Generator) -> Tensor:
-    """images [B, C, H, W], each mirrored or not and moved by up to an eighth, as the images of a training are."""
+    """images [B, C, H, W], each mirrored at random and moved by up to an eighth, as in training."""
     return torch.stack([flip_and_shift(image, chance) for image in images])

@@ -1,7 +1,7 @@
-"""Samples without the positions that their attention mask hides, which the model's output does not depend on.
+"""Samples without the positions that their attention mask hides; the model's output does not depend on these.
 
-What is hidden must not count in statistics, and costs time. A sample with padding becomes one sample a row, each with only the
-positions that its mask shows, so that padded and plain samples calibrate alike, on whichever side the padding is.
+Hidden positions cost time and must not count in statistics. A sample with padding becomes one sample per row, each with only the
+positions that its mask shows. So padded and plain samples calibrate alike, on whichever side the padding is.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TOKENS = ("input_ids", "inputs_embeds")
 
 @dataclass(frozen=True)
 class _Text:
-    """One of the texts of a sample. shown: which positions its mask shows, [rows, tokens]."""
+    """One of the texts of a sample. shown: the positions that its mask shows, [rows, tokens]."""
 
     prefix: str
     shown: Tensor
@@ -43,10 +43,10 @@ class _Text:
 
 
 def shown_only(batch: Batch, number: int, *, encoder_decoder: bool) -> list[Batch]:
-    """The sample as it is where nothing is hidden, else its rows without what is hidden.
+    """The sample as it is where nothing is hidden, else each row without its hidden positions.
 
-    number: the sample's, for errors. encoder_decoder: whether labels belong to the other text than input_ids.
-    Raises TersorError where everything is hidden, or the sample has other inputs that cannot be told apart by row.
+    number: of the sample, for errors. encoder_decoder: whether labels belong to the decoder's text instead of input_ids.
+    Raises TersorError where everything is hidden, or the sample has other inputs that cannot be split by row.
     """
     texts = list(_texts(batch))
     if all(bool(text.shown.all()) for text in texts):
@@ -61,7 +61,7 @@ def shown_only(batch: Batch, number: int, *, encoder_decoder: bool) -> list[Batc
             for name, value in part.items():
                 if text.owns(name, value, labels=not encoder_decoder and text.prefix == ""):
                     part[name] = value.index_select(value.dim() - 1 if _has_axes(name, value) else 1, keep)
-        part.pop("cache_position", None)  # counts what was there before
+        part.pop("cache_position", None)  # it counts hidden positions too
         found.append(part)
     if not found:
         raise TersorError(f"calibration sample {number} has no position that its attention_mask shows")
@@ -100,7 +100,7 @@ def _has_axes(name: str, value: Tensor) -> bool:
 
 
 def decoder_inputs(batch: Batch, start: int) -> Batch:
-    """The sample with a text for the decoder to go on with: its own, one token later, after the token that starts a text."""
+    """The sample with a text for the decoder: its own text, shifted by one, after the token that starts a text."""
     ids: Tensor = batch["input_ids"]
     shifted = torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], 1)
     mask = batch.get("attention_mask")

@@ -20,15 +20,15 @@ def share(samples: Sequence[T]) -> list[T]:
 
 
 def sample_number(n: int) -> int:
-    """The number among all samples of the n-th of this process."""
+    """The number, among all samples, of the n-th sample of this process."""
     return n * processes() + rank()
 
 
 def combine(hessians: Mapping[str, Hessian], device: torch.device) -> dict[str, Hessian]:
-    """The Hessians over all samples from those over each process's share; the totals that it is given are summed in place.
+    """The Hessians over all samples, from each process's own. Sums the given totals in place.
 
-    Linear maps whose inputs are one tensor share one Hessian, which is summed once. One that no sample of a process reached
-    counts as zeros there. Adding in another order changes nothing: see `hessian.py`.
+    Linear maps with the same input share one Hessian, which is summed once. Where no sample of a process reached a map, that
+    process adds zeros. The order of adding changes nothing: see `hessian.py`.
     """
     if processes() == 1:
         return dict(hessians)
@@ -38,7 +38,7 @@ def combine(hessians: Mapping[str, Hessian], device: torch.device) -> dict[str, 
     taken: set[int] = set()
     result: dict[str, Hessian] = {}
     for n, (name, own) in enumerate(hessians.items()):
-        # Two maps share where they do so on every process that reached them.
+        # Two maps share one only where they do so on every process that reached them.
         key = (len(own.total), *(each[n][0] for each in everyone))
         if key not in combined:
             whole = Hessian(0, dtype=own.dtype)

@@ -1,11 +1,11 @@
 """Which experts of a mixture the calibration samples visit while statistics are gathered.
 
-"as-is": those that the router chooses. "top-k:N": the N that the router likes best. "all": every token goes to every expert,
-and counts there by the weight that the router gives it. What a block passes on is computed as the model does it in any case.
+"as-is": those that the router chooses. "top-k:N": the N with the router's largest weights. "all": every token goes to every
+expert, and counts there by the router's weight. What a block passes on is always computed as the model does it.
 
-Nothing is known of a model but what all mixtures of transformers have in common: some module of the block keeps the number of
-chosen experts as `top_k`, and fused experts are called with (hidden states, indices, weights). Experts that scale their inputs
-by the router's weights themselves are called with the inputs alone, which are then weighted already.
+This relies on two things that all mixtures of transformers have in common: a module of the block keeps the number of chosen
+experts as `top_k`, and fused experts are called with (hidden states, indices, weights). Some experts are called with the inputs
+alone: these have been scaled by the router's weights before.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from tersor.layers.experts import expert_maps
 
 @dataclass(frozen=True)
 class Routing:
-    """experts: how many a token visits; None: as many as the model says, 0: all of them, by weight."""
+    """experts: how many a token visits. None: as many as the model says; 0: all, by weight."""
 
     experts: int | None = None
 
 
 @dataclass
 class Rows:
-    """weights: how much each row of the inputs that an expert sees now counts, [tokens]; None: all of them in full."""
+    """weights: how much each row of the expert that runs now counts, [tokens]; None: all count in full."""
 
     weights: Tensor | None = None
 
 
 def parse_routing(text: str) -> Routing:
-    """A Routing from what the user wrote. Raises TersorError where it is none of the three."""
+    """A Routing from the user's word. Raises TersorError where it is none of the three."""
     if text == "as-is":
         return Routing()
     if text == "all":
@@ -70,12 +70,12 @@ def check_routing(name: str, block: nn.Module, routing: Routing) -> None:
 
 @contextmanager
 def routed(block: nn.Module, routing: Routing) -> Iterator[Rows]:
-    """The block, routing as asked. Gives the weights of the rows that an expert is called with, as they are at each moment."""
+    """Meanwhile the block routes as asked. Yields the weights of the rows that the running expert is called with."""
     rows = Rows()
     mixtures = _mixtures(block) if routing.experts is not None else []
     routers = _routers(block) if routing.experts is not None else []
     before = [router.top_k for router in routers]
-    forwards = [each.__dict__.get("forward") for each in mixtures]  # of its own only where something else put one there
+    forwards = [each.__dict__.get("forward") for each in mixtures]  # None but where something else has replaced it
     try:
         for router in routers:
             router.top_k = routing.experts or min(each.num_experts for each in mixtures)
@@ -92,13 +92,13 @@ def routed(block: nn.Module, routing: Routing) -> Iterator[Rows]:
 
 
 def _one_by_one(mixture: Any, rows: Rows) -> Callable[..., Tensor]:
-    """The same sum over experts, taken one expert after another over all tokens, whose weights are then known."""
+    """A forward that sums over experts one after another, each on all tokens, so that the weights of its rows are known."""
     forward, count = mixture.forward, mixture.num_experts
 
     def run(hidden: Tensor, *choice: Tensor, **named: Tensor) -> Any:
         chosen = [*choice, *named.values()]
         if len(chosen) != 2:
-            return forward(hidden, *choice, **named)  # weighted already
+            return forward(hidden, *choice, **named)  # its inputs are weighted already
         index, weights = chosen if not chosen[0].is_floating_point() else chosen[::-1]
         every = weights.new_zeros(len(index), count).scatter(1, index, weights)  # [tokens, experts]
         output: Any = 0

@@ -21,7 +21,7 @@ from tersor.layers.linear_map import LinearMap, columns_of, input_matrix, window
 
 
 def kind_of(name: str) -> str:
-    """A layer's name with its numbers left out, which is the same for all blocks and all experts."""
+    """A layer's name without its numbers: the same for all blocks and all experts."""
     return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
 
 
@@ -32,17 +32,17 @@ def is_expert(name: str) -> bool:
 
 @dataclass(frozen=True)
 class CallOrder:
-    """groups: names in the order of their calls, those with one input tensor together; once: none is called twice a pass."""
+    """In which order a block calls its linear maps."""
 
-    groups: list[list[str]]
-    once: bool
+    groups: list[list[str]]  # names in the order of their calls; maps with the same input are one group
+    once: bool  # whether no map is called twice in a pass
 
 
 def call_order(linears: Mapping[str, LinearMap], calls: Sequence[Call]) -> CallOrder:
     """The order in which a block calls its linear maps.
 
-    Experts whose names differ only in their number count as one kind, so that a mixture is no deeper than its experts.
-    Maps that no call reaches form the last group.
+    Experts whose names differ only in their number count as one kind, so all experts' first maps share a group. Maps that no call
+    reaches form the last group.
     """
     groups: list[list[str]] = []
     group_of_kind: dict[str, list[str]] = {}
@@ -74,13 +74,13 @@ def call_order(linears: Mapping[str, LinearMap], calls: Sequence[Call]) -> CallO
     for name in linears:
         if name not in seen:
             group_of_kind.get(kind_of(name), unreached).append(name)
-    place = {name: n for n, name in enumerate(linears)}  # which experts came first depends on the samples
+    place = {name: n for n, name in enumerate(linears)}  # the order of experts would depend on the samples
     ordered = [sorted(group, key=lambda name: place[name]) for group in groups]
     return CallOrder([*ordered, unreached] if unreached else ordered, once)
 
 
 class _Enough(Exception):  # noqa: N818
-    """The last statistic of a pass is in: the rest of the block need not run."""
+    """A pass has given its last statistic, so the rest of the block need not run."""
 
 
 def gather_hessians(
@@ -91,18 +91,17 @@ def gather_hessians(
     once: bool,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Hessian]:
-    """The Hessian of each linear map over all calls; maps that are called with one tensor (queries, keys, values) share one,
-    convolutions where they read the same windows of it.
+    """The Hessian of each linear map over all calls. Maps that are called with one tensor (queries, keys, values) share one,
+    and so do convolutions that read the same windows of it. A map that no call reaches has a Hessian of zeros.
 
-    rows: how much an expert's rows count (see `routing.py`). `once` promises that no map is called twice a pass, so that a pass
-    ends with the last map. Maps that no call reaches have a Hessian of zeros. Raises NotFiniteError naming the module and the
-    sample where an input is not finite.
+    rows: how much an expert's rows count (see `routing.py`). once: no map is called twice in a pass, so a pass may end after the
+    last map. Raises NotFiniteError, naming module and sample, where an input is not finite.
     """
     hessians: dict[str, Hessian] = {}
-    owner: dict[str, str] = {}  # the first of those that share
+    owner: dict[str, str] = {}  # for each map, the first of those that share its Hessian
     previous: tuple[str, Any] = ("", None)
     reached: set[str] = set()
-    together = 1  # samples in the call that runs
+    together = 1  # how many samples the running call holds
 
     def note(name: str, x: Tensor) -> None:
         nonlocal previous
@@ -137,7 +136,7 @@ def gather_hessians(
 def gather_means(
     experts: Mapping[str, ExpertMap], calls: Sequence[Call], rows: Rows, dtype: torch.dtype
 ) -> dict[str, Hessian]:
-    """One Hessian for each kind of expert, over the tokens of all that are of the kind."""
+    """One Hessian for each kind of expert, over the tokens of all experts of that kind."""
     means = {
         kind_of(name): Hessian(columns_of(each), device=each.weight.device, dtype=dtype)
         for name, each in experts.items()

@@ -1,8 +1,8 @@
-"""What a GGUF file calls the tensors and the numbers of a model of the LLaMA family, to and from transformers' names.
+"""The names that a GGUF file has for the tensors and numbers of a LLaMA-like model, to and from transformers' names.
 
-llama.cpp rotates neighbouring pairs of a head in its `llama` architecture where transformers rotates its two halves, so the
-rows of the query and key projections are stored in another order there (`rows_in_file`); `qwen2` and `qwen3` rotate halves too.
-Rotary frequencies: `linear` and `yarn` scaling are metadata, `llama3` is a tensor of divisors, `rope_freqs.weight`.
+Transformers rotates the two halves of a head. llama.cpp's `llama` architecture rotates neighbouring pairs, so it stores the
+rows of the query and key projections in another order (`rows_in_file`); `qwen2` and `qwen3` rotate halves too. Of the ways to
+scale rotary frequencies, `linear` and `yarn` are metadata, and `llama3` is a tensor of divisors, `rope_freqs.weight`.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ _FROM_OUTSIDE = {short: name for name, short in OUTSIDE.items()}
 
 @dataclass(frozen=True)
 class Architecture:
-    """name: in the file. permuted: whether rows of q and k are in llama.cpp's own order. biased: layers that may have a bias."""
+    """One architecture of llama.cpp, and the class of transformers that it stands for."""
 
-    name: str
-    model_type: str
-    permuted: bool
-    biased: tuple[str, ...]
+    name: str  # in the file
+    model_type: str  # in config.json
+    permuted: bool  # whether rows of q and k are in llama.cpp's own order
+    biased: tuple[str, ...]  # layers that may have a bias
 
 
 _ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -57,14 +57,14 @@ ARCHITECTURES = {
 
 
 def architecture_of(name: str) -> Architecture:
-    """Of a transformers class. Raises TersorError where GGUF files of it are not written."""
+    """The architecture of a transformers class. Raises TersorError where no GGUF file of it can be written."""
     if name not in ARCHITECTURES:
         raise TersorError(f"{name} cannot be written as GGUF; tersor knows how for {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[name]
 
 
 def name_in_file(name: str, architecture: Architecture) -> str:
-    """The name that the file has for a tensor or layer of the module tree, such as `model.layers.3.mlp.up_proj.weight`."""
+    """The file's name of a tensor or layer of the module tree, such as `model.layers.3.mlp.up_proj.weight`."""
     stem, _, leaf = name.rpartition(".")
     inside = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem)
     short = INSIDE.get(inside[2]) if inside else OUTSIDE.get(stem)
@@ -84,19 +84,19 @@ def name_from_file(name: str) -> str | None:
 
 
 def heads_permuted(name: str, heads: int, key_heads: int) -> int | None:
-    """The number of heads of a tensor of q or k, by transformers' name, whose rows `llama` has in another order. Else None."""
+    """The number of heads of a tensor whose rows `llama` stores in another order (q and k); else None. name: transformers'."""
     return {"q_proj": heads, "k_proj": key_heads}.get(name.rpartition(".")[0].rpartition(".")[2])
 
 
 def rows_in_file(rows: int, heads: int) -> Tensor:
-    """Which row of transformers' q or k comes at each row of the file: element i of a head's first half, then that of its
-    second, for every i. int64 [rows]; its argsort leads back."""
+    """For each row of the file, the row of transformers' q or k: element i of a head's first half, then element i of its second
+    half, for every i. int64 [rows]; its argsort is the inverse."""
     return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).flatten()
 
 
 def metadata_of(config: Any, architecture: Architecture) -> dict[str, Any]:
-    """The numbers of a transformers config under the file's keys, but for the tokenizer's. Raises TersorError for what
-    llama.cpp would compute otherwise."""
+    """A transformers config under the file's keys, without the tokenizer's. Raises TersorError for what llama.cpp would compute
+    differently."""
     if config.hidden_act != "silu":
         raise TersorError(
             f"the activation {config.hidden_act!r} has no GGUF model of {architecture.name}; only silu has"
@@ -104,7 +104,7 @@ def metadata_of(config: Any, architecture: Architecture) -> dict[str, Any]:
     context = config.max_position_embeddings
     window = getattr(config, "sliding_window", None)
     if window is not None and architecture.model_type == "mistral":
-        context = min(context, window)  # llama.cpp attends to everything: within the window that is the same
+        context = min(context, window)  # llama.cpp attends to all tokens, which is the same within the window
     elif "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         raise TersorError(f"layers with a sliding window of {window} have no GGUF model of {architecture.name}")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -136,7 +136,7 @@ def _rope_metadata(rope: dict[str, Any]) -> dict[str, Any]:
     }
     if kind not in known:
         raise TersorError(f"rotary positions of type {kind!r} have no GGUF model here; {', '.join(known)} have")
-    # yarn's defaults are those of both programs; anything beside them is refused
+    # both programs have these defaults for yarn; other values are refused
     standard = {"beta_fast": 32, "beta_slow": 1, "partial_rotary_factor": 1.0, "truncate": True}
     for key, value in rope.items():
         understood = key in ("rope_type", "type", "rope_theta", *known[kind]) or value in (None, standard.get(key))
@@ -158,7 +158,7 @@ _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_positi
 
 
 def frequency_divisors(config: Any) -> Tensor | None:
-    """llama3 scaling as the file has it: what each rotary frequency is divided by, float32 [head_dim / 2]; else None.
+    """llama3 scaling as the file has it: the divisor of each rotary frequency, float32 [head_dim / 2]. None for other scalings.
 
     Wavelengths above original / low_freq_factor are stretched by `factor`, those below original / high_freq_factor stay, and
     between them the frequency is a mix of both, linear in original / wavelength.
@@ -186,8 +186,8 @@ def _divisors(
 
 
 def _original_lengths(head_dim: int, theta: float, divisors: Tensor) -> list[int]:
-    """The original lengths from which such divisors may come: of a frequency that is a mix, how much it is mixed gives the
-    length; where none is, the length lies between those at which the next ones would be."""
+    """The original lengths that may have given these divisors. Where a frequency is a mix, the share of the mix gives the length;
+    where none is, the length lies between the two at which the next frequency would be one."""
     frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     if frequencies.shape != divisors.shape:
         return []
@@ -203,7 +203,7 @@ def _original_lengths(head_dim: int, theta: float, divisors: Tensor) -> list[int
 def config_of(fields: Mapping[str, Any], tensors: Iterable[str], divisors: Tensor | None) -> dict[str, Any]:
     """A config.json for the metadata and tensor names of a file. Raises TersorError where it is of another family.
 
-    The file's vocab_size may be absent: the caller, who sees the embedding, sets it.
+    The file may lack vocab_size: the caller sees the embedding and sets it.
     """
     name = fields.get("general.architecture")
     found = next((kind for kind, each in ARCHITECTURES.items() if each.name == name), None)
@@ -272,7 +272,7 @@ def _rope_of(
 ) -> dict[str, Any]:
     kind = fields.get(f"{name}.rope.scaling.type", "none")
     if divisors is not None and kind == "none":
-        # A file has the divisors only. The published models share all but the factor, which is the largest divisor.
+        # A file has only the divisors. The published models differ only in the factor, which is the largest divisor.
         for original in (8192, *(2**n for n in range(9, 18)), *_original_lengths(head_dim, theta, divisors)):
             guess = {
                 "factor": float(divisors.max()),

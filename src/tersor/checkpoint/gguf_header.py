@@ -1,8 +1,8 @@
 """The header of a GGUF file: its metadata, and the type, shape and place of every tensor.
 
-Read here and not by the `gguf` package, which makes an array of every token and takes long over a large vocabulary. Layout (all
-little-endian): magic, version, numbers of tensors and fields; each field a name, a type and a value; each tensor a name, its
-dimensions from the innermost on, a type and an offset; then, aligned, the tensors. Source: the GGUF specification, versions 2, 3.
+The `gguf` package makes an array of every token, which is slow for a large vocabulary, so the header is read here. Layout, all
+little-endian: magic, version, numbers of tensors and fields; for each field name, type and value; for each tensor name,
+dimensions from the innermost on, type and offset; then, aligned, the tensors. Source: the GGUF specification, versions 2 and 3.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SIZES |= {6: ("Q5_0", 32, 22), 8: ("Q8_0", 32, 34)}  # number: name, weights an
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies. number, kind: its type; shape: outermost dimension first; start, stop: bytes of the file."""
+    """Where a tensor lies. number, kind: its type. shape: outermost dimension first. start, stop: bytes of the file."""
 
     number: int
     kind: str
@@ -59,7 +59,7 @@ def _parse(data: Any) -> tuple[dict[str, Any], dict[str, Place]]:
     if bytes(data[:4]) != b"GGUF":
         raise ValueError("it does not begin with GGUF")
     _, version = reader.take("II")
-    if version not in (2, 3):  # the other byte order gives a huge number
+    if version not in (2, 3):  # in the other byte order the version is a huge number
         raise ValueError(f"its version is {version}; versions 2 and 3 in little-endian order are read")
     tensors, fields = reader.take("QQ")
     said = {}
@@ -101,7 +101,7 @@ def _type(number: int) -> tuple[str, int, int]:
 
 
 class _Reader:
-    """A position in the file that moves on with everything that is read. Raises struct.error and ValueError past the end."""
+    """A position in the file; each read moves it on. Raises struct.error and ValueError past the end."""
 
     def __init__(self, data: memoryview) -> None:
         self.data, self.at = data, 0
@@ -137,5 +137,5 @@ class _Reader:
 
 
 def _shortest(value: float) -> float:
-    """The shortest number that rounds to this float32, which is the one that was meant."""
+    """The shortest decimal number that rounds to this float32: most likely the one that was meant."""
     return float(str(np.float32(value)))

@@ -1,8 +1,8 @@
 """A GGUF file of the LLaMA family as a checkpoint: its config, and its tensors under transformers' names.
 
-Linear layers in Q4_0, Q4_1, Q5_0 and Q8_0 stay packed; their blocks are read under the layer's name and a suffix of their own
-(`formats.gguf_blocks`). F32, F16 and BF16 are dense as they are. A quantized embedding, Q4_1 without zero points, and what else
-the `gguf` package dequantizes, such as the K types, become dense float32.
+Linear layers in Q4_0, Q4_1, Q5_0 and Q8_0 stay packed; a tensor of blocks has the layer's name and a suffix of its own
+(`formats.gguf_blocks`). F32, F16 and BF16 stay as they are. Three things become dense float32: a quantized embedding, Q4_1
+without zero points, and other types that the `gguf` package dequantizes, such as the K types.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _NOT_LINEAR = ("model.embed_tokens.weight",)
 
 
 class GGUFTensor:
-    """One tensor of the file, with the interface of a safetensors slice: read, and its rows put in order, when indexed."""
+    """One tensor of the file, with the interface of a safetensors slice. Indexing reads it and puts its rows in order."""
 
     def __init__(self, data: Any, place: Place, *, packed: bool, heads: int | None) -> None:
         self._data, self._place, self._packed, self._heads = data, place, packed, heads
@@ -74,12 +74,12 @@ class GGUFTensor:
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """fields: the metadata; config: what config.json would say; tensors: by transformers' names, or those of their blocks."""
+    """An open file."""
 
     path: Path
-    fields: dict[str, Any]
-    config: dict[str, Any]
-    tensors: dict[str, GGUFTensor]
+    fields: dict[str, Any]  # the metadata
+    config: dict[str, Any]  # what config.json would say
+    tensors: dict[str, GGUFTensor]  # by transformers' names; packed ones by those of their blocks
 
 
 def open_gguf(path: Path) -> GGUFFile:
@@ -122,7 +122,7 @@ def _named(path: Path, data: Any, places: dict[str, Place], config: dict[str, An
     permuted = ARCHITECTURES[config["architectures"][0]].permuted
     found: dict[str, GGUFTensor] = {}
     for short, place in places.items():
-        name = name_from_file(short) or short  # what is unknown is reported as such by whoever builds the model
+        name = name_from_file(short) or short  # an unknown name is reported when the model is built
         heads = heads_permuted(name, config["num_attention_heads"], config["num_key_value_heads"]) if permuted else None
         if heads is not None and place.shape[0] % (2 * heads):
             raise TersorError(f"{path}: {short} has {place.shape[0]} rows, which {heads} heads do not share")
@@ -140,7 +140,7 @@ def _named(path: Path, data: Any, places: dict[str, Place], config: dict[str, An
 
 
 def _dequantizable(number: int) -> bool:
-    """Whether the `gguf` package knows this type; a block of zeros is tried."""
+    """Whether the `gguf` package can dequantize this type: tried on a block of zeros."""
     gguf = gguf_package()
     kind = gguf.GGMLQuantizationType(number)
     try:

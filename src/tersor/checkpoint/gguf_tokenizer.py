@@ -1,10 +1,10 @@
 """A tokenizer as the metadata of a GGUF file, and back.
 
-llama.cpp has its own tokenizers, which a file only parametrizes. Byte-level BPE (`gpt2`) is a vocabulary, merges, and the name of
-a way to cut text into words (`PRE_TOKENIZERS`); which name is right is found by cutting texts with both. SentencePiece BPE
-(`llama`) is a vocabulary with scores, the best of which is merged first; tokenizer.json has merges instead, which is the same
-where merges into one piece follow each other, which is checked. The file also carries tokenizer.json whole, under
-the key that the GGUF specification has for it, and that is what tersor reads back.
+llama.cpp has its own tokenizers; a file only gives their parameters. Byte-level BPE (`gpt2`) has a vocabulary, merges, and the
+name of a way to cut text into words (`PRE_TOKENIZERS`). The right name is found by cutting texts both ways. SentencePiece BPE
+(`llama`) has a vocabulary with scores, and merges the best score first. tokenizer.json has a list of merges instead; both agree
+where all merges into one piece follow each other, and this is checked. The file also carries tokenizer.json whole, under the
+key of the GGUF specification, and tersor reads that back.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ _CL100K = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{%s}| ?[^\s\p{L}\p{N}
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """patterns: cut the text by each in turn, keeping what lies between. whole_words: a word that is a token stays whole."""
+    """patterns: each in turn cuts the text; what lies between matches is kept. whole_words: a word that is a token stays
+    whole."""
 
     patterns: tuple[str, ...]
     whole_words: bool = False
 
 
-PRE_TOKENIZERS = {  # what llama.cpp does under these names
+PRE_TOKENIZERS = {  # how llama.cpp cuts text, by its names
     "llama-bpe": PreTokenizer((_CL100K % "1,3",), whole_words=True),
     "dbrx": PreTokenizer((_CL100K % "1,3",)),
     "qwen2": PreTokenizer((_CL100K % "1",)),
@@ -59,7 +60,9 @@ def tokenizer_metadata(tokenizer: Any, vocab_size: int) -> dict[str, Any]:
         raise TersorError(f"a tokenizer of type {kind} cannot be written as GGUF; only BPE can")
     tokens, types = _vocabulary(parts, vocab_size)
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    ids = tokenizer("a")["input_ids"]  # what is put around a text is seen, as every tokenizer says it elsewhere
+    ids = tokenizer("a")[
+        "input_ids"
+    ]  # shows the tokens that are put around a text: tokenizers differ in where they say so
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     front, back = ids[: _find(ids, bare)], ids[_find(ids, bare) + len(bare) :]
     if front not in ([], [bos]) or back not in ([], [eos]):
@@ -97,7 +100,7 @@ def _find(ids: list[int], part: list[int]) -> int:
 
 
 def _vocabulary(parts: Mapping[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
-    """Text and type of every row of the embedding; rows without a token get a name of their own."""
+    """Text and type for every row of the embedding. A row without a token gets a made-up text."""
     model = parts["model"]
     named = {number: (text, NORMAL) for text, number in model["vocab"].items()}
     if model.get("byte_fallback"):
@@ -120,7 +123,7 @@ def _vocabulary(parts: Mapping[str, Any], vocab_size: int) -> tuple[list[str], l
 def _pre_tokenizer(backend: Any, parts: Mapping[str, Any]) -> str:
     """The name under which llama.cpp cuts text as this tokenizer does."""
     normalizer = (parts.get("normalizer") or {}).get("type")
-    if normalizer not in (None, "NFC"):  # llama.cpp leaves text that is not composed as it is
+    if normalizer not in (None, "NFC"):  # llama.cpp does not compose characters
         raise TersorError(f"the tokenizer's normalizer {normalizer} has no counterpart in llama.cpp")
     whole_words = bool(parts["model"].get("ignore_merges"))
     texts = probes()
@@ -142,7 +145,7 @@ def _pre_tokenizer(backend: Any, parts: Mapping[str, Any]) -> str:
 
 
 def byte_level(known: PreTokenizer) -> Any:
-    """The pre-tokenizer of `tokenizers` that does what llama.cpp does under a name."""
+    """A pre-tokenizer of the `tokenizers` library that cuts text as llama.cpp does."""
     from tokenizers import Regex, pre_tokenizers
 
     steps = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in known.patterns]
@@ -154,7 +157,8 @@ def _words(pre_tokenizer: Any, text: str) -> list[str]:
 
 
 def probes() -> list[str]:
-    """Texts on which ways to cut differ: written ones, and random strings of characters of all kinds (the same every time)."""
+    """Texts that tell ways to cut apart: some written by hand, and random strings of all kinds of characters (the same every
+    time)."""
     written = [
         "Hello, world! It's 3:45pm; we'VE  seen 12345 of them, haven't WE?\n\n\tEnd.  ",
         "x = [1, 22, 333, 4444]\nif x:\r\n    return -1  # done\n\n\n",
@@ -200,7 +204,7 @@ def _sentencepiece(parts: Mapping[str, Any], tokens: list[str], types: list[int]
             )
         rank.setdefault(piece, len(rank))
     known = set(merges)
-    # A half that no merge makes, and that is no character, never comes about; any union that is a token would be made.
+    # A half that is neither a character nor the result of a merge never occurs. Any two pieces whose union is a token are merged.
     parts_of = {text for text in model["vocab"] if len(text) == 1} | set(rank)
     for piece in (text for text, kind in zip(tokens, types, strict=True) if kind == NORMAL):
         for pair in ((piece[:cut], piece[cut:]) for cut in range(1, len(piece))):
@@ -221,7 +225,7 @@ def _sentencepiece(parts: Mapping[str, Any], tokens: list[str], types: list[int]
 
 
 def _adds_a_space(parts: Mapping[str, Any]) -> bool:
-    """Whether a text gets a space in front. Raises TersorError where it is changed in any other way than spaces to `▁`."""
+    """Whether a text gets a space in front. Raises TersorError where more is changed than spaces to `▁`."""
     steps = [*_flat(parts.get("normalizer"), "normalizers"), *_flat(parts.get("pre_tokenizer"), "pretokenizers")]
     prefix = False
     for step in steps:
@@ -277,7 +281,7 @@ def _read_chat_templates(fields: Mapping[str, Any]) -> str | dict[str, str] | No
 
 
 def _chat_templates(found: str | Mapping[str, str] | None) -> dict[str, Any]:
-    """One template, or several by name: `default` is what readers look for, the others lie beside it with their names listed."""
+    """One template, or several by name: readers look for `default`; the others lie beside it, with a list of their names."""
     given = {"default": found} if isinstance(found, str) else dict(found or {})
     named = {re.sub("[^A-Za-z0-9]", "_", name): template for name, template in given.items()}
     fields: dict[str, Any] = {}

@@ -1,6 +1,6 @@
-"""Write a checkpoint as one GGUF file, for llama.cpp: quantized layers with the integers and steps that they have.
+"""Write a checkpoint as one GGUF file, for llama.cpp. Quantized layers keep their integers and steps.
 
-Everything is checked before anything is written: first every layer's block type is chosen and the metadata made, then one
+Everything is checked before anything is written. First every layer gets its block type, and the metadata are made. Then one
 tensor at a time is read, packed and appended. The file gets its name when it is whole.
 """
 
@@ -43,21 +43,20 @@ TYPE_OF = {dtype: name for name, dtype in PLAIN.items()}
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written. types: the number of tensors of each GGUF type; bits_before, bits: stored bits a weight over the
-    quantized layers in MODEL and in the file, 0 where there are none; left_out: tensors that the architecture does not have."""
+    """What was written."""
 
     path: Path
     architecture: str
     bytes: int
-    types: dict[str, int]
-    bits_before: float
-    bits: float
-    left_out: list[str]
+    types: dict[str, int]  # how many tensors each GGUF type has
+    bits_before: float  # stored bits per weight of the quantized layers in the checkpoint; 0 where there are none
+    bits: float  # the same in the file
+    left_out: list[str]  # tensors that the architecture does not have
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """A tensor to be written. name: in the module tree; linear: its layer, where that is packed; kind: its GGUF type."""
+    """A tensor to write. name: in the module tree. linear: its layer, where that is packed. kind: its GGUF type."""
 
     name: str
     linear: str | None
@@ -76,8 +75,9 @@ def export(
 ) -> Exported:
     """Write a model of the LLaMA family (llama, mistral, qwen2, qwen3), original or quantized, as a GGUF file.
 
-    dtype: of matrices that are not quantized: "auto" (as stored), "float32", "float16" or "bfloat16"; vectors are float32. Raises
-    TersorError, before anything is written, for what no GGUF type holds exactly and for what llama.cpp would compute otherwise.
+    dtype: of matrices that are not quantized: "auto" (as stored), "float32", "float16" or "bfloat16"; vectors are float32.
+    Raises TersorError, before anything is written, for a layer that no GGUF type holds exactly, and for a model that llama.cpp
+    would compute differently.
     """
     gguf, target = gguf_package(), Path(out).expanduser()
     if target.suffix != ".gguf":
@@ -147,7 +147,7 @@ def _plan(
     dtype: torch.dtype | None,
     progress: Progress | None,
 ) -> list[_Entry]:
-    """Every tensor of the file, checked: names, block types, and that nothing overflows."""
+    """All tensors of the file, after checking names, block types and overflow."""
     config: Any = lazy.module.config
     packed = {lazy.parameter_of(linear): linear for linear in lazy.quantized}
     names = [

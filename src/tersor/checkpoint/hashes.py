@@ -1,7 +1,7 @@
-"""Hashes of tensors, by which a job that goes on knows whether it still has before it what it had.
+"""Hashes of tensors. By these, a job that goes on knows whether its source and its blocks are still the same.
 
-SHA-256 is what hashlib does fastest where the processor knows it: 1.2 GB/s on one core of the machine where this was measured,
-against 0.35 GB/s of BLAKE2b.
+SHA-256 is hashlib's fastest where the processor has instructions for it: measured 1.2 GB/s on one core, against 0.35 GB/s of
+BLAKE2b.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class Seen:
             )
 
     def whole(self) -> str:
-        """One hash of all."""
+        """One hash of all hashes."""
         return hash_of_json(sorted(self.hashes.items()))
 
 
 def tensor_hash(dtype: str, shape: Sequence[int], data: Any = b"") -> Any:
-    """A hash to go on with, of a tensor's dtype and shape in a safetensors header's words, and its first bytes."""
+    """A hash object that has taken a tensor's dtype and shape, as a safetensors header writes them, and its first bytes."""
     digest = hashlib.sha256(f"{dtype} {list(shape)} ".encode())
     digest.update(data)
     return digest
@@ -53,7 +53,7 @@ def bytes_of(tensor: Tensor) -> Any:
 
 
 def block_hash(tensors: Mapping[str, Tensor], reports: Sequence[Mapping[str, Any]]) -> str:
-    """Of a finished block: its tensors, and what was reported of it but for the times."""
+    """The hash of a finished block: of its tensors, and of its reports without the times."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode() + tensor_hash(str(tensor.dtype), tensor.shape, bytes_of(tensor)).digest())

@@ -1,4 +1,4 @@
-"""Load a checkpoint into a module that the caller built: for classes that no config.json can describe."""
+"""Load a checkpoint into a module that the caller built, for classes that no config.json can describe."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def load_into(checkpoint: Checkpoint, module: nn.Module) -> nn.Module:
     apart = {name.rpartition(".")[0] if isinstance(maps[name], ExpertMap) else f"{name}.weight" for name in packed}
     own = {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if name not in apart}
     plain = {key for key in checkpoint.shard_of if _stem_of_packed(checkpoint, key) is None}
-    here = {id(own[name]) for name in own if name in plain}  # a tied tensor is stored under one of its names
+    here = {id(own[name]) for name in own if name in plain}  # a tied tensor is stored under only one of its names
     for name in sorted(plain - set(own)):
         raise TersorError(f"{checkpoint.directory} holds {name}, which the {type(module).__name__} has no place for")
     for name, tensor in own.items():
@@ -45,7 +45,7 @@ def load_into(checkpoint: Checkpoint, module: nn.Module) -> nn.Module:
 
 
 def _packed(checkpoint: Checkpoint, linears: dict[str, str], module: nn.Module) -> dict[str, QuantizedWeight]:
-    """Every packed layer of the checkpoint by the name of its linear map. linears: those names by the names on disk."""
+    """Every packed layer of the checkpoint, by the name of its linear map. linears: {name on disk: name of the map}."""
     config, maps = read_config(checkpoint.directory, checkpoint.config), packable_maps(module)
     device = next(module.parameters()).device
     found: dict[str, QuantizedWeight] = {}
@@ -70,7 +70,7 @@ def _packed(checkpoint: Checkpoint, linears: dict[str, str], module: nn.Module) 
 
 
 def _stem_of_packed(checkpoint: Checkpoint, key: str) -> str | None:
-    """The layer whose packed weight this tensor is a part of."""
+    """The packed layer that this tensor belongs to; None where it belongs to none."""
     stem, _, suffix = key.rpartition(".")
     if suffix not in PACKED_SUFFIXES:
         return None

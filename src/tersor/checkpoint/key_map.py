@@ -1,4 +1,4 @@
-"""Published tensor names to those of the module tree, and published tensors into it."""
+"""Maps published tensor names to those of the module tree, and converts published tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tersor.errors import TersorError
 
 
 class KeyMap:
-    """Published tensor names to the module tree's own, as transformers' conversion mapping says; the identity for others."""
+    """Renames as transformers' conversion mapping says. Models without such a mapping keep their names."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -29,7 +29,7 @@ class KeyMap:
         self.renamings: list[Any] = [t for t in self.transforms if not hasattr(t, "operations")]
 
     def runtime_name(self, key: str) -> tuple[str, int]:
-        """The parameter that a published tensor goes into, and its place among the kinds of tensors that are fused there."""
+        """The parameter that a published tensor goes into, and its place among the tensors that are fused there."""
         if self.prefix is None:
             return key, 0
         from transformers.core_model_loading import rename_source_key
@@ -41,7 +41,7 @@ class KeyMap:
         return str(name), kinds.index(pattern)
 
     def sources(self, names: Iterable[str]) -> list[str]:
-        """The names under which keys are filed for these parameters: a converter files all its targets under the first."""
+        """The names under which the keys of these parameters are filed: a converter's targets are all filed under its first."""
         found = []
         for name in names:
             found.append(name)
@@ -49,7 +49,7 @@ class KeyMap:
         return found
 
     def converted(self, keys_of: dict[str, list[str]]) -> set[str]:
-        """Parameters that a conversion makes beside the one its keys are filed under."""
+        """The other parameters that a conversion makes, beside the one that its keys are filed under."""
         from itertools import chain
 
         self._targets: dict[str, set[str]] = {}

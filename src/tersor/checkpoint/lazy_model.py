@@ -1,15 +1,15 @@
 """A model of which only the parts in use are in memory.
 
-The module tree is built without weights (meta device); `load` reads the tensors of one module from the shards, through
-transformers' own renaming and conversion of published keys, and `release` lets them go again. Quantized layers are read from
-every layout, as plain dense layers (for walking through a model block by block) or as packed layers.
+The module tree is built without weights (meta device). `load` reads the tensors of one module from the shards; published keys are
+renamed and converted as transformers does it. `release` lets them go again. Quantized layers of every layout are read either as
+dense layers, for walking through a model block by block, or as packed layers.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,7 @@ from tersor.layers.quantized_linear import place_packed
 
 
 class LazyModel:
-    """`module` is the whole tree; parts that are not loaded have parameters on the meta device.
-
-    maps: every linear map and embedding of the tree by name; keys_of: the checkpoint's tensor names that make up each
-    parameter; quantized: the names under which each packed map lies (several where published layers are fused); unknown: tensors
-    that the module tree has no place for.
-    """
+    """`module` is the whole tree. Parts that are not loaded have their parameters on the meta device."""
 
     def __init__(
         self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device | str = "cpu", packed: bool = False
@@ -58,13 +53,13 @@ class LazyModel:
         self.quantization = read_config(checkpoint.directory, checkpoint.config)
         self._keys = KeyMap(self.module)
         self._ties = tied_parameters(self.module)
-        self.maps = packable_maps(self.module)
-        self.keys_of: dict[str, list[str]] = defaultdict(list)
-        self.quantized: dict[str, list[str]] = {}
-        self.unknown: list[str] = []
-        self.untied_head = (
-            False  # whether the checkpoint holds a head of its own although its config says that it has none
-        )
+        self.maps = packable_maps(self.module)  # every linear map and embedding, by name
+        self.keys_of: dict[str, list[str]] = defaultdict(list)  # the published tensors that make up each parameter
+        self.quantized: dict[
+            str, list[str]
+        ] = {}  # the published names of each packed map; several where layers are fused
+        self.unknown: list[str] = []  # tensors that the module tree has no place for
+        self.untied_head = False  # whether the checkpoint holds a head of its own, against its config
         self._sort_keys()
         self._check_nothing_is_missing()
         self._keep_both_of_untied()
@@ -74,7 +69,7 @@ class LazyModel:
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        """That the checkpoint says its weights have."""
+        """The dtype that the checkpoint says its weights have."""
         return torch_dtype(self.checkpoint.config)
 
     def load(self, module: nn.Module) -> None:
@@ -111,7 +106,7 @@ class LazyModel:
         return self.module
 
     def config(self) -> dict[str, Any]:
-        """The checkpoint's config.json; where it is wrong about a head of its own, corrected."""
+        """The checkpoint's config.json, corrected where it denies that the checkpoint has a head of its own."""
         found = self.checkpoint.config
         if not self.untied_head:
             return found
@@ -130,15 +125,16 @@ class LazyModel:
         return linear.rpartition(".")[0] if isinstance(self.maps[linear], ExpertMap) else f"{linear}.weight"
 
     def keys_of_map(self, linear: str) -> list[str]:
-        """The checkpoint's tensors that this map's weight alone is made of; all of a stack's, where the stack is one tensor."""
+        """The checkpoint's tensors that make up this map's weight. Where experts lie in one tensor, it is that of the whole
+        stack."""
         keys = self.keys_of.get(self.parameter_of(linear), [])
         return [key for key in keys if len(keys) == 1 or self._belongs(key, linear)]
 
     def pieces(self, linear: str) -> list[tuple[str, int]]:
-        """The published layers that a map consists of, with their numbers of outputs: several where transformers fuses them.
+        """The published layers that a map consists of, each with its number of outputs; several where transformers fuses them.
 
-        Experts that are published in one stack are called `<experts>.<number>.<stack>`, as other tools do; by the module's
-        names where the stack is published under another.
+        Experts that are published in one stack are called `<experts>.<number>.<stack>`, as in other tools. Where the stack is
+        published under another name than the module's, the module's name is taken.
         """
         found, keys = self.maps[linear], self.keys_of_map(linear)
         out_features = matrix_shape(found)[0]
@@ -152,7 +148,7 @@ class LazyModel:
         return [(f"{owner}.{found.index}.{found.stack}", out_features)]
 
     def named_pieces(self, linear: str) -> list[tuple[str, int]]:
-        """The same of an expert whose parts are published each under a name of its own; none where they are not."""
+        """The pieces of an expert whose parts are published under names of their own; empty where they are not."""
         found, keys = self.maps[linear], self.keys_of_map(linear)
         if not isinstance(found, ExpertMap) or found.transposed or not all(key.endswith(".weight") for key in keys):
             return []
@@ -184,7 +180,7 @@ class LazyModel:
         self.keys_of.update({name: [key for _, key in sorted(ordered)] for name, ordered in plain.items()})
 
     def _packed_map(self, stem: str) -> tuple[str | None, int]:
-        """The linear map that a published quantized layer is (part of), and which part."""
+        """The linear map that a published quantized layer belongs to, and which part of it the layer is."""
         name, part = self._keys.runtime_name(f"{stem}.weight")
         fused = re.fullmatch(r"(.+)\.(\d+)\.([^.]+)", stem)
         candidates = [(name.removesuffix(".weight"), part), (f"{name}.{last_number(stem)}", part)]
@@ -212,15 +208,15 @@ class LazyModel:
             raise TersorError(f"{self.checkpoint.directory} lacks the tensor {missing[0]}{more}")
 
     def _initialize_buffer(self, name: str) -> bool:
-        """A persistent buffer that older checkpoints do not have: as the constructor made it, or computed by the model's own
-        initialization. False where neither knows how."""
+        """Fill a persistent buffer that older checkpoints lack: with what the constructor or the model's own initialization
+        computes. False where neither does."""
         if name not in self._computed:
             return initialize_buffer(self.module, name)
         set_tensor(self.module, name, self._computed[name].to(self.device))
         return True
 
     def _keep_both_of_untied(self) -> None:
-        """Of two tensors that the config calls one, but that the checkpoint holds with different values, each is read."""
+        """Untie two tensors that the config calls one where the checkpoint holds different values for them."""
         for target, source in list(self._ties.items()):
             if self._is_stored(target) and self._is_stored(source) and not self._are_equal(target, source):
                 del self._ties[target]
@@ -259,7 +255,7 @@ class LazyModel:
             if key in self.checkpoint.shard_of:
                 in_shard[self.checkpoint.shard_of[key]].append(key)
         headers: dict[str, Header] = {}
-        for keys in in_shard.values():  # one file open at a time: all of them may be more than the memory
+        for keys in in_shard.values():  # one file at a time: all together may not fit in memory
             with self.checkpoint.tensors(keys) as slices:
                 headers |= {key: (piece.get_dtype(), tuple(piece.get_shape())) for key, piece in slices.items()}
         for stem, linear in stems:
@@ -333,15 +329,15 @@ def check_layer(name: str, headers: dict[str, Header], in_features: int, config:
 
 
 def read_layer(name: str, tensors: dict[str, Tensor], in_features: int, config: QuantizationConfig) -> QuantizedWeight:
-    """One quantized layer from its tensors by suffix, whichever format they are in. name: its published name; config: what
-    holds for it."""
+    """One quantized layer from its tensors, in any format. name: its published name. tensors: by suffix. config: what holds for
+    it."""
     weight = layout_of(config, tensors).read(name, tensors, in_features, config)
-    assert isinstance(weight, QuantizedWeight)  # all that a layer is loaded as
+    assert isinstance(weight, QuantizedWeight)  # every format that packs gives one
     return weight
 
 
 def classes_of(found: LinearMap) -> list[str]:
-    """The names by which a quantization config may mean this kind of layer: its class and those that this is derived from."""
+    """The class names that a quantization config may use for this kind of layer: of its class and of all base classes."""
     return ["Linear"] if isinstance(found, ExpertMap) else [each.__name__ for each in type(found).__mro__]
 
 
@@ -365,8 +361,21 @@ def compute_dtype(checkpoint: Checkpoint, device: torch.device | str, dtype: str
     return torch.float32 if torch.device(device).type == "cpu" else torch_dtype(checkpoint.config)
 
 
+def dtypes_to_try(
+    checkpoint: Checkpoint, device: torch.device | str, dtype: str, *, earlier: Callable[[], str | None]
+) -> list[torch.dtype]:
+    """The dtypes to run in, each when the model overflows the one before: float32 after a float16 that the user did not ask for.
+
+    earlier: gives the dtype that an unfinished run of the same job used, in words; what overflowed then is not tried again.
+    """
+    first = compute_dtype(checkpoint, device, dtype)
+    if dtype != "auto" or first != torch.float16:
+        return [first]
+    return [torch.float32] if earlier() == str(torch.float32) else [first, torch.float32]
+
+
 def check_finite(name: str, weight: Tensor) -> None:
-    """Raise BrokenWeightError where a weight holds NaN or Inf. Its sum tells at the speed of memory, unless the sum overflows."""
+    """Raise BrokenWeightError where a weight holds NaN or Inf. The sum, which is fast, tells, unless it overflows itself."""
     if not weight.is_floating_point() or weight.is_meta:
         return
     if not bool(torch.isfinite(weight.detach().sum(dtype=torch.float32))) and not bool(torch.isfinite(weight).all()):
@@ -374,7 +383,7 @@ def check_finite(name: str, weight: Tensor) -> None:
 
 
 def _say_untied(config: Any) -> None:
-    """What is saved of this model later holds both of its tensors, which its config must say."""
+    """Make a model's config say that embedding and head are two tensors, as a checkpoint saved from it will hold both."""
     for each in (config, getattr(config, "get_text_config", lambda: config)()):
         if getattr(each, "tie_word_embeddings", None):
             each.tie_word_embeddings = False

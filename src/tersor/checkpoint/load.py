@@ -43,13 +43,14 @@ def load(
     """Load a model: a directory, a hub name, a built-in name, a GGUF file or an opened checkpoint, original or quantized (gptq,
     gptq_v2, compressed-tensors, awq, gguf).
 
-    Quantized layers stay packed. Models of `tersor.models` are also read in the layout of their official checkpoints; variant:
-    which of them it is (`tersor models` lists their names), for a published file or folder that has no config.json.
-    dtype: "auto" (float32 on a CPU, else the checkpoint's own), "float16", "bfloat16" or "float32". device: "auto" (the GPU
-    where there is one), "cpu", "cuda", "cuda:1". into: a module of the same structure to fill in place, for a class of your own
-    that was compressed in memory; it keeps its dtype and device. allow_pickle: read pickled weights where there
-    are no safetensors, without running anything in them. Raises TersorError where the directory is no model or lacks
-    tensors.
+    Quantized layers stay packed. Models of `tersor.models` are also read in the layout of their official checkpoints.
+    variant: which model a published file or folder without a config.json is (`tersor models` lists the names).
+    dtype: "auto" (float32 on a CPU, else the checkpoint's own), "float16", "bfloat16" or "float32".
+    device: "auto" (the GPU where there is one), "cpu", "cuda", "cuda:1".
+    into: a module of the same structure to fill in place, for a class of your own that was compressed in memory. It keeps its
+    dtype and device.
+    allow_pickle: read pickled weights where there are no safetensors, without running anything in them.
+    Raises TersorError where the directory is no model or lacks tensors.
     """
     if variant is not None:
         model = checkpoint_as(model.directory if isinstance(model, Checkpoint) else model, variant)
@@ -63,14 +64,14 @@ def load(
 def load_opened(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """The module of a checkpoint that is open, ready to be called."""
     lazy = LazyModel(checkpoint, dtype=dtype, device=device, packed=True)
-    module = lazy.load_all().to(device)  # with computed buffers, which no checkpoint holds
+    module = lazy.load_all().to(device)  # moves computed buffers too, which no checkpoint holds
     prepare_layers(module)
     _read_generation_config(checkpoint.directory, module)
     return module
 
 
 def _read_generation_config(directory: Path, module: Any) -> None:
-    """How the model's makers want text to be made with it: end tokens, sampling."""
+    """Give the module its makers' settings for generating text: end tokens, sampling."""
     path = directory / "generation_config.json"
     if not path.is_file() or getattr(module, "generation_config", None) is None:
         return
@@ -78,7 +79,7 @@ def _read_generation_config(directory: Path, module: Any) -> None:
 
     try:
         found = GenerationConfig.from_pretrained(directory)
-    except Exception as error:  # whatever comes of what is in the file
+    except Exception as error:  # the file may hold anything
         raise TersorError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
     ends = found.eos_token_id
     if ends is None:
@@ -89,11 +90,11 @@ def _read_generation_config(directory: Path, module: Any) -> None:
 
 
 def check_tokens(module: Any, ids: Tensor, tokenizer: Any = None) -> None:
-    """Raise TersorError, naming it, where a token has no row in the model's embedding. Tokens of images and sound, which the
-    model replaces, may have none."""
+    """Raise TersorError, naming the token, where a token has no row in the model's embedding. Tokens that stand for images or
+    sound may have none, because the model replaces them."""
     try:
         embedding: Any = module.get_input_embeddings()
-    except (AttributeError, NotImplementedError):  # of a model that is no transformers model, or has none
+    except (AttributeError, NotImplementedError):  # no transformers model, or one without an embedding
         return
     rows = getattr(embedding, "num_embeddings", None)
     if not isinstance(rows, int) or not ids.numel() or ids.is_floating_point():
@@ -119,8 +120,8 @@ def check_tokens(module: Any, ids: Tensor, tokenizer: Any = None) -> None:
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer in a model directory or GGUF file, or None where it has none. A model that `tersor train` made has the one
-    that it was trained with."""
+    """The tokenizer in a model directory or GGUF file, or None where it has none. For a model of `tersor train` it is the one
+    that the model was trained with."""
     if directory.suffix == ".gguf" and directory.is_file():
         fields = open_gguf(directory).fields
         try:

@@ -1,4 +1,4 @@
-"""How many tokens a model has positions for: what its config says of its text, less what its table of positions keeps back."""
+"""How many tokens a model has positions for: as its config says, less the rows of its table that hold no position."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Any
 
 from torch import nn
 
-# Where the configs of models of several parts keep those that read or write text.
+# Configs of models with several parts: where they keep the part that reads or writes text.
 TEXT_PARTS = ("text_config", "text_encoder", "decoder", "generator", "encoder")
 
 
 def positions_of(module: nn.Module) -> int | None:
     """The longest text that the model can read, in tokens, or None where it does not say.
 
-    Models like RoBERTa count positions from padding_idx + 1 on, so that many rows of their table hold no position.
+    Models like RoBERTa count positions from padding_idx + 1 on, so the first padding_idx + 1 rows of their table hold none.
     """
     counts = [
         count
@@ -35,5 +35,5 @@ def _text_configs(config: Any) -> list[Any]:
         return [config]
     try:
         return [config.get_text_config()]
-    except ValueError:  # what transformers raises where there are several
+    except ValueError:  # transformers raises this where there are several
         return [part for name in TEXT_PARTS if (part := getattr(config, name, None)) is not None]

@@ -1,8 +1,8 @@
 """How a model wants its images: from transformers' preprocessor_config.json, or from timm's config.json.
 
-A preprocessor_config.json that names a kind of transformers' is carried out by transformers itself (`image_processor`), so that
-resizing, cropping, filters, rescaling and all else come out as they did in training. Other files, and timm's configs, say size,
-crop_pct, interpolation, mean and std (`image_settings`).
+Where a preprocessor_config.json names one of transformers' processors, transformers itself prepares the images
+(`image_processor`): resizing, cropping, filters and rescaling are then as in training. Other files, and timm's configs, say
+size, crop_pct, interpolation, mean and std (`image_settings`).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from tersor.untrusted import first_words, pretrained, read_json_object
 
 PREPROCESSOR = "preprocessor_config.json"
 LARGEST = 1 << 13  # pixels of a side
-TIMM_CROP = 0.875  # where a config of timm's says nothing
+TIMM_CROP = 0.875  # the crop_pct of a config of timm's that says none
 _SIZES = ("height", "width", "shortest_edge", "longest_edge", "max_height", "max_width")
 
 
 def image_processor(checkpoint: Checkpoint) -> Callable[[Any], Tensor] | None:
-    """What makes (3, H, W) of an RGB image of Pillow as transformers does, or None where no kind of transformers' is named."""
+    """A function from an RGB image of Pillow to a tensor (3, H, W), by transformers; None where no processor is named."""
     file = checkpoint.directory / PREPROCESSOR
     if not file.is_file():
         return None
@@ -41,7 +41,7 @@ def image_processor(checkpoint: Checkpoint) -> Callable[[Any], Tensor] | None:
     def process(image: Any) -> Tensor:
         try:
             found = processor(images=image, return_tensors="pt")["pixel_values"]
-        except Exception as error:  # numbers of the config that do not go together
+        except Exception as error:  # the config's numbers may contradict each other
             raise TersorError(f"{file} cannot be carried out: {first_words(error)}") from error
         if not isinstance(found, Tensor) or found.dim() != 4 or not bool(torch.isfinite(found).all()):
             raise TersorError(f"{file} makes no single image of finite values (3, H, W) for a classifier")
@@ -85,14 +85,15 @@ def image_settings(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def saved_settings(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What `tersor train` left beside a model that takes no images: how its inputs are prepared; {} where it left nothing."""
+    """How the inputs of a model without images are prepared, as `tersor train` wrote it beside the model; {} where it wrote
+    none."""
     file = checkpoint.directory / PREPROCESSOR
     return read_json_object(file) if file.is_file() else {}
 
 
 def _timm_resize(timm: Mapping[str, Any], size: int, *, whole: bool) -> dict[str, Any]:
-    """timm resizes to size / crop_pct and cuts out the centre; `squash` brings both sides to that. whole: without a crop_pct
-    nothing is cut off."""
+    """timm resizes to size / crop_pct and cuts out the centre; with `squash` both sides are resized. whole: nothing is cut off
+    where the config has no crop_pct."""
     share = timm.get("crop_pct", 1.0 if whole else TIMM_CROP)
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0.1 <= share <= 1:
         raise ValueError(f"crop_pct is {share!r}; above 0.1 and at most 1 is read")
@@ -122,7 +123,7 @@ def _check_sides(what: str, said: Any) -> None:
 
 
 def class_names(checkpoint: Checkpoint) -> list[str] | None:
-    """The model's own names of its classes by number; None where it has none, or only LABEL_0, LABEL_1, ..."""
+    """The model's own names of its classes, by number. None where it has none, or only LABEL_0, LABEL_1, ..."""
     said: Any = checkpoint.config.get("id2label")
     if isinstance(said, Mapping) and said:
         numbered = {str(key): name for key, name in said.items()}

@@ -1,7 +1,7 @@
-"""Official checkpoints of our own architectures, in the key layout in which they were published, for every verb.
+"""Official checkpoints of our own architectures, in the key layout in which they were published.
 
-Such a file is converted once, as a whole, into a temporary directory of ours that lives as long as the process: it needs memory
-for the weights once (these models are small beside those that are read block by block).
+Such a file is converted once, as a whole, into a temporary directory that lives as long as the process. All its weights are in
+memory meanwhile; these models are small beside those that are read block by block.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ OURS, TIMMS = "tersor_model", "architecture"  # keys of a config.json that name 
 
 
 def checkpoint_as(path: str | Path, variant: str) -> Path:
-    """A directory of ours with an official file's or folder's weights as the variant of that name. Raises TersorError where
-    the variant is unknown or cannot take them."""
+    """A directory in our own layout, with the weights of an official file or folder. variant: which model it is. Raises
+    TersorError where the variant is unknown or the weights do not fit it."""
     models.find(variant)
     with readable(path):
         given = Path(path).expanduser()
@@ -52,14 +52,14 @@ def named_by(config: Mapping[str, Any]) -> str | None:
     try:
         models.find(found)
     except TersorError:
-        return None  # another library's
+        return None  # the model is another library's
     return found
 
 
 def converted(
     directory: Path, config: Mapping[str, Any], shapes: Callable[[], Mapping[str, tuple[int, ...]]] | None
 ) -> Path | None:
-    """The directory to read instead, where a model of ours lies in its published layout; None where it lies in ours.
+    """The directory to read instead of one in a published layout; None where it is in our own layout.
 
     shapes: of the tensors in its files; None where these are pickled and may hold more than tensors.
     """
@@ -74,7 +74,7 @@ def converted(
     try:
         wanted = _wanted(name, said)
     except Exception:
-        return None  # whoever builds the model says what is wrong
+        return None  # the error comes when the model is built
     found = {} if shapes is None else shapes()
     if all(found.get(key) == shape for key, shape in wanted.items()):
         return None
@@ -83,7 +83,7 @@ def converted(
 
 @functools.cache
 def _wanted(name: str, options: str) -> dict[str, tuple[int, ...]]:
-    """The shapes of a model's own tensors; found once, for a job opens its model several times."""
+    """The shapes of a model's own tensors. Cached, because a job opens its model several times."""
     with torch.device("meta"):
         own = _own_tensors(models.create(name, **json.loads(options)))
     return {key: tuple(tensor.shape) for key, tensor in own.items()}
@@ -136,7 +136,7 @@ def _write(model: nn.Module, folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def _is_beside(path: Path) -> bool:
-    """Whether a file of a published folder goes along: tokenizer, preprocessor, licence; not weights, their index or config."""
+    """Whether a file of a published folder is copied: tokenizer, preprocessor, licence; not weights, their index or config."""
     weights = path.suffix in ENDINGS or path.name.endswith(".index.json")
     return path.is_file() and not weights and path.name != "config.json" and not path.name.startswith(".")
 

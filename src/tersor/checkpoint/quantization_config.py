@@ -34,7 +34,7 @@ def read_config(directory: Path, config: Mapping[str, Any]) -> QuantizationConfi
 
 
 def _check(config: QuantizationConfig) -> None:
-    """Raise ValueError where a number is none that any layout has."""
+    """Raise ValueError where a number occurs in no layout."""
     for where, each in (("", config.__dict__), *((f" of {name}", changes) for name, changes in config.overrides)):
         bits, group_size = each.get("bits", config.bits), each.get("group_size", config.group_size)
         if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
@@ -49,7 +49,7 @@ def _check(config: QuantizationConfig) -> None:
 
 def parse_config(found: Mapping[str, Any]) -> QuantizationConfig:
     """A `quantization_config`. Raises TersorError where tersor cannot read what it describes."""
-    by_itself = "awq" if "w_bit" in found else "gptq"  # of files that name no method: AutoAWQ's own has its own words
+    by_itself = "awq" if "w_bit" in found else "gptq"  # for files that name no method: AutoAWQ's are told by their keys
     method = str(found.get("quant_method") or found.get("method") or by_itself).lower()
     for layout in READ.values():
         if layout.method == method:

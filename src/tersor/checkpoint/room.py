@@ -1,7 +1,7 @@
-"""What in an output directory is tersor's own, and how room is made there: nothing else is ever removed.
+"""Which files in an output directory are tersor's own. Only these are ever removed.
 
 A result lists its files in its own record, `tersor.json`: {"files": ["config.json", "model.safetensors", ...], ...}. A directory
-may be replaced where it has such a record, holds nothing else, and is apart from everything that the job reads. Links are
+may be replaced where it has such a record, holds nothing else, and lies apart from everything that the job reads. Links count as
 nobody's: they are neither followed nor removed.
 """
 
@@ -27,7 +27,7 @@ RUN_FILE = "tersor-run.json"  # how the job went: times and memory, which differ
 JOURNAL = f"{JOB_FOLDER}/journal.json"
 OWN_IN_JOB = (JOURNAL, f"{JOB_FOLDER}/partial", f"{JOB_FOLDER}/rest.safetensors")
 
-Inputs = Mapping[str, Path]  # what a job reads, by what it is to the job
+Inputs = Mapping[str, Path]  # what a job reads: {what it is, such as "model": where it lies}
 
 
 def record_of(out: Path) -> dict[str, Any] | None:
@@ -52,7 +52,7 @@ def read_json(path: Path) -> Any:
 
 
 def own_names(out: Path) -> set[str]:
-    """The files in `out` that the records there call tersor's, relative to it; empty where it carries no mark of tersor's."""
+    """The files in `out` that its records call tersor's, relative to it. Empty where there is no record."""
     record, journal = record_of(out), read_object(out / JOURNAL)
     names: set[str] = set()
     blocks: list[str] = []
@@ -77,7 +77,7 @@ def _words(value: Any) -> list[str]:
 
 
 def is_plain_file(path: Path) -> bool:
-    """A file, and no link to one, device or pipe."""
+    """Whether this is a file: no link, device or pipe."""
     try:
         return stat.S_ISREG(path.lstat().st_mode)
     except OSError:
@@ -85,7 +85,7 @@ def is_plain_file(path: Path) -> bool:
 
 
 def strangers(out: Path, own: Collection[str]) -> Iterator[str]:
-    """What lies in `out` and is none of `own`: files by their names, directories that lead to no file of `own`, links."""
+    """Names of what lies in `out` beside `own`: other files, directories without a file of `own`, links."""
     ways = {JOB_FOLDER, *(parent for name in own for parent in _parents(name))}
 
     def search(folder: Path, prefix: str) -> Iterator[str]:
@@ -101,7 +101,7 @@ def strangers(out: Path, own: Collection[str]) -> Iterator[str]:
 
 
 def _is_scratch(name: str) -> bool:
-    """What safetensors was writing when a job was killed: it begins files under names of its own."""
+    """Whether safetensors was writing this file when a job was killed: it gives unfinished files names of its own."""
     return name.startswith(f"{JOB_FOLDER}/.tmp")
 
 
@@ -111,7 +111,7 @@ def _parents(name: str) -> list[str]:
 
 
 def remove_own(out: Path, own: Collection[str], *, keep: Collection[str] = ()) -> None:
-    """Remove the files of `own` but for those in `keep`, and the directories below `out` that held nothing else."""
+    """Remove the files in `own` that are not in `keep`, and directories below `out` that held nothing else."""
     ways = {JOB_FOLDER, *(parent for name in own for parent in _parents(name))}
 
     def clear(folder: Path, prefix: str) -> None:
@@ -128,7 +128,8 @@ def remove_own(out: Path, own: Collection[str], *, keep: Collection[str] = ()) -
 
 
 def inputs_of(checkpoint: Checkpoint, **others: object) -> dict[str, Path]:
-    """What a job reads: the model, its files where links lead elsewhere, and `others` that are paths of something."""
+    """What a job reads: the model, those of its files that are links to elsewhere, and those of `others` that are existing
+    paths."""
     found = {"model": checkpoint.origin or checkpoint.directory}
     for path in {*checkpoint.shard_of.values(), *checkpoint.other_files()}:
         if path.is_symlink():
@@ -140,9 +141,9 @@ def inputs_of(checkpoint: Checkpoint, **others: object) -> dict[str, Path]:
 
 
 def check_replaceable(out: Path, own: Collection[str], inputs: Inputs, *, kept: str) -> None:
-    """Raise TersorError, with what would be lost, where `out`, which is not empty, may not be replaced.
+    """Raise TersorError, naming what would be lost, where a directory that is not empty may not be replaced.
 
-    kept: how the error says that nothing happens.
+    kept: the words by which the error says that nothing was done.
     """
     if out.is_symlink():
         raise TersorError(f"{out} is a link, so {kept}; give the directory that it leads to: {out.resolve()}")
@@ -165,7 +166,7 @@ def check_replaceable(out: Path, own: Collection[str], inputs: Inputs, *, kept: 
 
 
 def check_free(target: Path, *, overwrite: bool, inputs: Inputs | None = None) -> None:
-    """Raise TersorError where no result may be written to `target` at once."""
+    """Raise TersorError where a result may not be written to `target`."""
     if target.exists() and not target.is_dir():
         raise TersorError(f"{target} is a file; give a directory")
     for what, path in (inputs or {}).items():
@@ -184,7 +185,7 @@ def check_free(target: Path, *, overwrite: bool, inputs: Inputs | None = None) -
 
 @contextmanager
 def appearing(target: Path, *, overwrite: bool, inputs: Inputs | None = None) -> Iterator[Path]:
-    """A new directory to write into, which becomes `target` in the end: whole, or not at all."""
+    """Yields a new directory to write into. In the end it becomes `target`: whole, or not at all."""
     check_free(target, overwrite=overwrite, inputs=inputs)
     real = target.resolve()
     with disk_errors(target):
@@ -196,14 +197,14 @@ def appearing(target: Path, *, overwrite: bool, inputs: Inputs | None = None) ->
             if real.is_dir():
                 remove_own(real, own_names(real))
                 real.rmdir()
-            partial.chmod(0o777 & ~umask())  # such directories are made for their owner alone
+            partial.chmod(0o777 & ~umask())  # a temporary directory is its owner's alone
             partial.rename(real)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_record(folder: Path, result: Mapping[str, Any]) -> None:
-    """The record of a result whose other files are all in `folder`."""
+    """Write the record of a result. All its other files are in `folder` already."""
     files = sorted(
         {RESULT_FILE, RUN_FILE, *(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())}
     )

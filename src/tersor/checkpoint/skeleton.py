@@ -32,7 +32,7 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
     if "tersor_model" in config or ("architecture" in config and not config.get("architectures")):
         from tersor import models
 
-        if "architecture" in config:  # timm's config.json: options beside facts about the training
+        if "architecture" in config:  # timm's config.json mixes options with facts about the training
             config = models.options_of(config.pop("architecture"), config)
         name = config.pop("tersor_model")
         try:
@@ -71,15 +71,17 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
             del parsed.quantization_config
         for each in (parsed, *(getattr(parsed, name, None) for name in parsed.sub_configs)):
             if getattr(each, "_attn_implementation", None) not in (None, "eager", "sdpa", "flex_attention"):
-                each._attn_implementation = None  # a kernel that a config names is code from the hub
+                each._attn_implementation = (
+                    None  # else transformers might run a kernel that the config names: code from the hub
+                )
         with torch.device("meta"):
-            # the plain loop over experts is the one whose products with single experts can be seen and replaced
+            # the plain loop multiplies with one expert at a time, which can be watched and replaced
             module: nn.Module = kind._from_config(parsed, dtype=dtype, experts_implementation="eager")
         _check_computed_buffers(checkpoint, module)
         _fill_computed_buffers(module)
     except TersorError:
         raise
-    except Exception as error:  # whatever a model's constructor does with numbers that do not fit
+    except Exception as error:  # a constructor may raise anything for numbers that do not fit
         raise TersorError(
             f"{checkpoint.directory}: {architectures[0]} cannot be built from config.json: {first_words(error)}"
         ) from error
@@ -87,20 +89,20 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
 
 
 def _fill_computed_buffers(module: Any) -> None:
-    """Buffers that no checkpoint holds (rotary frequencies, ...) are computed by the model's own initialization, which does
-    nothing to parameters on the meta device."""
+    """Compute the buffers that no checkpoint holds (rotary frequencies, ...) by the model's own initialization. It does nothing
+    to parameters on the meta device."""
     for each in module.modules():
         for name in each._non_persistent_buffers_set:
             buffer = each._buffers.get(name)
-            if buffer is not None and buffer.is_meta:  # one that the constructor made elsewhere has its values
+            if buffer is not None and buffer.is_meta:  # a buffer that is not on the meta device has its values
                 each._buffers[name] = torch.zeros_like(buffer, device="cpu")
         each._is_hf_initialized = False
     module.initialize_weights()
 
 
 def _check_computed_buffers(checkpoint: Checkpoint, module: nn.Module) -> None:
-    """Raise TersorError where buffers that are computed, such as masks over all positions, would take far more memory than the
-    checkpoint does: then the config is wrong."""
+    """Raise TersorError where computed buffers, such as masks over all positions, would take far more memory than the checkpoint:
+    then the config is wrong."""
     most = max(1 << 30, 8 * checkpoint.size())
     for name, buffer in module.named_buffers():
         if buffer.numel() * buffer.element_size() > most:

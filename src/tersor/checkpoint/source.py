@@ -52,7 +52,7 @@ WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, 
 
 
 class _Slice:
-    """A safetensors slice whose values are copied out of the mapped file, so that nothing holds on to it."""
+    """A safetensors slice that copies its values out of the mapped file, so that the file can be closed."""
 
     def __init__(self, piece: Any) -> None:
         self.get_shape, self.get_dtype, self._piece = piece.get_shape, piece.get_dtype, piece
@@ -66,7 +66,7 @@ class _Slice:
 
 
 class _WatchedSlice:
-    """A slice that has its hash noted whenever it is read whole."""
+    """A slice that notes its hash when it is read whole."""
 
     def __init__(self, piece: Any, name: str, seen: Seen) -> None:
         self.get_shape, self.get_dtype = piece.get_shape, piece.get_dtype
@@ -98,15 +98,14 @@ class _PickledTensor:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """directory (or GGUF file); config (the parsed config.json); shard_of: the file that holds each tensor; gguf: that file's;
-    seen: where the hashes of tensors are noted as they are read."""
+    """An open checkpoint. Nothing but headers is read before a tensor is asked for."""
 
-    directory: Path
-    config: dict[str, Any]
-    shard_of: dict[str, Path]
+    directory: Path  # or a GGUF file
+    config: dict[str, Any]  # config.json
+    shard_of: dict[str, Path]  # the file that holds each tensor
     gguf: GGUFFile | None = None
-    seen: Seen | None = None
-    origin: Path | None = None  # where the user has it, of a model that was converted from its published layout
+    seen: Seen | None = None  # notes the hashes of tensors as they are read
+    origin: Path | None = None  # of a model that was converted from its published layout: where the user has it
     name: str = ""  # what the user calls it
 
     def __str__(self) -> str:
@@ -114,7 +113,7 @@ class Checkpoint:
 
     @contextmanager
     def tensors(self, names: Iterable[str]) -> Iterator[dict[str, Any]]:
-        """The named tensors as safetensors slices: nothing is read before a slice is indexed, as `slice[...]`."""
+        """The named tensors as safetensors slices. A slice is read when it is indexed, as `slice[...]`."""
         names = list(names)
         if self.gguf is not None:
             yield {name: self.gguf.tensors[name] for name in names}
@@ -140,7 +139,7 @@ class Checkpoint:
 
     @contextmanager
     def mapped(self, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-        """The named tensors where they lie in their files: for copying from disk to disk, without holding them in memory."""
+        """The named tensors, mapped from their files, for copying from disk to disk without holding them in memory."""
         with ExitStack() as stack:
             opened: dict[Path, Any] = {}
             found = {}
@@ -196,8 +195,8 @@ def open_checkpoint(model: Openable, *, allow_pickle: bool = False, unfinished: 
     """Open a directory, a GGUF file, a built-in model or a hub repository. Raises TersorError where it is none of these.
 
     An opened one is given back as it is, so that a model is opened once and handed on.
-    allow_pickle: read pickled weights where there are no safetensors; with `weights_only`, so that nothing in them runs.
-    unfinished: the caller is the job that writes it.
+    allow_pickle: read pickled weights where there are no safetensors, with `weights_only`, so that nothing in them runs.
+    unfinished: allow a result that is not finished; for the job that writes it.
     """
     if isinstance(model, Checkpoint):
         return model
@@ -303,7 +302,7 @@ def _shards(directory: Path, config: dict[str, Any], allow_pickle: bool) -> dict
     for path in paths:
         for name in _names_in(path):
             if name in weight_map and inside(directory, weight_map[name]) != path:
-                continue  # an old tensor, where the index knows a newer one
+                continue  # the index has a newer tensor of this name
             if name in shard_of:
                 raise TersorError(
                     f"{directory}: {shard_of[name].name} and {path.name} both hold {name}; leave one of them there, or "
@@ -344,7 +343,7 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
     try:
         try:
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # the format of before torch 1.6 cannot be mapped
+        except RuntimeError:  # files from before torch 1.6 cannot be mapped
             found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no pickle raise errors of any kind
         kind = "" if isinstance(error, pickle.UnpicklingError) else f"{type(error).__name__}: "
@@ -361,8 +360,8 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
 
 
 def check_dense(tensor: Tensor, what: str) -> None:
-    """Raise TersorError for a pickled tensor of a kind that weights do not have, or which says that it is larger than the
-    memory behind it: a few bytes can claim any size."""
+    """Raise TersorError for a pickled tensor of a kind that weights do not have, or that claims to be larger than the memory
+    behind it."""
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta or tensor.dtype not in NAMES:
         raise TersorError(f"{what} is {tensor.dtype}, {tensor.layout} on {tensor.device}: no plain tensor")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():

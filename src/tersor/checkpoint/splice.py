@@ -1,4 +1,4 @@
-"""Make a safetensors file of tensors that lie in others, by copying bytes: nothing is held in memory but a buffer.
+"""Make a safetensors file from tensors in other files, by copying bytes. Only a buffer is in memory.
 
 A safetensors file is 8 bytes with the header's length (little-endian), the header (JSON: name -> dtype, shape and the two ends of
 its bytes, counted from the header's end), and the bytes.
@@ -16,12 +16,12 @@ from typing import Any, BinaryIO
 from tersor.checkpoint.hashes import tensor_hash
 
 BUFFER = 2**20  # bytes
-ALIGNMENT = 8  # bytes; the header is filled with blanks up to it
+ALIGNMENT = 8  # bytes; the header is padded to a multiple with blanks
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor's bytes in a file. described: its dtype and shape, in the header's words."""
+    """A tensor's bytes in a file. described: its dtype and shape, as the header writes them."""
 
     path: Path
     start: int
@@ -67,7 +67,7 @@ def splice(pieces: Mapping[str, Piece], target: BinaryIO, *, note: Callable[[str
 
 
 def _width(piece: Piece) -> int:
-    """Bits of one number: of `F8_E4M3` 8."""
+    """Bits of one number: 8 for `F8_E4M3`."""
     found = re.search(r"\d+", piece.described["dtype"])
     return int(found[0]) if found else 8  # BOOL
 

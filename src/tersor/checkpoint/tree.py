@@ -1,4 +1,4 @@
-"""The tensors of a module tree by their full names: which there are, and how one is put in another's place."""
+"""The tensors of a module tree, by their full names: list them, get one, put one in place of another."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def tied_parameters(module: nn.Module) -> dict[str, str]:
 
 
 def forget_weights(module: nn.Module) -> dict[str, Tensor]:
-    """Put what a checkpoint holds on the meta device, wherever the constructor made it, so that all of it is read. Returns the
-    buffers that were made elsewhere."""
+    """Put every tensor that a checkpoint holds on the meta device, so that all are read. Returns the buffers that the
+    constructor had made elsewhere."""
     made: dict[str, Tensor] = {}
     moved: dict[int, nn.Parameter] = {}  # a parameter that several modules share stays one
     stored = dict(state_of(module, ""))
@@ -71,7 +71,7 @@ def forget_weights(module: nn.Module) -> dict[str, Tensor]:
 
 
 def initialize_buffer(module: nn.Module, name: str) -> bool:
-    """A persistent buffer that older checkpoints do not have: compute it. False where the model does not know how."""
+    """Compute a persistent buffer that older checkpoints lack. False where the model cannot."""
     owner = module.get_submodule(name.rpartition(".")[0])
     root: Any = module
     if not hasattr(root, "_init_weights") or type(owner) in exchangeable_kinds():

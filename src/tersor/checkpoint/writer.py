@@ -1,10 +1,10 @@
 """Write a compressed checkpoint block by block, so that a job that is stopped at any moment loses little.
 
-While the job runs, OUT holds one folder, `.tersor-job`: `journal.json` and one safetensors file a block. The journal says what is
-being made from what, which files are tersor's, and which blocks are done; and it holds the hash of every tensor that was read and
-of every block that was written, so that a run that goes on trusts nothing: a block that is not what it was is solved again, and a
-model that is not what it was is refused. Every file appears by a rename, so it is whole or absent. `place` puts the shards,
-config and other files beside the folder; `seal` makes the result a finished one, by removing first the journal, then the folder.
+While the job runs, OUT holds one folder, `.tersor-job`, with `journal.json` and one safetensors file per block. The journal
+says what is made from what, which files are tersor's, and which blocks are done. It also holds the hash of every tensor that
+was read and of every block that was written. A run that goes on checks them: a block that has changed is solved again, a model
+that has changed is refused. Every file appears by a rename, so it is whole or absent. `place` puts the shards, config and other
+files beside the folder. `seal` finishes the result: it removes first the journal, then the folder.
 """
 
 from __future__ import annotations
@@ -43,14 +43,15 @@ from tersor.checkpoint.splice import Piece, pieces_of, splice
 from tersor.errors import TersorError
 from tersor.files import settle, umask
 
-SINGLE_FILE_LIMIT = 5 * 10**9  # larger results keep one shard a block
+SINGLE_FILE_LIMIT = 5 * 10**9  # bytes; a larger result keeps one shard per block
 
 
 class ResultWriter:
-    """An unfinished result in `out`, of a source. `done` maps the blocks that are finished to what was reported of them.
+    """An unfinished result in `out`. `done` maps each finished block to its reports.
 
-    source: the model, whose `seen` notes the hashes of what is read. blocks: all that may be written. inputs: what else the job
-    reads. tell: takes one line for the user.
+    source: the model; its `seen` notes the hashes of what is read. blocks: all that may be written. inputs: what else the job
+    reads.
+    tell: takes one line for the user.
     """
 
     def __init__(
@@ -69,12 +70,12 @@ class ResultWriter:
         self.hashes: dict[str, str] = {}  # of the blocks in `done`
         self._fingerprint: dict[str, str] = {}
         self._files: list[str] = []  # what tersor wrote or is about to write beside the folder
-        self._emptying: list[str] = []  # what --overwrite is to remove and may not have removed yet
+        self._emptying: list[str] = []  # what --overwrite has yet to remove
 
     def check(self, fingerprint: Mapping[str, str], *, overwrite: bool, redo: bool = False) -> bool:
         """Whether there is a job to go on with. Raises TersorError where `out` is taken; changes nothing on disk.
 
-        redo: a finished result of the same job counts as one to go on with.
+        redo: go on with a finished result of the same job too.
         """
         if self.out.exists() and not self.out.is_dir():
             raise TersorError(f"{self.out} is a file; give a directory")
@@ -112,7 +113,7 @@ class ResultWriter:
         return True
 
     def _refuse_strangers(self, own: Collection[str]) -> None:
-        """What the user put beside the job could be written over. In the job's folder it is let alone."""
+        """Raise TersorError for files of the user's that could be written over. Those in the job's own folder are left alone."""
         for name in strangers(self.out, own):
             if not name.startswith(f"{JOB_FOLDER}/"):
                 raise TersorError(
@@ -120,8 +121,8 @@ class ResultWriter:
                 )
 
     def start(self, fingerprint: Mapping[str, str], *, overwrite: bool, redo: bool = False) -> None:
-        """Begin, or go on with what an earlier run of the same command left. Raises as `check` does, and where the model is not
-        the one that the earlier run read."""
+        """Begin, or go on with what an earlier run of the same command left. Raises as `check` does, and where the model has
+        changed since the earlier run."""
         going_on = self.check(fingerprint, overwrite=overwrite, redo=redo)
         journal = self._read_journal() if going_on else None
         self._fingerprint = dict(fingerprint)
@@ -137,14 +138,15 @@ class ResultWriter:
                 self._emptying = sorted(self._own() - {JOURNAL})
             self.folder.mkdir(parents=True, exist_ok=True)
             self._remove_half_written()
-            self._write_journal()  # from here on, a run that is killed while it empties `out` is gone on with
+            self._write_journal()  # a run that is killed while it empties `out` goes on from here
             if self._emptying:
                 remove_own(self.out, self._emptying, keep={JOURNAL})
                 self._emptying = []
                 self._write_journal()
 
     def _check_source(self, recorded: Any) -> None:
-        """Raise TersorError where a tensor is not what the earlier run read; those that this run did not read yet are read."""
+        """Raise TersorError where a tensor has changed since the earlier run. Reads the tensors that this run has not read
+        yet."""
         for name, digest in (recorded if isinstance(recorded, dict) else {}).items():
             if name not in self.seen.hashes and name in self.source.shard_of:
                 self.source.read([name])
@@ -154,7 +156,7 @@ class ResultWriter:
                 )
 
     def _check_result_source(self) -> None:
-        """The same for a finished result, of which some blocks are to be solved again."""
+        """The same check for a finished result, some of whose blocks will be solved again."""
         self._read_all()
         if (record_of(self.out) or {}).get("source") != self.seen.whole():
             raise TersorError(f"{self.out} was made when the model had other weights; --overwrite makes it anew")
@@ -166,7 +168,7 @@ class ResultWriter:
         self.seen.check()
 
     def _take_over(self, journal: Mapping[str, Any]) -> None:
-        """The finished blocks of an earlier run, as far as the journal can be believed; their files are looked at when read."""
+        """Take over the finished blocks of an earlier run from its journal. Their files are checked when they are read."""
         hashes = journal.get("hashes")
         hashes = hashes if isinstance(hashes, dict) else {}
         for name, rows in journal["done"].items():
@@ -181,7 +183,7 @@ class ResultWriter:
         self.tell(f"{block or 'the model'} in {self.folder} is not what was written there, and is solved again")
 
     def _remove_half_written(self) -> None:
-        """Files that a killed run was writing: safetensors begins them under names of its own."""
+        """Remove files that a killed run was writing: safetensors gives unfinished files names of its own."""
         for path in self.folder.glob(".tmp*"):
             if is_plain_file(path):
                 path.unlink()
@@ -189,7 +191,7 @@ class ResultWriter:
     def _own(self) -> set[str]:
         """The files in `out` that are tersor's, by its records and by what this job writes.
 
-        Of a journal that cannot be read the names are taken that stand in it.
+        Where the journal is damaged, the names that can be read in it count.
         """
         own = {*own_names(self.out), *OWN_IN_JOB, *map(block_name, self.blocks)}
         journal = self.out / JOURNAL
@@ -203,9 +205,9 @@ class ResultWriter:
     def redo(
         self, blocks: set[str], layers: Mapping[str, Mapping[str, Sequence[str]]], suffixes: Collection[str]
     ) -> None:
-        """Forget these finished blocks. Where the whole result is finished, its other blocks become those of an unfinished job.
+        """Forget these finished blocks. A finished result becomes an unfinished job that has the other blocks.
 
-        layers: {block: {layer: the published names under which its tensors lie}}, for all blocks. suffixes: of these tensors.
+        layers: {block: {layer: the published names of its tensors, without suffix}}, for all blocks. suffixes: of these tensors.
         """
         result = self._result()
         with disk_errors(self.out):
@@ -237,7 +239,7 @@ class ResultWriter:
         return record_of(self.out)
 
     def mark(self, name: str) -> str | None:
-        """What the unfinished job or finished result in `out` says of itself, None where there is none."""
+        """A mark of the unfinished job or finished result in `out`; None where there is none."""
         found = (read_object(self.out / JOURNAL) or self._result() or {}).get("fingerprint", {})
         return found.get(name) if isinstance(found, dict) else None
 
@@ -254,7 +256,7 @@ class ResultWriter:
             self._write_journal()
 
     def read_block(self, name: str) -> dict[str, Tensor] | None:
-        """A finished block; None, and it is no longer one, where its file is not what was written."""
+        """The tensors of a finished block. Where its file has changed, it no longer counts as finished, and None is returned."""
         path = self._block_file(name)
         try:
             tensors = load_file(path) if is_plain_file(path) else {}
@@ -269,10 +271,10 @@ class ResultWriter:
     def place(
         self, source: Checkpoint, replaced: set[str], config: Mapping[str, Any], extra: Mapping[str, Mapping[str, Any]]
     ) -> None:
-        """Complete the directory: the tensors of `source` but for those in `replaced`, its other files, and the configs.
+        """Complete the directory: the tensors of `source` without those in `replaced`, its other files, and the configs. May be
+        called again after an interruption.
 
-        extra: JSON files to write beside config.json, by name; the record among them is completed. Placed again after an
-        interruption, they are the same.
+        extra: JSON files to write beside config.json, by name. The record among them is completed.
         """
         with disk_errors(self.out):
             blocks = [self._block_file(name) for name in sorted(self.done, key=self.blocks.index)]
@@ -303,7 +305,7 @@ class ResultWriter:
                 self._write_json(content, self.out / name)
 
     def _other_files(self, source: Checkpoint, written: Collection[str]) -> dict[str, Path]:
-        """The source's files that are carried along, by their names in it; none that is the job's own result."""
+        """The source's other files, by their names in it. Files of the job's own result are left out."""
         inside = self.out.resolve()
         found = {path.relative_to(source.directory).as_posix(): path for path in source.other_files()}
         return {
@@ -311,7 +313,7 @@ class ResultWriter:
         }
 
     def _claim(self, names: Iterable[str]) -> None:
-        """Record what is about to be written. Raises TersorError where the user has such a file there meanwhile."""
+        """Record what is about to be written. Raises TersorError where the user has put such a file there."""
         self._refuse_strangers(self._own())
         self._files = sorted({*self._files, *names})
         self._write_journal()
@@ -342,12 +344,12 @@ class ResultWriter:
         return self.folder / "partial"
 
     def _partial(self) -> Path:
-        """The same, with nothing there that could be written through."""
+        """The same path, after removing what lies there: writing through a link would change another file."""
         self._partial_path.unlink(missing_ok=True)
         return self._partial_path
 
     def _save(self, tensors: Mapping[str, Tensor], path: Path) -> None:
-        """A safetensors file that is whole or absent."""
+        """Write a safetensors file that is whole or absent at any moment."""
         own = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
         partial = self._partial()
         save_file(own, partial, metadata={"format": "pt"})
@@ -355,7 +357,7 @@ class ResultWriter:
         settle(partial, path)
 
     def _save_rest(self, source: Checkpoint, names: Sequence[str], path: Path) -> None:
-        """Tensors of the source as they are: from disk to disk, but for pickled ones."""
+        """Write tensors of the source as they are, from disk to disk; pickled ones go through memory."""
         if all(source.shard_of[name].suffix == ".safetensors" for name in names):
             shards = {shard: pieces_of(shard) for shard in sorted({source.shard_of[name] for name in names})}
             self._splice({name: shards[source.shard_of[name]][name] for name in names}, path, note=self.seen.note)
@@ -396,7 +398,7 @@ class ResultWriter:
             "files": self._files,
             "done": self.done,
             "hashes": self.hashes,
-            "sources": dict(sorted(self.seen.hashes.copy().items())),  # to which other threads may add
+            "sources": dict(sorted(self.seen.hashes.copy().items())),  # a copy, because other threads may add to it
         }
         self._write_json({**journal, "emptying": self._emptying} if self._emptying else journal, self.out / JOURNAL)
 
@@ -406,7 +408,7 @@ def _shard_names(count: int) -> list[str]:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Another name for a file, which is kept for a run that goes on from here; a copy where the disk knows no links."""
+    """Give a file another name, and keep the old one for a run that goes on from here. A copy where the disk has no links."""
     target.unlink(missing_ok=True)
     try:
         os.link(source, target)

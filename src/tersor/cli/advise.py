@@ -139,7 +139,7 @@ def advise(
         raise typer.Exit(NO_PLAN)
     if not as_json and out is not None:
         told = (
-            f"{out}: {recipe_command(model, found.settings, recipe_file=str(out), out='DIR')}"
+            f"{out}: {recipe_command(chosen.recipe, model, found.settings, recipe_file=str(out), out='DIR')}"
             if written
             else "the original is the choice: no recipe"
         )

@@ -54,7 +54,7 @@ def _compress() -> None:
 
 def _command(name: str, kind: type[Method]) -> Callable[..., None]:
     def run(model: Model, out: Out, variant: Variant = None, as_json: SummaryAsJson = False, **given: Any) -> None:
-        settings, options = split(given)
+        settings, options = split(given, [kind])
         run_job(opened_as(model, variant), out, [Recipe(from_options(name, options))], settings, as_json=as_json)
 
     run.__doc__ = kind.__doc__

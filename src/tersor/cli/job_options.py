@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import json
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +39,26 @@ def with_options(
     fixed = inspect.signature(command, eval_str=True)
     own = [p for p in fixed.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
-    parameters += _settings(list(kinds.values())) + (_options(kinds) if method_options else [])
+    options = _options(kinds) if method_options else []
+    parameters += [
+        each for each in _settings(kinds.values()) if each.name not in {one.name for one in options}
+    ] + options
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
     run.__doc__ = command.__doc__
     return run
 
 
-def split(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings and the method options that the user set."""
-    names = {each.name for each in dataclasses.fields(Settings)}
+def split(given: Mapping[str, Any], kinds: Iterable[type[Method]] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings and the options of these methods that the user set. A name that both have is the method's."""
+    names = _names(kinds)
     found = {name: value for name, value in given.items() if value is not None}
-    settings = {name: value for name, value in found.items() if name in names}
-    return settings, {name: value for name, value in found.items() if name not in names}
+    options = {name: value for name, value in found.items() if name in names}
+    return {name: value for name, value in found.items() if name not in names}, options
+
+
+def _names(kinds: Iterable[type[Method]]) -> set[str]:
+    return {each.name for kind in kinds for each in dataclasses.fields(kind)}
 
 
 def run_job(model: str, out: Path, steps: Sequence[Recipe], settings: Mapping[str, Any], *, as_json: bool) -> None:
@@ -80,11 +87,12 @@ def run_best(
     run_job(model, out, steps, settings, as_json=as_json)
 
 
-def _settings(kinds: Sequence[type[Method]]) -> list[inspect.Parameter]:
-    hints, parameters = typing.get_type_hints(Settings), []
+def _settings(kinds: Iterable[type[Method]]) -> list[inspect.Parameter]:
+    """Every setting; those that do nothing for these methods are not shown, and are refused with the reason."""
+    hints, parameters, methods = typing.get_type_hints(Settings), [], [kind() for kind in kinds]
     for each in dataclasses.fields(Settings):
         about = each.metadata
-        if about["typed"] is object or not applies(each, kinds, by_name=True):
+        if about["typed"] is object:
             continue
         kind = about["typed"] or hints[each.name]
         flag = about["flag"] or f"--{each.name.replace('_', '-')}"
@@ -92,7 +100,8 @@ def _settings(kinds: Sequence[type[Method]]) -> list[inspect.Parameter]:
         shown = (
             "" if each.default is None or each.default is False or each.default == () else f" [default: {each.default}]"
         )
-        option = typer.Option(None, flag, help=about["help"] + shown, show_default=False)
+        hidden = not applies(each, methods, by_name=True)
+        option = typer.Option(None, flag, help=about["help"] + shown, show_default=False, hidden=hidden)
         parameters.append(_parameter(each.name, annotation, option))
     return parameters
 

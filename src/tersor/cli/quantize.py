@@ -40,7 +40,7 @@ def _quantize(
 
     tersor quantize demo --bits 4 --out demo-4bit
     """
-    settings, options = split(given)
+    settings, options = split(given, QUANTIZING.values())
     if recipe is None and method in NAMES:
         run_best(opened_as(model, variant), out, method, options, settings, as_json=as_json)
         return
@@ -75,4 +75,5 @@ def _quantizes(kind: type[Method]) -> bool:
     return issubclass(kind, BlockMethod) and kind().quantization() is not None
 
 
-quantize = with_options(_quantize, {name: kind for name, kind in methods().items() if _quantizes(kind)})
+QUANTIZING = {name: kind for name, kind in methods().items() if _quantizes(kind)}
+quantize = with_options(_quantize, QUANTIZING)

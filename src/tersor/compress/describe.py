@@ -18,15 +18,18 @@ from tersor.version import __version__
 def quantization_config(
     model: nn.Module, plan: Plan, recipe: Recipe, layout: Layout, published: Callable[[str], list[str]]
 ) -> dict[str, Any]:
-    """The recipe's method, layers that differ from it, and layers left as they are, each by its names on disk and by that of the
-    module: readers look for one or the other. Empty where the format needs no config. published: the names of a linear map on
-    disk."""
+    """The `quantization_config`: the grids of most layers, the layers that differ, and those that are left as they are. Each
+    layer stands under its names on disk and under its module's name, because readers look for one or the other. Empty where the
+    format needs no config.
+
+    published: gives the names of a linear map on disk.
+    """
     if layout.config is None:
         return {}
     methods = [recipe.method, *plan.methods.values()]
     base = next(grids for each in methods if isinstance(each, BlockMethod) and (grids := each.quantization()))
     modules = dict(model.named_modules())
-    dense = _dense_linears(model, plan)  # which have no other name that is known
+    dense = _dense_linears(model, plan)  # no other name is known of these
 
     def names_of(name: str) -> list[str]:
         stems = [] if name in dense else published(name)
@@ -38,7 +41,7 @@ def quantization_config(
         for name, method in plan.methods.items()
         if (grids := method.quantization())
         and grids != base
-        and name not in tables  # whose grids are the recipe's, as the plan made sure
+        and name not in tables  # the plan made sure that a table has the recipe's grids
         for stem in names_of(name)
     }
     other_tables = [name for name in embeddings(model) if tables and name not in tables]

@@ -1,7 +1,7 @@
 """The one driver of methods that go block by block, whatever the model comes from and wherever the result goes.
 
-A source (`in_memory.py`) gives a walk the weights that it asks for; a sink takes the blocks as they are finished. A checkpoint
-goes to files (`stream.py`), a module to a copy of it.
+The walk asks a source for weights, and a sink takes each block when it is finished. A checkpoint is read part by part and written
+to files (`stream.py`); a module is copied, and its copy is changed (`in_memory.py`).
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import torch
 from torch import nn
 
 from tersor.calibrate.batches import Batch, call, first_tensor, without_cache
+from tersor.calibrate.blocks import units_of
 from tersor.calibrate.draws import PROBE, drawing
 from tersor.compress.describe import quantization_config
 from tersor.compress.first_run import prepare
 from tersor.compress.in_memory import InMemory, Source
-from tersor.compress.layout_choice import with_fitting_layout
-from tersor.compress.plan import Plan, make_plan, without_stacks
+from tersor.compress.plan import Plan, make_plan, with_fitting_layout, without_stacks
 from tersor.compress.result import Compressed, Tally
 from tersor.compress.samples import samples_of
 from tersor.compress.settings import Job
-from tersor.compress.walk import Prepared, units_of, walk
+from tersor.compress.walk import Prepared, walk
 from tersor.formats.layout import Layout
 from tersor.formats.layouts import write
 from tersor.layers.experts import ExpertMap
@@ -41,7 +41,7 @@ class Sink:
         self.tally = Tally(device)
 
     def open(self, job: Job, plan: Plan, samples: list[Batch]) -> None:
-        """Raises TersorError where this job's result cannot be put; changes nothing. samples: all that are run."""
+        """Raises TersorError where the result cannot be written; changes nothing. samples: all that are run, the probe's last."""
         self.job = job
 
     def takes_stacks(self, layout: Layout) -> bool:
@@ -49,7 +49,7 @@ class Sink:
         return layout.expert_stacks
 
     def start(self, first: Prepared) -> None:
-        """Called when the model runs on the samples, before the first block."""
+        """Called once the probe has run through the original, before the first block."""
 
     def restore(self, block: Block) -> bool:
         """Put back a block that an earlier run finished; False where none did."""
@@ -76,18 +76,18 @@ def compress_blocks(source: Source, sink: Sink, job: Job) -> Compressed:
         source.load_rest([unit.module for unit in units_of(module)])
         first = prepare(source, plan, job, batches, probe)
         sink.start(first)
-        with closing(walk(source, first, job, sink.restore)) as blocks:  # a walk that is left stops its passes
+        with closing(walk(source, first, job, sink.restore)) as blocks:  # an error in the loop ends the walk's threads
             for block in blocks:
                 sink.write(block)
-                del block  # or it would be held while the next is solved
+                del block  # else it stays in memory while the next is solved
         return sink.finish(first)
 
 
 def compress_module(model: nn.Module, job: Job) -> Compressed:
-    """A copy of a module, whose linear maps are packed layers."""
+    """A compressed copy of a module: its linear maps are replaced by packed layers."""
     module = copy.deepcopy(model).eval().requires_grad_(False)
     if hasattr(module, "set_experts_implementation"):
-        # the plain loop is the one whose products with single experts can be seen
+        # the plain loop multiplies with one expert at a time, which can be watched
         module.set_experts_implementation("eager")  # type: ignore[operator]
     source = InMemory(module)
     return compress_blocks(source, ToModule(source), job)

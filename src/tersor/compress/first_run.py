@@ -19,7 +19,7 @@ from tersor.errors import BrokenWeightError, NotFiniteError, TersorError
 
 T = TypeVar("T")
 
-# What models raise where a sample is not what they take.
+# What models raise for a sample that they cannot take.
 UNFIT = (TersorError, ValueError, TypeError, AttributeError, LookupError, RuntimeError, AssertionError)
 
 
@@ -50,7 +50,7 @@ def prepare(source: Source, plan: Plan, job: Job, batches: list[Batch], batch: B
 def fitted(
     model: nn.Module, batches: list[Batch], batch: Batch, run: Callable[[Batch], T]
 ) -> tuple[T, list[Batch], Batch]:
-    """What `run` makes of a batch, and the samples as the model takes them: with decoder inputs where it does not run without."""
+    """What `run` returns for a batch, and the samples as the model takes them: with decoder inputs where it needs them."""
     try:
         return run(batch), batches, batch
     except UNFIT as error:
@@ -61,16 +61,16 @@ def fitted(
 
 
 def _lacks_second_text(model: nn.Module, probe: Batch) -> bool:
-    """Whether the model is an encoder-decoder and the sample says nothing of what its decoder reads."""
+    """Whether the model is an encoder-decoder and the sample has no input for its decoder."""
     given = {"decoder_input_ids", "decoder_inputs_embeds", "labels"} & probe.keys()
     takes = "decoder_input_ids" in inspect.signature(model.forward).parameters
     return takes and not given and bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def _completed(model: nn.Module, batches: Sequence[Batch]) -> list[Batch]:
-    """Samples for a model that reads a second text and does not make it of the first itself, as T5: with that text.
+    """The samples with a second text, for a model such as T5 whose decoder reads one and does not derive it from the first.
 
-    Raises TersorError where the samples have none and it cannot be made of them.
+    Raises TersorError where the second text cannot be made from the samples.
     """
     config = getattr(model, "config", None)
     starts = (getattr(config, name, None) for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"))

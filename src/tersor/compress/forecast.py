@@ -21,17 +21,17 @@ from tersor.layers.linear_map import matrix_shape
 from tersor.methods.block import STATISTICS_MEMORY
 
 PASSES = 3.5  # runs of a block: its call order, its statistics (true-sequential ones stop early), its outputs
-HESSIAN_BYTES = 12  # a number of a Hessian: its sum in float64, and the mean in float32
-SOLVER_COPIES = 6  # of a Hessian and of a weight, that are held while a layer is solved
+HESSIAN_BYTES = 12  # for each number of a Hessian: its sum in float64, and the mean in float32
+SOLVER_COPIES = 6  # of a Hessian and of a weight, held while a layer is solved
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """seconds; bytes of memory, with what is held already; bytes on disk, with the blocks from which one file is made."""
+    """What a job will take."""
 
     seconds: float
-    memory: int
-    disk: int
+    memory: int  # bytes, with what the process holds already
+    disk: int  # bytes at most: the result, and the blocks that it is put together from
 
     def text(self) -> str:
         minutes = f"{self.seconds / 60:.0f} min" if self.seconds > 90 else f"{self.seconds:.0f} s"
@@ -79,7 +79,7 @@ def _tokens(batch: Batch) -> int:
 
 
 def products_per_second(device: torch.device, dtype: torch.dtype) -> float:
-    """Multiply-adds a second of one matmul of a size that keeps the device busy."""
+    """Multiply-adds per second, measured on a matmul large enough to keep the device busy."""
     size = 512 if device.type == "cpu" else 4096
     a = torch.randn(size, size, device=device).to(dtype)
     float(torch.mm(a, a)[0, 0])  # waits for a GPU, here as below

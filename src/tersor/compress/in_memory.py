@@ -1,4 +1,4 @@
-"""A model that is all in memory, as a walk's source beside a checkpoint that is loaded part by part."""
+"""A module in memory as the source of a walk. The other source is `LazyModel`, a checkpoint that is loaded part by part."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tersor.layers.linear_map import matrix_shape, packable_maps
 
 
 class InMemory:
-    """What a walk asks of `LazyModel`, of a module that is there."""
+    """Answers what a walk asks of a `LazyModel`; there is nothing to load."""
 
     checkpoint = None
 
@@ -35,7 +35,7 @@ class InMemory:
         return [stored_name(linear, self.maps[linear])]
 
     def named_pieces(self, linear: str) -> list[tuple[str, int]]:
-        """None of a model of transformers, which looks for whole stacks under the module's own names."""
+        """Empty for a model of transformers: it looks for whole stacks under the module's own names."""
         known = not hasattr(self.module, "base_model_prefix")
         return [(name, matrix_shape(self.maps[linear])[0]) for name in self.published(linear) if known]
 

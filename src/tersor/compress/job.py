@@ -1,4 +1,4 @@
-"""`tersor.compress`: apply a method, or a recipe of several, to a model."""
+"""`tersor.compress`: apply a method, or several one after another, to a model."""
 
 from __future__ import annotations
 
@@ -34,37 +34,39 @@ def compress(
 ) -> Compressed:
     """Compress a model with one method, with several by rules, or in several steps.
 
-    model: a directory, a hub name or a built-in name, which is read block by block and written to `out` (a temporary directory
-        where none is given) as blocks are finished; or a module in memory, of which a compressed copy is made.
-    method: a method; or a list of methods (or `Recipe`s, which hold rules) that run one after another, each on the result of the
-        last.
-    rules: what is different for some layers (see `recipe.py`), such as {"match": "*.down_proj", "bits": 8}; the last that
-        matches wins.
+    model: a directory, a hub name or a built-in name: it is read block by block, and each finished block is written to `out` (or
+        to a temporary directory). Or a module in memory: a compressed copy is made.
+    method: one method, or a list of methods (or of `Recipe`s, which hold rules). Those of a list run one after another, each on
+        the result of the one before.
+    rules: what is different for some layers (see `recipe.py`), such as {"match": "*.down_proj", "bits": 8}. The last rule that
+        matches a layer wins.
 
     The settings:
 
     calibration: a text file, "builtin" (also None), "hf:NAME", a list of strings, or an iterable of the model's own inputs.
-    format: how the result is stored, which also bounds its precision: "gptq", "gptq_v2", "compressed-tensors", or "safetensors"
-        for plain numbers; "auto" is "gptq" where it holds every layer, else "compressed-tensors", and "safetensors" for what is
-        pruned only; None keeps exact numbers, for a module in memory only.
-    include, exclude: patterns of linear layers, such as "*.mlp.*". head: compress the output head too. embeddings: the token
-        embedding too, rounded to nearest with the method's options, as it has no inputs; in format compressed-tensors.
-    redo: patterns of layers whose blocks are solved again although an earlier run of the same job finished them.
-    target_bits: bits a weight in all; each layer gets bits and a group size by what they do to the model's predictions.
+    format: how the result is stored: "gptq", "gptq_v2", "compressed-tensors", or "safetensors" for plain numbers. The format also
+        bounds the precision. "auto" is "gptq" where it holds every layer, else "compressed-tensors", and "safetensors" for what
+        is pruned only. None keeps exact numbers, for a module in memory only.
+    include, exclude: patterns of linear layers, such as "*.mlp.*".
+    head: compress the output head too.
+    embeddings: compress the token embedding too, in format compressed-tensors. It has no inputs, so it is rounded to nearest with
+        the method's options.
+    redo: patterns of layers. Their blocks are solved again although an earlier run of the same job finished them.
+    target_bits: bits per weight, on average. Each layer gets the bits and the group size that suit the model's predictions.
     target_tp: check that every layer can be split over so many devices for tensor-parallel serving.
     experts: which experts of a mixture the samples visit while statistics are gathered: "as-is" (those that the router
         chooses), "top-k:N" (the N best), or "all" (every token counts for every expert, by the router's weight).
     activations: where samples wait between blocks: "device", "cpu" or "disk".
     original: the model that was packed, for a method that tunes a packed one: a directory, a name or a module.
-    allow_pickle: read pickled weights (.bin), which are opened without running any code in them, but by Python's unpickler.
+    allow_pickle: read pickled weights (.bin) too. Python's unpickler opens them, and is kept from running code in them.
     progress: called as progress(what, done, total).
     samples, seq_len, seed, device, dtype, out, overwrite, tokenizer: as `tersor quantize --help` says (`settings.py`).
 
-    Raises TersorError on bad input, also where a setting would do nothing, before anything is written. An interrupted job goes
-    on when called again with the same arguments and `out`.
+    Raises TersorError on bad input before anything is written, also for a setting that would do nothing. An interrupted job goes
+    on when it is called again with the same arguments and `out`.
     """
     asked, steps = settings_of(settings), _steps(method, rules)
-    refuse_idle(asked, [step.method for step in steps], by_name=not isinstance(model, nn.Module))
+    refuse_idle(asked, [each for step in steps for each in step.methods], by_name=not isinstance(model, nn.Module))
     if len(steps) > 1:
         result = run_steps(model, steps, asked, run_job)
     else:

@@ -1,4 +1,4 @@
-"""One option for each item, the least cost within a budget, exactly: the multiple-choice knapsack."""
+"""The multiple-choice knapsack, solved exactly: one option for each item, at the least cost within a budget."""
 
 from __future__ import annotations
 
@@ -9,23 +9,22 @@ import numpy as np
 
 
 def choose(items: Sequence[Sequence[tuple[int, float]]], budget: int) -> list[int] | None:
-    """Which option of each item to take, as its place in the item, so that the sum of sizes is at most `budget` and the sum of
-    costs the least that can be; None where even the smallest do not fit. items: of each its options, (size, cost).
+    """The index of the option to take of each item: the sum of sizes is at most `budget`, and the sum of costs is the least
+    possible. None where even the smallest options do not fit. items: the options of each, as (size, cost).
 
-    Dynamic programming over sizes, item by item: of all sums that can be reached only those are kept that no smaller one beats
-    in cost. Their number is bounded by that of different sums, which is small where layers repeat. Raises ValueError where a
-    cost is NaN, which compares with nothing.
+    Dynamic programming over sizes, item by item. Of all sums of sizes that can be reached, those stay that cost less than every
+    smaller sum. Where layers repeat, there are few different sums. Raises ValueError for a cost that is NaN.
     """
     if any(math.isnan(cost) for options in items for _, cost in options):
         raise ValueError("a cost is NaN")
     sizes, costs = np.zeros(1, dtype=np.int64), np.zeros(1)
     least = [min(size for size, _ in options) for options in items]
-    steps: list[tuple[np.ndarray, np.ndarray]] = []  # of every sum that is kept: the one it came from, and the option
+    steps: list[tuple[np.ndarray, np.ndarray]] = []  # for every sum that is kept: the sum it came from, and the option
     left = budget - sum(least)
     if left < 0:
         return None
     for options, smallest in zip(items, least, strict=True):
-        # sizes above the smallest, so that a sum that is over the budget now is over it in the end
+        # Sizes are counted from the smallest option, so a sum over the budget now stays over it.
         new = np.concatenate([sizes + (size - smallest) for size, _ in options])
         worth = np.concatenate([costs + cost for _, cost in options])
         origin = np.tile(np.arange(len(sizes)), len(options))

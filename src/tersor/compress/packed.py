@@ -1,12 +1,10 @@
-"""Apply a method that tunes a packed model beside its original, and write the same files with other integers and steps."""
+"""Tune a packed model towards its original, and write the same files with other integers and steps."""
 
 from __future__ import annotations
 
 import copy
 import json
 import shutil
-import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,33 +16,30 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tersor.calibrate.batches import Batch, call, fingerprint, first_tensor, probe_of, without_cache, without_target
-from tersor.calibrate.draws import PROBE, drawing
+from tersor.calibrate.batches import fingerprint, without_cache
 from tersor.checkpoint.lazy_model import LazyModel, classes_of, compute_dtype
 from tersor.checkpoint.load import load_tokenizer
 from tersor.checkpoint.room import RESULT_FILE, appearing, check_free, inputs_of, record_of, write_record
 from tersor.checkpoint.source import STEPS, Checkpoint, open_checkpoint
 from tersor.checkpoint.writer import model_fingerprint
-from tersor.compress.first_run import fitted
-from tersor.compress.result import Compressed
+from tersor.compress.result import Compressed, directory_for
 from tersor.compress.samples import read_samples, samples_by_path
 from tersor.compress.settings import Job, asked_of
 from tersor.compress.stream import record_of_job
-from tersor.compress.summary import Summary, loss_of
-from tersor.compress.whole_model import check_patterns, is_wanted
-from tersor.devices import peak_memory
+from tersor.compress.summary import Summary
+from tersor.compress.whole_model import check_rules, compared
 from tersor.errors import TersorError
 from tersor.formats.layouts import LAYOUTS, Layout, write
 from tersor.layers.linear_map import matrix_shape
 from tersor.layers.quantized_linear import QuantizedLinear, packed_layers
 from tersor.methods.method import PackedMethod, Work
 
-CHANGED = ("qweight", "scales", "weight_packed", "weight_scale")  # what of a layer's tensors tuning may change
+CHANGED = ("qweight", "scales", "weight_packed", "weight_scale")  # the tensors of a layer that tuning may change
 
 
 def compress_packed_checkpoint(name: str, job: Job) -> Compressed:
-    """Read a packed model and its original, tune the former, and write it to `job.out` (a temporary directory where none is
-    given). Nothing is left where it fails."""
+    """Read a packed model and its original, tune the packed one, and write it to `job.out` (or a temporary directory). Leaves
+    nothing behind where it fails."""
     method = job.recipe.method.name
     checkpoint = open_checkpoint(name, allow_pickle=job.allow_pickle)
     if job.original is None:
@@ -54,9 +49,7 @@ def compress_packed_checkpoint(name: str, job: Job) -> Compressed:
     source = open_checkpoint(job.original, allow_pickle=job.allow_pickle)
     if "quantization_config" in source.config:
         raise TersorError(f"the original {job.original} is quantized itself; give the model that {name} was made from")
-    folder = tempfile.TemporaryDirectory(prefix="tersor-") if job.out is None else None
-    target = Path(folder.name) / "model" if folder is not None else job.out
-    assert target is not None
+    target, folder = directory_for(job.out)
     inputs = inputs_of(checkpoint, calibration=job.calibration, original=source.directory)
     check_free(target, overwrite=job.overwrite, inputs=inputs)
     earlier, record = checkpoint.config.get(STEPS) or [], record_of(checkpoint.directory) or {}
@@ -94,17 +87,17 @@ def compress_packed_checkpoint(name: str, job: Job) -> Compressed:
 
 
 def compress_packed_module(model: nn.Module, job: Job) -> Compressed:
-    """A tuned copy of a packed module in memory, whose original is given as one too."""
+    """A tuned copy of a packed module in memory. Its original is a module too."""
     if not isinstance(job.original, nn.Module):
         raise TersorError(f"{job.recipe.method.name} on a module in memory compares with another: give it as original=")
-    original = copy.deepcopy(job.original)  # passes through it leave no trace in the user's
+    original = copy.deepcopy(job.original)  # so that the user's module stays as it is
     module = copy.deepcopy(model)
     with _out_of_float16(module, original):
         return _compress(module, original, job)[0]
 
 
 def check_keeps_zeros(method: PackedMethod, before: Sequence[Any]) -> None:
-    """Raise TersorError where integers would move of weights that a step before made zero. before: options of methods."""
+    """Raise TersorError where the method would move weights that a step before made zero. before: the options of those steps."""
     sparse = next((each for each in before if isinstance(each, Mapping) and each.get("sparsity")), None)
     if sparse is not None and method.moves_integers:
         way = "leave --integers out" if method.name == "scales" else "use scales, which keeps them"
@@ -114,7 +107,7 @@ def check_keeps_zeros(method: PackedMethod, before: Sequence[Any]) -> None:
 
 
 def _wide_enough(dtype: torch.dtype, job: Job) -> torch.dtype:
-    """Gradients get lost below what float16 holds, so float32 takes its place."""
+    """The dtype to tune in: float32 instead of float16, which holds no small gradients."""
     if dtype != torch.float16:
         return dtype
     job.progress("gradients are too small for float16: tuning in float32", 0, 0)
@@ -122,7 +115,7 @@ def _wide_enough(dtype: torch.dtype, job: Job) -> torch.dtype:
 
 
 def _floats_of(module: nn.Module) -> list[Tensor]:
-    """What computes with activations."""
+    """The floating tensors of a module that meet activations."""
     if isinstance(module, QuantizedLinear):
         return [module.like]
     return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
@@ -130,7 +123,7 @@ def _floats_of(module: nn.Module) -> list[Tensor]:
 
 @contextmanager
 def _out_of_float16(*modules: nn.Module) -> Iterator[None]:
-    """Parameters and buffers in float16 are float32 meanwhile, for the gradients; those of packed layers stay."""
+    """Meanwhile parameters and buffers in float16 are float32, for the gradients. Packed layers keep theirs."""
     held = [
         tensor
         for module in modules
@@ -148,7 +141,7 @@ def _out_of_float16(*modules: nn.Module) -> Iterator[None]:
 
 
 def as_packed_before(tuned: Summary, packed: Summary) -> Summary:
-    """What a step that tunes says of a module that the step before packed."""
+    """The summary of a step that tunes what the step before packed: the format and what is left stay as they were."""
     same = ("format", "quantization", "bits_per_weight", "left")
     return replace(tuned, **{name: getattr(packed, name) for name in same})
 
@@ -163,40 +156,26 @@ def _layout_of(lazy: LazyModel, name: str, method: str) -> Layout:
 
 
 def _compress(module: nn.Module, original: nn.Module, job: Job) -> tuple[Compressed, str]:
-    """The result, and a fingerprint of the samples. module: to be changed in place."""
+    """The result, and a fingerprint of the samples. Changes `module` in place."""
     method = job.recipe.method
     assert isinstance(method, PackedMethod)
     layers = packed_layers(module)
     if not layers:
         raise TersorError(f"the model has no packed layer, and {method.name} tunes what gptq or rtn made")
-    check_patterns(job, list(layers))
+    check_rules(job)
+    job.check_patterns(list(layers))
     first = next(original.parameters())
-    samples: list[Batch] = read_samples(job, job.calibration, original, job.tokenizer, first.device, first.dtype)
-    probe = probe_of(without_target(samples[0]))
+    samples = read_samples(job, job.calibration, original, job.tokenizer, first.device, first.dtype)
     for each in (module, original):
         each.eval().requires_grad_(False)
-    mark = fingerprint(samples)
-    with torch.no_grad(), without_cache(module), without_cache(original):
-        with drawing(PROBE):
-            before, samples, probe = fitted(original, samples, probe, lambda batch: first_tensor(call(original, batch)))
-        work = Work(samples, lambda name: is_wanted(job, name), job.progress)
-        method.tune(module, original, work)
-        with drawing(PROBE):
-            after = first_tensor(call(module, probe))
-    summary = Summary(
-        model=type(module).__name__,
-        method=method.options(),
-        format=None,
-        layers=work.reports,
-        left=[],
-        seconds=time.perf_counter() - job.started,
-        seconds_per_block={},
-        peak_memory=peak_memory(job.place),
-        bits_per_weight=0.0,
-        quantization={},
-        **loss_of(before, after),
-    )
-    return Compressed(summary, None, before, after, _module=module), mark
+
+    def change(work: Work) -> nn.Module:
+        with torch.no_grad():
+            method.tune(module, original, work)
+        return module
+
+    with without_cache(module):
+        return compared(original, job, samples, change), fingerprint(samples)
 
 
 def _changed_tensors(lazy: LazyModel, module: nn.Module, layout: Layout) -> dict[str, Tensor]:

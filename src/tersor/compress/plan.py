@@ -5,18 +5,20 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
 from tersor.calibrate.blocks import Unit, find_blocks
-from tersor.calibrate.routing import Routing, check_routing
+from tersor.calibrate.routing import check_routing
 from tersor.calibrate.statistics import is_expert
 from tersor.compress.recipe import Recipe
+from tersor.compress.settings import Job
 from tersor.errors import TersorError
 from tersor.formats.layout import Layout
+from tersor.formats.layouts import LAYOUTS
 from tersor.layers.experts import ExpertMap
 from tersor.layers.linear_map import LinearMap, is_conv1d, linear_maps, matrix_shape
 from tersor.layers.quantized_embedding import why_not_packed
@@ -28,36 +30,14 @@ from tersor.progress import Progress
 ROW_PARALLEL = re.compile(r"(^|\.)(o_proj|out_proj|down_proj|c_proj|dense|dense_4h_to_h|fc2|fc_out|w2|wo)(\.\d+)?$")
 
 
-class Choice(Protocol):
-    """What of a job's settings decides which layers are compressed, and how."""
-
-    @property
-    def recipe(self) -> Recipe: ...
-    @property
-    def layout(self) -> Layout | None: ...
-    @property
-    def include(self) -> Sequence[str]: ...
-    @property
-    def exclude(self) -> Sequence[str]: ...
-    @property
-    def head(self) -> bool: ...
-    @property
-    def embeddings(self) -> bool: ...
-    @property
-    def target_tp(self) -> int: ...
-    @property
-    def routing(self) -> Routing: ...
-
-
 @dataclass(frozen=True)
 class Plan:
-    """blocks in tree order; linears: what is compressed in each, {block name: {full name: module}}; methods: how, by layer;
-    left: what is not compressed."""
+    """What is compressed, and how."""
 
-    blocks: list[Unit]
-    linears: dict[str, dict[str, LinearMap]]
-    methods: dict[str, BlockMethod]
-    left: list[str]
+    blocks: list[Unit]  # in tree order
+    linears: dict[str, dict[str, LinearMap]]  # the maps to compress in each block: {block: {full name: map}}
+    methods: dict[str, BlockMethod]  # the method of each layer
+    left: list[str]  # the linear layers that stay as they are
 
     def all_linears(self) -> dict[str, LinearMap]:
         return {name: module for each in self.linears.values() for name, module in each.items()}
@@ -70,21 +50,18 @@ class Plan:
         return groups
 
 
-def make_plan(model: nn.Module, job: Choice) -> Plan:
-    """All linear maps inside the repeated blocks, but for routers, tied weights and the towers of multimodal generators;
-    `include` and `exclude` are patterns like `*.mlp.*`; `head` adds the output head, `embeddings` the token embedding.
+def make_plan(model: nn.Module, job: Job) -> Plan:
+    """All linear maps inside the repeated blocks, except routers, tied weights and the towers of multimodal generators. `head`
+    adds the output head, `embeddings` the token embedding.
 
     Raises TersorError where a pattern matches nothing, nothing is left to compress, or the method refuses a layer.
     """
-    recipe, layout, include, exclude = job.recipe, job.layout, job.include, job.exclude
+    recipe, layout = job.recipe, job.layout
     embedding = [_embedding(model, layout)] if job.embeddings else []
     everything: dict[str, LinearMap] = {**{unit.name: unit.module for unit in embedding}, **linear_maps(model)}
     blocks = [*embedding, *find_blocks(model), *([_head(model)] if job.head else [])]
-    recipe.check_matches(list(everything))
-    for pattern in (*include, *exclude):
-        if not any(fnmatchcase(name, pattern) for name in everything):
-            raise TersorError(f"the pattern {pattern!r} matches none of the {len(everything)} linear layers")
-    tied, towers, routers = _tied_weights(model), () if include else _towers(model), router_maps(model)
+    job.check_patterns(list(everything))
+    tied, towers, routers = _tied_weights(model), () if job.include else _towers(model), router_maps(model)
     chosen: dict[str, dict[str, LinearMap]] = {}
     for block in blocks:
         found = {"": block.module} if block in embedding else linear_maps(block.module)
@@ -95,9 +72,7 @@ def make_plan(model: nn.Module, job: Choice) -> Plan:
             if not (ROUTERS.search(name) or name in routers)
             and not (isinstance(module, nn.Module) and id(module.weight) in tied)
             and not block.name.startswith(towers)
-            and (not include or any(fnmatchcase(name, pattern) for pattern in include))
-            and not any(fnmatchcase(name, pattern) for pattern in exclude)
-            and recipe.method_for(name) is not None
+            and job.wants(name)
         }
     methods = {name: m for each in chosen.values() for name in each if (m := _method_for(recipe, name)) is not None}
     methods |= {unit.name: methods[unit.name].without_inputs() for unit in embedding if unit.name in methods}
@@ -116,6 +91,8 @@ def make_plan(model: nn.Module, job: Choice) -> Plan:
     for block in blocks:
         if any(map(is_expert, chosen[block.name])):
             check_routing(block.name, block.module, job.routing)
+    if job.routing.experts is not None and not any(map(is_expert, taken)):
+        raise TersorError("experts does nothing: no layer that is compressed is an expert of a mixture; leave it out")
     for name, module in taken.items():
         methods[name].check_linear(name, *matrix_shape(module), layout)
         if layout is not None and not layout.conv1d and is_conv1d(module):
@@ -136,7 +113,7 @@ def _method_for(recipe: Recipe, layer: str) -> BlockMethod | None:
 
 
 def _check_stacks(plan: Plan, everything: dict[str, LinearMap]) -> None:
-    """Experts that share one parameter are compressed together."""
+    """Raise TersorError where only some of the experts in one parameter are chosen: they are compressed together."""
     taken = plan.all_linears()
     stacks = {n.rpartition(".")[0] for n, each in taken.items() if isinstance(each, ExpertMap)}
     for name, each in everything.items():
@@ -186,8 +163,8 @@ def without(plan: Plan, names: set[str]) -> Plan:
 def without_stacks(
     plan: Plan, stacked: Sequence[str], layout: Layout, *, include: Sequence[str], progress: Progress
 ) -> Plan:
-    """The plan without experts that transformers would draw at random: those whose checkpoint has no name for each of them,
-    under which it would look for packed ones. Said in one line.
+    """The plan without experts that lie in one tensor: transformers finds no packed ones there and would draw them at random. One
+    line tells the user.
 
     stacked: those experts. Raises TersorError where `include` asks for them, or nothing else is left to compress.
     """
@@ -224,8 +201,8 @@ def _head(model: nn.Module) -> Unit:
 
 
 def _check_one_grid(methods: Sequence[BlockMethod]) -> None:
-    """Raise TersorError where a checkpoint with a packed embedding would have layers on several kinds of grids: transformers,
-    which unpacks such a checkpoint as it reads it, takes one kind for all."""
+    """Raise TersorError where the methods have several kinds of grids. It is called for a checkpoint with a packed embedding,
+    because transformers unpacks such a checkpoint by one kind of grid."""
     kinds = {(grids.bits, grids.group_size, grids.sym) for method in methods if (grids := method.quantization())}
     if len(kinds) > 1:
         found = "; ".join(f"bits {bits}, group size {group}, sym {sym}" for bits, group, sym in sorted(kinds, key=str))
@@ -236,10 +213,13 @@ def _check_one_grid(methods: Sequence[BlockMethod]) -> None:
 
 
 def _embedding(model: nn.Module, layout: Layout | None) -> Unit:
-    """The token embedding as a block of its own, whose one map it is. Raises TersorError where it cannot be packed."""
+    """The token embedding as a block of its own, with one map. Raises TersorError where it cannot be packed."""
     try:
         found: Any = getattr(model, "get_input_embeddings", lambda: None)()
-    except (AttributeError, NotImplementedError):  # what transformers raises for models that it knows none of
+    except (
+        AttributeError,
+        NotImplementedError,
+    ):  # transformers raises these for models whose embedding it does not know
         found = None
     names = [name for name, each in model.named_modules(remove_duplicate=False) if each is found]
     if not names or not isinstance(found, nn.Embedding):
@@ -259,7 +239,8 @@ def _embedding(model: nn.Module, layout: Layout | None) -> Unit:
 
 
 def _towers(model: nn.Module) -> tuple[str, ...]:
-    """Prefixes of the encoders that feed a text generator with images or sound: kept as they are, unless asked for."""
+    """Prefixes of the encoders that feed a text generator with images or sound. They stay as they are unless `include` is
+    given."""
     generates = getattr(model, "can_generate", lambda: False)()
     if not generates or getattr(model, "main_input_name", None) != "input_ids":
         return ()
@@ -271,3 +252,21 @@ def _tied_weights(model: nn.Module) -> set[int]:
     """Weights that several modules share (an output head tied to the embedding): quantizing one would change the others."""
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     return {key for key, count in owners.items() if count > 1}
+
+
+def with_fitting_layout(model: nn.Module, job: Job) -> Job:
+    """The job with compressed-tensors for its layout where it names none and the usual one does not hold every layer. Conv1D
+    layers keep the usual one: readers of compressed-tensors draw them at random."""
+    if job.layout is None or not job.may_pad:
+        return job
+    taken = make_plan(model, replace(job, layout=None)).all_linears()
+    if any(map(is_conv1d, taken.values())):
+        return job
+    for name, module in taken.items():
+        found = job.layout.misfit(*matrix_shape(module))
+        if isinstance(module, nn.Embedding) and not job.layout.embeddings:
+            found = "an embedding's rows"
+        if found:
+            job.progress(f"format compressed-tensors: {name} has {found}, which {job.layout.name} does not hold", 0, 0)
+            return replace(job, layout=LAYOUTS["compressed-tensors"], may_pad=False)
+    return job

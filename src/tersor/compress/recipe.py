@@ -33,12 +33,12 @@ from tersor.untrusted import read_yaml, readable
 
 @dataclass(frozen=True)
 class Rule:
-    """What is different for the layers that `match`: options of the method, another method (None: the same), or nothing done."""
+    """What is different for some layers."""
 
-    match: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    method: str | None = None
-    skip: bool = False
+    match: str  # a pattern of full layer names
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the method
+    method: str | None = None  # another method; None: the recipe's
+    skip: bool = False  # whether the layers are left as they are
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,17 @@ class Recipe:
     method: Method
     rules: tuple[Rule, ...] = ()
 
+    @property
+    def methods(self) -> list[Method]:
+        """The recipe's method and the methods of its rules."""
+        return [self.method, *(found for rule in self.rules if (found := self._method_of(rule)) is not None)]
+
     def method_for(self, layer: str) -> Method | None:
         """The method of one layer, or None where it is left as it is."""
         rule = next((rule for rule in reversed(self.rules) if fnmatchcase(layer, rule.match)), None)
-        if rule is None:
-            return self.method
+        return self.method if rule is None else self._method_of(rule)
+
+    def _method_of(self, rule: Rule) -> Method | None:
         if rule.skip:
             return None
         base = self.method.options()
@@ -100,7 +106,7 @@ def plain_rule(rule: Rule) -> dict[str, Any]:
 
 
 def read_recipe(path: str | Path) -> Recipe:
-    """A recipe file (YAML). Raises TersorError where it is missing, no YAML, or names what no method has."""
+    """Read a recipe file (YAML). Raises TersorError where the file is missing or no YAML, or an option is unknown."""
     content = recipe_content(path, wanted="`method: gptq` and its options")
     if "steps" in content:
         raise TersorError(f"{path} has several steps: tersor compress recipe {path} MODEL --out DIR")
@@ -108,7 +114,7 @@ def read_recipe(path: str | Path) -> Recipe:
 
 
 def read_steps(path: str | Path) -> tuple[Recipe, ...]:
-    """The steps of a recipe file, of which a plain recipe has one. Raises TersorError naming file and step."""
+    """The steps of a recipe file; a recipe without `steps` is one step. Raises TersorError naming file and step."""
     content = recipe_content(path, wanted="`steps:`, a list of methods with their options")
     if "steps" not in content:
         return (read_recipe(path),)
@@ -134,7 +140,8 @@ def _recipe_of(content: Mapping[str, Any], where: str) -> Recipe:
 
 
 def recipe_content(path: str | Path, *, wanted: str) -> dict[str, Any]:
-    """What a recipe file says. Raises TersorError where it is missing, no YAML, or no mapping, and then says what is wanted."""
+    """What a recipe file says. Raises TersorError where it is missing, no YAML, or no mapping. wanted: what the error asks
+    for."""
     path = Path(path).expanduser()
     with readable(path):
         if not path.is_file():

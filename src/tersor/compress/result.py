@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,12 +26,12 @@ from tersor.methods.block import LayerReport
 
 @dataclass
 class Compressed:
-    """The result: `summary`, `model` (read from `directory` on demand where the job streamed), `save(directory)`."""
+    """The result of a job: `summary`, `model` (read from `directory` when it is first asked for), `save(directory)`."""
 
     summary: Summary
     directory: Path | None = None
-    before: Tensor | None = None  # what the original computes of the probe, and the result
-    after: Tensor | None = None
+    before: Tensor | None = None  # the original's output of the probe
+    after: Tensor | None = None  # the result's
     _module: nn.Module | None = None
     run: Mapping[str, Any] | None = None  # what `run_record.py` keeps beside the checkpoint
     _folder: Any = None  # a temporary directory that lives as long as the result
@@ -52,6 +53,14 @@ class Compressed:
         return target
 
 
+def directory_for(out: Path | None) -> tuple[Path, Any]:
+    """Where a result goes. Where the user names no directory, a temporary one, which is returned too."""
+    if out is not None:
+        return out, None
+    folder = tempfile.TemporaryDirectory(prefix="tersor-")
+    return Path(folder.name) / "model", folder
+
+
 class Tally:
     """What a walk adds up: reports of layers, seconds and bytes of memory by block, and the bits of what is packed."""
 
@@ -65,7 +74,7 @@ class Tally:
         self._last = time.perf_counter()
 
     def lap(self, name: str) -> None:
-        """The seconds since the last lap are those of `name`, and so is the memory that is held now."""
+        """Count the seconds since the last lap, and the memory that is held now, for `name`."""
         now = time.perf_counter()
         self.seconds[name] = now - self._last
         self._last = now
@@ -76,7 +85,7 @@ class Tally:
         self.bits += 8 * sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
     def result(self, job: Job, first: Prepared, **facts: Any) -> Compressed:
-        """What a walk gives; facts: what else a summary says."""
+        """The result of a walk. facts: what else the summary says."""
         before, after = (None, None) if first.probe is None else (first.probe.before, first.probe.after)
         summary = Summary(
             method=job.recipe.method.options(),

@@ -1,7 +1,7 @@
 """How a job went, kept beside the checkpoint in `tersor-run.json`: command, times, memory, machine, and what the probe showed.
 
-`tersor.json` holds what decides the bytes of a result, and is the same for the same job. What differs from run to run is here.
-`tersor report` reads both.
+`tersor.json` holds what decides the bytes of a result, so the same job writes the same file. Here is what differs from run to
+run. `tersor report` reads both.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ from torch import nn
 
 from tersor.checkpoint.disk import disk_errors
 from tersor.checkpoint.room import RUN_FILE
-from tersor.compress.recipe import Recipe
+from tersor.compress.recipe import Recipe, plain_rule
 from tersor.compress.settings import Settings
 from tersor.compress.summary import Summary
-from tersor.methods.method import BlockMethod
+from tersor.methods.method import BlockMethod, as_words
 from tersor.processes import processes
 from tersor.version import __version__
 
-NOT_GIVEN_AGAIN = ("out", "overwrite", "redo", "tokenizer", "progress")  # what a command that makes it anew leaves out
+# Not part of a command that makes the result again.
+NOT_GIVEN_AGAIN = ("out", "overwrite", "redo", "tokenizer", "progress")
 
 
 def write_run(directory: Path, run: Any) -> None:
-    """In one go: a run that is killed here leaves a finished result that says less of itself."""
+    """Written last: where the process is killed here, the result is finished all the same."""
     with disk_errors(directory):
         text = json.dumps(run, indent=2, ensure_ascii=False, default=str) + "\n"
         (directory / RUN_FILE).write_text(text, encoding="utf-8")
@@ -82,27 +83,19 @@ def run_of(summary: Summary, model: str | Path | nn.Module, steps: Sequence[Reci
 
 
 def recipe_of(steps: Sequence[Recipe]) -> dict[str, Any]:
-    """As a recipe file says it."""
+    """The steps as a recipe file says them."""
     made = []
     for step in steps:
         options = {("method" if key == "name" else key): value for key, value in step.method.options().items()}
-        rules = [
-            {
-                "match": rule.match,
-                **({"method": rule.method} if rule.method else {}),
-                **rule.options,
-                **({"skip": True} if rule.skip else {}),
-            }
-            for rule in step.rules
-        ]
+        rules = [plain_rule(rule) for rule in step.rules]
         made.append({**options, **({"rules": rules} if rules else {})})
     return made[0] if len(made) == 1 else {"steps": made}
 
 
 def command_of(model: str | Path | nn.Module, steps: Sequence[Recipe], asked: Settings) -> str | None:
-    """The line that makes the result again; with rules or several steps, from a file recipe.yaml that holds `recipe_of`.
+    """The command that makes the result again. With rules or several steps it reads a file recipe.yaml, which holds `recipe_of`.
 
-    None where a line cannot say it: for a module in memory, and for samples that a program gave.
+    None where no command can: for a module in memory, and for samples that a program gave.
     """
     if isinstance(model, nn.Module) or not isinstance(asked.calibration, str | Path | None):
         return None
@@ -121,17 +114,11 @@ def command_of(model: str | Path | nn.Module, steps: Sequence[Recipe], asked: Se
 
 
 def _words(options: Any, *, leave_out: Sequence[str] = ()) -> Iterator[str]:
-    """The fields of a method or of settings that are not as by default, as the command line takes them."""
+    """The fields of a method or of settings that differ from their defaults, as the command line takes them."""
     for each in dataclasses.fields(options):
         value = getattr(options, each.name)
-        if each.name in leave_out or value is None or value == each.default:
-            continue
-        flags = (each.metadata.get("flag") or f"--{each.name.replace('_', '-')}").split("/")
-        if isinstance(value, bool):
-            yield flags[0] if value else flags[-1] if len(flags) > 1 else f"--no-{flags[0].removeprefix('--')}"
-            continue
-        for one in value if isinstance(value, tuple) else (value,):
-            yield from (flags[0], str(one))
+        if each.name not in leave_out and value is not None and value != each.default:
+            yield from as_words(each, value)
 
 
 def _described(calibration: Any) -> str:

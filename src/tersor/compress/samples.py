@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.calibrate.batches import Batch, Calibration, make_batches, probe_of, to_device, without_target
-from tersor.calibrate.images import image_batches
+from tersor.calibrate.images import image_batches, is_images
 from tersor.calibrate.padding import shown_only
 from tersor.checkpoint.load import check_tokens, load_tokenizer
 from tersor.checkpoint.positions import positions_of
@@ -24,8 +24,8 @@ from tersor.errors import TersorError
 
 
 def samples_of(job: Job, plan: Plan, source: Source) -> tuple[list[Batch], Batch | None]:
-    """The calibration samples and the probe's, on the device. A recipe that needs no samples gets none, and a probe where one
-    can be had."""
+    """The calibration samples and the probe's, on the device. A recipe that needs no samples gets none; it gets a probe where
+    there is text to take one from, or the user gave samples."""
     tokenizer, calibration = job.tokenizer, job.calibration
     if source.checkpoint is not None:
         tokenizer = tokenizer or load_tokenizer(source.checkpoint.directory)
@@ -49,7 +49,7 @@ def needs_samples(plan: Plan) -> bool:
 
 
 def asked_for_samples(calibration: Calibration) -> bool:
-    """Whether the user named samples: the built-in text is what everybody gets."""
+    """Whether the user chose samples; the built-in text is the default."""
     return not (calibration is None or (isinstance(calibration, str) and calibration == "builtin"))
 
 
@@ -74,7 +74,7 @@ def read_samples(
 
 
 def _named_for(module: nn.Module, batch: Batch) -> Batch:
-    """Images under the name that the model's own forward has for its first argument: transformers' models take pixel_values."""
+    """The batch with its images under the name of the first argument of the model's forward, such as pixel_values."""
     arguments = inspect.signature(module.forward).parameters
     if "image" in arguments:
         return batch
@@ -83,9 +83,9 @@ def _named_for(module: nn.Module, batch: Batch) -> Batch:
 
 
 def samples_by_path(checkpoint: Checkpoint, job: Job) -> Calibration:
-    """The job's calibration; the images at a path as batches of one image and its label."""
+    """The job's calibration. Where it is a path to images, they are read: batches of one image and its label."""
     given = job.calibration
-    if not isinstance(given, str | Path) or not (Path(given).is_dir() or Path(given).suffix == ".npz"):
+    if not isinstance(given, str | Path) or not is_images(given):
         return given
     prepare = image_processor(checkpoint)
     return image_batches(

@@ -32,7 +32,7 @@ def copy_directory(source: Path, target: Path, *, overwrite: bool) -> Path:
 
 
 def save_module(module: nn.Module, summary: Summary, target: Path, *, overwrite: bool) -> Path:
-    """Write a module whose layers were replaced by packed ones, under its own tensor names, with its config where it has one."""
+    """Write a module with packed layers, under its own tensor names, with its config where it has one."""
     if summary.format == PLAIN.name:
         return save_plain(module, summary, target, overwrite=overwrite)
     if summary.format is None:
@@ -83,8 +83,8 @@ def save_plain(
 ) -> Path:
     """Write a module as it is: its tensors, its config with what was exchanged in it, and the other files of `source`.
 
-    Parameters are stored in the source's dtype, buffers in their own. extra: JSON files to write, by name. inputs: what the
-    job read, which is not replaced. `target` appears whole or not at all.
+    Parameters are stored in the source's dtype, buffers in their own. `target` appears whole or not at all.
+    extra: JSON files to write, by name. inputs: what the job read; these files are never replaced.
     """
     stored = next(module.parameters()).dtype if source is None else torch_dtype(source.config)
     config = config_of(module) | {EXCHANGED: exchanged_in(module)}
@@ -108,7 +108,7 @@ def save_plain(
 
 
 def _own_tensors(module: nn.Module, stored: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Every tensor once, under the first name of tied ones; parameters in dtype `stored` where that is given."""
+    """Every tensor once; a tied one under its first name. Parameters are in dtype `stored` where that is given."""
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in module.state_dict(keep_vars=True).items():
@@ -132,7 +132,7 @@ def config_of(module: nn.Module) -> dict[str, Any]:
 
 
 def _packed_layers(name: str, module: nn.Module) -> dict[str, QuantizedLinear | QuantizedEmbedding]:
-    """The packed layers that a module consists of, by the names under which they are stored."""
+    """The packed layers that a module consists of, by their names in the file."""
     if isinstance(module, PackedExperts):
         owner, _, stack = name.rpartition(".")
         return {

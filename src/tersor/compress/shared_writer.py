@@ -1,4 +1,4 @@
-"""One result that several processes work on: the first writes it and keeps its journal, the others go by what it finds there."""
+"""One result that several processes work on. The first writes it and reads its journal; the others ask the first."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tersor.errors import TersorError
 
 
 def open_writer(out: Path, source: Checkpoint, **more: Any) -> ResultWriter:
-    """The result in `out`, of this process or of all together; see `ResultWriter` for the arguments."""
+    """A writer for `out`: this process's own, or one that all share. `ResultWriter` explains the arguments."""
     return ResultWriter(out, source, **more) if processes.processes() == 1 else _SharedWriter(out, source, **more)
 
 
@@ -62,7 +62,7 @@ class _SharedWriter(ResultWriter):
         return found
 
     def place(self, *result: Any) -> None:
-        """Called by the first process alone, as is `seal`."""
+        """Only the first process calls this and `seal`."""
         self._writer.place(*result)
 
     def seal(self) -> None:
@@ -70,7 +70,7 @@ class _SharedWriter(ResultWriter):
 
 
 def _compare(mine: Mapping[str, str]) -> None:
-    """Raise TersorError where the processes do not have the same before them."""
+    """Raise TersorError where the processes read different files or were asked for different things."""
     for rank, other in enumerate(processes.gather(dict(mine))):
         different = [key for key in mine if other[key] != mine[key]]
         if different:
@@ -81,7 +81,7 @@ def _compare(mine: Mapping[str, str]) -> None:
 
 
 def lead(result: Compressed) -> Compressed:
-    """The first process's result, after it told the others: the end of a job for them too."""
+    """The first process's result; the others, which wait in `follow`, are told and end too."""
     processes.agree(result.summary)
     return result
 

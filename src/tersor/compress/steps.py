@@ -1,7 +1,7 @@
 """Several methods, one after another, each on the result of the last.
 
-Between the steps of a model given by name, the results lie in `.tersor-steps-OUT` beside OUT, each a finished model directory; a
-job that is stopped goes on with the step, and the block of it, that it had reached. The folder is removed in the end.
+Where the model is given by name, the result of each step is a finished model directory in `.tersor-steps-OUT`, beside OUT. A job
+that was stopped goes on with the step, and with the block, that it had reached. The folder is removed in the end.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import json
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -29,12 +28,12 @@ from tersor.checkpoint.source import JOB_FOLDER, Checkpoint, open_checkpoint
 from tersor.checkpoint.writer import model_fingerprint
 from tersor.compress.packed import as_packed_before, check_keeps_zeros
 from tersor.compress.recipe import Recipe
-from tersor.compress.result import Compressed
+from tersor.compress.result import Compressed, directory_for
 from tersor.compress.settings import AUTO, Job, Settings, applies, job_of
 from tersor.compress.summary import Summary, loss_of
 from tersor.errors import TersorError
 from tersor.files import replacing
-from tersor.methods.method import BlockMethod, Method, PackedMethod, Report
+from tersor.methods.method import BlockMethod, PackedMethod, Report
 from tersor.processes import processes
 from tersor.version import __version__
 
@@ -43,14 +42,10 @@ Run = Callable[[str | Path | nn.Module, Job], Compressed]
 
 
 @dataclasses.dataclass(frozen=True)
-class Line:
+class Line(Report):
     """A row of an earlier step's report."""
 
     values: Mapping[str, Any]
-
-    @property
-    def name(self) -> str:
-        return str(self.values["name"])
 
     def row(self) -> dict[str, Any]:
         return dict(self.values)
@@ -67,7 +62,7 @@ def run_steps(model: str | Path | nn.Module, steps: Sequence[Recipe], asked: Set
                 f"step {n}, {step.method.name}, packs the weights, which no later step can change: put it last"
             )
         if isinstance(following.method, PackedMethod):
-            check_keeps_zeros(following.method, [m.options() for each in steps[:n] for m in _methods_of(each)])
+            check_keeps_zeros(following.method, [m.options() for each in steps[:n] for m in each.methods])
         if tunes and not packs:
             raise TersorError(
                 f"step {n + 1}, {following.method.name}, tunes packed weights: put gptq or rtn in front of it"
@@ -81,11 +76,6 @@ def run_steps(model: str | Path | nn.Module, steps: Sequence[Recipe], asked: Set
     if isinstance(model, nn.Module):
         return _in_memory(model, steps, asked, run)
     return _on_disk(str(model), steps, asked, run)
-
-
-def _methods_of(step: Recipe) -> list[Method]:
-    """The method of a step and those of its rules."""
-    return [step.method, *(m for rule in step.rules if (m := step.method_for(rule.match)) is not None)]
 
 
 def _in_memory(model: nn.Module, steps: Sequence[Recipe], asked: Settings, run: Run) -> Compressed:
@@ -106,9 +96,7 @@ def _in_memory(model: nn.Module, steps: Sequence[Recipe], asked: Settings, run: 
 
 
 def _on_disk(name: str, steps: Sequence[Recipe], asked: Settings, run: Run) -> Compressed:
-    temporary = tempfile.TemporaryDirectory(prefix="tersor-") if asked.out is None else None
-    out = Path(temporary.name) / "model" if temporary else asked.out
-    assert out is not None
+    out, temporary = directory_for(asked.out)
     source = open_checkpoint(name, allow_pickle=asked.allow_pickle)
     folder = out.parent / f".tersor-steps-{out.name}"
     started, said = time.perf_counter(), _asked(source, steps, asked)
@@ -119,7 +107,7 @@ def _on_disk(name: str, steps: Sequence[Recipe], asked: Settings, run: Run) -> C
                 f"the {what} ({path}) lies in {folder}, which this job uses: move it, or give another --out"
             )
     goes_on = _goes_on(folder, said, overwrite=asked.overwrite)
-    if not (goes_on and (out / JOB_FOLDER).is_dir()):  # else the last step goes on too
+    if not (goes_on and (out / JOB_FOLDER).is_dir()):  # else the last step goes on in `out`
         check_free(out, overwrite=asked.overwrite, inputs=inputs)
     with disk_errors(folder):
         if not goes_on:
@@ -142,7 +130,7 @@ def _on_disk(name: str, steps: Sequence[Recipe], asked: Settings, run: Run) -> C
                 with replacing(report) as partial:
                     partial.write_text(json.dumps(result.summary.as_dict()))
         values = read_object(report) or {}
-        summaries.append(Summary(**{**values, "layers": [Line(row) for row in values["layers"]]}))
+        summaries.append(Summary(**{**values, "layers": [Line(row["name"], row) for row in values["layers"]]}))
         if not isinstance(step.method, PackedMethod):
             original = at
         at = str(target)
@@ -162,19 +150,20 @@ def _on_disk(name: str, steps: Sequence[Recipe], asked: Settings, run: Run) -> C
 
 
 def _job(steps: Sequence[Recipe], n: int, asked: Settings, *, by_name: bool = True) -> Job:
-    """What step n is asked: the settings that do something for it."""
-    method = type(steps[n].method)
+    """Step n as a job, with the settings that do something for it."""
     idle: dict[str, Any] = {
-        each.name: each.default for each in dataclasses.fields(Settings) if not applies(each, [method], by_name=by_name)
+        each.name: each.default
+        for each in dataclasses.fields(Settings)
+        if not applies(each, steps[n].methods, by_name=by_name)
     }
     if not all(isinstance(step.method, PackedMethod) for step in steps[n + 1 :]):
-        idle["format"] = AUTO  # what is asked for is the last step's, or that of the step whose result it tunes
+        idle["format"] = AUTO  # the format asked for is that of the last step, or of the step that later ones tune
     history = [step.method.options() for step in steps[:n]]
     return job_of(steps[n], replace(asked, **idle), history=history)
 
 
 def _asked(source: Checkpoint, steps: Sequence[Recipe], asked: Settings) -> dict[str, Any]:
-    """What decides the results between the steps, as JSON has it."""
+    """What decides the results between the steps, for JSON."""
     given = asked.calibration
     path = Path(given).expanduser() if isinstance(given, str | Path) else None
     if path is not None and path.is_file():
@@ -218,7 +207,7 @@ def _goes_on(folder: Path, said: Mapping[str, Any], *, overwrite: bool) -> bool:
         raise TersorError(f"{folder} exists and was not made by tersor: move it, or give another --out")
     if found == said:
         return True
-    if not overwrite and (folder / REPORTED.format(1)).exists():  # else nothing is lost
+    if not overwrite and (folder / REPORTED.format(1)).exists():  # no step is finished: nothing is lost
         changed = [key for key in said if found.get(key) != said[key]]
         raise TersorError(
             f"{folder} holds unfinished steps of a job with another {' and '.join(changed)}; "
@@ -228,7 +217,7 @@ def _goes_on(folder: Path, said: Mapping[str, Any], *, overwrite: bool) -> bool:
 
 
 def _make(folder: Path, said: Mapping[str, Any]) -> None:
-    """The folder between the steps, anew."""
+    """Make the folder between the steps, empty."""
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)

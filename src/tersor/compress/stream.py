@@ -1,13 +1,12 @@
 """Compress a checkpoint on disk into another, one block in memory at a time.
 
 The walk loads a block, lets the methods replace its linear maps, runs the samples through the compressed block, and gives it
-out to be written. A short extra sample, the probe, runs along to the end: its output tells what was lost, and whether what was
-written is what was computed. A model that overflows float16 is walked through once more, in float32.
+out to be written. A short extra sample, the probe, runs through the whole model with them. Its output tells what was lost, and
+whether the files hold what was computed. A model that overflows float16 is walked through once more, in float32.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -15,12 +14,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tersor.calibrate.batches import Batch, fingerprint, without_cache
+from tersor.calibrate.blocks import units_of
 from tersor.checkpoint.hashes import Seen
-from tersor.checkpoint.lazy_model import LazyModel, classes_of, compute_dtype
+from tersor.checkpoint.lazy_model import LazyModel, classes_of, compute_dtype, dtypes_to_try
 from tersor.checkpoint.room import RESULT_FILE, inputs_of
 from tersor.checkpoint.source import STEPS, Checkpoint, open_checkpoint
 from tersor.checkpoint.writer import ResultWriter, model_fingerprint
@@ -29,11 +28,11 @@ from tersor.compress.driver import Sink, compress_blocks
 from tersor.compress.forecast import forecast
 from tersor.compress.plan import Plan
 from tersor.compress.recipe import plain_rule
-from tersor.compress.result import Compressed
+from tersor.compress.result import Compressed, directory_for
 from tersor.compress.settings import Job, asked_of, recorded
 from tersor.compress.shared_writer import follow, lead, open_writer
 from tersor.compress.target_bits import chosen_mark
-from tersor.compress.walk import Prepared, Probe, trace, units_of
+from tersor.compress.walk import Prepared, Probe, trace
 from tersor.errors import NotFiniteError, TersorError
 from tersor.formats.layout import Layout, QuantizationConfig
 from tersor.formats.layouts import write
@@ -53,37 +52,37 @@ def compress_checkpoint(name: str, job: Job) -> Compressed:
         )
     if "quantization_config" in checkpoint.config:
         raise TersorError(f"{name} is quantized already; compress the original")
-    folder = tempfile.TemporaryDirectory(prefix="tersor-") if job.out is None else None
-    target = Path(folder.name) / "model" if folder is not None else job.out
-    assert target is not None
+    target, folder = directory_for(job.out)
     target = agree(target)
     if target.resolve() == (checkpoint.origin or checkpoint.directory).resolve():
         raise TersorError(f"{target} is the model itself; give another output directory")
     if job.layout is None:
         raise TersorError("a model given by name is written as it is compressed: format=None is for modules in memory")
-    dtype = compute_dtype(checkpoint, job.place, job.dtype)
-    may_widen = job.dtype == "auto" and dtype == torch.float16
-    wide = str(torch.float32)
-    widen = may_widen and open_writer(target, checkpoint).mark("dtype") == wide  # as an earlier run decided
-    while True:
-        if widen:
+    tries = dtypes_to_try(
+        checkpoint, job.place, job.dtype, earlier=lambda: open_writer(target, checkpoint).mark("dtype")
+    )
+    for dtype in tries:
+        if dtype != compute_dtype(checkpoint, job.place, job.dtype):
             job.progress("float16 overflows: running in float32", 0, 0)
-            dtype = torch.float32
         lazy = LazyModel(checkpoint, dtype=dtype, device=job.place)
         try:
             with ThreadPoolExecutor(1, thread_name_prefix="tersor-writer") as background:
                 files = Files(lazy, name, target, background)
                 return replace(compress_blocks(lazy, files, job), _folder=folder)
         except NotFiniteError:
-            if widen or not may_widen or (files.started and processes() > 1):  # the others do not know, and go on
+            if dtype == tries[-1] or (
+                files.started and processes() > 1
+            ):  # other processes cannot be told, and would go on
                 raise
-        widen, job = True, replace(job, overwrite=job.overwrite or files.started)
+        job = replace(job, overwrite=job.overwrite or files.started)
+    raise AssertionError("the last try returns or raises")
 
 
 class Files(Sink):
-    """Finished blocks to disk, and those of an interrupted run back from it.
+    """Writes finished blocks to disk, and reads those of an interrupted run back.
 
-    One process writes a block while it solves the next; a failure to write comes out when that one is finished, or in the end.
+    A single process writes a block while it solves the next. A failure to write is raised when that next block is finished, or in
+    the end.
     """
 
     layout: Layout
@@ -150,7 +149,7 @@ class Files(Sink):
         reports = [report.row() for report in block.reports]
         if processes() == 1:
             self._writing = self._background.submit(self.writer.write_block, block.name, tensors, reports)
-        else:  # which takes an exchange with the other processes, and these keep an order
+        else:  # writing exchanges messages with the other processes, which need a fixed order
             self.writer.write_block(block.name, tensors, reports)
         self.tally.reports.extend(block.reports)
 
@@ -205,7 +204,7 @@ class Files(Sink):
         return lead(replace(result, directory=self.target))
 
     def _wait(self) -> None:
-        """Until everything finished so far is on disk."""
+        """Wait until every finished block is on disk."""
         if self._writing is not None:
             self._writing.result()
 
@@ -229,7 +228,7 @@ def _blocks_to_redo(plan: Plan, patterns: tuple[str, ...]) -> set[str]:
 
 
 def record_of_job(job: Job, layout: Layout, marks: dict[str, str], reports: Sequence[Report]) -> dict[str, Any]:
-    """What is kept beside the checkpoint: no times, so that the same job gives the same bytes."""
+    """What `tersor.json` says of a job. It holds no times, so the same job gives the same bytes."""
     return {
         "method": job.recipe.method.options(),
         "format": layout.name,

@@ -1,13 +1,13 @@
 """Bits where they pay: each layer's number of bits and group size, from what it does to the model's predictions.
 
-Every candidate (2, 3, 4 and 8 bits in groups as asked, 2 and 3 bits also in groups of 32) is measured for each layer alone: GPTQ
-solves it on the samples, it takes the layer's place, and what the whole model says is compared with what the original says (KL
+Each layer is tried alone with every candidate: 2, 3, 4 and 8 bits in groups as asked, 2 and 3 bits also in groups of 32. GPTQ
+solves the layer on the samples, the solution takes the layer's place, and the model's output is compared with the original's (KL
 divergence where there are `logits`, else the relative squared error). Layers that read the same input (q, k and v; gate and up)
-are taken together, as servers fuse them. The choice is the one with the least sum of divergences within the bytes that the
-target allows, scales and zero points included: found exactly (`knapsack.py`). It becomes the rules of a recipe, and the job goes
-on with it. The whole model is in memory meanwhile. The choice stands in the marks of an unfinished job, which goes on with it.
+are taken together, because servers fuse them. Among all choices within the bytes that the target allows, scales and zero points
+included, the one with the least sum of divergences is found exactly (`knapsack.py`). It becomes the rules of the recipe that the
+job then runs. An unfinished job keeps its choice in its marks. The whole model is in memory while layers are tried.
 
-Layers are solved on 16 samples and judged on 8, of which 256 tokens each, whatever the job's own number of samples is.
+Layers are solved on 16 samples and judged on 256 tokens of 8 samples, whatever the job's own number of samples is.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,15 +25,14 @@ from torch import Tensor, nn
 
 from tersor.calibrate.batches import Batch, call, fingerprint, first_tensor, probe_of, without_cache, without_target
 from tersor.calibrate.statistics import kind_of
-from tersor.checkpoint.lazy_model import LazyModel, compute_dtype
+from tersor.checkpoint.lazy_model import LazyModel, compute_dtype, dtypes_to_try
 from tersor.checkpoint.load import load_tokenizer
 from tersor.checkpoint.room import inputs_of
 from tersor.checkpoint.source import Checkpoint, open_checkpoint, torch_dtype
 from tersor.checkpoint.writer import ResultWriter, model_fingerprint
 from tersor.compress.first_run import fitted
 from tersor.compress.knapsack import choose
-from tersor.compress.layout_choice import with_fitting_layout
-from tersor.compress.plan import make_plan
+from tersor.compress.plan import make_plan, with_fitting_layout
 from tersor.compress.recipe import Recipe, Rule, plain_rule
 from tersor.compress.samples import read_samples, samples_by_path
 from tersor.compress.settings import AUTO, Job, asked_of
@@ -54,7 +53,7 @@ from tersor.progress import silent
 BITS = (2, 3, 4, 8)
 FINE = ((2, 32), (3, 32))  # bits and group size that are tried too
 SOLVED_ON, JUDGED_ON, TOKENS = 16, 8, 256  # samples for the Hessians; samples and tokens of each to compare outputs on
-CHOSEN = "chosen"  # the mark of a job that says what was chosen
+CHOSEN = "chosen"  # the mark that keeps the choice
 
 
 def with_chosen_bits(model: str | nn.Module, job: Job) -> Job:
@@ -74,34 +73,32 @@ def with_chosen_bits(model: str | nn.Module, job: Job) -> Job:
         return _with_rules(job, _choice(module, job, method, samples, next(model.parameters()).dtype))
     checkpoint = open_checkpoint(model, allow_pickle=job.allow_pickle)
     if "quantization_config" in checkpoint.config or checkpoint.gguf is not None:
-        return job  # which will be told what is wrong
+        return job  # the driver will say what is wrong with it
     job = replace(job, tokenizer=job.tokenizer or load_tokenizer(checkpoint.directory))
-    dtype, stored = compute_dtype(checkpoint, job.place, job.dtype), torch_dtype(checkpoint.config)
     writer = None
     if job.out is not None:
         writer = ResultWriter(job.out, checkpoint, inputs=inputs_of(checkpoint, calibration=job.calibration))
-    may_widen = job.dtype == "auto" and dtype == torch.float16
-    wide = str(torch.float32)
-    widen = may_widen and writer is not None and writer.mark("dtype") == wide  # as an earlier run decided
-    while True:
-        if widen:
+    tries = dtypes_to_try(
+        checkpoint, job.place, job.dtype, earlier=lambda: None if writer is None else writer.mark("dtype")
+    )
+    for dtype in tries:
+        if dtype != compute_dtype(checkpoint, job.place, job.dtype):
             job.progress("float16 overflows: measuring in float32", 0, 0)
-            dtype = torch.float32
         module = LazyModel(checkpoint, dtype=dtype, device=job.place).load_all().to(job.place).eval()
         samples = _samples(module, job, samples_by_path(checkpoint, job))
         if writer is not None and (earlier := _earlier(writer, checkpoint, job, samples, dtype)) is not None:
             return _with_rules(job, earlier)
         try:
-            return _with_rules(job, _choice(module, job, method, samples, stored))
+            return _with_rules(job, _choice(module, job, method, samples, torch_dtype(checkpoint.config)))
         except NotFiniteError:
-            if widen or not may_widen:
+            if dtype == tries[-1]:
                 raise
-        widen = True
         del module  # before it is loaded again
+    raise AssertionError("the last try returns or raises")
 
 
 def chosen_mark(job: Job) -> dict[str, str]:
-    """What a job keeps of its choice, beside its other marks; nothing where it was asked for none."""
+    """The mark that keeps the choice of a job; empty where it had none to make."""
     if job.target_bits is None:
         return {}
     rules = [plain_rule(rule) for rule in job.recipe.rules if not rule.skip]
@@ -121,22 +118,22 @@ def _samples(module: nn.Module, job: Job, given: Any) -> list[Batch]:
 def _earlier(
     writer: ResultWriter, checkpoint: Checkpoint, job: Job, samples: list[Batch], dtype: torch.dtype
 ) -> Recipe | None:
-    """What an earlier run of this very job chose. Raises TersorError where the result may not be put into `out`, which is
-    then known before anything is measured."""
+    """What an earlier run of this very job chose; None where there was none. Raises TersorError, before anything is measured,
+    where the result may not be put into `out`."""
     assert job.layout is not None
     marks = {
         "model": model_fingerprint(checkpoint),
         **asked_of(job, job.layout, dtype),
         "calibration": fingerprint([*samples, probe_of(samples[0])]),
     }
-    decided = {"bits", "group_size", "rules", *(["format"] if job.format == AUTO else [])}  # by the choice
+    decided = {"bits", "group_size", "rules", *(["format"] if job.format == AUTO else [])}  # these the choice decides
     if not job.overwrite and all(writer.mark(key) == value for key, value in marks.items() if key not in decided):
         try:
             kept = json.loads(writer.mark(CHOSEN) or "")
             rules = [Rule(each["match"], {key: each[key] for key in ("bits", "group_size")}) for each in kept["rules"]]
             method = replace(job.recipe.method, bits=kept["bits"], group_size=kept["group_size"])  # type: ignore[call-arg]
         except (ValueError, LookupError, TypeError, TersorError):
-            pass  # damaged: `check` says so below, where there is more to it
+            pass  # damaged: `check` below says so, where the job cannot go on
         else:
             return Recipe(method, tuple(rules))
     writer.check(marks, overwrite=job.overwrite, redo=bool(job.redo))
@@ -144,44 +141,39 @@ def _earlier(
 
 
 def _choice(module: nn.Module, job: Job, method: GPTQ, samples: list[Batch], stored: torch.dtype) -> Recipe:
-    """What is chosen for a model in memory. Raises NotFiniteError where it overflows."""
+    """The choice for a model in memory. Raises NotFiniteError where the model overflows."""
     fitting = with_fitting_layout(module, replace(job, progress=silent))
     module.requires_grad_(False)
     with torch.no_grad(), without_cache(module):
         probe = probe_of(samples[0], TOKENS)
         _, samples, _ = fitted(module, samples, probe, lambda batch: call(module, batch))
-        items, rest = _measure(
-            module, fitting, method, samples, Stored(_scale_dtype(fitting, stored), _min_zero(fitting))
-        )
+        kept = Stored(stored) if fitting.layout is None else fitting.layout.stored(stored)
+        items, rest = _measure(module, fitting, method, samples, kept)
     return _recipe(items, rest, method, job)
 
 
-def _scale_dtype(job: Job, stored: torch.dtype) -> torch.dtype:
-    return (job.layout.scale_dtype if job.layout else None) or stored
-
-
-def _min_zero(job: Job) -> int:
-    return job.layout.min_zero if job.layout else 0
-
-
+@dataclass
 class _Item:
-    """Layers that are chosen together. options: (bits, group size), its bytes and its divergence."""
+    """Layers that are chosen together."""
 
-    def __init__(self, names: list[str], shapes: list[tuple[int, int]]) -> None:
-        self.names, self.shapes = names, shapes
-        self.options: list[tuple[tuple[int, int], int, float]] = []
+    names: list[str]
+    shapes: list[tuple[int, int]]
+    options: list[tuple[tuple[int, int], int, float]] = field(
+        default_factory=list
+    )  # (bits, group size), bytes, divergence
 
     @property
     def numbers(self) -> int:
         return sum(rows * columns for rows, columns in self.shapes)
 
 
+@dataclass
 class _Rest:
-    """Layers that no sample for judging calls, and that are compressed all the same, as those of their kind are (experts): they
-    keep the bits that the job asks for. size: their bytes."""
+    """Layers that keep the bits that the job asks for: no sample calls them, but others of their kind are compressed."""
 
-    def __init__(self, names: list[str], numbers: int, size: int) -> None:
-        self.names, self.numbers, self.size = names, numbers, size
+    names: list[str]
+    numbers: int
+    size: int  # their bytes
 
 
 def _measure(
@@ -228,7 +220,7 @@ def _measure(
                     set_weight_matrix(layers[name], solver.solution(kept[name], factor, stored).dequantize())
                 lost = sum(_lost(call(module, each), was) for each, was in zip(judged, wanted, strict=True))
                 taken = sum(size(shape, bits, group) for shape in item.shapes)
-                lost = lost if math.isfinite(lost) else math.inf  # it overflows, or gives NaN: never worth it
+                lost = lost if math.isfinite(lost) else math.inf  # an overflow or NaN is never chosen
                 item.options.append(((bits, group), taken, lost / len(judged)))
             for name in item.names:
                 set_weight_matrix(layers[name], kept[name])
@@ -243,7 +235,7 @@ def _measure(
 
 
 def _checked(output: Any, number: int) -> Any:
-    """Raises NotFiniteError where what the original says is not finite."""
+    """The original's output. Raises NotFiniteError where it is not finite."""
     found = first_tensor(output)
     if found is not None and not bool(torch.isfinite(found).all()):
         raise NotFiniteError(
@@ -254,7 +246,7 @@ def _checked(output: Any, number: int) -> Any:
 
 
 def _check_target(job: Job, least: int, weights: int) -> None:
-    """least: the bytes that the smallest choice takes."""
+    """Raise TersorError where the target is too small. least: the bytes of the smallest choice."""
     assert job.target_bits is not None
     if least > int(job.target_bits * weights / 8):
         raise TersorError(
@@ -279,9 +271,9 @@ def _candidates(item: _Item, method: GPTQ, job: Job) -> list[tuple[int, int]]:
 
 
 def _together(module: nn.Module, layers: dict[str, nn.Module], batch: Batch) -> list[list[str]]:
-    """The layers that are called, those that read one and the same tensor together."""
+    """The layers that are called, in groups that read the same tensor."""
     groups: list[list[str]] = []
-    inputs: list[Tensor] = []  # held, so that no other tensor gets the identity of one
+    inputs: list[Tensor] = []  # kept alive, so that no other tensor gets the same identity
     seen: set[str] = set()
 
     def note(name: str) -> Any:
@@ -319,7 +311,7 @@ def _lost(output: Any, wanted: Any) -> float:
 
 
 def _recipe(items: Sequence[_Item], rest: _Rest, method: GPTQ, job: Job) -> Recipe:
-    """The method with the commonest choice, and a rule for every layer that has another."""
+    """The method with the most frequent choice, and a rule for every layer with another."""
     assert job.target_bits is not None
     weights = sum(item.numbers for item in items) + rest.numbers
     finite = [[each for each in item.options if math.isfinite(each[-1])] for item in items]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.calibrate.batches import Batch, bundles, call, first_tensor, joined
-from tersor.calibrate.blocks import Unit, find_units
+from tersor.calibrate.blocks import Unit, units_of
 from tersor.calibrate.draws import PROBE
 from tersor.calibrate.lockstep import Call, Lockstep, Stop
 from tersor.calibrate.parallel import sample_number, share
@@ -21,7 +21,6 @@ from tersor.compress.in_memory import Source
 from tersor.compress.plan import Plan, without
 from tersor.compress.settings import Job
 from tersor.errors import NotFiniteError, TersorError
-from tersor.formats.grid import Stored
 from tersor.layers.experts import ExpertMap
 from tersor.layers.linear_map import computes_its_own, packable_maps
 from tersor.layers.quantized_embedding import looks_up, why_not_packed
@@ -33,27 +32,27 @@ Compress = Callable[[Unit, Sequence[Call]], Block]
 
 @dataclass
 class Probe:
-    """The sample that is compared, and what its run through the original showed."""
+    """The sample whose outputs are compared, and what its run through the original showed."""
 
     batch: Batch
     units: list[Unit]
     visits: Counter[str]  # how often each unit is reached
     called: set[str]  # kinds of layers (names without numbers) that compute W x + b, or look rows up
     before: Tensor | None  # what the original computes of it
-    after: Tensor | None = None  # what the compressed model computes of it, once a walk has come to its end
+    after: Tensor | None = None  # what the compressed model computes of it; known at the end of the walk
 
     def is_called(self, name: str) -> bool:
-        """Whether a layer is called, by a block that does not only read its weight, and computes nothing else."""
+        """Whether a layer is called, and computes W x + b or looks rows up. A block may also just read its weight."""
         return kind_of(name) in self.called
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a walk goes by, once it is known what the model takes and which layers it calls."""
+    """What a walk needs to know, found by running the probe."""
 
     plan: Plan
     batches: list[Batch]  # the samples as the model takes them
-    probe: Probe | None  # None where nothing is run, which only methods without samples can do
+    probe: Probe | None  # None: nothing is run, because no method needs samples
 
 
 def trace(source: Source, batch: Batch, progress: Progress) -> Probe:
@@ -65,7 +64,7 @@ def trace(source: Source, batch: Batch, progress: Progress) -> Probe:
     except RuntimeError:
         if not elsewhere:
             raise
-    # Perhaps some module uses the weights of another without calling it: keep all that lies outside the blocks in memory.
+    # Some module may use the weights of another without calling it: keep everything outside the blocks in memory.
     for module in elsewhere:
         source.load(module)
     try:
@@ -96,7 +95,7 @@ def _trace(source: Source, units: list[Unit], batch: Batch, progress: Progress) 
 
 
 def called_only(plan: Plan, probe: Probe) -> Plan:
-    """The plan without layers that are not called. Raises TersorError for an embedding, which was asked for as such."""
+    """The plan without layers that are not called. Raises TersorError for an embedding: the user asked for it by name."""
     lost = {name: each for name, each in plan.all_linears().items() if not probe.is_called(name)}
     for name, each in lost.items():
         if isinstance(each, nn.Embedding):
@@ -134,13 +133,12 @@ def _watching_linear_maps(unit: Unit, called: set[str]) -> Iterator[None]:
 
 
 def walk(source: Source, first: Prepared, job: Job, restore: Callable[[Block], bool]) -> Generator[Block]:
-    """Compress every planned block and give it out, finished; in the end the probe knows what the compressed model computes.
+    """Compress every planned block, and yield it when it is finished. At the end the probe holds the compressed model's output.
 
-    restore: puts back a block that an earlier run finished; False where none did. A block that the model uses more than once
-    is compressed at its last use, from the samples of all uses. Where several processes walk together, each runs its share
-    of the samples.
+    A block that the model uses more than once is compressed at its last use, with the calls of all uses. Several processes that
+    walk together run a share of the samples each. restore: puts back a block that an earlier run finished; False where none did.
     """
-    stored = None if job.layout is None else Stored(job.layout.scale_dtype or source.stored_dtype, job.layout.min_zero)
+    stored = None if job.layout is None else job.layout.stored(source.stored_dtype)
     hessian_dtype = torch.float64 if source.dtype == torch.float64 else torch.float32
 
     def compressed(unit: Unit, calls: Sequence[Call]) -> Block:
@@ -193,7 +191,7 @@ def _walk(source: Source, first: Prepared, probe: Probe, job: Job, compressed: C
                     block = compressed(stop.unit, calls)
                     _run_checked(stop)
                     yield block
-                    del block, calls  # the next is solved without them in memory
+                    del block, calls  # so that they are not in memory while the next is solved
                     remaining.discard(name)
                     job.progress(f"compressed {name or 'the model'}", total - len(remaining), total)
             else:
@@ -212,12 +210,6 @@ def _walk_without_samples(source: Source, plan: Plan, progress: Progress, compre
     progress("compressed", len(plan.blocks), len(plan.blocks))
 
 
-def units_of(model: nn.Module) -> list[Unit]:
-    """The units of a model; the whole model as one block where nothing is repeated."""
-    units = find_units(model)
-    return units if any(unit.is_block for unit in units) else [Unit("", model, True)]
-
-
 def _check_weights(unit: Unit) -> None:
     for name, parameter in unit.module.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
@@ -226,7 +218,7 @@ def _check_weights(unit: Unit) -> None:
 
 def _run_checked(stop: Stop) -> None:
     """Run the stop's calls. Raises NotFiniteError, naming the sample, where an output is not finite."""
-    finite: list[tuple[Call, torch.dtype, Tensor]] = []  # looked at in the end: a look waits for a GPU
+    finite: list[tuple[Call, torch.dtype, Tensor]] = []  # read only in the end, because reading waits for a GPU
 
     def note(each: Call) -> None:
         output = first_tensor(each.output)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import nn
 
-from tersor.calibrate.batches import call, first_tensor, probe_of, without_cache, without_target
+from tersor.calibrate.batches import Batch, call, first_tensor, probe_of, without_cache, without_target
 from tersor.calibrate.draws import PROBE, drawing
 from tersor.checkpoint.lazy_model import compute_dtype
 from tersor.checkpoint.load import load_opened, load_tokenizer
@@ -32,7 +32,7 @@ from tersor.methods.method import ModelMethod, Work
 
 
 def compress_whole_checkpoint(name: str, job: Job) -> Compressed:
-    """Load a model as it is, compress it, and write it to `job.out` where that is given. Nothing is left where it fails."""
+    """Load a model, compress it, and write it to `job.out` where that is given. Leaves nothing behind where it fails."""
     checkpoint = open_checkpoint(name, allow_pickle=job.allow_pickle)
     if "quantization_config" in checkpoint.config:
         raise TersorError(f"{name} is quantized already; compress the original")
@@ -46,7 +46,7 @@ def compress_whole_checkpoint(name: str, job: Job) -> Compressed:
     result = _compress(module, job, torch_dtype(checkpoint.config))
     summary = replace(result.summary, model=name, size_before=checkpoint.size())
     extra: dict[str, Any] = {}
-    if "mean" in checkpoint.config:  # facts that lie in a config.json of timm's and not in ours
+    if "mean" in checkpoint.config:  # timm keeps these in its config.json, which ours takes the place of
         extra[PREPROCESSOR] = preprocessor_config(image_settings(checkpoint))
     if job.out is None:
         return replace(result, summary=summary)
@@ -69,66 +69,74 @@ def compress_whole_module(model: nn.Module, job: Job) -> Compressed:
 
 
 def _compress(module: nn.Module, job: Job, stored: torch.dtype) -> Compressed:
-    """module: to be changed. stored: the dtype of the parameters on disk, to which the result's are rounded."""
+    """Changes `module`. stored: the dtype of the parameters on disk; the result is rounded to it."""
     method = job.recipe.method
     assert isinstance(method, ModelMethod)
-    check_patterns(job, list(linear_maps(module)))
+    check_rules(job)
+    job.check_patterns(list(linear_maps(module)))
     first, samples = next(module.parameters()), []
     if method.needs_samples or job.calibration is not None:
         samples = read_samples(job, job.calibration, module, job.tokenizer, first.device, first.dtype)
     size = _parameters_of(module)
-    probe = probe_of(without_target(samples[0])) if samples else None
-    before = None
-    module.eval()
-    with without_cache(module):
-        with torch.no_grad(), drawing(PROBE):
-            if probe:
-                before, samples, probe = fitted(module, samples, probe, lambda batch: first_tensor(call(module, batch)))
-        work = Work(samples, lambda name: is_wanted(job, name), job.progress)
+
+    def change(work: Work) -> nn.Module:
         compressed = method.compress_model(module, work).eval()
         for parameter in compressed.parameters():
             parameter.data = parameter.data.to(stored).to(parameter.dtype)
-        with torch.no_grad(), drawing(PROBE):
-            after = first_tensor(call(compressed, probe)) if probe else None
-    summary = Summary(
-        model=type(module).__name__,
-        method=method.options(),
+        return compressed
+
+    found = compared(module.eval(), job, samples, change)
+    summary = replace(
+        found.summary,
         format=PLAIN.name,
+        bits_per_weight=8.0 * stored.itemsize,
+        parameters_before=size,
+        parameters_after=_parameters_of(found.model),
+    )
+    return replace(found, summary=summary)
+
+
+def compared(original: nn.Module, job: Job, samples: list[Batch], change: Callable[[Work], nn.Module]) -> Compressed:
+    """The model that `change` makes. The first sample, where there is one, runs through the original before and through the
+    result after. The summary says nothing of a file."""
+    probe, before, after = probe_of(without_target(samples[0])) if samples else None, None, None
+    with without_cache(original):
+        if probe:
+            with torch.no_grad(), drawing(PROBE):
+                before, samples, probe = fitted(
+                    original, samples, probe, lambda batch: first_tensor(call(original, batch))
+                )
+        work = Work(samples, job.wants, job.progress)
+        made = change(work)
+        if probe:
+            with torch.no_grad(), drawing(PROBE):
+                after = first_tensor(call(made, probe))
+    summary = Summary(
+        model=type(original).__name__,
+        method=job.recipe.method.options(),
+        format=None,
         layers=work.reports,
         left=[],
         seconds=time.perf_counter() - job.started,
         seconds_per_block={},
         peak_memory=peak_memory(job.place),
-        bits_per_weight=8.0 * stored.itemsize,
+        bits_per_weight=0.0,
         quantization={},
-        parameters_before=size,
-        parameters_after=_parameters_of(compressed),
         **loss_of(before, after),
     )
-    return Compressed(summary, None, before, after, _module=compressed)
+    return Compressed(summary, None, before, after, _module=made)
 
 
 def _parameters_of(module: nn.Module) -> int:
-    """How many numbers were learned: parameters, and those that exchanged modules hold packed."""
+    """How many numbers were learned: the parameters, and what exchanged modules hold packed."""
     packed = sum(int(getattr(each, "packed_parameters", 0)) for each in module.modules())
     return packed + sum(parameter.numel() for parameter in module.parameters())
 
 
-def is_wanted(job: Job, name: str) -> bool:
-    """Whether the user asked for this layer."""
-    included = not job.include or any(fnmatchcase(name, pattern) for pattern in job.include)
-    excluded = any(fnmatchcase(name, pattern) for pattern in job.exclude)
-    return included and not excluded and job.recipe.method_for(name) is not None
-
-
-def check_patterns(job: Job, layers: list[str]) -> None:
-    """Raise TersorError where a pattern matches none of the layers, or a rule does more than skip some."""
-    job.recipe.check_matches(layers)
-    for rule in job.recipe.rules:
-        if not rule.skip:
-            raise TersorError(
-                f"method {job.recipe.method.name} works on the whole model: its rules can only skip layers"
-            )
-    for pattern in (*job.include, *job.exclude):
-        if not any(fnmatchcase(name, pattern) for name in layers):
-            raise TersorError(f"the pattern {pattern!r} matches none of the {len(layers)} linear layers")
+def check_rules(job: Job) -> None:
+    """Raise TersorError where a rule does more than skip layers, or the method takes none."""
+    method = job.recipe.method
+    if isinstance(method, ModelMethod) and not method.takes_layers and job.recipe.rules:
+        raise TersorError(f"method {method.name} does not work on single layers: it takes no rules")
+    if any(not rule.skip for rule in job.recipe.rules):
+        raise TersorError(f"method {method.name} works on the whole model: its rules can only skip layers")

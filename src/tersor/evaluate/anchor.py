@@ -26,5 +26,5 @@ def anchor_of(against: Openable, *, device: str = "auto", progress: Progress | N
     with tempfile.TemporaryDirectory(prefix="tersor-") as folder:
         out = Path(folder) / "model"
         more: dict[str, Any] = {} if progress is None else {"progress": progress}
-        compress(str(against), RTN(bits=BITS, group_size=-1), out=out, device=device, samples=1, seq_len=64, **more)
+        compress(str(against), RTN(bits=BITS, group_size=-1), out=out, device=device, **more)
         yield out

@@ -18,9 +18,9 @@ from tersor.devices import pick_device
 from tersor.formats.packing import packed_size
 from tersor.formats.quantized_weight import QuantizedWeight
 from tersor.kernels import cpp
-from tersor.kernels import prepared_weight as gpu_kernel
 from tersor.kernels import quantized_matmul_cpu as cpu_kernel
 from tersor.kernels import quantized_matmul_int4 as int4_kernel
+from tersor.kernels import tiled_weight as gpu_kernel
 from tersor.kernels.quantized_matmul import prepare, quantized_matmul
 from tersor.kernels.quantized_matmul_cuda import has_kernel as gpu_has_kernel
 from tersor.version import __version__
@@ -197,9 +197,7 @@ def _measure(device: torch.device, dtype: torch.dtype) -> tuple[dict[int, float]
         Kernel(
             bits=bits,
             implementation=_implementation(weight),
-            why_not=_why_not(weights[bits])
-            if isinstance(weight, QuantizedWeight | int4_kernel.PreparedWeight)
-            else None,
+            why_not=_why_not(weights[bits]) if isinstance(weight, QuantizedWeight | int4_kernel.Int4Weight) else None,
             speedup={
                 rows: statistics.median(d / q for d, q in zip(found[0], found[bits], strict=True))
                 for rows, found in times.items()
@@ -237,11 +235,11 @@ def _take_turns(calls: dict[int, Callable[[], object]], turns: int, device: torc
 
 
 def _implementation(weight: object) -> str:
-    if isinstance(weight, cpu_kernel.PreparedWeight):
+    if isinstance(weight, cpu_kernel.PanelWeight):
         return f"compiled kernel, {weight.implementation}"
-    if isinstance(weight, gpu_kernel.PreparedWeight):
+    if isinstance(weight, gpu_kernel.TiledWeight):
         return "GPU kernel"
-    if isinstance(weight, int4_kernel.PreparedWeight):
+    if isinstance(weight, int4_kernel.Int4Weight):
         return "torch's int4 operator in bfloat16, dequantization in float32"
     return "dequantization, then F.linear"
 

@@ -26,7 +26,7 @@ from tersor.errors import TersorError
 from tersor.evaluate.attribution import Attribution, Row, Suggestion
 from tersor.evaluate.interval import half_width
 from tersor.evaluate.measures import Meter
-from tersor.methods.method import BlockMethod, from_options
+from tersor.methods.method import BlockMethod, as_words, from_options
 from tersor.progress import Progress
 
 
@@ -139,11 +139,6 @@ def recipe_text(base: str, job: Job, rules: Sequence[dict[str, Any]]) -> str:
 
 def _options(settings: Mapping[str, Any]) -> list[str]:
     """A record's settings as options of the command."""
-    about = {
-        each.name: each.metadata["flag"] or f"--{each.name.replace('_', '-')}" for each in dataclasses.fields(Settings)
-    }
-    words: list[str] = []
-    for name, value in settings.items():
-        for each in value if isinstance(value, list) else [value]:
-            words += [about[name]] if each is True else [about[name], str(each)]
-    return words
+    fields = Settings.__dataclass_fields__
+    plain = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+    return [word for name, value in plain.items() for word in as_words(fields[name], value)]

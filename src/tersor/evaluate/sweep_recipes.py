@@ -5,7 +5,7 @@ method: [gptq, rtn]
 bits: [3, 4]
 group_size: 64
 damp: 0.02                     # rtn has no such option: it goes to gptq alone
-samples: 32
+samples: 32                    # and rtn looks at none
 rules:                         # as in `tersor quantize --recipe`
   - {match: "*.down_proj", bits: 8}
 eval: {text: builtin, seq_len: 512, max_windows: 16}    # perplexity of each result; `eval: builtin` for the defaults
@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tersor.compress.recipe import make_rules, recipe_content
-from tersor.compress.settings import Settings
+from tersor.compress.recipe import Recipe, make_rules, recipe_content
+from tersor.compress.settings import Settings, idle, settings_of
 from tersor.errors import TersorError
 from tersor.methods.method import from_options, methods
 
@@ -51,7 +51,8 @@ class SweepJob:
 
     def settings(self) -> dict[str, Any]:
         """The other arguments of `compress`."""
-        return {key: value for key, value in self.values.items() if key in _settings() or key == "rules"}
+        names = {"rules", *_settings()} - _fields(self.method)
+        return {key: value for key, value in self.values.items() if key in names}
 
     def evaluation(self) -> dict[str, Any] | None:
         """The arguments of `perplexity`, where it is asked for."""
@@ -82,21 +83,28 @@ def jobs_of(name: str, recipe: Mapping[str, Any], where: str) -> list[SweepJob]:
         raise TersorError(f"{where}: the grid has {count:,} jobs; at most {JOBS:,} are run")
     varied = [key for key, values in choices.items() if len(values) > 1]
     jobs: dict[str, SweepJob] = {}
+    ignored: list[dict[str, str]] = []  # by each job
     for indices in itertools.product(*(range(len(values)) for values in choices.values())):
         index = dict(zip(choices, indices, strict=True))
         values = {key: choices[key][n] for key, n in index.items()}
         fields = _fields(str(values.get("method", "gptq")))
         foreign = {key for method in chosen for key in _fields(method)} - fields
         values = {key: value for key, value in values.items() if key not in foreign}
-        parts = [f"{key}={index[key] if key in LISTS else values[key]}" for key in varied if key in values]
-        job = SweepJob(re.sub(r"[^\w.,=-]+", "-", ",".join([name, *parts])), values)
         try:
-            from_options(job.method, job.options())
-            make_rules(values.get("rules") or ())
+            method = from_options(str(values.get("method", "gptq")), {k: v for k, v in values.items() if k in fields})
+            asked = {key: value for key, value in values.items() if key in _settings() and key not in fields}
+            steps = Recipe(method, make_rules(values.get("rules") or ())).methods
+            ignored.append(idle(settings_of({**asked, "out": "out"}), steps, by_name=True))
         except TersorError as error:
             raise TersorError(f"{where}: {error}") from None
+        values = {key: value for key, value in values.items() if key not in ignored[-1]}
+        parts = [f"{key}={index[key] if key in LISTS else values[key]}" for key in varied if key in values]
+        job = SweepJob(re.sub(r"[^\w.,=-]+", "-", ",".join([name, *parts])), values)
         if jobs.setdefault(job.name, job) != job:
             raise TersorError(f"{where}: two jobs of this grid would both be called {job.name}; write two recipes")
+    for key, reason in ignored[0].items():
+        if all(key in each for each in ignored):
+            raise TersorError(f"{where}: {reason}")
     return list(jobs.values())
 
 

@@ -3,7 +3,7 @@
 RepQ-ViT (Li, Xiao, Yang, Gu, ICCV 2023, arXiv 2212.08254) chooses the range [low, high] of a uniform grid with 2^b levels,
 scale = (high - low) / (2^b - 1) and zero = round(-low / scale), among three: the 0.999, 0.9999 and 0.99999 quantiles and their
 mirror images. The one with the least squared error is taken, the first of equals. Zero points are whole numbers in floating
-point, not bounded by the codes: data that are all positive or all negative lie beside zero.
+point. They may lie outside the codes, because data that are all positive or all negative lie beside zero.
 
 The logarithmic grid of base √2 has the levels scale · √2^(-k), k = 0 .. 2^b - 1, and 0. Its scale is chosen in the same way.
 """
@@ -21,7 +21,7 @@ QUANTILES = (0.999, 0.9999, 0.99999)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """x in the precision in which codes are computed."""
+    """x in float32, or as it is where it has more precision: codes are computed in it."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -37,7 +37,7 @@ class LogGrid:
         return torch.round(-2 * torch.log2(x / self.scale)).clamp(0, 2**self.bits)
 
     def dequantize(self, codes: Tensor) -> Tensor:
-        half = torch.ceil(codes / 2)  # a shift, and √2 for odd codes: all that an integer machine needs
+        half = torch.ceil(codes / 2)  # a shift, and √2 for odd codes
         value = self.scale * torch.exp2(-half) * (1 + (2**0.5 - 1) * (codes % 2))
         return torch.where(codes < 2**self.bits, value, torch.zeros_like(value))
 
@@ -58,8 +58,8 @@ def fit_uniform(x: Tensor, bits: int, *, channel: int | None = None) -> Grid:
     for n, ends in enumerate((*tail_quantiles(rows).unbind(1), whole)):
         grid = grid_of_range(ends[:, :1], ends[:, 1:], bits)
         error = (grid.round(rows) - rows).square().mean(1, keepdim=True)
-        # A range of one point has the step 0 and an error that is not a number, which is never smaller. The whole range is
-        # only for rows of whose quantiles that is true.
+        # A range of one point has step 0, so its error is NaN and never the smallest. The whole range is taken only for rows
+        # where all ranges of quantiles are one point.
         better = error < (best if n < len(QUANTILES) else torch.where(torch.isinf(best), best, 0))
         best = torch.where(better, error, best)
         scale, zero = torch.where(better, grid.scale, scale), torch.where(better, grid.zero, zero)
@@ -95,8 +95,8 @@ def grid_of_range(low: Tensor, high: Tensor, bits: int) -> Grid:
 def tail_quantiles(rows: Tensor) -> Tensor:
     """For each p of QUANTILES the (1 - p)- and the p-quantile of each row, [rows, 3, 2], interpolated linearly.
 
-    Only the tails are sorted. The place between two neighbours is computed in the precision of the rows up to 2^24 elements, as
-    torch.quantile does, and in double precision above, as numpy.percentile does: published numbers depend on it.
+    Only the tails are sorted. Published numbers depend on how the place between two neighbours is computed: in the precision of
+    the rows up to 2^24 elements, as torch.quantile does, and in double precision above, as numpy.percentile does.
     """
     last = rows.shape[1] - 1
     precision = rows.dtype if rows.shape[1] <= 2**24 else torch.float64
@@ -114,7 +114,7 @@ def tail_quantiles(rows: Tensor) -> Tensor:
 
 
 def _with_constant_rows(value: Tensor, constant: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
-    """Grids of rows that hold one `value` each: the step nearest to the other rows' mean that has the value as a level."""
+    """Grids of rows that hold one `value` each: of the steps with that value as a level, the nearest to the other rows' mean."""
     usual = scale[~constant].mean() if bool((~constant).any()) else torch.ones_like(scale[0, 0])
     steps = torch.round(value.abs() / usual).clamp(min=1)
     own = torch.where(value == 0, usual, value.abs() / steps)

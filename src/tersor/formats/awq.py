@@ -1,4 +1,4 @@
-"""AWQ's "GEMM" layout of 4 bits, which is only read.
+"""AWQ's "GEMM" layout of 4 bits. It is read, not written.
 
 W is [out, in], G groups; all are packed along the output: qweight int32 [in, out/8], qzeros int32 [G, out/8], scales float16
 [G, out].

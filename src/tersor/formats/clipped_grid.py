@@ -7,8 +7,8 @@ stands for no limit. With the statistics over the axes `over` (all, where None):
     symmetric    s = (2^(b-1) - 1) / max|x|; round(x s) / s
     asymmetric   d = max - min + 1e-8; round((x - min) / d (2^b - 1)) / (2^b - 1) d + min
 
-The gradient goes straight through, and is 0 where |x| >= c. Two departures, where the published code divides by zero: numbers
-that are all 0 stay 0, and so do numbers that all have one magnitude where no |x| exceeds t.
+The gradient goes straight through, and is 0 where |x| >= c. Two cases differ from the published code, which divides by zero
+there: numbers that are all 0 stay 0, and so do numbers of one magnitude where no |x| exceeds t.
 """
 
 from __future__ import annotations

@@ -141,8 +141,8 @@ def _check(name: str, headers: Mapping[str, Header], in_features: int, config: Q
 
 
 def _parse(found: Mapping[str, Any]) -> QuantizationConfig:
-    """Groups stand in any order, and a later one takes a target over from an earlier one. Of several regular expressions that
-    match, the first in the order of the alphabet wins, as with the compressed-tensors package."""
+    """Groups come in any order; where two name one target, the later one holds. Of several regular expressions that match, the
+    first in alphabetical order wins, as in the compressed-tensors package."""
     groups = list((found.get("config_groups") or {}).values())
     kinds = {group.get("format") or found.get("format") for group in groups}
     if kinds != {"pack-quantized"}:
@@ -155,7 +155,7 @@ def _parse(found: Mapping[str, Any]) -> QuantizationConfig:
         if group.get("weights")
         for target in group.get("targets") or ()
     }
-    # What no target names but is packed all the same is taken for what most layers are.
+    # A layer that is packed although no target names it is read like most layers.
     usual = targets.get("Linear") or _options_of(groups[0]["weights"])
     return QuantizationConfig(
         layout="compressed-tensors", overrides=tuple(sorted(targets.items(), key=lambda each: each[0])), **usual
@@ -163,7 +163,7 @@ def _parse(found: Mapping[str, Any]) -> QuantizationConfig:
 
 
 def _options_of(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """What `LAYER_KEYS` names, of a group's `weights`."""
+    """The options in `LAYER_KEYS`, from a group's `weights`."""
     return {
         "bits": int(weights["num_bits"]),
         "group_size": int(weights.get("group_size") or -1),
@@ -173,7 +173,7 @@ def _options_of(weights: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _config(described: Description) -> dict[str, Any]:
-    # By its class, as llm-compressor's examples do, for readers to which its name is not known; others are in `ignored`.
+    # By its class, as llm-compressor's examples do, for readers that do not know its name; other embeddings are in `ignored`.
     groups = {"group_0": _group(["Linear", *(["Embedding"] if described.embeddings else [])], described.grids)}
     for n, (changed, names) in enumerate(_together(described.overrides), 1):
         groups[f"group_{n}"] = _group([f"re:^{re.escape(name)}$" for name in names], changed)

@@ -1,4 +1,4 @@
-"""One linear map's weight in plain numbers: what a method gives back that does not round to a grid."""
+"""One linear map's weight in plain numbers, for methods that do not round to a grid."""
 
 from __future__ import annotations
 

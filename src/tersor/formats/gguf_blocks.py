@@ -8,8 +8,8 @@
 | Q8_0 | 34 | d, 32 int8 | d * q | -128 .. 127 |
 
 Byte j of the codes holds q[j] in its low and q[j + 16] in its high nibble. Source: the GGUF specification and ggml's block
-definitions. A weight goes into a file only as it is: the same integers times the same steps. The distance of a code from its zero
-point is what a block stores, so 2 and 3 bits, whose distances reach 7, fit Q4_0, and 4 bits with zero points anywhere fit Q5_0.
+definitions. A weight is written exactly: the same integers times the same steps. A block stores the distance of each code from
+its zero point. At 2 and 3 bits the distances reach 7, so they fit Q4_0; 4 bits with zero points anywhere fit Q5_0.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ BLOCK = 32  # inputs
 
 @dataclass(frozen=True)
 class BlockType:
-    """suffix: what a layer's tensor of blocks is called beside its name; low, high: the integers that it holds."""
+    """A type of block."""
 
     name: str
     bytes: int
-    low: int
+    low: int  # the range of the integers
     high: int
 
     @property
@@ -75,7 +75,7 @@ def choose_type(name: str, weight: QuantizedWeight) -> BlockType:
 
 
 def pack_blocks(name: str, weight: QuantizedWeight, kind: BlockType) -> Tensor:
-    """uint8 [out, in / 32 * kind.bytes]. `kind` as `choose_type` found it; raises as that does."""
+    """uint8 [out, in / 32 * kind.bytes]. kind: from `choose_type`. Raises TersorError as that does."""
     scales, zeros = _of_blocks(name, weight)
     integers = _integers(weight).view(weight.out_features, -1, BLOCK)  # [out, blocks, 32]
     step = _bytes_of(scales)
@@ -138,7 +138,7 @@ def dequantize_blocks(blocks: Tensor, kind: BlockType) -> Tensor:
 
 
 def on_grid(blocks: Tensor, kind: BlockType) -> bool:
-    """Whether the blocks are steps about whole zero points, as a QuantizedWeight needs. Only Q4_1 can be anything else."""
+    """Whether every zero point is a whole number, as a QuantizedWeight needs. Only in Q4_1 it may not be."""
     if kind.name != "Q4_1":
         return True
     head = _apart(blocks, kind.bytes)[..., :4]

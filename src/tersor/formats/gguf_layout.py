@@ -1,4 +1,4 @@
-"""GGUF's blocks as a layout of layers, which is only read here: `checkpoint/gguf_write.py` writes whole files."""
+"""GGUF's blocks as a layout of layers. It only reads: `checkpoint/gguf_write.py` writes whole files."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def read(name: str, tensors: Mapping[str, Tensor], in_features: int, config: Qua
 
 
 def _check(name: str, headers: Mapping[str, Header], in_features: int, config: QuantizationConfig) -> None:
-    """`gguf_read` made the names of these tensors from the file's own header, with their sizes."""
+    """Nothing to check: `gguf_read` took names and sizes of these tensors from the file's own header."""
 
 
 def _parse(found: Mapping[str, Any]) -> QuantizationConfig:
-    """What `gguf_read` says of a file: the tensors themselves have the rest."""
+    """The config that `gguf_read` makes of a file; the tensors say the rest."""
     return QuantizationConfig("gguf", int(found["bits"]), int(found["group_size"]), sym=True)
 
 

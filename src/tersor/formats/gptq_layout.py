@@ -1,4 +1,4 @@
-"""GPTQ's layout on disk, in its two versions, which differ in what is stored of a zero point.
+"""GPTQ's layout on disk, in its two versions, which store zero points differently.
 
 W is [out, in], G groups, packed_size as in `packing.py`:
 
@@ -72,11 +72,11 @@ def _sizes(rows: int, columns: int, grids: UniformGrids, steps: torch.dtype) -> 
 
 
 def read(name: str, tensors: Mapping[str, Tensor], in_features: int, config: QuantizationConfig) -> QuantizedWeight:
-    """Read one layer. The config's bits, group size and version are claims; the tensors themselves win where they disagree:
-    symmetric zero points are one constant, 2^(bits-1) as stored by v2 and one less by v1.
+    """Read one layer. Where the config's bits, group size or version disagree with the tensors, the tensors win. Symmetric zero
+    points show the version: all are one constant, which v2 stores as 2^(bits-1) and v1 as one less.
 
-    config.whole_word_zeros: v1 zero points were made by subtracting a constant from whole words (GPTQModel at 2, 4 and 8
-    bits), so that a zero point of 0 borrows from its neighbour. Raises TersorError naming the tensor that does not fit.
+    config.whole_word_zeros: the writer subtracted a constant from whole words of v1 zero points (GPTQModel at 2, 4 and 8 bits),
+    so a zero point of 0 borrowed from its neighbour. Raises TersorError naming the tensor that does not fit.
     """
     require(name, tensors, ("qweight", "qzeros", "scales"))
     qweight, qzeros, scales = tensors["qweight"], tensors["qzeros"], tensors["scales"]
@@ -198,6 +198,6 @@ def _layout(name: str, *, min_zero: int) -> Layout:
     )
 
 
-# v1 stores z - 1: a zero point of 0 wraps, and three writers and their readers disagree on how
+# v1 stores z - 1: a zero point of 0 wraps around, and its writers and readers disagree on how.
 GPTQ_V1 = _layout("gptq", min_zero=1)
 GPTQ_V2 = _layout("gptq_v2", min_zero=0)

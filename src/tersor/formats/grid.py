@@ -1,11 +1,11 @@
-"""Quantization grids: the levels that the numbers of one row (or one group of a row) may take.
+"""Quantization grids: the levels that the numbers of a row, or of a group within a row, may take.
 
 Uniform grid of `bits` bits, q = clamp(round(x / scale) + zero, 0, 2^bits - 1), x ≈ scale · (q - zero), rounding half to even.
-Ternary grid: x becomes `scale` where x > scale/2, `zero` (a negative level) where x < zero/2, else 0; codes 2, 0 and 1.
-Source: the GPTQ reference implementation (Frantar et al., ICLR 2023), with one difference: a symmetric range is always
-[-max |x|, max |x|]. The reference keeps the minimum of a row without negative values at 0, so its step is half of what the
-zero point in the middle needs, and the upper half of the row is clipped; pruned models have many such groups. As there, a row
-of zeros gets the range [-1, 1].
+Ternary grid: x becomes `scale` where x > scale/2, `zero` (a negative level) where x < zero/2, else 0; codes 2, 0 and 1. Source:
+the GPTQ reference implementation (Frantar et al., ICLR 2023), with one difference: a symmetric range is always [-max |x|, max
+|x|]. In a row without negative values the reference keeps the minimum at 0. Its zero point is in the middle all the same, so
+the step is half of what it should be and the upper half of the row is clipped; pruned models have many such groups. As in the
+reference, a row of zeros gets the range [-1, 1].
 """
 
 from __future__ import annotations
@@ -85,17 +85,16 @@ def fit_grid(
 ) -> Grid:
     """Fit one grid per row of x [rows, columns] (floating).
 
-    weights [columns]: what an error in each column costs, for the search; all alike without.
-    as_published: with the reference's half range for symmetric rows without negative values, to compare with its numbers.
-
-    With `stored`, the grid is one that the file format can hold, so that a solver that compensates errors sees the very
-    levels that the reader of the file will see; None keeps it exact.
+    weights [columns]: the cost of an error in each column, for the search; None: all cost the same.
+    as_published: use the reference's half range for symmetric rows without negative values, to compare with its numbers.
+    stored: make a grid that the file format can hold, so that a solver that compensates errors sees the levels that a reader of
+    the file will see; None keeps the grid exact.
     """
     low = x.amin(1, keepdim=True).clamp(max=0)
     high = x.amax(1, keepdim=True).clamp(min=0)
     if sym:
         high = torch.maximum(low.abs(), high)
-        # Three levels that no file has to hold keep the reference's habit: without negative values there is no negative level.
+        # A ternary grid that goes into no file is the reference's: without negative values it has no negative level.
         one_sided = as_published or (bits == "ternary" and stored is None)
         low = torch.where(low < 0, -high, low) if one_sided else -high
     empty = (low == 0) & (high == 0)
@@ -127,7 +126,7 @@ def _grid_of_range(low: Tensor, high: Tensor, bits: Bits, sym: bool, stored: Sto
         return Grid(scale, torch.full_like(scale, 2 ** (bits - 1)), bits)
     zero = torch.round(-low / scale).clamp(0, largest)
     if stored is not None and stored.min_zero > 0:
-        # All-positive rows: spend the levels below zero for a file that all can read.
+        # All-positive rows: give up the levels below zero, so that every reader can read the file.
         too_low = zero < stored.min_zero
         scale = torch.where(too_low, as_stored(high / (largest - stored.min_zero), stored), scale)
         zero = zero.clamp(min=stored.min_zero)
@@ -135,7 +134,7 @@ def _grid_of_range(low: Tensor, high: Tensor, bits: Bits, sym: bool, stored: Sto
 
 
 def as_stored(scale: Tensor, stored: Stored | None) -> Tensor:
-    """The value that a reader of the file gets back; never 0, which a step that underflows would become."""
+    """The value that a reader of the file gets back. Never 0: a step that underflows becomes the smallest positive number."""
     if stored is None:
         return scale
     tiny, largest = torch.finfo(stored.scale_dtype).smallest_normal, torch.finfo(stored.scale_dtype).max

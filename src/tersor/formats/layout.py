@@ -13,21 +13,22 @@ import torch
 from torch import Tensor
 
 from tersor.errors import TersorError
+from tersor.formats.grid import Stored
 from tersor.formats.packed_weight import PackedWeight
 from tersor.formats.quantized_weight import QuantizedWeight
 from tersor.untrusted import matches
 
 Header = tuple[str, tuple[int, ...]]  # dtype, as safetensors calls it, and shape
-LAYER_KEYS = ("bits", "group_size", "sym", "desc_act")  # what may differ from layer to layer
-BITS = (2, 3, 4, 8)  # what the formats and their readers share
+LAYER_KEYS = ("bits", "group_size", "sym", "desc_act")  # options that may differ from layer to layer
+BITS = (2, 3, 4, 8)  # all formats and their readers take these
 
 
 @dataclass(frozen=True)
 class UniformGrids:
     """The grids of a layer, as a method describes them."""
 
-    bits: int  # that a code takes in a file
-    group_size: int  # columns with one step and zero point; -1 for whole rows
+    bits: int  # of a code in a file
+    group_size: int  # columns that share a step and a zero point; -1: whole rows
     sym: bool
     desc_act: bool = False
     static_groups: bool = False
@@ -35,7 +36,7 @@ class UniformGrids:
     damp: float = 0.01
 
     def groups(self, columns: int) -> int:
-        """How many a row of so many columns has."""
+        """How many groups a row of so many columns has."""
         return 1 if self.group_size == -1 else -(-columns // self.group_size)
 
     def of_layer(self) -> dict[str, Any]:
@@ -58,21 +59,21 @@ class Description:
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """layout: the name of a `Layout`. overrides: what is different for some layers, by target: a name, the class of a module, or
-    a regular expression after `re:`."""
+    """What a checkpoint's config says of its packed layers."""
 
-    layout: str
+    layout: str  # the name of a `Layout`
     bits: int
     group_size: int
     sym: bool
     desc_act: bool = False
-    whole_word_zeros: bool = False
-    overrides: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    whole_word_zeros: bool = False  # see `gptq_layout.read`
+    overrides: tuple[tuple[str, Mapping[str, Any]], ...] = ()  # by target: a name, a class, or "re:" and a pattern
 
     def for_layer(self, *names: str, classes: Sequence[str] = ("Linear",)) -> QuantizationConfig:
-        """What holds for one layer. names: those that it goes by, as published and as a module; classes: the module's.
+        """What holds for one layer. names: its published name and its module's. classes: of the module.
 
-        A target that is a name wins over regular expressions, of which the first that matches wins, and these over classes.
+        A target that is a name wins over regular expressions, and these win over classes. Of regular expressions the first that
+        matches wins.
         """
         patterns = [(target.removeprefix("re:"), changes) for target, changes in self.overrides if _is_pattern(target)]
         exact = [(target, changes) for target, changes in self.overrides if not _is_pattern(target)]
@@ -107,12 +108,16 @@ class Layout:
     # What it accepts.
     scale_dtype: torch.dtype | None = None  # precision of the steps; None means the model's own
     min_zero: int = 0  # the smallest zero point that every reader understands
-    word_columns: int = 1  # inputs that fill whole words, 1 where the format pads
-    word_rows: int = 1  # outputs that fill whole words
+    word_columns: int = 1  # inputs come in multiples of it, which fill whole words; 1 where the format pads
+    word_rows: int = 1  # the same for outputs
     embeddings: bool = True  # whether other readers know packed embeddings
     conv1d: bool = True  # whether other readers find packed Conv1D layers
     scattered_groups: bool = True  # whether a group may hold columns from anywhere
     expert_stacks: bool = True  # whether other readers find experts that one parameter of the model holds
+
+    def stored(self, dtype: torch.dtype) -> Stored:
+        """What it keeps of a grid. dtype: the model's own."""
+        return Stored(self.scale_dtype or dtype, self.min_zero)
 
     def misfit(self, out_features: int, in_features: int) -> str | None:
         """The size of a layer that fills no whole words, such as "80 outputs"; None where the layer fits."""
@@ -126,7 +131,7 @@ class Layout:
         return not self.method
 
 
-# What the readers share. All raise TersorError naming the tensor that does not fit.
+# Checks that all readers share. Each raises TersorError naming the tensor that does not fit.
 
 
 def check_dtypes(name: str, headers: Mapping[str, Header], allowed: Mapping[str, tuple[str, ...]]) -> None:

@@ -30,7 +30,7 @@ def layout_named(name: str) -> Layout:
 
 
 def layout_of(config: QuantizationConfig, suffixes: Collection[str]) -> Layout:
-    """The format of a layer with tensors of these suffixes: what its config says, where they do not say otherwise."""
+    """The format of a layer: the one with these suffixes, else the one that its config names."""
     said = READ.get(config.layout, PLAIN)
     if said.suffixes[0] in suffixes:
         return said
@@ -39,5 +39,5 @@ def layout_of(config: QuantizationConfig, suffixes: Collection[str]) -> Layout:
 
 def write(weight: PackedWeight, layout: Layout, *, sym: bool) -> dict[str, Tensor]:
     """The tensors of one layer by suffix, on the CPU."""
-    assert layout.write is not None  # `layout_named` gives no other
+    assert layout.write is not None  # `layout_named` returns only layouts that can write
     return layout.write(weight.to("cpu"), sym)

@@ -1,4 +1,4 @@
-"""What the driver, the readers and the writers need of a solved weight, whatever its numbers are."""
+"""What the driver, the readers and the writers need of a compressed weight, whatever its numbers are."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class PackedWeight(Protocol):
-    """A weight [out, in] as a method gives it back and a format stores it: integers on grids (`QuantizedWeight`), plain numbers
+    """A weight [out, in] as a method returns it and a format stores it: integers on grids (`QuantizedWeight`) or plain numbers
     (`DenseWeight`). Another kind needs a `Layout` that writes it and, to run packed, a `Kernel` (`quantized_matmul.py`)."""
 
     @property

@@ -25,7 +25,7 @@ def packed_size(count: int, bits: int) -> int:
 def pack(codes: Tensor, bits: int, *, dim: int) -> Tensor:
     """Pack integers 0 .. 2^bits - 1 along `dim` into int32 words; the last word is filled up with zeros."""
     values = codes.movedim(dim, -1)  # [..., count]
-    period = math.lcm(bits, WORD) // bits  # so many values fill whole words
+    period = math.lcm(bits, WORD) // bits  # the fewest values that fill whole words
     words_per_period = period * bits // WORD
     count = values.shape[-1]
     padded = -(-count // period) * period
@@ -52,7 +52,7 @@ def unpack(words: Tensor, bits: int, count: int, *, dim: int) -> Tensor:
     values = torch.empty((*stream.shape[:-1], period), dtype=torch.uint8, device=words.device)
     for k in range(period):
         word, shift = divmod(k * bits, WORD)
-        value = stream[..., word] >> shift  # with copies of the sign in front
+        value = stream[..., word] >> shift  # the shift copies the sign into the top bits
         if shift + bits > WORD:
             value = (value & (2 ** (WORD - shift) - 1)) | (stream[..., word + 1] << (WORD - shift))
         values[..., k] = (value & (2**bits - 1)).to(torch.uint8)

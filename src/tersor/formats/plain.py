@@ -25,12 +25,12 @@ def read(name: str, tensors: Mapping[str, Tensor], in_features: int, config: Qua
 
 
 def _check(name: str, headers: Mapping[str, Header], in_features: int, config: QuantizationConfig) -> None:
-    """Nothing: the model's own reader looks at names and shapes."""
+    """Nothing to check: the model's own reader looks at names and shapes."""
 
 
 def _parse(found: Mapping[str, Any]) -> QuantizationConfig:
     raise TersorError("a checkpoint of plain numbers has no quantization config")
 
 
-# Readers draw an expert at random that they do not find in its stack, and a part of a stack has no name of its own.
+# A part of a stack of experts has no name of its own, so readers would not find it and draw it at random.
 PLAIN = Layout("safetensors", ("weight",), "", read=read, check=_check, parse=_parse, write=_write, expert_stacks=False)

@@ -1,4 +1,4 @@
-"""One linear map's weight as integers on per-group grids: what every reader returns and every kernel takes.
+"""One linear map's weight as integers on grids. Every reader of packed weights returns it, and every kernel takes it.
 
     W[o, i] = scales[g_idx[i], o] * (codes[o, i] - zeros[g_idx[i], o])
 

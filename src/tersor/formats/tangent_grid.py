@@ -4,11 +4,11 @@ With 0 < k < π/2 and the largest value A, numbers are rounded to equal steps s 
 
     q = clamp(round(tan(k a) / s), 0, 2^b - 1),    a = arctan(q s) / k.
 
-As k goes to 0 this is the uniform grid with zero point 0; as it goes to π/2, all levels but 0 move to A. The paper's code is not
-public, and this form of its quantizer is our reading of the paper.
+As k goes to 0 this is the uniform grid with zero point 0. As k goes to π/2, all levels but 0 move to A. The paper's code is not
+public; this form of its quantizer is our reading of the paper.
 
-Only 2^b numbers come out, so a grid is a table of them, and the 2^b - 1 thresholds arctan((q + 1/2) s) / k between codes, which
-are not the midpoints of neighbouring levels. Both are computed in float64; neither tan nor arctan is needed afterwards.
+There are only 2^b levels, so a grid is a table of them and of the 2^b - 1 thresholds between codes, arctan((q + 1/2) s) / k. A
+threshold is not the midpoint of its two levels. Both are computed once, in float64; afterwards no tan or arctan is needed.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from torch import Tensor
 from tersor.formats.activation_grid import at_least_float32, tail_quantiles
 
 LARGEST_K = math.pi / 2 - 1e-3
-FOCUSES = tuple(LARGEST_K * n / 16 for n in range(1, 17))  # the k among which a grid's is chosen
+FOCUSES = tuple(LARGEST_K * n / 16 for n in range(1, 17))  # the values of k that are tried
 
 
 @dataclass(frozen=True)
 class TangentGrid:
-    """table: the levels [2^bits], rising; thresholds: [2^bits - 1], code q holds the numbers above q of them."""
+    """table: the levels [2^bits], rising. thresholds: [2^bits - 1]; a number above q of them has code q."""
 
     table: Tensor
     thresholds: Tensor
@@ -56,7 +56,7 @@ def tangent_grid(largest: Tensor, k: float, bits: int) -> TangentGrid:
 def fit_tangent(x: Tensor, bits: int, error: Callable[[Tensor], Tensor] | None = None) -> TangentGrid:
     """The grid of x in [0, 1] with the least error among the upper quantiles of RepQ-ViT for A and FOCUSES for k.
 
-    error: of the rounded x, as one number; the mean squared difference to x where it is not given.
+    error: of the rounded x, as one number; by default the mean squared difference to x.
     """
     x = at_least_float32(x.detach())
     measure = error or (lambda rounded: (rounded - x).square().mean())

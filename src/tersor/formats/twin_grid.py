@@ -1,8 +1,9 @@
-"""Grids with two ranges for what a GELU and a softmax give: PTQ4ViT's twin uniform quantization.
+"""Grids with two ranges, for the outputs of GELU and softmax: PTQ4ViT's twin uniform quantization.
 
-Yuan et al., ECCV 2022, arXiv 2111.12293. With Q = 2^(bits - 1), one bit of a code says which range the others count in.
+Yuan et al., ECCV 2022, arXiv 2111.12293. With Q = 2^(bits - 1), one bit of a code says in which of two ranges the other bits
+count.
 
-GELU outputs are long above 0 and reach only to -0.17 below it: x >= 0 has Q levels of the step `scale`, x < 0 has Q + 1 levels
+GELU outputs reach far above 0, but only to -0.17 below it. x >= 0 has Q levels with the step `scale`; x < 0 has Q + 1 levels
 between that minimum and 0.
 
 Softmax outputs are many small numbers and few large ones. As published, the value is the sum of two parts: x clipped to

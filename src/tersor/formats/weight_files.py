@@ -1,8 +1,8 @@
 """Which files of a model directory hold its weights.
 
 The published names come first, in the order in which transformers looks for them: `model.safetensors`, its index of shards,
-`pytorch_model.bin`, its index. A directory with none of these is another library's: its tensor files are the weights, but for
-those that training and adapters leave beside a model. Whatever else lies beside the files found here is never read.
+`pytorch_model.bin`, its index. A directory with none of these comes from another library: its tensor files are the weights,
+except those that training and adapters leave beside a model. Files that are not found here are never read.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 SAFE_ENDINGS, PICKLE_ENDINGS = (".safetensors",), (".bin", ".pt", ".pth")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})")
-# Words in the names of files that are no weights of the model: a Trainer's state, and what adapts another model.
+# Words in the names of files that are no weights of the model: a Trainer's state, or an adapter of another model.
 _BESIDE = {"optimizer", "optimizers", "optim", "scheduler", "scaler", "rng", "random", "training", "trainer", "adapter"}
 
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """files: in reading order; none of them where `index` names them."""
+    """files: in reading order; empty where `index` names them."""
 
     files: tuple[Path, ...] = ()
     index: Path | None = None
@@ -54,7 +54,7 @@ def weight_files(directory: Path, *, explicit: str | None = None) -> WeightFiles
 
 
 def _of_other_libraries(directory: Path, endings: Sequence[str]) -> tuple[Path, ...]:
-    sets: dict[str, list[Path]] = defaultdict(list)  # shards by what they are shards of
+    sets: dict[str, list[Path]] = defaultdict(list)  # the shards of each set
     for path in sorted(directory.iterdir()):
         if path.is_file() and path.suffix in endings and not path.name.startswith(".") and not _is_beside(path):
             shard = _SHARD.fullmatch(path.stem)

@@ -1,23 +1,24 @@
 """ConstrINT: positive integers that satisfy divisibility, equality and size constraints (FlashRNN, arXiv 2412.07752).
 
-What it is for: choosing the tiles of a kernel. The text says what must hold, the search finds the first numbers that do:
+What it is for: choosing the tiles of a kernel. A text says what must hold, and the search finds the first numbers that satisfy
+it:
 
     constraint, variables = parse_expression("WIDTH == 768; WIDTH % TILE == 0; TILE <= 128;")
     solve_constrint(constraint, variables, [ValueRefinement("TILE", ValueHeuristic.LARGEST_FIRST)])   # ({"TILE": 128},)
 
-Grammar, loosest first: `;` and, `|` or, `A <= B`, `A % B == 0`, `A == B`, `+`, `*`, `X ^ 3`. Names of letters and
-underscores, integers, lists `[1, 2, 3]` (any of these), comments from `#` to the line's end. Brackets are left out, not
-honoured. Every variable is an integer from 1 to 2^30.
+Grammar, loosest first: `;` and, `|` or, `A <= B`, `A % B == 0`, `A == B`, `+`, `*`, `X ^ 3`. Names of letters and underscores,
+integers, lists `[1, 2, 3]` (any of these), comments from `#` to the line's end. Brackets are skipped and have no effect. Every
+variable is an integer from 1 to 2^30.
 
-Each variable has a `Domain`. A constraint computes the domains of its terms from those of the variables (up) and
-narrows the variables to what the constraint leaves (down), again and again until nothing changes: `propagated`. A domain
-is an interval of multiples of a factor, or, below 2048 values, the list of them. Propagation drops no solution, but may
-leave values that have none; where every variable has one value it is exact. `solve_constrint` tries the values of the
-given variables in order, depth first, and propagates after each choice: solutions come in lexicographic order.
+Each variable has a `Domain`. A constraint computes the domains of its terms from those of the variables (up), and narrows the
+variables to what it allows (down), again and again until nothing changes: `propagated`. A domain is an interval of multiples of
+a factor, or, below 2048 values, a list. Propagation drops no solution, but may leave values that belong to none; where every
+variable has one value it is exact. `solve_constrint` tries the values of the given variables in order, depth first, and
+propagates after each choice, so solutions come in lexicographic order.
 
 Origin: NX-AI/flashrnn at d73fb52, NXAI Community License; written from its documentation. The published solver repeats
 the first solution where several are asked for, and does not end where the first is excluded; ours does as documented.
-Unlike there nothing is kept on disk, and there is no command line. Our propagation leaves less: 768 % X == 0 leaves the
+Unlike there, nothing is kept on disk and there is no command line. Our propagation leaves fewer values: of 768 % X == 0 the
 divisors, not all 2^a 3^b.
 """
 
@@ -34,13 +35,13 @@ from itertools import islice, product
 from tersor.errors import TersorError
 
 UPPER_LIMIT = 2**30
-EXPANSION_LIMIT = 2048  # a domain of fewer values is a list of them
-_PAIRS_LIMIT = 2**16  # of two lists: above, a sum or product is an interval
+EXPANSION_LIMIT = 2048  # a domain with fewer values lists them
+_PAIRS_LIMIT = 2**16  # pairs of two lists; where there are more, a sum or product is an interval
 
 
 @dataclass(frozen=True)
 class Domain:
-    """Integers from low to high that `factor` divides; where `values` (rising) is there, only these."""
+    """The integers from low to high that `factor` divides; only those in `values` (rising) where it is given."""
 
     low: int = 1
     high: int = UPPER_LIMIT
@@ -322,7 +323,7 @@ class ValueRefinement:
 
 
 def propagated(constraint: Constraint, variables: Mapping[str, Domain]) -> Domains:
-    """What propagation alone leaves of each variable; empty where the constraint cannot hold."""
+    """The domains that propagation alone leaves; empty where the constraint cannot hold."""
     domains = dict(variables)
     return domains if And((constraint,)).narrow(domains) else {}
 
@@ -335,8 +336,8 @@ def solve_constrint(
     num_solutions: int = 1,
     exclude_solutions: Sequence[Mapping[str, int]] = (),
 ) -> tuple[dict[str, int], ...]:
-    """The first solutions in the order of the refinements; () where there is none. Without refinements all variables
-    are decided, smallest first; with them the others may stay open, and are not in the solutions."""
+    """The first solutions in the order of the refinements; () where there is none. Without refinements all variables are decided,
+    smallest values first. With them, variables without a refinement stay open and are not in the solutions."""
     order = tuple(refinements) or tuple(map(ValueRefinement, variables))
     for each in order:
         if each.name not in variables:
@@ -364,7 +365,7 @@ def _solutions(
 
 
 def parse_expression(text: str) -> tuple[Constraint, Domains]:
-    """The constraint, and its variables with nothing known of them yet."""
+    """The constraint, and its variables with all values allowed."""
     text = re.sub(r"#[^\n]*", "", text).replace("(", "").replace(")", "")
     variables: Domains = {}
     parts = [part for part in text.split(";") if part.strip()]
@@ -424,7 +425,7 @@ def _combined(a: Domain, b: Domain, operation: Callable[[int, int], int], factor
 
 
 def _divisors_of(numbers: Sequence[int]) -> Domain:
-    """What divides at least one of the numbers: all of these where they are not too many to list."""
+    """The divisors of at least one of the numbers, listed where there are not too many."""
     if len(numbers) > 64:
         return Domain.within(1, numbers[-1])
     return Domain.of(divisor for number in numbers for divisor in _divisors(number))

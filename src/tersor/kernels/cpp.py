@@ -1,8 +1,8 @@
-"""Compiles a C++ file of this package into a shared library, with the compiler that is there, once on a machine.
+"""Compiles a C++ file of this package into a shared library, once per machine, with the machine's own compiler.
 
 The source has a plain C interface and is called through ctypes: no torch headers are needed and one build serves every
-version of torch. The library is kept in the user's cache directory under a hash of source, compiler and flags. It gets
-its name when it is complete, so that processes which build at the same time each end up with a whole file.
+version of torch. The library is kept in the user's cache directory under a hash of source, compiler and flags. It gets its name
+when it is complete, so processes that build at the same time all end up with a whole file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ COMPILERS = ("c++", "g++", "clang++")
 
 
 class CompileError(RuntimeError):
-    """There is no compiler, or it refuses the source or a flag."""
+    """The machine has no compiler, or the compiler refuses the source or a flag."""
 
 
 @functools.cache
@@ -41,7 +41,7 @@ def compiler() -> tuple[str, str]:
 
 
 def build(source: Path, flags: Sequence[str], *, cache: Path | None = None) -> Path:
-    """The shared library of `source`, from the cache where it is there. CompileError has the compiler's words."""
+    """The shared library of `source`, from the cache if it was built before. Raises CompileError with the compiler's message."""
     path, version = compiler()
     flags = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", *flags)
     key = hashlib.sha256("\0".join([source.read_text(), path, version, *flags]).encode()).hexdigest()[:24]
@@ -63,10 +63,9 @@ def build(source: Path, flags: Sequence[str], *, cache: Path | None = None) -> P
 
 
 def load(source: Path, flags: Sequence[str]) -> ctypes.CDLL:
-    """Builds with OpenMP where the compiler has it, without (one thread) where it has not, and loads the library.
+    """Builds and loads the library: with OpenMP where the compiler has it, else for one thread.
 
-    torch must be imported before: its OpenMP runtime is then the one that the library gets, and both share one thread
-    pool instead of fighting for the cores.
+    torch must be imported before. The library then uses torch's OpenMP runtime, and both share one pool of threads.
     """
     try:
         return ctypes.CDLL(str(build(source, (*flags, "-fopenmp"))))

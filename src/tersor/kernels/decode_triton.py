@@ -1,4 +1,4 @@
-"""What a LLaMA decoder does between its matmuls, in few kernels: at one token a kernel costs its launch, not its bytes.
+"""The parts of a LLaMA decoder between its matmuls, in few kernels: at one token the launches take the time, not the bytes.
 
     add_norm     residual += x;  y = rms_norm(residual)                     (or residual = embedding[ids] to begin with)
     rope         bias, norm of queries and keys, rotary positions; keys and values go to their places in the cache
@@ -6,7 +6,7 @@
     gate         silu(gate) * up
     pick         the likeliest token, which becomes the next one on the device
 
-Arithmetic is in float32, the residual stream too; what the matmuls read is rounded once, to their type. All take `early`.
+Arithmetic and the residual stream are in float32; the input of a matmul is rounded once, to its type. All take `early`.
 
 **Early launch** (programmatic dependent launch, from compute capability 9.0 on; `launches_early`). Every kernel here lets the
 next one start at once (`gdc_launch_dependents` comes first), and so do `quantized_matmul.cu` and `llama_step.cu`, which fetch

@@ -17,12 +17,11 @@ its recurrent gates, and b has all four (b_g is cuDNN's second bias of n).
 Wx [B, T, G, N, D], R [G, N, D_out, D_in], b [G, N, D], states [S, B, 1, N, D]; results: every state after every step,
 [S, B, T, N, D], and the last ones, [S, B, 1, N, D]. Other orders of the axes by the `*_shape` arguments.
 
-`step` is the formula for one token, `reference` a loop over it whose gradient is autograd's. `flashrnn` is what models
-call: the op `tersor::flashrnn`, which works on [T, N, B, G, D], so that a step is one batched product. Its backward pass
-recomputes all gates by one large product from the stored states, walks back over the steps with the derivatives below
-(R^T times the gates' gradients is all that is serial), and sums the gradients of R by one large product again. Sums are
-float32 (float64 for float64), results have Wx's dtype. On a GPU both walks are Triton's, for
-float32 (flashrnn_triton.py).
+`step` is the formula for one token, `reference` a loop over it whose gradient is autograd's. Models call `flashrnn`: the op
+`tersor::flashrnn`, which works on [T, N, B, G, D], so that a step is one batched product. Its backward pass recomputes all
+gates from the stored states by one large product, walks back over the steps with the derivatives below (only R^T times the
+gates' gradients is serial), and sums the gradients of R by one large product again. Sums are float32 (float64 for float64),
+results have Wx's dtype. On a GPU Triton does both walks for float32 (flashrnn_triton.py).
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from tersor.errors import TersorError
 @dataclass(frozen=True)
 class Cell:
     states: int
-    gates: int  # of the bias: all there are
+    gates: int  # all gates; the bias has as many
     inputs: slice  # which of them x has a part in
     recurrents: slice  # which of them h has a part in
 
@@ -127,7 +126,7 @@ def step(Wx: Tensor, R: Tensor, b: Tensor, states: Tensor, *, function: str) -> 
 def reference(
     Wx: Tensor, R: Tensor, b: Tensor, states: Tensor | None = None, *, function: str = "lstm"
 ) -> tuple[Tensor, Tensor]:
-    """Token by token, in Wx's dtype."""
+    """The formula, token by token, in Wx's dtype."""
     B, _, _, N, D = Wx.shape
     state = Wx.new_zeros(CELLS[function].states, B, N, D) if states is None else states[:, :, 0]
     after = []
@@ -260,7 +259,7 @@ def _flashrnn_backward(
 
 
 def walk_back(grad: Tensor, R: Tensor, after: Tensor, gates: Tensor, function: str) -> tuple[Tensor, Tensor]:
-    """The serial part: gradients of all gates [T, N, B, G, D] and of the start [S, N, B, D]."""
+    """The serial part of the backward pass: gradients of all gates [T, N, B, G, D] and of the start [S, N, B, D]."""
     cell = CELLS[function]
     R_t = R.flatten(2).transpose(1, 2)  # [N, G D_out, D_in]
     d_gates, carry = torch.empty_like(gates), torch.zeros_like(grad[:, 0])

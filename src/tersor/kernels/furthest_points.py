@@ -3,10 +3,10 @@
     i_0 = 0,    i_k = argmax_j min_{l < k} |p_j - p_{i_l}|^2
 
 points [b, n, 3] -> [b, count], int64: the rows that are taken, in this order. Points with |p|^2 <= 1e-3 are never taken, as in
-the CUDA operator that the field shares, whose padding is zeros; where no other point is left, row 0 comes again.
+the usual CUDA operator, whose padding is zeros; where no other point is left, row 0 is taken again.
 
-`reference` is the loop. `furthest_points` is what models call: the op `tersor::furthest_points`, one node of an exported graph
-instead of thousands.
+`reference` is the loop. Models call `furthest_points`: the op `tersor::furthest_points`, one node of an exported graph instead of
+thousands.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""GPTQ's loop over the columns of one block as one CUDA kernel (`gptq_block.cu`), where a loop in Python launches hundreds."""
+"""GPTQ's loop over the columns of one block as one CUDA kernel (`gptq_block.cu`); a loop in Python launches hundreds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _STORED = {torch.float16: 1, torch.bfloat16: 2, torch.float32: 3}
 
 @dataclass(frozen=True)
 class Grids:
-    """What kind of grids the rows have. sym, stored, group_size: of the groups whose grids the kernel fits; 0: all are given."""
+    """What kind of grids the rows have. sym, stored, group_size: for groups whose grids the kernel fits; 0: all are given."""
 
     bits: Bits
     sym: bool = False
@@ -51,7 +51,7 @@ def solve_block(
     errors: Tensor,
     grids: Grids,
 ) -> None:
-    """Fill codes, D = W - Q, and what of scales and zeros belongs to groups that the kernel fits; add to errors.
+    """Fill codes, D = W - Q, and the scales and zeros of groups that the kernel fits; add to errors.
 
     now, W, D float32 and codes uint8, all [rows, width], W as it was and `now` with the errors of the blocks before. U
     [width, width] upper triangular, scales, zeros [rows, all groups], errors [rows], float32. groups int32 [width].

@@ -1,4 +1,4 @@
-"""Σ x xᵀ of 16-bit inputs on a GPU's tensor cores, half of it: see gram_triton.py."""
+"""Half of Σ x xᵀ, for 16-bit inputs on a GPU's tensor cores: see gram_triton.py."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def add_gram(total: Tensor, x: Tensor) -> None:
 
 
 def mirror(total: Tensor, size: int = 4096) -> None:
-    """Copy what lies below the diagonal to its place above, in parts of `size` columns: without a second matrix."""
+    """Copy the part below the diagonal to the part above, `size` columns at a time, so that no second matrix is needed."""
     for start in range(0, len(total), size):
         part = slice(start, start + size)
         total[part, start + size :] = total[start + size :, part].t()

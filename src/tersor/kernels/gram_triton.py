@@ -1,7 +1,7 @@
 """Σ x xᵀ on tensor cores: the products of 16-bit inputs are exact, sums of one call are float32, those over calls float64.
 
-Only the lower triangle is computed: half of the arithmetic of a general matmul, and half of the float64 numbers to update,
-which happens in the kernel that has the sums at hand.
+Only the lower triangle is computed: half of the arithmetic of a general matmul, and half of the float64 numbers to update. The
+same kernel computes the float32 sums and adds them to the float64 numbers.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from tersor.kernels import nvrtc
-from tersor.kernels.prepared_weight import PreparedWeight
 from tersor.kernels.quantized_matmul_cuda import MULTIPROCESSOR_SHARED_BYTES, has_kernel
+from tersor.kernels.tiled_weight import TiledWeight
 
 # As in llama_step.cu.
 WARPS, THREADS = 16, 640
@@ -26,16 +26,16 @@ PARTS = (
     "norm", "gate, up", "barrier", "silu", "down", "barrier",
 )  # fmt: skip
 MIN_STAGES, MAX_STAGES = 3, 32
-# By bits, measured on an H100: stages of a block that are under way at once, and bytes of a block beyond its stages that are
-# brought into the L2 cache.
+# By bits, as measured on an H100: how many stages a block loads at once, and how many of its later bytes are fetched into the L2
+# cache.
 IN_FLIGHT = {16: 8, 8: 2, 4: 3, 3: 3, 2: 4}
 AHEAD_BYTES = 128 * 1024
-Weight = Tensor | PreparedWeight
+Weight = Tensor | TiledWeight
 
 
 @dataclass(frozen=True)
 class StepLayer:
-    """What the kernel reads of a layer, in the order in which `struct Layer` has it.
+    """What the kernel reads of a layer, in the order of `struct Layer`.
 
     qkv: W_q, W_k and W_v, joined; gate_up: W_gate and W_up. Norms and biases float32. keys, values: the cache, contiguous,
     [1, kv heads, capacity, width], in the type of the activations. window: positions that a query sees, its own included.
@@ -75,7 +75,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class _Kind:
-    """Of all weights; bits 16: dense."""
+    """The kind of all weights. bits 16: dense."""
 
     bits: int
     group: int = 128
@@ -122,7 +122,7 @@ def why_not(layers: Sequence[StepLayer], heads: int) -> str | None:
         return "its weights are of several kinds"
     for layer in layers:
         for weight in layer.weights:
-            if isinstance(weight, PreparedWeight) and weight.order is not None:
+            if isinstance(weight, TiledWeight) and weight.order is not None:
                 return "columns of its weights are in another order"
             if isinstance(weight, Tensor) and (weight.dtype != dtype or not weight.is_contiguous()):
                 return "its weights are not contiguous, or of another type than its activations"
@@ -141,13 +141,13 @@ def why_not(layers: Sequence[StepLayer], heads: int) -> str | None:
 
 
 def _pieces(weight: Weight, device: torch.device) -> Tensor:
-    """Room for what the blocks add to the outputs: as many pieces as stages, at most."""
+    """Room for the parts of the outputs that blocks compute: at most one per stage."""
     outputs, inputs = _outputs_inputs(weight)
     return torch.zeros(-(-inputs // STAGE_INPUTS), -(-outputs // 256) * 256, device=device)
 
 
 def _fixed_bytes(sizes: Sizes, kind: _Kind) -> int:
-    """Of shared memory, without the stages; as the offsets AT_... in llama_step.cu."""
+    """Bytes of shared memory without the stages, as the offsets AT_... in llama_step.cu."""
     inputs = max(sizes.hidden, sizes.heads * sizes.width, sizes.inner)
     x_bytes = -(-inputs // STAGE_INPUTS) * STAGE_INPUTS * 2
     queries = sizes.heads // sizes.kv_heads
@@ -217,11 +217,11 @@ class _Step(ctypes.Structure):
 class LlamaStep:
     """The launch for one engine's layers. A call leaves rms_norm of the residual stream behind the last layer in `y`.
 
-    layers: some for which `why_not` is None. embedding [tokens, hidden] in the type of the activations, id and position
-    int64 [1], cos and sin float32 [capacity, width / 2], final_norm float32 [hidden], all on one device. `y` [1, hidden].
-    The tensors must stay where they are. Every call reads the token and its position from the device, and adds the token's keys
-    and values to the cache. All multiprocessors work on a launch at once, each waiting for all others: kernels on other streams
-    delay it, and two such launches on two streams may wait for each other forever.
+    layers: some for which `why_not` is None. embedding [tokens, hidden] in the type of the activations, id and position int64
+    [1], cos and sin float32 [capacity, width / 2], final_norm float32 [hidden], all on one device. `y` [1, hidden]. The tensors
+    must stay where they are. Every call reads the token and its position from the device, and adds the token's keys and values
+    to the cache. All multiprocessors work on a launch together and wait for each other. So kernels on other streams delay it,
+    and two such launches on two streams may wait for each other forever.
 
     profile: it leaves each multiprocessor's clock at the end of every one of PARTS, and before the first, in `marks`, int64
     [blocks, layers, 15].
@@ -259,11 +259,11 @@ class LlamaStep:
         tensors = [
             table, embedding, id, position, cos, sin, final_norm, self.y, *pieces, attended, softmax, arrivals, self.marks
         ]  # fmt: skip
-        self._kept = (tensors, list(layers))  # whose addresses the kernel holds
+        self._kept = (tensors, list(layers))  # kept alive, because the kernel holds their addresses
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         self._arguments = _Step(*addresses, layers[0].keys.shape[2])
         self._kernel = _kernel(sizes, kind, dtype == torch.bfloat16, eps, self._blocks, device.index)
-        torch.cuda.synchronize(device)  # weights and tables are read without waiting for who wrote them
+        torch.cuda.synchronize(device)  # the kernel does not wait for what wrote weights and tables
 
     def __call__(self) -> Tensor:
         with torch.cuda.device(self._device):
@@ -276,6 +276,6 @@ def _row_of(layer: StepLayer) -> list[int]:
     return [
         0 if value is None
         else value if isinstance(value, int)
-        else (value.tiles if isinstance(value, PreparedWeight) else value).data_ptr()
+        else (value.tiles if isinstance(value, TiledWeight) else value).data_ptr()
         for value in values
     ]  # fmt: skip

@@ -1,5 +1,5 @@
-"""The selective scan and the causal convolution of Mamba on a CPU, each one compiled pass (`mamba_cpu.cpp`), where there is a
-compiler. Beside the matmuls nothing else is left of a mixer."""
+"""The selective scan and the causal convolution of Mamba on a CPU, each as one compiled pass (`mamba_cpu.cpp`). They need a C++
+compiler. The rest of a mixer is matmuls."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tersor.kernels import quantized_matmul_cpu as cpu
 SOURCE = Path(__file__).with_suffix(".cpp")
 LARGEST_STATE = 256  # numbers a channel
 WIDEST = 16  # inputs that a convolution sees
-_WORTH_THREADS = 2**17  # channels times tokens times numbers; below, waking threads costs more than they save
+_WORTH_THREADS = 2**17  # channels * tokens * state numbers; for less work, waking threads costs more than they save
 
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """Built for the best instructions that the processor and the compiler have; None where nothing can be built."""
+    """The library, built for the best instructions that processor and compiler share; None where it cannot be built."""
     for name in cpu.supported():
         try:
             found = cpp.load(SOURCE, cpu.FLAGS[name])
@@ -45,7 +45,7 @@ def _library() -> ctypes.CDLL | None:
 
 
 def plain(*tensors: Tensor | None) -> bool:
-    """Whether these are float32 tensors on a CPU of which nobody wants gradients or a graph, and there is a compiler."""
+    """Whether the library can be used: float32 tensors on a CPU, no gradients, no tracing, and a compiler is there."""
     given = [each for each in tensors if each is not None]
     if torch.compiler.is_compiling() or any(type(each) not in (Tensor, torch.nn.Parameter) for each in given):
         return False
@@ -66,7 +66,7 @@ def takes(
     D: Tensor | None = None,
     z: Tensor | None = None,
 ) -> bool:
-    """Whether `scan` takes tensors of these shapes; broadcasting is for the plain form."""
+    """Whether `scan` takes tensors of these shapes: it does not broadcast."""
     if x.dim() != 3 or A.dim() != 2 or A.shape[0] != x.shape[2] or not 0 < A.shape[1] <= LARGEST_STATE:
         return False
     (batch, tokens, channels), n = x.shape, A.shape[1]
@@ -131,7 +131,7 @@ def causal_conv(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x [b, l, channels] with contiguous channels and batches without a gap between them."""
+    """x [b, l, channels] with contiguous channels and no gap between batches."""
     even = x.stride(2) == 1 and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1))
     return x if even else x.contiguous()
 

@@ -2,12 +2,12 @@
 
     y_qm = sum_l sum_p w_qmlp V_lm(location_qmlp)
 
-V_lm is map l of head m, read bilinearly between pixel centres, (i + 0.5) / size apart from the edge; outside is zero.
+V_lm is map l of head m, read bilinearly between pixel centres, which lie at (i + 0.5) / size; outside the map it is zero.
 
 value [b, s, m, d], the maps one behind the other, row by row, s = sum h_l w_l; shapes ((h_0, w_0), ...); locations
 [b, q, m, l, p, 2] as (x, y), 0 to 1 from edge to edge; weights [b, q, m, l, p] -> y [b, q, m, d] in value's dtype.
 
-`reference` is the formula, corner by corner. `ms_deformable_attention` is what models call: the op
+`reference` is the formula, corner by corner. Models call `ms_deformable_attention`: the op
 `tersor::ms_deformable_attention`, in torch on CPUs (`sampled`, by grid_sample) and in Triton on GPUs
 (ms_deformable_attention_triton.py), forward and backward.
 """
@@ -67,7 +67,7 @@ def sampled(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -
 def sampled_backward(
     grad_y: Tensor, value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of value, locations and weights. Written out, for autograd does not run inside an op."""
+    """Gradients of value, locations and weights, written out because autograd does not run inside an op."""
     batch, _, heads = locations.shape[:3]
     wide = torch.promote_types(value.dtype, torch.float32)
     grad = _as_images(grad_y.to(wide))[..., None]  # [b m, d, q, 1]

@@ -1,7 +1,8 @@
 """Multi-scale deformable attention on GPUs: a program holds a few queries of one head and walks over maps and points.
 
-Locations, shares and sums are float32. In the backward pass a query's gradients of its own places and weights are plain
-stores; those of the maps are atomic additions, since many queries read one pixel, so their last bits vary between runs.
+Locations, shares and sums are float32. In the backward pass the gradients of locations and weights belong to one query and are
+plain stores. Many queries read one pixel, so the gradients of the maps are atomic additions, and their last bits vary between
+runs.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from tersor.kernels.ms_deformable_attention import Shapes, levels
 
-BLOCK_Q = 16  # queries per program: on an H200 as fast as 32 forward, a third faster backward
+BLOCK_Q = 16  # queries per program; on an H200 as fast as 32 forward, and a third faster backward
 
 
 def forward(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
@@ -48,7 +49,7 @@ def backward(
 
 @lru_cache(maxsize=64)
 def _table(shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
-    """[levels, 3] on the device: first row, height, width. Kept, so that a step copies nothing to the GPU."""
+    """[levels, 3] on the device: first row, height, width. Cached, so that a step copies nothing to the GPU."""
     return torch.tensor(list(levels(shapes)), dtype=torch.int32, device=device)
 
 

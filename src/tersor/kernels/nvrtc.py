@@ -1,7 +1,7 @@
-"""CUDA C++ compiled on the user's machine by NVRTC, the compiler library that torch brings along, and launched by the driver.
+"""Compiles CUDA C++ on the user's machine by NVRTC, the compiler library that comes with torch, and launches it.
 
-A compiled kernel is kept in the user's cache directory under a hash of its source, target and compiler, so that a
-machine compiles it once. Plain ctypes: neither nvcc nor the CUDA headers are needed.
+A compiled kernel is kept in the user's cache directory under a hash of its source, target and compiler, so each machine
+compiles it once. Everything goes through ctypes: neither nvcc nor the CUDA headers are needed.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _check(status: int, what: str) -> None:
 
 
 def compile_source(source: str, arch: str) -> bytes:
-    """The cubin of CUDA C++ `source` for `arch` ("sm_90a"), from the cache where it is there."""
+    """The cubin of CUDA C++ `source` for `arch` ("sm_90a"), from the cache if it was compiled before."""
     nvrtc = _nvrtc()
     major, minor = ctypes.c_int(), ctypes.c_int()
     nvrtc.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
@@ -78,7 +78,7 @@ def compile_source(source: str, arch: str) -> bytes:
             file.write(cubin.raw)
         os.replace(file.name, cached)
     except OSError:
-        pass  # a read-only home only costs the next process a second
+        pass  # without a cache, the next process compiles again: a second
     return cubin.raw
 
 
@@ -96,13 +96,13 @@ class _LaunchConfig(ctypes.Structure):  # CUlaunchConfig
 
 
 class TensorMap(ctypes.Structure):
-    """A row-major matrix of 16-bit floats as Hopper's copy engine sees it: `CUtensorMap`, 128 bytes."""
+    """`CUtensorMap`, 128 bytes: describes a row-major matrix of 16-bit floats to Hopper's copy engine."""
 
     _fields_ = [("opaque", ctypes.c_uint64 * 16)]
 
 
 def tensor_map(matrix: Tensor, *, box_rows: int) -> TensorMap:
-    """Of `matrix` [rows, columns], in boxes of `box_rows` x 64 columns, laid out in shared memory by the 128-byte swizzle."""
+    """The map of `matrix` [rows, columns] in boxes of `box_rows` x 64 columns; shared memory has the 128-byte swizzle."""
     rows, columns = matrix.shape
     memory = ctypes.create_string_buffer(128 + 64)  # the driver wants 64-byte alignment, older Pythons give 16
     result = TensorMap.from_buffer(memory, -ctypes.addressof(memory) % 64)
@@ -137,7 +137,7 @@ class Kernel:
     def launch(self, *, blocks: int, threads: int, arguments: Sequence[_Argument], early: bool = True) -> None:
         """On torch's current stream. Arguments as ctypes values, in the order of the kernel's parameters.
 
-        early: the kernel may begin before the one ahead of it in the stream has ended, and must itself wait for that
+        early: the kernel may begin before the one ahead of it in the stream has ended. It must itself wait for that one
         (`griddepcontrol.wait`, from compute capability 9.0 on) before it touches anything that a kernel writes.
         """
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))

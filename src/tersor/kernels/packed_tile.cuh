@@ -1,11 +1,11 @@
-// A tile of a packed weight as prepared_weight.py lays it out, and how a thread makes integers of its codes (9
+// A tile of a packed weight as tiled_weight.py lays it out, and how a thread makes integers of its codes (9
 // instructions for 8 of them).
 //
 // Put behind hopper.cuh, with these constants:
 //   BITS 2, 3, 4, 8 | GROUP 32, 64, 128 | ZERO: the one zero point, or -1 where each group has its own
 //   SCALE_BFLOAT: the scales are bfloat16, not float16 | SCALE_SUMS: scales are wanted as float32, for sums
 //
-// The weight comes repacked (prepared_weight.py) in tiles of 64 outputs x 128 inputs:
+// The weight comes repacked (tiled_weight.py) in tiles of 64 outputs x 128 inputs:
 //   codes   [2 halves of 64 inputs][planes][128 threads][16, 8 or 4 bytes]: a thread's 32 codes as 16 pairs, in the
 //   order in
 //           which the tensor cores want them; a word holds its pairs' first codes in its low half, the second ones in

@@ -1,7 +1,7 @@
 """y = x · dequant(W)ᵀ for a packed integer weight: the op, its reference, and the choice of a faster implementation.
 
-x [..., in] floating, y [..., out] in x's dtype; the weight as in `formats.quantized_weight`. `reference` is what every
-other implementation is tested against.
+x [..., in] floating, y [..., out] in x's dtype; the weight as in `formats.quantized_weight`. All other implementations are tested
+against `reference`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from tersor.formats.quantized_weight import QuantizedWeight
-from tersor.kernels import prepared_weight as gpu
 from tersor.kernels import quantized_matmul_cpu as cpu
 from tersor.kernels import quantized_matmul_int4 as int4
+from tersor.kernels import tiled_weight as gpu
 from tersor.kernels.quantized_matmul_cuda import has_kernel, prepared_matmul
 
 
@@ -67,8 +67,8 @@ def _matmul(x: Tensor, weight: QuantizedWeight) -> Tensor:
     return y
 
 
-def _int4_matmul(x: Tensor, weight: int4.PreparedWeight) -> Tensor:
-    """torch's operator where it is the faster one and no gradient is wanted."""
+def _int4_matmul(x: Tensor, weight: int4.Int4Weight) -> Tensor:
+    """torch's operator where it is faster and no gradient is wanted, else the reference."""
     if x.dtype == torch.bfloat16 and not (x.requires_grad and torch.is_grad_enabled()):
         return int4.matmul(x, weight)
     return _matmul(x, weight.standard)
@@ -76,7 +76,7 @@ def _int4_matmul(x: Tensor, weight: int4.PreparedWeight) -> Tensor:
 
 @dataclass(frozen=True)
 class Kernel:
-    """How one kind of weight is made and used. matmul is differentiable in x and traceable by torch.compile."""
+    """How one kind of prepared weight is made and used. `matmul` is differentiable in x and traceable by torch.compile."""
 
     takes: Callable[[QuantizedWeight], bool]  # whether `prepare` repacks this weight, on the device where it is
     prepare: Callable[[QuantizedWeight], Any]
@@ -84,13 +84,13 @@ class Kernel:
     matmul: Callable[[Tensor, Any], Tensor]  # x [..., in] -> [..., out] in x's dtype
 
 
-# By the class that `prepare` makes; the first that takes a weight wins.
+# By the class that `prepare` returns. The first kernel that takes a weight is chosen.
 KERNELS: dict[type, Kernel] = {
-    cpu.PreparedWeight: Kernel(lambda w: _on_cpu(w) and cpu.why_not(w) is None, cpu.prepare, cpu.restore, cpu.matmul),
-    int4.PreparedWeight: Kernel(
+    cpu.PanelWeight: Kernel(lambda w: _on_cpu(w) and cpu.why_not(w) is None, cpu.prepare, cpu.restore, cpu.matmul),
+    int4.Int4Weight: Kernel(
         lambda w: _on_cpu(w) and int4.why_not(w) is None, int4.prepare, lambda w: w.standard, _int4_matmul
     ),
-    gpu.PreparedWeight: Kernel(
+    gpu.TiledWeight: Kernel(
         lambda w: not _on_cpu(w) and has_kernel(w.qweight.device, torch.float16) and gpu.why_not(w) is None,
         gpu.prepare,
         gpu.restore,
@@ -98,7 +98,8 @@ KERNELS: dict[type, Kernel] = {
     ),
     QuantizedWeight: Kernel(lambda w: True, lambda w: w, lambda w: w, _matmul),
 }
-PreparedWeight = QuantizedWeight | cpu.PreparedWeight | int4.PreparedWeight | gpu.PreparedWeight
+# A weight in any layout that `quantized_matmul` takes.
+PreparedWeight = QuantizedWeight | cpu.PanelWeight | int4.Int4Weight | gpu.TiledWeight
 
 
 def _on_cpu(weight: QuantizedWeight) -> bool:
@@ -106,7 +107,7 @@ def _on_cpu(weight: QuantizedWeight) -> bool:
 
 
 def prepare(weight: QuantizedWeight) -> PreparedWeight:
-    """Repack a weight for the fastest kernel that its device has; the weight itself where there is none."""
+    """Repack a weight for the fastest kernel of its device. Returns the weight itself where there is none."""
     found: PreparedWeight = next(each for each in KERNELS.values() if each.takes(weight)).prepare(weight)
     return found
 

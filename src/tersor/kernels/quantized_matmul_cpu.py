@@ -1,8 +1,8 @@
-"""The quantized matmul on a CPU: choice of the instruction set, the repacked weight, and the call of
+"""The quantized matmul on a CPU: the choice of an instruction set, the repacked weight, and the call of
 `quantized_matmul_cpu.cpp`.
 
-`prepare` turns a weight into the layout that the kernel streams (the top of the .cpp file), once; `restore` is its
-inverse, so that a model needs to hold one copy only. All instruction sets read the same layout.
+`prepare` turns a weight once into the layout that the kernel streams; the .cpp file describes it at its top. `restore` is the
+inverse, so a model holds only one copy. All instruction sets read the same layout.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BLOCK_INPUTS = {2: 16, 3: 32, 4: 8, 8: 4, 16: 8, 32: 4}  # inputs of a block, an
 BLOCK_WORDS = {2: 1, 3: 3, 4: 1, 8: 1, 16: 4, 32: 4}  # the 32-bit words they take
 QUANTIZED = (2, 3, 4, 8)
 BF16 = ("avx512_bf16", "amx")  # implementations that multiply bfloat16 activations
-_WORTH_THREADS = 2**18  # multiply-adds; below, waking threads costs more than they save
+_WORTH_THREADS = 2**18  # multiply-adds; for fewer, waking threads costs more than they save
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _AVX2 = ("-mavx2", "-mfma")
@@ -43,7 +43,7 @@ FLAGS = {  # best first
 
 
 def supported() -> list[str]:
-    """The implementations that this processor can run, best first; whether a compiler is there is another matter."""
+    """The implementations that this processor can run, best first, even without a compiler."""
     has = torch.cpu.get_capabilities()
     avx2 = has.get("avx2", False) and has.get("fma3", False)
     avx512 = avx2 and all(has.get(f"avx512_{part}", False) for part in ("f", "bw", "vl", "dq"))
@@ -67,7 +67,7 @@ def library(implementation: str) -> ctypes.CDLL:
 
 @functools.cache
 def choose() -> tuple[str | None, str]:
-    """The best implementation that this processor runs and the compiler makes, or None; why it is no better one."""
+    """The best implementation that this processor runs and the compiler builds, or None; and why it is not a better one."""
     refused = []
     for name in supported():
         try:
@@ -80,7 +80,7 @@ def choose() -> tuple[str | None, str]:
 
 
 def describe() -> str:
-    """Which implementation runs here and why, for people."""
+    """Which implementation runs here and why, as a line to show."""
     name, why = choose()
     model = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
     processor = f"{model}, {torch.get_num_threads()} threads"
@@ -90,7 +90,7 @@ def describe() -> str:
 
 
 @dataclass(frozen=True)
-class PreparedWeight:
+class PanelWeight:
     """A weight [out, in] as the kernel reads it.
 
     packed:  int32 [panels, blocks, words, 32], see the .cpp file.
@@ -126,7 +126,7 @@ def why_not(weight: QuantizedWeight) -> str | None:
 
 
 def _order(groups: Tensor, count: int, block: int) -> tuple[Tensor | None, Tensor]:
-    """`columns` and `starts` (see PreparedWeight) for columns in groups, int64 [in], each filled up to whole blocks."""
+    """`columns` and `starts` (see PanelWeight). Each group is padded to whole blocks. groups: int64 [in]."""
     sizes = torch.bincount(groups, minlength=count)
     blocks = (sizes + block - 1) // block
     starts = torch.nn.functional.pad(blocks.cumsum(0), (1, 0))
@@ -149,8 +149,8 @@ def _from_panels(values: Tensor, out_features: int) -> Tensor:
     return values.transpose(0, 1).flatten(1)[:, :out_features].contiguous()
 
 
-def prepare(weight: QuantizedWeight, *, implementation: str | None = None) -> PreparedWeight:
-    """Repack for the kernel; for the best implementation where none is named. Raises ValueError where `why_not`."""
+def prepare(weight: QuantizedWeight, *, implementation: str | None = None) -> PanelWeight:
+    """Repack for the kernel. implementation: by default the best one. Raises ValueError where `why_not` has a reason."""
     if implementation is None:
         if reason := why_not(weight):
             raise ValueError(f"no CPU kernel for this weight: {reason}; use the reference")
@@ -167,7 +167,7 @@ def prepare(weight: QuantizedWeight, *, implementation: str | None = None) -> Pr
     pointers = qweight.data_ptr(), packed.data_ptr(), _pointer(columns)
     library(implementation).tersor_repack(*pointers, blocks, weight.out_features, bits, threads, False)
     symmetric = bool((weight.zeros == 2 ** (bits - 1)).all())
-    return PreparedWeight(
+    return PanelWeight(
         packed=packed,
         scales=_to_panels(weight.scales),
         zeros=None if symmetric else _to_panels(weight.zeros),
@@ -182,9 +182,9 @@ def prepare(weight: QuantizedWeight, *, implementation: str | None = None) -> Pr
     )
 
 
-def prepare_dense(weight: Tensor) -> PreparedWeight:
-    """A float weight [out, in] as the kernel reads it: bfloat16 as it is ("16 bits"), other types as float32 ("32 bits") unless
-    bfloat16 holds them exactly. There is no way back to a QuantizedWeight. Raises ValueError where there is no kernel.
+def prepare_dense(weight: Tensor) -> PanelWeight:
+    """A float weight [out, in] as the kernel reads it: bfloat16 ("16 bits") where it holds the weight exactly, else float32 ("32
+    bits"). It cannot be turned back into a QuantizedWeight. Raises ValueError where there is no kernel.
     """
     implementation, reason = choose()
     if implementation is None:
@@ -202,7 +202,7 @@ def prepare_dense(weight: Tensor) -> PreparedWeight:
     if blocks * block != in_features:
         columns = torch.full((blocks * block,), -1, dtype=torch.int32)
         columns[:in_features] = torch.arange(in_features)
-    return PreparedWeight(
+    return PanelWeight(
         packed=words.view(torch.int32).view(panels, blocks, BLOCK_WORDS[bits], PANEL),
         scales=torch.ones(panels, 1, PANEL),
         zeros=None,
@@ -217,7 +217,7 @@ def prepare_dense(weight: Tensor) -> PreparedWeight:
     )
 
 
-def restore(weight: PreparedWeight) -> QuantizedWeight:
+def restore(weight: PanelWeight) -> QuantizedWeight:
     """The weight in its standard layout again: the same integers, scales and zero points."""
     bits, out_features = weight.bits, weight.out_features
     qweight = torch.zeros(packed_size(weight.in_features, bits), out_features, dtype=torch.int32)
@@ -259,8 +259,8 @@ class Call(ctypes.Structure):
     )
 
 
-def call_of(weight: PreparedWeight, dtype: torch.dtype, *, round_x: bool = False) -> Call:
-    """The argument of `tersor_matmul` for activations of this type, but for x, y, rows and threads. Keep the weight alive.
+def call_of(weight: PanelWeight, dtype: torch.dtype, *, round_x: bool = False) -> Call:
+    """The argument of `tersor_matmul` for activations of this type, without x, y, rows and threads. Keep the weight alive.
 
     round_x: float32 activations may be taken in 16-bit fixed point (the .cpp file says how) where that is faster.
     """
@@ -279,7 +279,7 @@ def call_of(weight: PreparedWeight, dtype: torch.dtype, *, round_x: bool = False
     )
 
 
-def _run(x: Tensor, weight: PreparedWeight) -> Tensor:
+def _run(x: Tensor, weight: PanelWeight) -> Tensor:
     if x.dtype == torch.float64:
         return torch.nn.functional.linear(x, restore(weight).dequantize(torch.float64))
     if x.dtype not in (torch.float32, torch.bfloat16):
@@ -300,7 +300,7 @@ def _run(x: Tensor, weight: PreparedWeight) -> Tensor:
 _WEIGHT_SCHEMA = (
     "Tensor packed, Tensor scales, Tensor? zeros, Tensor? columns, Tensor starts, Tensor? g_idx, "
     "int bits, int group_size, int in_features, int out_features, str implementation"
-)  # the fields of PreparedWeight, of which the first six are tensors
+)  # the fields of PanelWeight; the first six are tensors
 _TENSORS = 6
 
 
@@ -311,7 +311,7 @@ _TENSORS = 6
     schema=f"(Tensor x, {_WEIGHT_SCHEMA}) -> Tensor",
 )
 def _op(x: Tensor, *fields: Any) -> Tensor:
-    return _run(x, PreparedWeight(*fields))
+    return _run(x, PanelWeight(*fields))
 
 
 @torch.library.custom_op(
@@ -321,17 +321,17 @@ def _op(x: Tensor, *fields: Any) -> Tensor:
     schema=f"(Tensor grad, {_WEIGHT_SCHEMA}) -> Tensor",
 )
 def _backward_op(grad: Tensor, *fields: Any) -> Tensor:
-    return grad @ restore(PreparedWeight(*fields)).dequantize(grad.dtype)
+    return grad @ restore(PanelWeight(*fields)).dequantize(grad.dtype)
 
 
 @_op.register_fake
 def _(x: Tensor, *fields: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], PreparedWeight(*fields).out_features))
+    return x.new_empty((*x.shape[:-1], PanelWeight(*fields).out_features))
 
 
 @_backward_op.register_fake
 def _(grad: Tensor, *fields: Any) -> Tensor:
-    return grad.new_empty((*grad.shape[:-1], PreparedWeight(*fields).in_features))
+    return grad.new_empty((*grad.shape[:-1], PanelWeight(*fields).in_features))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -349,13 +349,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def matmul(x: Tensor, weight: PreparedWeight) -> Tensor:
+def matmul(x: Tensor, weight: PanelWeight) -> Tensor:
     """y = x · Wᵀ. x [..., in], y [..., out] in x's dtype. Differentiable in x; traceable by torch.compile."""
     if x.shape[-1] != weight.in_features:
         raise ValueError(f"x has {x.shape[-1]} features, the weight takes {weight.in_features}")
     plain = type(x) is Tensor and not (x.requires_grad and torch.is_grad_enabled())
     if plain and x.device.type == "cpu" and not torch.compiler.is_compiling():
-        return _run(x, weight)  # what the operator would do, without the 30 us that its dispatch takes
+        return _run(x, weight)  # as the operator, without the 30 us of its dispatch
     y: Tensor = _op(
         x,
         weight.packed,

@@ -1,6 +1,6 @@
-"""The quantized matmul on NVIDIA Hopper GPUs: how `quantized_matmul.cu` is compiled, cut and launched; its operator.
+"""The quantized matmul on NVIDIA Hopper GPUs: compiles, cuts and launches `quantized_matmul.cu`, and defines its operator.
 
-Elsewhere, and for x in other types than float16 and bfloat16, a prepared weight is restored and goes through the reference.
+On other devices, and for x in other types than float16 and bfloat16, a prepared weight is restored and the reference is used.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from tersor.kernels import nvrtc
-from tersor.kernels.prepared_weight import K_TILE, PreparedWeight, restore
+from tersor.kernels.tiled_weight import K_TILE, TiledWeight, restore
 
 MULTIPROCESSOR_SHARED_BYTES = 227 * 1024
-SMALL_WEIGHT_BYTES = 48 * 2**20  # below, starting and ending a launch weighs more than streaming the weight
+SMALL_WEIGHT_BYTES = 48 * 2**20  # for smaller weights, starting and ending a launch takes longer than streaming
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Launch:
         return 128 * (self.warpgroups + 1)
 
     def registers(self) -> tuple[int, int]:
-        """Of a consumer's and of the producer's threads: what the multiprocessor's 65536 allow, in eights."""
+        """Registers of a consumer's and of the producer's threads: multiples of 8, within the multiprocessor's 65536."""
         producer, each = 24, 65536 // (self.threads * self.resident) // 8 * 8
         consumer = (each * (self.warpgroups + 1) - producer) // self.warpgroups // 8 * 8
         return min(consumer, 240), producer
@@ -77,7 +77,7 @@ def launch_for(rows: int, blocks: int, k_tiles: int, tile_bytes: int, bits: int,
     elif rows <= 128:
         how = Launch(128, 2, scale_sums=True) if small else Launch(128, 3)
     else:
-        # A pass over 256, 192 and 128 rows costs about so much; take what covers the rows most cheaply.
+        # About what a pass over 256, 192 and 128 rows costs; take what covers the rows most cheaply.
         n_tile = min((256, 192, 128), key=lambda n: -(-rows // n) * {256: 1.0, 192: 0.8, 128: 0.58}[n])
         how = Launch(128, 2, scale_sums=True) if n_tile == 128 else Launch(n_tile, 2)
         if -(-blocks // 2) * -(-rows // how.n_tile) < processors // 2:
@@ -157,7 +157,8 @@ def _kernel(
 def _workspace(device: torch.device) -> tuple[Tensor, Tensor]:
     """Sums of the tiles that blocks share (two a block, 256 x 128 a multiprocessor at most), and the blocks' counters.
 
-    One per device, as launches on one stream follow each other: do not run the kernel on two streams of a device at once.
+    There is one per device, because launches on one stream follow each other. Do not run the kernel on two streams of a device
+    at once.
     """
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     partials = torch.empty(processors * 2 * 256 * 128, dtype=torch.float32, device=device)
@@ -178,7 +179,7 @@ def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0) and torch.version.hip is None
 
 
-def launch(x: Tensor, weight: PreparedWeight, how: tuple[Launch, int] | None = None) -> Tensor:
+def launch(x: Tensor, weight: TiledWeight, how: tuple[Launch, int] | None = None) -> Tensor:
     """y [rows, out] = x [rows, in] · Wᵀ; x contiguous, its columns in the order of the tiles. `how` overrides the table."""
     rows, device = x.shape[0], x.device
     y = x.new_empty(rows, weight.out_features)
@@ -238,9 +239,9 @@ def _weight(
     scale_bfloat: bool,
     in_features: int,
     out_features: int,
-) -> PreparedWeight:
+) -> TiledWeight:
     scale_dtype = torch.bfloat16 if scale_bfloat else torch.float16
-    return PreparedWeight(tiles, order, bits, group_size, zero, scale_dtype, in_features, out_features)
+    return TiledWeight(tiles, order, bits, group_size, zero, scale_dtype, in_features, out_features)
 
 
 @_prepared_matmul.register_fake
@@ -272,7 +273,7 @@ def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
 _prepared_matmul.register_autograd(_backward, setup_context=_setup_context)
 
 
-def prepared_matmul(x: Tensor, weight: PreparedWeight) -> Tensor:
+def prepared_matmul(x: Tensor, weight: TiledWeight) -> Tensor:
     """y = x · Wᵀ. x [..., in], y [..., out] in x's dtype. Differentiable in x; traceable by torch.compile.
 
     The first call for a kind of weight and number of rows compiles: make it before capturing a CUDA graph.

@@ -1,7 +1,7 @@
-"""The quantized matmul by torch's own int4 operator: what is left to symmetric weights on a CPU without a C++ compiler.
+"""The quantized matmul by torch's own int4 operator, for symmetric weights on a CPU without a C++ compiler.
 
-Only for bfloat16 activations (the operator's float32 path takes 30 times as long); scales are rounded to bfloat16, as
-dequantizing to bfloat16 rounds every weight. 2 and 3 bits are widened to 4.
+It is used for bfloat16 activations only: the operator's float32 path takes 30 times as long. Scales are rounded to bfloat16; the
+reference rounds every weight to it. 2 and 3 bits are widened to 4.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ GROUP_SIZES = (32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
-class PreparedWeight:
-    """`standard` for all that the operator cannot do, and its own copy: a second one, of 4 bits a weight.
+class Int4Weight:
+    """The weight in the operator's layout, and `standard`, the weight as it was, for what the operator cannot do.
 
     packed: uint8 [out, in / 2] in the operator's order, codes counted from 8.
     scales_and_zeros: bfloat16 [groups, out, 2]; the zeros, added after scaling, are 0.
@@ -48,17 +48,17 @@ def why_not(weight: QuantizedWeight) -> str | None:
     return None
 
 
-def prepare(weight: QuantizedWeight) -> PreparedWeight:
-    """Pack for the operator. Raises ValueError where `why_not`."""
+def prepare(weight: QuantizedWeight) -> Int4Weight:
+    """Pack for the operator. Raises ValueError where `why_not` has a reason."""
     if reason := why_not(weight):
         raise ValueError(f"torch's int4 operator does not take {reason}; use the reference")
     codes = weight.codes().to(torch.int32) + (8 - 2 ** (weight.bits - 1))
     packed = torch._convert_weight_to_int4pack_for_cpu(codes.contiguous(), 1)
     scales = weight.scales.to(torch.bfloat16)
-    return PreparedWeight(weight, packed, torch.stack([scales, torch.zeros_like(scales)], dim=-1))
+    return Int4Weight(weight, packed, torch.stack([scales, torch.zeros_like(scales)], dim=-1))
 
 
-def matmul(x: Tensor, weight: PreparedWeight) -> Tensor:
+def matmul(x: Tensor, weight: Int4Weight) -> Tensor:
     """y = x · Wᵀ for bfloat16 x [..., in] that needs no gradient."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     y = torch._weight_int4pack_mm_for_cpu(rows, weight.packed, weight.standard.group_size, weight.scales_and_zeros)

@@ -4,14 +4,13 @@
     y_t = h_t · C_t + D x_t,  then  y_t * SiLU(z_t)
 
 x, dt, z [b, l, d]; A [d, n] negative; B, C [b, l, n] shared by the channels; D, dt_bias [d]; state [b, d, n]. All sums
-are float32 (float64 for float64), y has x's dtype. dt is used as softplus(dt + dt_bias) where `dt_softplus`; where
-`mask` [b, l] is False dt counts as 0, and a step with dt = 0 leaves the state as it is: so sequences of different
-lengths share a batch, padded at either end.
+are float32 (float64 for float64), y has x's dtype. With `dt_softplus`, softplus(dt + dt_bias) takes the place of dt. Where `mask`
+[b, l] is False dt counts as 0, and a step with dt = 0 leaves the state as it is. So sequences of different lengths share a batch,
+padded at either end.
 
-`step` is the formula for one token, `reference` a loop over it. `selective_scan` is what models call: the op
-`tersor::selective_scan`, compiled on CPUs (mamba_cpu.cpp; in torch, `chunked`, where there is no compiler) and in Triton
-on GPUs (selective_scan_triton.py). All keep only the states between chunks of time; the backward pass, in torch on either,
-recomputes the rest from these.
+`step` is the formula for one token, `reference` a loop over it. Models call `selective_scan`: the op `tersor::selective_scan`,
+compiled on CPUs (mamba_cpu.cpp; without a compiler `chunked`, in torch) and in Triton on GPUs (selective_scan_triton.py). All
+keep only the states between chunks of time; the backward pass, in torch on both, recomputes the rest from these.
 """
 
 from __future__ import annotations
@@ -86,7 +85,7 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """As `reference`, fast. Differentiable in every tensor but `mask`. One token is a `step`.
 
-    Beside the outputs it keeps l / chunk_size states, and while it runs chunk_size more.
+    Beside the outputs it keeps l / chunk_size states; while it runs, chunk_size more.
     """
     if mask is None and mamba_cpu.plain(x, dt, A, B, C, D, z, dt_bias, initial_state):
         first = x.new_zeros(x.shape[0], *A.shape) if initial_state is None else initial_state
@@ -238,7 +237,7 @@ def _states(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, h: Tensor) -> tuple[Ten
 
 
 def _time_first(tensor: Tensor) -> Tensor:
-    return tensor.transpose(0, 1)  # [b, l, ...] -> [l, b, ...]: each token's slice is contiguous in what is made of it
+    return tensor.transpose(0, 1)  # [b, l, ...] -> [l, b, ...], so that a token's slice of the result is contiguous
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

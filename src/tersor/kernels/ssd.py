@@ -3,9 +3,9 @@
     S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_tᵀ        S [b, h, p, n]: a matrix for every head
     y_t = S_t C_t + D x_t,  then  y_t * SiLU(z_t)
 
-x, z [b, l, h, p]; dt [b, l, h]; A, dt_bias [h], A negative; B, C [b, l, g, n], group g serves heads g h/G ... ;
-D [h] or [h, p]. All sums are float32 (float64 for float64), y has x's dtype. dt is used as softplus(dt + dt_bias) where
-`dt_softplus`, clamped to `dt_limit`; where `mask` [b, l] is False it counts as 0, which leaves the state as it is.
+x, z [b, l, h, p]; dt [b, l, h]; A, dt_bias [h], A negative; B, C [b, l, g, n], group g serves heads g h/G ... ; D [h] or [h,
+p]. All sums are float32 (float64 for float64), y has x's dtype. With `dt_softplus`, softplus(dt + dt_bias), clamped to
+`dt_limit`, takes the place of dt. Where `mask` [b, l] is False it counts as 0, which leaves the state as it is.
 
 With X_t = dt_t x_t and a_t the sum of dt A up to t, counted from the start of t's chunk, a chunk's outputs are
 
@@ -13,8 +13,8 @@ With X_t = dt_t x_t and a_t the sum of dt A up to t, counted from the start of t
 
 which is exact for every chunk size: only S goes from chunk to chunk.
 
-`step` is the formula for one token, `reference` a loop over it. `ssd` is what models call: the op `tersor::ssd`, in
-torch on CPUs (`chunked`) and in Triton on GPUs (ssd_triton.py). The backward pass runs through `chunked` on either.
+`step` is the formula for one token, `reference` a loop over it. Models call `ssd`: the op `tersor::ssd`, in torch on CPUs
+(`chunked`) and in Triton on GPUs (ssd_triton.py). The backward pass runs through `chunked` on both.
 
 `non_causal` is the form without an order: all tokens read the state after the last one.
 """
@@ -114,8 +114,8 @@ def ssd(
 def non_causal(x: Tensor, weights: Tensor, B: Tensor, C: Tensor, *, D: Tensor | None = None) -> Tensor:
     """Non-causal SSD (arXiv 2407.18559): S = sum_t w_t x_t B_tᵀ, y_t = S C_t + D x_t. Returns y [b, l, h, p].
 
-    weights [b, l, h], of any sign; S is what `ssd` has as its last state with dt = w and A = 0. Here two matmuls do. With
-    several groups head i reads group i mod g, as that paper has it, and not neighbouring heads one group as above.
+    weights [b, l, h], of any sign. S is the last state of `ssd` with dt = w and A = 0; here it takes two matmuls. With several
+    groups head i reads group i mod g, as in that paper; in `ssd` neighbouring heads share a group.
     """
     wide = torch.promote_types(weights.dtype, torch.float32)
     X = rearrange(weights[..., None].to(wide) * x.to(wide), "b l (r g) p -> b g l (r p)", g=B.shape[2])

@@ -17,7 +17,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu6": F.relu6,
     "gelu": F.gelu,  # exact, by erf
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "gelu_new": partial(F.gelu, approximate="tanh"),  # GPT-2's name of the same
+    "gelu_new": partial(F.gelu, approximate="tanh"),  # GPT-2's name of it
     "silu": F.silu,
     "swish": F.silu,
     "hardswish": F.hardswish,
@@ -31,7 +31,7 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 class Activate(nn.Module):
-    """An activation as a module, for places of an nn.Sequential: it has no state, and its name is its `repr`."""
+    """An activation as a module, for use in an nn.Sequential. It has no state; its `repr` is its name."""
 
     def __init__(self, name: str, *, of: str) -> None:
         super().__init__()
@@ -45,6 +45,6 @@ class Activate(nn.Module):
 
 
 def activation(name: str, *, of: str) -> Activation:
-    """The function called `name`. `of` is the model whose option it is; an unknown name is a TersorError."""
+    """The function called `name`. of: the model whose option it is. Raises TersorError for an unknown name."""
     one_of(of, "activation", name, ACTIVATIONS)
     return ACTIVATIONS[name]

@@ -1,7 +1,7 @@
-"""The selective scan over kept tokens only, with the states that a scan over all tokens would have there.
+"""The selective scan over kept tokens only, whose states decay as if all tokens were there.
 
-Token pruning for state-space models (Zhan et al., NeurIPS 2024, arXiv 2409.18962): a token that is dropped stops feeding
-the state, but the state decays over its place as before. Between consecutive kept tokens p < q
+Token pruning for state-space models (Zhan et al., NeurIPS 2024, arXiv 2409.18962): a dropped token no longer feeds the state, but
+the state still decays over its place. Between consecutive kept tokens p < q
 
     h_q = exp(span_q A) h_p + dt_q x_q B_q          span_q: the sum of dt over p + 1 .. q
     y_q = C_q . h_q + D x_q
@@ -42,5 +42,5 @@ def gaps(places: Tensor) -> Tensor:
 
 
 def importance(y: Tensor) -> Tensor:
-    """y [b, l, d], a scan's outputs -> [b, l]: the sum over channels of what is positive."""
+    """y [b, l, d], a scan's outputs -> [b, l]: the sum of the positive ones over channels."""
     return y.clamp(min=0).sum(-1)

@@ -1,10 +1,10 @@
-"""What integers compute on blocks with shifts: products, tables of functions, softmax, norms. See formats/blocks.py.
+"""Arithmetic of integers on blocks with shifts: products, tables of functions, softmax, norms. See formats/blocks.py.
 
-Every function takes blocks and gives wide numbers (float32), which whatever reads them next puts into blocks again. The
-tensors hold whole numbers wherever an integer machine would: a tile of a product is summed without rounding (in float32 as
-long as its sums stay below 2^24, in float64 above), functions are tables over the codes, a softmax adds integers of 15 bits, a
-norm adds up integers and their squares in 64 bits. Sums of two tensors on their grids need no function of their own: two codes
-of 8 bits whose shifts differ by at most 16 have an exact sum in float32.
+Every function takes blocks and returns wide numbers (float32); the next reader puts these into blocks again. The tensors hold
+whole numbers wherever an integer machine would. A tile of a product is summed without rounding: in float32 as long as its sums
+stay below 2^24, in float64 above. Functions are tables over the codes. A softmax adds integers of 15 bits. A norm adds up
+integers and their squares in 64 bits. The sum of two tensors on their grids needs no function here: two codes of 8 bits whose
+shifts differ by at most 16 have an exact sum in float32.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from tersor.formats.blocks import Blocks, power_of_two, to_blocks
 
-MASKED = -1e4  # scores at or below are hidden by a mask; they get no code
+MASKED = -1e4  # scores at or below it are hidden by a mask and get no code
 TABLE_BITS = 15  # of the entries of the softmax's table
-SPAN = 16  # bits by which blocks of one token may be moved against each other before the finer one is rounded
+SPAN = 16  # bits by which the shifts of one token's blocks may differ before the finer block is rounded
 
 
 def matmul(a: Blocks, b: Blocks, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -44,15 +44,15 @@ def matmul(a: Blocks, b: Blocks, dtype: torch.dtype = torch.float32) -> Tensor:
 def weighted_sum(weights: Tensor, values: Blocks) -> Tensor:
     """weights [..., N, M] times values [..., M, D], whose blocks lie inside a token (a row), -> [..., N, D].
 
-    The tokens' shifts go to the weights before these are put into blocks, so that tiles over tokens can be summed as integers,
-    and no token has a say in how another's values are rounded: a causal model stays causal.
+    The tokens' shifts are multiplied into the weights before these are put into blocks. So tiles over tokens are summed as
+    integers, and no token changes how another's values are rounded: a causal model stays causal.
     """
     columns = values.columns or values.codes.shape[-1]
     found = []
     for n, codes in enumerate(torch.split(values.codes, columns, -1)):
         steps = power_of_two(
             -values.shifts[..., n].to(torch.int32), torch.float32
-        )  # [..., M, or 1 where all share one]
+        )  # [..., M], or 1 in place of M where all share one
         steps = steps.expand(codes.shape[:-1]) * (codes != 0).any(-1)  # a token of zeros must not set its block's shift
         left = to_blocks(weights.float() * steps[..., None, :], values.bits, columns=values.columns, rows=values.rows)
         whole = codes.mT.contiguous()
@@ -75,7 +75,7 @@ def softmax(scores: Tensor, bits: int) -> Tensor:
     """scores [..., N], masked ones at most -1e4, -> their softmax over the last axis.
 
     A row has one shift e. exp(-k · 2^-e), k codes below the largest, is a table of integers of 15 bits; these are added up, and
-    each is divided by the sum. Rows that are hidden altogether give 0.
+    each is divided by the sum. Rows that are hidden as a whole give 0.
     """
     hidden = scores <= MASKED
     x = to_blocks(scores.masked_fill(hidden, 0.0), bits, columns=0)

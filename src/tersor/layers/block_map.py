@@ -1,4 +1,4 @@
-"""A linear map that multiplies blocks of integers by blocks of integers."""
+"""A linear map whose weight and input are blocks of integers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class BlockMap(nn.Module):
     """In place of nn.Linear or transformers' Conv1D: y = W x + bias. W in tiles of `rows` outputs and `columns` inputs, x in
     blocks of `columns` channels of one token (rows 0 or columns 0: one block in all).
 
-    like: a parameter without numbers, so that a model that has no other still says its dtype and device; `weight` has its dtype.
+    like: an empty parameter, so that a model without others still has a dtype and a device; `weight` has its dtype.
     """
 
     def __init__(self, original: nn.Module, *, bits: int, a_bits: int, rows: int, columns: int, bias: bool) -> None:
@@ -55,7 +55,7 @@ class BlockMap(nn.Module):
         return self.table.dequantize().to(self.like.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch._C.DisableTorchFunction():  # a scope around this layer shall not see what it computes with
+        with torch._C.DisableTorchFunction():  # so that a scope around this layer does not see its products
             tokens = to_blocks(
                 x.reshape(-1, self.in_features), self.a_bits, columns=self.columns, rows=1 if self.columns else 0
             )
@@ -69,5 +69,5 @@ class BlockMap(nn.Module):
 
 
 def _on(dense: Tensor, shape: Tensor) -> Tensor:
-    """An uninitialized tensor of `shape`'s shape where `dense` is."""
+    """An uninitialized tensor with the shape of `shape`, on the device of `dense`."""
     return torch.empty_like(shape, device=dense.device)

@@ -1,4 +1,4 @@
-"""A part of a model inside which all that is no layer is computed on blocks too: products, softmax, activations, sums."""
+"""A part of a model in which products, softmax, activations and sums are computed on blocks, not only layers."""
 
 from __future__ import annotations
 
@@ -39,14 +39,15 @@ SUMS_AND_GATES = frozenset(
 
 
 class BlockArithmetic(TorchFunctionMode):
-    """While active, computes on blocks of `columns` numbers of the last axis; the second operand of a product has them along the
-    axis that is summed over, but for values of an attention, whose blocks lie inside a token as all others."""
+    """While active, computes on blocks of `columns` numbers along the last axis. The second operand of a product has its blocks
+    along the axis that is summed over. The values of an attention are an exception: their blocks lie inside a token, like all
+    others."""
 
     def __init__(self, bits: int, columns: int) -> None:
         super().__init__()
         self.blocks = partial(to_blocks, bits=bits, columns=columns, rows=1 if columns else 0)
         self.bits = bits
-        self.map: torch.Size | None = None  # of a softmax's result, whose product is a sum over tokens
+        self.map: torch.Size | None = None  # the shape of a softmax's result: a product with it sums over tokens
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -81,8 +82,8 @@ class BlockArithmetic(TorchFunctionMode):
 
 @exchangeable
 class BlockScope(nn.Module):
-    """Runs `inner` with its products, softmax, activation functions, sums and gates on blocks; what one of these reads is put
-    into blocks first. Layers in it are left to themselves (block_map.py, block_norm.py, block_rows.py)."""
+    """Runs `inner` with its products, softmax, activation functions, sums and gates on blocks: their operands are put into blocks
+    first. Layers in it have blocks of their own (block_map.py, block_norm.py, block_rows.py)."""
 
     def __init__(self, inner: nn.Module, *, bits: int, columns: int) -> None:
         super().__init__()
@@ -100,7 +101,7 @@ class BlockScope(nn.Module):
             return self.inner(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        """What a model asks its blocks for (transformers: which mask they take) is the inner one's."""
+        """Attributes that a model asks its blocks for (in transformers, the kind of mask) are those of `inner`."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -115,12 +116,12 @@ def _called(func: Callable[..., Tensor], rest: list[Any], kwargs: dict[str, Any]
 
 
 def _counts(value: Any) -> bool:
-    """Whether it is a tensor of activations, not one of single numbers."""
+    """Whether it is a tensor of activations, and no single number."""
     return is_activation(value) and value.dim() > 1 and value.numel() > 0 and value.shape[-1] > 1
 
 
 def _masks(value: Tensor) -> bool:
-    """Whether it hides something: its large numbers would take the place of all others in their blocks."""
+    """Whether it is a mask that hides something: its large numbers would leave no bits to the others in their blocks."""
     return bool((value <= MASKED).any())
 
 

@@ -39,7 +39,8 @@ class BlockTensor(nn.Module):
         return float((self.dequantize() - wide).square().sum() / wide.square().sum().clamp(min=1e-30))
 
     def blocks(self, index: Tensor | None = None) -> Blocks:
-        """All, or the rows of these numbers [n]: then in blocks of one row, for each has the shifts of its tile."""
+        """All blocks, or those of the rows with these numbers [n]. These are blocks of one row, each with the shifts of its
+        tile."""
         codes, shifts, rows = self.codes, self.shifts, self.rows
         if codes.dim() == 1:
             codes, shifts = codes[None], shifts[None]

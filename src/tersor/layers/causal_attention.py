@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-KeysValues = tuple[Tensor, ...]  # keys and values [b, past, kv heads, d], and which of the past counts [b, past]
+KeysValues = tuple[Tensor, ...]  # keys and values [b, past, kv heads, d], and which past tokens count [b, past]
 
 
 def attend(
@@ -25,7 +25,7 @@ def attend(
     if state is not None or mask is not None:
         past = k.shape[1] - length
         earlier = torch.ones(length, k.shape[1], dtype=torch.bool, device=q.device).tril(past)
-        allowed = earlier & visible[:, None, None] | earlier.triu(past)  # its own diagonal: no row is empty
+        allowed = earlier & visible[:, None, None] | earlier.triu(past)  # with the diagonal, so that no row is empty
     Q, K, V = (rearrange(each, "b l h d -> b h l d") for each in (q, k, v))
     Y = F.scaled_dot_product_attention(Q, K, V, attn_mask=allowed, is_causal=allowed is None, enable_gqa=True)
     return rearrange(Y, "b h l d -> b l (h d)"), (k, v, visible)

@@ -1,8 +1,8 @@
 """CED, the convolutional encoder-decoder: a convolution to r channels, then one of kernel 1 to all of them.
 
 Greenformers (Cahyawijaya, arXiv 2108.10808), whose tensor names these are: `ced_unit.0.weight` [r, in / groups, *kernel],
-`ced_unit.1.weight` [out, r, 1, ...], `ced_unit.1.bias`. The first has the original's stride, padding, dilation and groups and
-no bias; the second is not grouped.
+`ced_unit.1.weight` [out, r, 1, ...], `ced_unit.1.bias`. The first convolution has the original's stride, padding, dilation and
+groups, and no bias; the second is not grouped.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class CED(nn.Module):
     """Drop-in for nn.Conv1d, nn.Conv2d and nn.Conv3d."""
 
     def __init__(self, original: nn.Conv1d | nn.Conv2d | nn.Conv3d, rank: int) -> None:
-        """original: the convolution whose shape this takes, at any rank that its groups divide."""
+        """original: the convolution to replace. rank: any number that its groups divide."""
         super().__init__()
         if rank % original.groups:
             raise TersorError(f"rank {rank} is not divisible by the convolution's {original.groups} groups")

@@ -1,4 +1,4 @@
-"""What a model's config is held to: each check raises a TersorError that names the model, the option and its value."""
+"""Checks of a model's config. Each raises a TersorError that names the model, the option and its value."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def at_least(model: str, least: float, **options: float) -> None:
 
 
 def same_length(model: str, **options: tuple[Any, ...]) -> None:
-    """Options that give one entry a stage have equally many entries."""
+    """Options with one entry per stage have the same number of entries."""
     if len({len(value) for value in options.values()}) > 1:
         told = ", ".join(f"{name} has {len(value)}" for name, value in options.items())
         raise TersorError(f"{model} needs one entry a stage in each of these: {told}")

@@ -1,4 +1,4 @@
-"""A convolution or linear map and the BatchNorm behind it as one: for inference, w' = w g, b' = (b - mean) g + beta."""
+"""Fold a BatchNorm into the convolution or linear map before it, for inference: w' = w g, b' = (b - mean) g + beta."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def scale_and_shift(norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) -> t
 
 @torch.no_grad()
 def fold(layer: nn.Conv1d | nn.Conv2d | nn.Linear, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> nn.Module:
-    """A copy of `layer` with a bias that computes norm(layer(x)). Transposed convolutions are not taken."""
+    """A copy of `layer` that computes norm(layer(x)); it has a bias. Not for transposed convolutions."""
     folded = copy.deepcopy(layer)
     scale, shift = scale_and_shift(norm)
     folded.weight.mul_(scale.reshape(-1, *[1] * (layer.weight.dim() - 1)))

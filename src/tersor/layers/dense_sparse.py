@@ -4,10 +4,11 @@
     y = Σ_b S_b (D_b x_b)
 
 Tensors: `basis` [blocks, k, q]; `values` [blocks, p, s]; `indices`, the places of the values in their rows, ⌈log2 k⌉ bits each,
-packed without gaps, the lowest bit first, into bytes; `bias` [out]. Blocks are numbered row by row of the matrix. A block of
-32-bit numbers takes k q + s p (1 + ⌈log2 k⌉ / 32) in place of p q numbers.
+packed into bytes without gaps, the lowest bit first; `bias` [out]. Blocks are numbered row by row of the matrix. Instead of p q
+32-bit numbers a block takes k q + s p (1 + ⌈log2 k⌉ / 32).
 
-Products run as two dense ones, k (q + p) a block, with S made dense for the call: fewer than p q where k < p q / (p + q).
+S is made dense for a call, which then runs two dense products: k (q + p) multiplications a block, fewer than p q where
+k < p q / (p + q).
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class DenseSparse(nn.Module):
 
     @property
     def places(self) -> Tensor:
-        """The unpacked indices [blocks, p, s], int64; kept until the packed ones change."""
+        """The unpacked indices [blocks, p, s], int64. They are cached until the packed ones change."""
         found = (self.indices.data_ptr(), self.indices._version, self.indices.device)
         if self._unpacked is None or self._unpacked[0] != found:
             shape = self.values.shape
@@ -80,7 +81,7 @@ class DenseSparse(nn.Module):
 
     @torch.no_grad()
     def set_factors(self, sparse: Tensor, basis: Tensor) -> None:
-        """Take S [blocks, p, k], of which the s largest of every row are kept, and D [blocks, k, q]."""
+        """Take S [blocks, p, k], keeping the s largest numbers of every row, and D [blocks, k, q]."""
         places = largest(sparse.abs(), self.nonzeros)
         self.values.copy_(sparse.gather(-1, places))
         self.indices.copy_(pack_indices(places, index_bits(self.k)))
@@ -115,7 +116,7 @@ def index_bits(basis: int) -> int:
 
 
 def largest(sizes: Tensor, count: int) -> Tensor:
-    """The places of the `count` largest in every row [..., k] -> [..., count], in rising order; of equal ones the first count."""
+    """[..., k] -> [..., count]: the places of the largest in every row, in rising order. Of equal ones the first are taken."""
     order = sizes.argsort(dim=-1, descending=True, stable=True)[..., :count]
     return order.sort(-1).values
 
@@ -141,5 +142,5 @@ def split_blocks(W: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def joined_blocks(blocks: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The matrix that `split_blocks` cut. grid: how many blocks it has below and beside each other."""
+    """Inverse of `split_blocks`. grid: how many rows and columns of blocks the matrix has."""
     return blocks.reshape(*grid, *blocks.shape[1:]).transpose(1, 2).flatten(2).flatten(0, 1)

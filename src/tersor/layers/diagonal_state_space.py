@@ -83,7 +83,7 @@ def vandermonde(v: Tensor, log_A: Tensor, length: int) -> Tensor:
 def parameter_groups(
     model: nn.Module, *, lr: float, weight_decay: float, dynamics_lr: float = 0.001
 ) -> list[dict[str, Any]]:
-    """For an optimizer: the parameters of dt, A, B and P have no weight decay and a learning rate of their own."""
+    """Parameter groups for an optimizer: dt, A, B and P get no weight decay and a learning rate of their own."""
     dynamics: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():

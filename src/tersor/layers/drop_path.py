@@ -14,7 +14,7 @@ class DropPath(nn.Module):
         if not self.training or self.rate == 0.0:
             return x
         keep = x.new_empty(x.shape[0], *[1] * (x.dim() - 1)).bernoulli_(1 - self.rate)
-        return x * keep / (1 - self.rate)  # the expectation stays what it is in eval mode
+        return x * keep / (1 - self.rate)  # keeps the expectation of eval mode
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}"

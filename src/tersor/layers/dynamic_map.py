@@ -1,4 +1,4 @@
-"""A linear map with packed weights, whose input is rounded to a grid made from this very input."""
+"""A linear map with packed weights. Its input is rounded to a grid that is fitted to this input."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ UNROUNDED = 32  # bits of activations that stay as they are
 class DynamicMap(nn.Module):
     """In place of nn.Linear or transformers' Conv1D: y = W x̂ + bias, x̂ on the symmetric grid of formats/clipped_grid.py.
 
-    The arithmetic is that of floating-point numbers on those grids: it shows what integers would compute, in a fraction of the
+    It computes in floating point with numbers on those grids. This shows what integers would give, takes a fraction of the
     memory, and is not faster than the original.
 
     qweight: int32 [packed_size(in, w_bits), out], the codes packed along the input. steps, lows: floating [rows], where rows is
@@ -30,7 +30,7 @@ class DynamicMap(nn.Module):
     qweight: Tensor
     steps: Tensor
     lows: Tensor
-    like: Tensor  # empty; of the dtype in which `weight` is shown, which follows the module's casts
+    like: Tensor  # empty; the dtype of `weight`, which follows the module's casts
 
     def __init__(
         self, original: nn.Module, *, w_bits: int, a_bits: int, clip: float, per_output: bool, bias: bool

@@ -1,4 +1,4 @@
-"""A module whose products of two activations are of numbers on grids that are made from these very numbers."""
+"""A module that rounds both operands of a product of activations, each to a grid that is fitted to it."""
 
 from __future__ import annotations
 
@@ -43,6 +43,6 @@ class DynamicProducts(nn.Module):
 
 
 def rounded_through(x: Tensor, bits: int, clip: float) -> Tensor:
-    """x on its symmetric grid, with the gradient of what is not limited."""
+    """x on its symmetric grid. The gradient passes where x is not clipped."""
     rounded = symmetric(at_least_float32(x), bits, clip).to(x.dtype)
     return straight_through(rounded, inside(x, clip)) if x.requires_grad else rounded

@@ -1,9 +1,9 @@
-"""Modules that a method puts in the place of others, and how a checkpoint says so.
+"""Modules that a method puts in place of others, and how a checkpoint records them.
 
-A class marked with `@exchangeable` says by `describe()` what is needed to build it, in JSON's terms. config.json lists it under
-`tersor_exchanged`: {module name: {"kind": the file in this folder that holds the class, ...}}. Loading builds the original's
-module tree, lets each kind take its place (`in_place_of`, on the meta device), and then reads tensors by their names, as for
-any other module.
+The `describe()` of a class marked with `@exchangeable` returns what is needed to build it, as JSON values. config.json lists it
+under `tersor_exchanged`: {module name: {"kind": the file in this folder that holds the class, ...}}. Loading builds the
+original's module tree, replaces the listed modules (`in_place_of`, on the meta device), and then reads tensors by their names,
+as for any other module.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ EXCHANGED = "tersor_exchanged"  # the key in config.json
 
 
 class Exchangeable(Protocol):
-    """What an exchangeable class has. `describe()` gives the keyword arguments of `in_place_of` after the first.
+    """What an exchangeable class has. `describe()` returns the keyword arguments of `in_place_of`.
 
-    A module that holds weights packed says by an attribute `packed_parameters` how many those are.
+    A module with packed weights has an attribute `packed_parameters`: how many weights these are.
     """
 
     def describe(self) -> dict[str, Any]: ...
 
     @classmethod
     def in_place_of(cls, original: nn.Module, **described: Any) -> nn.Module:
-        """A module of the described kind and of `original`'s shape, on the device and in the dtype of its weights; its own
-        weights may be anything, for they are read afterwards."""
+        """A module of the described kind with `original`'s shape, device and dtype. Its weights may be anything: they are read
+        afterwards."""
         ...
 
 
@@ -40,7 +40,7 @@ _KINDS: dict[str, type[nn.Module]] = {}
 
 
 def exchangeable(kind: Kind) -> Kind:
-    """Mark a class; it is the only one of its file, whose name is the kind's."""
+    """Mark a class. A file holds one such class, and the file's name is the kind."""
     _KINDS[kind.__module__.rpartition(".")[2]] = kind
     return kind
 
@@ -51,7 +51,7 @@ def exchangeable_kinds() -> frozenset[type[nn.Module]]:
 
 
 def exchanged_in(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What config.json lists: every exchanged module by name, outer ones first."""
+    """The list for config.json: every exchanged module by name, outer ones first."""
     names = {kind: name for name, kind in _KINDS.items()}
     return {
         name: {"kind": names[type(module)], **cast(Exchangeable, module).describe()}
@@ -61,7 +61,7 @@ def exchanged_in(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def exchange(model: nn.Module, listed: Mapping[str, Mapping[str, Any]]) -> None:
-    """Put what config.json lists in its places. Raises TersorError where a kind or a place is unknown."""
+    """Replace the modules that config.json lists. Raises TersorError where a kind or a module is unknown."""
     for name, described in listed.items():
         rest = {key: value for key, value in described.items() if key != "kind"}
         kind = cast("type[Exchangeable]", _kind(str(described.get("kind")), name))

@@ -2,8 +2,8 @@
 
 transformers holds the experts of a layer as parameters [experts, out, in] (or [experts, in, out], "transposed"), and its plain
 forward computes with slices of them: `F.linear(x, stack[e])`, `x @ stack[e]`, or `torch.bmm(x, stack)` over all. `ExpertMap` is
-one slice, for solvers; `ExpertCalls` sees the inputs of every slice while the model's own code runs; `PackedExperts` takes the
-parameter's place once the slices are packed.
+one slice, for solvers. `ExpertCalls` sees the inputs of every slice while the model's own code runs. `PackedExperts` replaces the
+parameter once the slices are packed.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def stored_name(name: str, found: object) -> str:
 
 
 def is_transposed(module: nn.Module, shapes: Sequence[torch.Size]) -> bool:
-    """Whether slices are [in, out]. Where the module does not say so, what comes in must go out: with slices [out, in] the first
-    stack's columns are the last one's rows."""
+    """Whether slices are [in, out]. Where the module does not say, the shapes do: an expert's last map returns what its first
+    takes, so with slices [out, in] the first stack has as many columns as the last has rows."""
     said = getattr(module, "is_transposed", None)
     if isinstance(said, bool) or len(shapes) < 2:
         return bool(said)
@@ -84,7 +84,7 @@ class ExpertCalls(TorchFunctionMode):
             self._see(args[0], args[1])
         elif func in BMM and len(args) > 1 and isinstance(args[1], Tensor):
             for e, x in enumerate(args[0]):
-                self._see(x[x.any(-1)], args[1][e])  # tokens that are not for this expert are rows of zeros
+                self._see(x[x.any(-1)], args[1][e])  # without the rows of zeros: tokens of other experts
         return func(*args, **(kwargs or {}))
 
     def _see(self, x: Tensor, weight: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""GPT-2's blocks as a trunk for vectors of any origin: x (B, L, D) -> (B, L, D), causal, with GPT-2's positions.
+"""GPT-2's blocks as a trunk for any vectors: x (B, L, D) -> (B, L, D), causal, with GPT-2's positions.
 
     trunk = GPT2(GPT2Config(n_layer=6))
     trunk.load_state_dict(to_linear(gpt2_weights(state, layers=6)))        # OpenAI's weights as transformers has them
@@ -6,8 +6,8 @@
 
     x = dropout(x + wpe);  x = x + attn(ln_1(x)),  x = x + c_proj(gelu_tanh(c_fc(ln_2(x))))     n_layer times;  ln_f(x)
 
-Weights are nn.Linear's (out, in); checkpoints hold the transposes, `to_linear` turns them. With lora_r the fused query, key
-and value map is W + (alpha / r) B A, of which A, B and the bias alone are trained; the rest of the trunk is frozen.
+Weights are nn.Linear's (out, in). Checkpoints hold the transposes; `to_linear` turns them. With lora_r the fused map of query,
+key and value is W + (alpha / r) B A. Only A, B and the bias are trained then; the rest of the trunk is frozen.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class GPT2(nn.Module):
 
 
 def to_linear(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """GPT-2's maps (in, out) as nn.Linear's (out, in), wherever they are in `state`; those that are turned already stay."""
+    """`state` with GPT-2's maps (in, out) turned to nn.Linear's (out, in). Maps that are turned already stay."""
     fused = [value for key, value in state.items() if re.search(r"\.c_attn(\.base_layer)?\.weight$", key)]
     if not fused or fused[0].shape[0] > fused[0].shape[1]:  # (3 D, D): ours
         return dict(state)
@@ -146,7 +146,7 @@ def to_linear(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def gpt2_weights(state: Mapping[str, Tensor], *, layers: int) -> dict[str, Tensor]:
-    """Of a GPT-2 language model's tensors (transformers' names) those of the trunk's first `layers` blocks."""
+    """The tensors of the trunk's first `layers` blocks, from those of a GPT-2 language model (transformers' names)."""
     bare = {key.removeprefix("transformer."): value for key, value in state.items() if not key.startswith("lm_head.")}
     mask = r"\.attn\.(bias|masked_bias)$"  # buffers of old checkpoints
     kept = {key: value for key, value in bare.items() if not re.search(mask, key)}

@@ -69,7 +69,7 @@ def diagonalized_hippo(measure: str, N: int, rank: int = 1) -> tuple[Complex, Co
     normal = A + P.T @ P  # a multiple of I plus a skew-symmetric matrix
     imaginary, V = np.linalg.eigh(-1j * (normal - np.diag(np.diag(normal))))  # ascending
     W, V = np.diag(normal).mean() + 1j * imaginary[: N // 2], V[:, : N // 2]
-    if abs(W[-1].imag) < 1e-4:  # the pair at 0 shares its eigenspace: take the published vector of it
+    if abs(W[-1].imag) < 1e-4:  # the pair at 0 shares an eigenspace: take the published vector
         V[:, -1] = 0.0
         V[:2, -1] = 2**-0.5, 2**-0.5 * 1j
     return W, P @ V.conj(), B[:, 0] @ V.conj()
@@ -141,7 +141,7 @@ def _input_vector(B_init: str, n: int) -> Complex:
 
 
 def _complex_normal(*shape: int) -> Complex:
-    """Standard complex normal, from torch's generator so that torch.manual_seed governs it."""
+    """Standard complex normal numbers, from torch's generator, so that torch.manual_seed decides them."""
     import torch
 
     return np.asarray(torch.randn(*shape, dtype=torch.complex128, device="cpu"))

@@ -11,8 +11,8 @@ frame is then split: one part completes this token, the rest begins the next:
 embeds (B, N, D), N = round(sum of alphas) of the longest row or `length`; rows with fewer tokens end in zeros. peaks
 (B, T): the sum so far, before the token is taken off. At most one token fires a frame.
 
-The sum of scaled weights reaches an integer only up to rounding: it may end at 6.9999995, and then the last token is zero.
-That happens in the published code and here. Sums are in float64, so half precision does not move the tokens.
+The sum of scaled weights reaches an integer only up to rounding. It may end at 6.9999995, and then the last token is zero, here
+as in the published code. Sums are in float64, so half precision does not move the tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Unfired:
-    """What a stream carries: the weight (B,) and the vector (B, D) of the token that has not fired yet."""
+    """What a stream carries on: weight (B,) and vector (B, D) of the token that has not fired yet."""
 
     weight: Tensor
     vector: Tensor
@@ -60,7 +60,7 @@ def fire_in_steps(
         weight = torch.where(fires, peak - threshold, peak)
     sums = torch.stack(peaks, 1)
     fired = sums >= threshold
-    if length is None and state is not None:  # in a stream the weights of this call alone say nothing
+    if length is None and state is not None:  # in a stream, the weights of this call do not say how many tokens fire
         length = int(fired.sum(1).max())
     return _fired_rows(torch.stack(frames, 1), fired, _length(alphas, length)), sums, Unfired(weight, vector)
 

@@ -1,7 +1,7 @@
 """LED, the linear encoder-decoder: a linear map of low rank as two, y = D (E x) + b with E [r, in] and D [out, r].
 
 Greenformers (Cahyawijaya, arXiv 2108.10808), whose tensor names these are: `led_unit.0.weight` is E, `led_unit.1.weight`
-D, `led_unit.1.bias` b. r (in + out) weights instead of in · out, and as many products a token.
+D, `led_unit.1.bias` b. It has r (in + out) weights instead of in · out, and as many products per token.
 """
 
 from __future__ import annotations

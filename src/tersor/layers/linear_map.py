@@ -15,7 +15,7 @@ LinearMap = nn.Module | ExpertMap
 
 
 def linear_maps(module: nn.Module) -> dict[str, LinearMap]:
-    """The dense linear maps inside `module` by name, in tree order; those used under several names come once."""
+    """The dense linear maps inside `module` by name, in tree order. A map with several names comes once."""
     found: dict[str, LinearMap] = {}
     for name, each in module.named_modules():
         if is_linear_map(each):
@@ -25,13 +25,13 @@ def linear_maps(module: nn.Module) -> dict[str, LinearMap]:
 
 
 def embeddings(module: nn.Module) -> dict[str, nn.Embedding]:
-    """The embeddings inside `module` by name. The row of token i is W e_i with W [hidden, tokens] transposed, so that a table
-    can be packed as the weight of a linear map with tokens for outputs."""
+    """The embeddings inside `module` by name. A table [tokens, hidden] is packed like the weight of a linear map whose outputs
+    are the tokens."""
     return {name: each for name, each in module.named_modules() if isinstance(each, nn.Embedding)}
 
 
 def packable_maps(module: nn.Module) -> dict[str, LinearMap]:
-    """All that may be stored packed: the linear maps and the embeddings."""
+    """The linear maps and the embeddings: all that may be stored packed."""
     return {**linear_maps(module), **embeddings(module)}
 
 
@@ -40,19 +40,19 @@ def is_linear_map(module: nn.Module) -> bool:
     if isinstance(module, nn.Conv2d):
         return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return False  # nn.MultiheadAttention uses its weight without calling it
+        return False  # nn.MultiheadAttention reads its weight without calling it
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def computes_its_own(module: LinearMap) -> bool:
-    """Whether the class has a forward of its own, so that what it computes has to be seen to be believed."""
+    """Whether the class has a forward of its own: then only running it shows what it computes."""
     if isinstance(module, nn.Embedding):
         return type(module).forward is not nn.Embedding.forward
     return isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
 
 
 def columns_of(module: LinearMap) -> int:
-    """Number of inputs that one output of a linear map sees: the width of its weight seen as a matrix."""
+    """How many inputs one output of a linear map sees: the columns of its weight matrix."""
     return weight_matrix(module).shape[1]
 
 
@@ -78,7 +78,7 @@ def set_weight_matrix(module: LinearMap, matrix: Tensor) -> None:
 
 
 def own_layout(module: LinearMap, matrix: Tensor) -> Tensor:
-    """Rows of a weight matrix [n, in] as the module, or its file, holds them."""
+    """Rows of a weight matrix [n, in] in the layout of the module and of its file."""
     if _holds_transpose(module):
         return matrix.t()
     weight = module.weight
@@ -92,7 +92,7 @@ def as_matrix(module: LinearMap, held: Tensor) -> Tensor:
 
 
 def input_matrix(module: LinearMap, x: Tensor) -> tuple[Tensor, int]:
-    """What the module multiplies its weight matrix with, [tokens, in], and how many samples that is.
+    """The matrix that the module multiplies its weight matrix with, [tokens, in], and how many samples it holds.
 
     A linear map's samples are its leading axis (sequences, not tokens); x without a batch axis is one sample.
     """
@@ -105,14 +105,14 @@ def input_matrix(module: LinearMap, x: Tensor) -> tuple[Tensor, int]:
 
 
 def window_of(module: LinearMap) -> tuple[object, ...]:
-    """What of its input a row of `input_matrix` holds: two maps with equal windows see the same matrix of one input."""
+    """Which part of the input a row of `input_matrix` holds. Two maps with equal windows make the same matrix of one input."""
     if not isinstance(module, nn.Conv2d):
         return ()
     return (module.kernel_size, module.stride, module.padding, module.dilation)
 
 
 def call_with_matrix(module: LinearMap, x: Tensor, matrix: Tensor) -> Tensor:
-    """What the module would compute of x, were its weight matrix this one [out, in]."""
+    """What the module would compute of x with this weight matrix [out, in]."""
     bias = getattr(module, "bias", None)
     assert bias is None or isinstance(bias, Tensor)
     if isinstance(module, nn.Conv2d):
@@ -122,7 +122,8 @@ def call_with_matrix(module: LinearMap, x: Tensor, matrix: Tensor) -> Tensor:
 
 
 def is_conv1d(module: LinearMap) -> bool:
-    """transformers' Conv1D: a linear layer with weight [in, out]. Told by its name so that transformers need not be imported."""
+    """Whether it is transformers' Conv1D, a linear layer with weight [in, out]. Tested by name, so as not to import
+    transformers."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 

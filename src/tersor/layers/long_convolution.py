@@ -15,8 +15,7 @@ from torch.nn import functional as F
 def long_convolution(x: Tensor, kernel: Tensor, *, backward_kernel: Tensor | None = None) -> Tensor:
     """x (..., L), kernel (..., Lk), their leading axes broadcast; the result has x's length and dtype.
 
-    backward_kernel: of the same shape. Its tap 0 meets the next position, not the present one, which the forward
-    kernel has already.
+    backward_kernel: of the same shape. Its tap 0 meets the next position: the present one belongs to the forward kernel.
     """
     length, total = x.shape[-1], x.shape[-1] + kernel.shape[-1]
     if backward_kernel is not None:
@@ -27,5 +26,5 @@ def long_convolution(x: Tensor, kernel: Tensor, *, backward_kernel: Tensor | Non
 
 
 def wide(x: Tensor) -> Tensor:
-    """In float32 at least."""
+    """x in float32 at least."""
     return x if x.dtype == torch.float64 else x.float()

@@ -31,7 +31,7 @@ MOST_BITS = 24  # a table of 2^24 codes
 
 @dataclass(frozen=True)
 class LFQLosses:
-    """Scalars. gamma weighs the batch's entropy, as the layer was told."""
+    """Scalars. In `entropy`, the layer's gamma weighs the batch's part."""
 
     per_sample_entropy: Tensor
     batch_entropy: Tensor
@@ -60,7 +60,7 @@ class LFQ(nn.Module):
         return self.project_out(straight_through(signs(z), z)), to_indices(z)
 
     def values(self, indices: Tensor) -> Tensor:
-        """What `forward` returns as values beside these indices."""
+        """The values that `forward` returns with these indices."""
         weight = next(self.project_out.parameters(), None)
         codes = to_codes(indices, self.bits)
         made: Tensor = self.project_out(codes if weight is None else codes.to(weight.dtype))

@@ -20,9 +20,9 @@ def offset_index(side: int, stride: int = 1) -> Tensor:
 
 
 def resize_table(table: Tensor, side: int) -> Tensor:
-    """A table of another grid, interpolated (bicubic): what lets a checkpoint run at another image size."""
+    """A table interpolated (bicubic) to another grid, so that a checkpoint runs at another image size."""
     old = round(table.shape[1] ** 0.5)
-    if old == side or old * old != table.shape[1]:  # not a table of ours: whoever loads it will say so
+    if old == side or old * old != table.shape[1]:  # no table of such a grid: loading will say so
         return table
     square = rearrange(table, "heads (dy dx) -> 1 heads dy dx", dy=old)
     resized = torch.nn.functional.interpolate(square, size=(side, side), mode="bicubic", align_corners=False)

@@ -1,4 +1,4 @@
-"""An embedding whose rows are packed codes on grids of their own, of any place and step."""
+"""An embedding of packed codes: each row has a grid of its own, with any step and any lowest level."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tersor.layers.exchange import exchangeable
 
 @exchangeable
 class PackedRows(nn.Module):
-    """In place of nn.Embedding: ids [...] -> [..., hidden], of which only the rows asked for are unpacked.
+    """In place of nn.Embedding: ids [...] -> [..., hidden]. Only the rows that are asked for are unpacked.
 
     qweight: int32 [tokens, packed_size(hidden, bits)]. steps, lows: floating [tokens]; row i is lows[i] + steps[i] · codes[i].
     """
@@ -22,7 +22,7 @@ class PackedRows(nn.Module):
     qweight: Tensor
     steps: Tensor
     lows: Tensor
-    like: Tensor  # empty; of the dtype of the rows, which follows the module's casts
+    like: Tensor  # empty; the dtype of the rows, which follows the module's casts
 
     def __init__(self, original: nn.Module, *, bits: int) -> None:
         super().__init__()

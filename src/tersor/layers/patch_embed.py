@@ -1,4 +1,4 @@
-"""Images to tokens: the check of an image's size, with the sizes that work in the message."""
+"""The check of an image's size before it becomes tokens; the message names sizes that work."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from tersor.errors import TersorError
 
 
 def check_image(model: str, image: Tensor, *, channels: int, multiple: int = 1, at_least: int = 1) -> None:
-    """image (B, channels, H, W) with both sides multiples of `multiple` and not below `at_least`, else a TersorError."""
+    """Raise TersorError unless the image is (B, channels, H, W), with sides that are multiples of `multiple`, at least
+    `at_least`."""
     if image.dim() != 4 or image.shape[1] != channels:
         raise TersorError(f"{model} takes images (batch, {channels}, height, width), not {list(image.shape)}")
     height, width = image.shape[-2:]

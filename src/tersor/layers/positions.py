@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 def sinusoids(length: int, d: int, *, base: float = 10_000.0, interleaved: bool = True) -> Tensor:
     """(length, d), float32: sin and cos of t / base^(2i/d). Interleaved: column 2i is a sine, 2i + 1 its cosine; else all
-    sines come first. With an odd d the last cosine is left out. On the CPU, whatever the device in force: a constant."""
+    sines come first. With an odd d the last cosine is left out. It is a constant, made on the CPU whatever the default device."""
     pairs = math.ceil(d / 2)
     rates = torch.exp(torch.arange(pairs, dtype=torch.float32, device="cpu") * 2 * (-math.log(base) / d))
     angles = torch.arange(length, dtype=torch.float32, device="cpu")[:, None] * rates  # (length, pairs)

@@ -1,7 +1,7 @@
-"""Products of two activations, wherever a module computes them: q kᵀ and softmax · v of any attention.
+"""See and change the products of two activations that a module computes, such as q kᵀ and softmax · v of an attention.
 
-`Products` is active while a module runs, and hands both operands of every such product to a function before they are
-multiplied. PyTorch's fused attention is taken apart into its two products, for its softmax cannot be seen otherwise.
+`Products` is active while a module runs. It hands both operands of every such product to a function before they are multiplied.
+PyTorch's fused attention is taken apart into its two products, because its softmax could not be seen otherwise.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-# Of each, the place of the first of its two operands. All compute a product of two tensors and nothing else with them.
+# Functions that only multiply two tensors, each with the place of its first operand.
 PRODUCTS: dict[Callable[..., Any], int] = {
     torch.matmul: 0,
     torch.bmm: 0,
@@ -27,13 +27,15 @@ PRODUCTS: dict[Callable[..., Any], int] = {
 FUSED = nn.functional.scaled_dot_product_attention
 Operands = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 Multiply = Callable[[Tensor, Tensor], Tensor]
-Seen = Callable[[Multiply, Tensor, Tensor, Tensor], Tensor]  # (how it is multiplied, a, b, the product) to the product
+Seen = Callable[
+    [Multiply, Tensor, Tensor, Tensor], Tensor
+]  # (how they are multiplied, a, b, their product) to the product to go on with
 
 
 class Products(TorchFunctionMode):
-    """While active, `operands(a, b)` gives what is multiplied instead of a and b; products with a parameter are left alone.
+    """While active, what `operands(a, b)` returns is multiplied instead of a and b. Products with a parameter are left alone.
 
-    seen: is shown every product with its operands, and gives what the model goes on with.
+    seen: called with every product and its operands; the model goes on with what it returns.
     """
 
     def __init__(self, operands: Operands, seen: Seen | None = None) -> None:
@@ -72,7 +74,7 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """torch's scaled_dot_product_attention from single steps, its two products computed by `multiply`.
+    """torch's scaled_dot_product_attention step by step; `multiply` computes its two products.
 
     query [..., n, d], key and value [..., m, d].
     """

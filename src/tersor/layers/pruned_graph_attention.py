@@ -6,7 +6,7 @@ straight through.
 
     chosen    ⌈ratio · n⌉ of the n nodes of a graph; the others take no part, neither as queries nor as keys, and get 0. What a
               graph gets does not depend on what else is in the batch, and products are saved
-    masked    (published) ⌊ratio · L⌋ of the L columns to which the batch is padded, padding among them, and always the last;
+    masked    (published) of the L columns to which the batch is padded, padding included, ⌊ratio · L⌋ and always the last;
               the others become zero vectors that are keys still, and noise is drawn in eval mode too. Nothing is saved
 
 With no heads left the output is 0, and only the residual path beside remains.
@@ -92,7 +92,7 @@ class PrunedGraphAttention(nn.Module):
         return kept.view_as(x)
 
     def attend(self, x: Tensor, real: Tensor) -> Tensor:
-        """Multi-head attention between the real of the tokens x [G, k, c]."""
+        """Multi-head attention between those tokens of x [G, k, c] that are real."""
         q, k, v = rearrange(self.in_proj(x), "g n (three h d) -> three g h n d", three=3, h=self.heads)
         y = F.scaled_dot_product_attention(q, k, v, real[:, None, None], self.dropout if self.training else 0.0)
         projected: Tensor = self.out_proj(rearrange(y, "g h n d -> g n (h d)"))

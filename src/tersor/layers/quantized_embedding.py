@@ -1,4 +1,4 @@
-"""An embedding whose table is packed integers, of which a call unpacks only the rows that it asks for."""
+"""An embedding whose table is packed integers. A call unpacks only the rows that it asks for."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from tersor.layers.linear_map import computes_its_own
 
 
 class QuantizedEmbedding(nn.Module):
-    """Drop-in for nn.Embedding: ids [...] -> [..., hidden], in the dtype of the table whose place it takes.
+    """Drop-in for nn.Embedding: ids [...] -> [..., hidden], in the dtype of the table that it replaces.
 
-    embed_scale: what transformers' scaled embeddings multiply the rows with; None: nothing.
+    embed_scale: a factor of the rows, as transformers' scaled embeddings have it; None: none.
     """
 
     qweight: Tensor
@@ -21,7 +21,7 @@ class QuantizedEmbedding(nn.Module):
     zeros: Tensor
     g_idx: Tensor | None
     embed_scale: Tensor | float | None
-    like: Tensor  # empty; of the dtype of the rows, which follows the module's casts
+    like: Tensor  # empty; the dtype of the rows, which follows the module's casts
 
     def __init__(
         self, weight: QuantizedWeight, *, embed_scale: Tensor | float | None = None, dtype: torch.dtype = torch.float32
@@ -29,7 +29,7 @@ class QuantizedEmbedding(nn.Module):
         super().__init__()
         self.bits, self.group_size = weight.bits, weight.group_size
         self.num_embeddings, self.embedding_dim = weight.out_features, weight.in_features
-        # The shapes are those of every packed weight; in memory the numbers of one token lie side by side.
+        # The shapes are those of any packed weight, but in memory the numbers of one token lie side by side.
         self.register_buffer("qweight", weight.qweight.t().contiguous().t())
         self.register_buffer("scales", weight.scales.t().contiguous().t())
         self.register_buffer("zeros", weight.zeros.t().contiguous().t())
@@ -67,7 +67,7 @@ def scaled(rows: Tensor, embed_scale: Tensor | float | None) -> Tensor:
 
 
 def why_not_packed(layer: nn.Embedding) -> str | None:
-    """Why an embedding computes something else than rows of its table, or these times a scale; None where it does not."""
+    """The reason why an embedding cannot be packed: it does more than look rows up and scale them. None where it can."""
     scale = getattr(layer, "embed_scale", None)
     if (
         computes_its_own(layer)
@@ -81,13 +81,13 @@ def why_not_packed(layer: nn.Embedding) -> str | None:
 
 
 def scale_of(layer: nn.Embedding) -> Tensor | float | None:
-    """What an embedding, one that can be packed, multiplies its rows with."""
+    """The factor of the rows of an embedding that can be packed."""
     scale: Tensor | float | None = getattr(layer, "embed_scale", None)
     return scale if computes_its_own(layer) else None
 
 
 def looks_up(layer: nn.Embedding, ids: Tensor, output: object) -> bool:
-    """Whether `output` is what an embedding that can be packed makes of these ids: rows of its table, times its scale."""
+    """Whether `output` is the rows of an embedding for these ids, times its scale."""
     if ids.is_floating_point() or not isinstance(output, Tensor):
         return False
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < layer.num_embeddings:
@@ -98,7 +98,7 @@ def looks_up(layer: nn.Embedding, ids: Tensor, output: object) -> bool:
 
 
 def quantized_embedding(layer: nn.Embedding, weight: QuantizedWeight) -> QuantizedEmbedding:
-    """The packed module that takes the place of an embedding. Raises TersorError where that computes something else."""
+    """The packed module to put in place of an embedding. Raises TersorError where the embedding cannot be packed."""
     if reason := why_not_packed(layer):
         raise TersorError(f"an embedding that is packed {reason}")
     return QuantizedEmbedding(weight, embed_scale=scale_of(layer), dtype=layer.weight.dtype)

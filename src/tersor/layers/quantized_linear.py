@@ -1,4 +1,4 @@
-"""A linear layer whose weight is packed integers, whichever format it was read from or will be written to."""
+"""A linear layer with a weight of packed integers, whatever the file format."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class QuantizedLinear(nn.Module):
     zeros: Tensor
     g_idx: Tensor | None
     bias: Tensor | None
-    like: Tensor  # empty; of the dtype in which `weight` is shown, which follows the module's casts
+    like: Tensor  # empty; the dtype of `weight`, which follows the module's casts
 
     def __init__(
         self, weight: QuantizedWeight, bias: Tensor | None = None, *, dtype: torch.dtype = torch.float32
     ) -> None:
-        """dtype: of the dense weight whose place this takes; models that cast their inputs look at it."""
+        """dtype: of the dense weight that it replaces; models that cast their inputs look at it."""
         super().__init__()
         self.bits, self.group_size, self.in_features = weight.bits, weight.group_size, weight.in_features
         self.out_features = weight.out_features
@@ -44,9 +44,9 @@ class QuantizedLinear(nn.Module):
         self.prepared: PreparedWeight | None = None
 
     def prepare(self) -> bool:
-        """Repack for the device's kernel and let the standard layout go; to be called where the layer will run.
+        """Repack for the kernel of the layer's device, and let the standard layout go. Call it where the layer will run.
 
-        False where the device has no kernel for this weight: the layer stays as it is.
+        Returns False, and changes nothing, where the device has no kernel for this weight.
         """
         if self.prepared is not None:
             return True
@@ -78,7 +78,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def packed(self) -> QuantizedWeight:
-        """The weight in its standard layout, whichever layout is held."""
+        """The weight in its standard layout, also where the layer holds another."""
         if self.prepared is not None:
             return restore(self.prepared)
         return QuantizedWeight(
@@ -119,7 +119,7 @@ class QuantizedConv2d(nn.Module):
 
 
 def quantized_layer(layer: nn.Module, weight: QuantizedWeight) -> nn.Module:
-    """The packed module that takes the place of a linear map or an embedding."""
+    """The packed module to put in place of a linear map or an embedding."""
     if isinstance(layer, nn.Embedding):
         return quantized_embedding(layer, weight)
     if isinstance(layer, nn.Conv2d):
@@ -130,8 +130,8 @@ def quantized_layer(layer: nn.Module, weight: QuantizedWeight) -> nn.Module:
 
 
 def packed_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
-    """The packed linear layers that are called, by the names of the linear maps whose place they took; those used under several
-    names come once. A packed convolution is none of them."""
+    """The packed linear layers that are called, by the names of the linear maps that they replaced. A layer with several names
+    comes once. Packed convolutions are not among them."""
     inside = {id(each.matrix) for each in model.modules() if isinstance(each, QuantizedConv2d)}
     found: dict[str, QuantizedLinear] = {}
     for name, module in model.named_modules():
@@ -145,8 +145,8 @@ def packed_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
 
 
 def prepare_layers(model: nn.Module) -> None:
-    """Repack every packed layer for the kernel of the device that it is on. A packed convolution unpacks its weight at every
-    call and stays in the standard layout."""
+    """Repack every packed layer for the kernel of its device. Packed convolutions keep the standard layout: they unpack their
+    weight at every call."""
     for module in model.modules():
         for child in module.children():
             if isinstance(child, QuantizedLinear) and not isinstance(module, QuantizedConv2d):
@@ -154,8 +154,8 @@ def prepare_layers(model: nn.Module) -> None:
 
 
 def place_packed(model: nn.Module, maps: Mapping[str, LinearMap], packed: Mapping[str, PackedWeight]) -> None:
-    """Put packed layers in the place of the linear maps of these names; an expert stack is replaced once as a whole. Maps with
-    plain numbers hold them already."""
+    """Put packed layers in place of the maps with these names. An expert stack is replaced as a whole. Plain numbers are
+    skipped: the maps hold them already."""
     stacks: dict[str, dict[int, QuantizedWeight]] = defaultdict(dict)
     for name, weight in packed.items():
         found = maps[name]

@@ -19,16 +19,16 @@ from tersor.layers.linear_map import matrix_shape
 class QuantizedMap(nn.Module):
     """In place of nn.Linear, transformers' Conv1D or nn.Conv2d: y = W x + bias, with x rounded to its grid.
 
-    The arithmetic is that of floating-point numbers on those grids: it shows what integers would compute, in half the memory
-    or less, and is not faster than the original.
+    It computes in floating point with numbers on those grids. This shows what integers would give, takes half the memory or
+    less, and is not faster than the original.
 
     qweight: int32 [packed_size(in, w_bits), out], the codes of W seen as a matrix [out, in], packed along the input.
     scales, zeros: floating [out], W = scales · (codes - zeros). input_scale, input_zero: floating [], of the one grid of x with
-    2^a_bits levels. Zero points are in floating point, for neither has to be a code, and input_zero no whole number.
+    2^a_bits levels. Zero points are in floating point: neither has to be a code, and input_zero need not be a whole number.
 
     input_grids: the number of grids of x where each channel has its own, s_i and z_i in input_scale and input_zero [channels]
-    (1: one grid for all). The codes are then those of W_oi s_i / s̃ with s̃ = mean(s), and y = s̃ · Σ_i (that weight) (q_i - z_i):
-    integers of one weight grid an output, as without. gelu: x has PTQ4ViT's grid for GELU outputs.
+    (1: one grid for all). The codes are then those of W_oi s_i / s̃ with s̃ = mean(s), and y = s̃ · Σ_i (that weight) (q_i -
+    z_i): integers of one weight grid an output, as without. gelu: x has PTQ4ViT's grid for GELU outputs.
     """
 
     qweight: Tensor
@@ -36,7 +36,7 @@ class QuantizedMap(nn.Module):
     zeros: Tensor
     input_scale: Tensor
     input_zero: Tensor
-    like: Tensor  # empty; of the dtype in which `weight` is shown, which follows the module's casts
+    like: Tensor  # empty; the dtype of `weight`, which follows the module's casts
 
     def __init__(
         self, original: nn.Module, *, w_bits: int, a_bits: int, bias: bool, input_grids: int = 1, gelu: bool = False
@@ -79,7 +79,7 @@ class QuantizedMap(nn.Module):
         self.qweight.copy_(pack(codes.t(), self.w_bits, dim=0))
         self.scales.copy_(weight.scale[:, 0])
         self.zeros.copy_(weight.zero[:, 0])
-        self.input_scale.copy_(input.scale)  # a copy, for layers that read the same LayerNorm are given the same grid
+        self.input_scale.copy_(input.scale)  # a copy, because layers behind one LayerNorm get the same grid
         if isinstance(input, Grid):
             self.input_zero.copy_(input.zero)
         if self.bias is not None and bias is not None:

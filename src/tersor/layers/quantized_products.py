@@ -1,4 +1,4 @@
-"""A module whose products of two activations are computed on grids of integers."""
+"""A module that rounds both operands of a product of activations to grids of integers."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class QuantizedProducts(nn.Module):
     def in_place_of(cls, original: nn.Module, **described: Any) -> nn.Module:
         like = next(original.parameters(), torch.empty(0, device="meta"))
         exact = torch.promote_types(like.dtype, torch.float32)
-        flags = described.pop("logarithmic", None)  # what models that were saved before there were other kinds say
+        flags = described.pop("logarithmic", None)  # the form of models saved before there were other kinds
         if flags is not None:
             described["kinds"] = [["logarithmic" if flag else "uniform" for flag in pair] for pair in flags]
         return cls(original, **described, dtype=exact, device=like.device)

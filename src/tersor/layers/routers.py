@@ -1,8 +1,8 @@
-"""Which linear maps of a mixture of experts choose the experts, told by what stands beside the experts, not by a name.
+"""Which linear maps of a mixture choose the experts. They are found by where they stand, beside the experts, not by name.
 
-A module that holds experts holds their router too: a map, or a small network, with one output an expert, and perhaps some more
-for experts that compute nothing; and where an expert is shared by all tokens, a map with one output that weighs it. What else
-stands there, such as attention, ends with as many outputs as it has inputs.
+A module that holds experts holds their router too: a map, or a small network, with one output per expert, and perhaps some more
+for experts that compute nothing. Where all tokens share an expert, a map with one output weighs it. Other modules beside the
+experts, such as attention, end with as many outputs as they have inputs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import nn
 from tersor.layers.experts import expert_maps
 from tersor.layers.linear_map import LinearMap, linear_maps, matrix_shape
 
-# A few outputs that choose experts: kept as they are. These names say so; other routers are told by what stands beside them.
+# Names of maps that choose experts, which are left as they are. Other routers are found by where they stand.
 ROUTERS = re.compile(r"(^|\.)(router(_\w+)?(\..+)?|gate|shared_expert_gate|wg)$")
 
 
@@ -40,7 +40,7 @@ def _chooses(maps: dict[str, LinearMap], beside: list[int]) -> bool:
 
 
 def _experts_in(module: nn.Module) -> int:
-    """How many experts `module` holds, or says that there are; 0 where it knows of none."""
+    """How many experts `module` holds, or says that there are; 0 where there are none."""
     if expert_maps(module):
         return int(module.num_experts)  # type: ignore[arg-type]
     if isinstance(module, nn.ModuleList | nn.ModuleDict):

@@ -1,6 +1,6 @@
 """The orders in which state-space models read a grid of tokens: rows, columns, back and forth.
 
-x (B, C, H, W) -> sequences (B, K, C, H W), a sequence an order; `unscan` puts the results back and adds them. An order
+x (B, C, H, W) -> sequences (B, K, C, H W), one per order; `unscan` puts the results back and adds them. An order
 is a permutation of the positions: `sequence k = x.flatten(2)[..., order[k]]`.
 """
 

@@ -1,4 +1,4 @@
-"""What forecasters are built of: instance normalization that is undone at the end, trend plus remainder, and embeddings.
+"""Parts of forecasters: instance normalization that is undone at the end, trend plus remainder, and embeddings.
 
 norm = InstanceScale.of(x); z = norm.apply(x); forecast = norm.undo(model(z))       x (B, L, N)
 seasonal, trend = decompose(x, kernel=25)
@@ -25,7 +25,7 @@ class InstanceScale:
 
     @classmethod
     def of(cls, x: Tensor, *, eps: float = 1e-5, through_std: bool = True) -> InstanceScale:
-        """Of x (B, L, N). The gradient is stopped through the mean; through the std too unless `through_std`."""
+        """The scale of x (B, L, N). No gradient passes through the mean, and none through the std unless `through_std`."""
         mean = x.mean(1, keepdim=True).detach()
         std = (x.var(1, keepdim=True, correction=0) + eps).sqrt()
         return cls(mean, std if through_std else std.detach())
@@ -106,7 +106,7 @@ class TimeEmbedding(nn.Module):
 
 
 def example_marks(rows: tuple[int, int], *, embed: str, freq: str) -> Tensor:
-    """Marks (B, L, C) such as TimeEmbedding takes, at random: of `rows` = (B, L)."""
+    """Random marks (B, L, C) for a TimeEmbedding. rows: (B, L)."""
     if embed == "timeF":
         return torch.rand(*rows, MARKS[freq]) - 0.5
     columns = [n for name, n in CALENDAR.items() if name != "minute" or freq == "t"]

@@ -8,11 +8,11 @@ Every key is replaced by its codeword k_hat. Keys with one codeword have one sco
 
     y_t = sum_s exp(q_t C_s) U_s / sum_s exp(q_t C_s) N_s,    U_s, N_s: sum of values and number of the keys at codeword s
 
-exactly softmax attention, in O(L S) and not O(L^2). Near keys are treated one by one, for they get a bias of their own by
-distance: in causal attention those of the query's block of `block` positions and of the block before, without causality
-those of the block behind too. U is held as a mean, U / N, and N as its logarithm beside the score, so that neither grows.
+exactly softmax attention, in O(L S) instead of O(L^2). Near keys are treated one by one, because each gets a bias by its
+distance. In causal attention these are the keys of the query's block of `block` positions and of the block before; without
+causality also those of the block behind. U is held as a mean, U / N, and log N is added to the score, so that neither grows.
 
-The far terms hand no gradient to keys, as codewords have none; the near ones do, through `straight_through`.
+The far terms pass no gradient to keys, because codewords have none; the near ones do, through `straight_through`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tersor.layers.straight_through import straight_through
 
 @dataclass(frozen=True)
 class VQState:
-    """What causal attention remembers: of far positions a mean value and a number for each codeword, near ones as they are."""
+    """What causal attention remembers: for far positions a mean value and a count per codeword; near positions as they are."""
 
     position: int  # of the next token
     count: Tensor  # (B, S)
@@ -128,7 +128,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, codebook: Tensor, cou
 
 
 def _folded(state: VQState, block: int) -> VQState:
-    """At a block's begin: of the two blocks that were near the older one is far now."""
+    """At the start of a block: the older of the two near blocks becomes far."""
     if state.k.shape[1] <= block:
         return state
     old = state.k.shape[1] - block
@@ -138,13 +138,13 @@ def _folded(state: VQState, block: int) -> VQState:
 
 
 def _empty(v: Tensor, codes: int) -> tuple[Tensor, Tensor]:
-    """In float32 at least: in 16 bits a number of keys is not exact."""
+    """No keys yet. In float32 at least, because 16 bits do not count keys exactly."""
     dtype = torch.promote_types(v.dtype, torch.float32)
     return v.new_zeros(v.shape[0], codes, dtype=dtype), v.new_zeros(v.shape[0], codes, v.shape[-1], dtype=dtype)
 
 
 def _add(count: Tensor, mean: Tensor, v: Tensor, index: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
-    """Number and mean value of each codeword's keys, with some more."""
+    """Count and mean value of each codeword's keys, after adding more keys."""
     one_hot = _one_hot(index, count.shape[1], present, mean.dtype)
     more = one_hot.sum(1)  # (B, S)
     total = count + more
@@ -176,10 +176,10 @@ class Codebook(nn.Module):
         self.codewords: Tensor
 
     def forward(self, k: Tensor, present: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """k (B, L, D) -> codewords with k's gradient (B, L, D), their numbers (B, L), and the codebook (S, D) that they are
-        of: in training it moves on behind.
+        """k (B, L, D) -> codewords with k's gradient (B, L, D), their numbers (B, L), and the codebook (S, D) that was used: in
+        training it moves on afterwards.
 
-        present (B, L): False where a key is padding, which moves nothing.
+        present (B, L): False where a key is padding, which does not move the codebook.
         """
         seen = slice(None) if present is None else present.flatten()
         if self.training:

@@ -21,6 +21,7 @@ from tersor.formats.grid import Stored
 from tersor.formats.packed_weight import PackedWeight
 from tersor.layers.experts import ExpertMap
 from tersor.layers.linear_map import LinearMap, columns_of, matrix_shape, set_weight_matrix, weight_matrix
+from tersor.methods.method import Report
 from tersor.methods.solution import AnySolution
 from tersor.methods.solved_apart import Solved, agree_on_order, solve_apart
 
@@ -28,10 +29,9 @@ STATISTICS_MEMORY = 8 * 2**30  # bytes of experts' Hessians that are gathered at
 
 
 @dataclass(frozen=True)
-class LayerReport:
+class LayerReport(Report):
     """How one linear map was solved."""
 
-    name: str
     bits: float  # of a number in the result
     group_size: int
     error: float  # the method's own measure

@@ -13,7 +13,7 @@ import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from tersor.errors import TersorError
 from tersor.progress import Progress
@@ -27,12 +27,14 @@ if TYPE_CHECKING:
 # progress(what is being done, steps done, steps in all); a total of 0 makes `what` a line that stays on the screen.
 
 
-class Report(Protocol):
-    """How one part of a model was compressed: a dataclass of the method's own, shown as a row."""
+@dataclass(frozen=True)
+class Report:
+    """How one part of a model was compressed: a row to show. A method derives a dataclass of its own, with a field per column."""
 
-    @property
-    def name(self) -> str: ...
-    def row(self) -> dict[str, Any]: ...
+    name: str
+
+    def row(self) -> dict[str, Any]:
+        return {key: "" if value is None else value for key, value in dataclasses.asdict(self).items()}
 
 
 @dataclass
@@ -60,6 +62,9 @@ class Method:
 
     name: ClassVar[str]
     survey_nodes: ClassVar[tuple[str, ...]] = ()  # its places in `tersor catalog`, such as "inference/quantization-ptq"
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     @property
     def needs_samples(self) -> bool:
@@ -112,6 +117,9 @@ class ModelMethod(Method):
     takes as many bytes on disk as the original."""
 
     keeps_size: ClassVar[bool] = False
+    takes_layers: ClassVar[bool] = (
+        True  # whether it asks `work.wanted`, and so leaves layers alone that the user excludes
+    )
 
     def compress_model(self, model: nn.Module, work: Work) -> nn.Module:
         """The compressed model: `model` changed in place, or another one. Call `work.report(...)` for each part."""
@@ -173,8 +181,18 @@ def option(
     )
 
 
+def as_words(each: dataclasses.Field[Any], value: Any) -> list[str]:
+    """An option's value as the command line takes it: its flag and the value, for each of several values. A switch that stands
+    as it does by default needs no word, which is also the only way to say so where it has one flag."""
+    dashed = each.name.replace("_", "-")
+    first, _, second = (each.metadata.get("flag") or f"--{dashed}/--no-{dashed}").partition("/")
+    if isinstance(value, bool):
+        return [] if value == each.default else [first if value else second]
+    return [word for one in (value if isinstance(value, tuple) else (value,)) for word in (first, str(one))]
+
+
 def check_options(method: Method) -> None:
-    """Called from `__post_init__`: every option against its own check. Raises TersorError with the offending value."""
+    """Every option against its own check. Raises TersorError with the offending value."""
     for each in dataclasses.fields(method):
         check, value = each.metadata.get("check"), getattr(method, each.name)
         if not _is_like(value, each.default) and not each.metadata.get("word"):

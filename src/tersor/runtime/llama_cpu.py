@@ -82,7 +82,7 @@ def why_not(module: nn.Module) -> str | None:
     if any(tensor.device.type != "cpu" for tensor in (*module.parameters(), *module.buffers())):
         return "it is not on a CPU"
     for name, each in module.named_modules():
-        if isinstance(each, QuantizedLinear) and not isinstance(each.prepared, cpu.PreparedWeight):
+        if isinstance(each, QuantizedLinear) and not isinstance(each.prepared, cpu.PanelWeight):
             return f"{name} has no CPU kernel"
     name, reason = cpu.choose()
     if name is None:
@@ -176,7 +176,7 @@ class LlamaCPU:
     def _linear(self, layer: nn.Module) -> _Linear:
         if isinstance(layer, QuantizedLinear):
             weight = layer.prepared
-            assert isinstance(weight, cpu.PreparedWeight)
+            assert isinstance(weight, cpu.PanelWeight)
         else:
             assert isinstance(layer, nn.Linear)
             weight = cpu.prepare_dense(layer.weight)

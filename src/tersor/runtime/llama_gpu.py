@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from tersor.errors import TersorError
 from tersor.kernels import llama_step
 from tersor.kernels.llama_step import LlamaStep, StepLayer, Weight
-from tersor.kernels.prepared_weight import N_BLOCK, PreparedWeight
 from tersor.kernels.quantized_matmul_cuda import prepared_matmul
+from tersor.kernels.tiled_weight import N_BLOCK, TiledWeight
 from tersor.layers.quantized_linear import QuantizedLinear
 from tersor.runtime.engine import check_room
 from tersor.runtime.llama import rotary_tables, unlike_family, visible, window_of
@@ -45,12 +45,12 @@ def why_not(module: nn.Module) -> str | None:
         return reason
     tensors = [*module.parameters(), *module.buffers()]
     for weight in (each.prepared for each in module.modules() if isinstance(each, QuantizedLinear)):
-        tensors += [weight.tiles] if isinstance(weight, PreparedWeight) else []
+        tensors += [weight.tiles] if isinstance(weight, TiledWeight) else []
     devices = {tensor.device for tensor in tensors}
     if len(devices) != 1 or next(iter(devices)).type != "cuda" or torch.version.hip is not None:
         return "it is not on one NVIDIA GPU"
     for name, each in module.named_modules():
-        if isinstance(each, QuantizedLinear) and not isinstance(each.prepared, PreparedWeight):
+        if isinstance(each, QuantizedLinear) and not isinstance(each.prepared, TiledWeight):
             return f"{name} has no GPU kernel"
     if not isinstance(module.get_submodule("model.embed_tokens"), nn.Embedding):
         return "its embedding is packed"
@@ -92,7 +92,7 @@ def join(weights: Sequence[Weight]) -> Weight | None:
     if isinstance(first, Tensor):
         same = all(isinstance(each, Tensor) and each.dtype == first.dtype for each in weights)
         return torch.cat([each for each in weights if isinstance(each, Tensor)]) if same else None
-    packed = [each for each in weights if isinstance(each, PreparedWeight)]
+    packed = [each for each in weights if isinstance(each, TiledWeight)]
     if len(packed) < len(weights) or any(each.out_features % N_BLOCK != 0 for each in packed[:-1]):
         return None
     for each in packed:
@@ -430,7 +430,7 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
 
 def _weight(layer: Any) -> Weight:
     if isinstance(layer, QuantizedLinear):
-        assert isinstance(layer.prepared, PreparedWeight)
+        assert isinstance(layer.prepared, TiledWeight)
         return layer.prepared
     weight: Tensor = layer.weight.detach()
     return weight

@@ -64,7 +64,7 @@ class PreparedLinear(nn.Module):
     """A linear map whose weight lies as the CPU's kernel streams it: x [..., in] -> [..., out], both float32. Activations are
     rounded to bfloat16 where the processor multiplies that type."""
 
-    def __init__(self, weight: cpu.PreparedWeight, bias: Tensor | None) -> None:
+    def __init__(self, weight: cpu.PanelWeight, bias: Tensor | None) -> None:
         super().__init__()
         self.weight_in_panels = weight
         self.bias: Tensor | None
@@ -81,7 +81,7 @@ def prepare_linears(module: nn.Module) -> None:
     if cpu.choose()[0] is None or any(each.dtype != torch.float32 for each in module.parameters()):
         return
     for name, each in list(module.named_modules()):
-        if isinstance(each, QuantizedLinear) and isinstance(each.prepared, cpu.PreparedWeight):
+        if isinstance(each, QuantizedLinear) and isinstance(each.prepared, cpu.PanelWeight):
             module.set_submodule(name, PreparedLinear(each.prepared, each.bias))
         elif type(each) is nn.Linear and torch.equal(each.weight, each.weight.bfloat16().float()):
             module.set_submodule(name, PreparedLinear(cpu.prepare_dense(each.weight), each.bias))

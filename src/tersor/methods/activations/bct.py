@@ -34,7 +34,6 @@ with the original's above 0.99 at 8 bits, tests/methods/test_bct.py). Not proven
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -50,24 +49,20 @@ from tersor.layers.block_rows import BlockRows
 from tersor.layers.block_scope import BlockScope
 from tersor.layers.linear_map import computes_its_own, embeddings, linear_maps, weight_matrix
 from tersor.layers.quantized_embedding import why_not_packed
-from tersor.methods.method import Method, ModelMethod, Work, check_options, option, register
+from tersor.methods.method import Method, ModelMethod, Report, Work, option, register
 
 EPS = ("eps", "variance_epsilon")
 
 
 @dataclass(frozen=True)
-class BlockPart:
+class BlockPart(Report):
     """One row. what: "linear", "table", "norm", or "scope", a part whose arithmetic is on blocks. error: ‖x̂ - x‖² / ‖x‖² of the
     weights."""
 
-    name: str
     what: str
     bits: str
     error: float
     note: str = ""
-
-    def row(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
 
 @register
@@ -96,7 +91,7 @@ class BCT(ModelMethod):
     )
 
     def __post_init__(self) -> None:
-        check_options(self)
+        super().__post_init__()
         if not self.block and self.block_rows != 1:
             raise TersorError(
                 f"block=0 is one shift for a whole tensor, so block_rows={self.block_rows} has no meaning"

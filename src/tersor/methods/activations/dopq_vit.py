@@ -47,7 +47,7 @@ from tersor.layers.quantized_products import OperandGrid
 from tersor.methods.activations.block_reconstruction import reconstruct_blocks
 from tersor.methods.activations.calibrated import fit_operand, is_softmax
 from tersor.methods.activations.repquant import RepQuant, fit_weights_again, freeze, one_batch, reparameterize, wrap
-from tersor.methods.method import Method, ModelMethod, Work, check_options, option, register
+from tersor.methods.method import Method, ModelMethod, Work, option, register
 
 SOFTMAX, MERGES = ("tangent", "logarithmic"), ("median", "mean")
 
@@ -84,9 +84,6 @@ class DopQViT(ModelMethod):
     images: int = option(
         32, "calibration samples, of those given; they run as one batch", check=lambda v: v >= 1, allowed="1 or more"
     )
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
     @classmethod
     def recipes(cls, kind: str) -> Sequence[Sequence[Method]]:

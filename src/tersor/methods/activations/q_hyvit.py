@@ -52,7 +52,7 @@ Not proven: ImageNet accuracies; that the choice a layer is the paper's.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, ClassVar
 
@@ -76,7 +76,7 @@ from tersor.methods.activations.interval_search import (
 )
 from tersor.methods.activations.repquant import UNREACHED, one_batch, product_sites, quantizable_maps
 from tersor.methods.activations.watched import WatchedMap, WatchedProducts
-from tersor.methods.method import Method, ModelMethod, Work, check_options, option, register
+from tersor.methods.method import Method, ModelMethod, Report, Work, option, register
 
 BATCH = 4  # images that run through the model together
 MEMORY = 2**30  # bytes of what layers saw that are kept at once
@@ -86,14 +86,13 @@ Part = WatchedMap | WatchedProducts
 
 
 @dataclass(frozen=True)
-class QHyViTReport:
+class QHyViTReport(Report):
     """One row. reads: "layer", "channel" or "head", the part of the input that has a grid; grid: "signed", "zero point", "twin".
 
     overflows: grids whose zero point would lie outside the codes; bridge: whether later layers were searched behind its error;
     error: ‖o^ - o‖² / ‖o‖² of its output on the calibration images.
     """
 
-    name: str
     bits: str
     reads: str
     grid: str
@@ -101,9 +100,6 @@ class QHyViTReport:
     bridge: bool
     error: float
     note: str = ""
-
-    def row(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @register
@@ -141,9 +137,6 @@ class QHyViT(ModelMethod):
     twin: bool = option(False, "two ranges for softmax and GELU outputs, as in PTQ4ViT")
     steps: int = option(100, "steps that a search tries", check=lambda v: v >= 2, allowed="2 or more")
     rounds: int = option(3, "turns of weights and inputs", check=lambda v: v >= 1, allowed="1 or more")
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
     @classmethod
     def recipes(cls, kind: str) -> Sequence[Sequence[Method]]:

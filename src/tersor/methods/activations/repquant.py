@@ -42,7 +42,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
@@ -65,27 +65,23 @@ from tersor.methods.activations.calibrated import (
 )
 from tersor.methods.activations.dual_clipping import learn_clipping
 from tersor.methods.activations.norm_pairs import NormPair, find_norm_pairs
-from tersor.methods.method import Method, ModelMethod, Work, check_options, option, register
+from tersor.methods.method import Method, ModelMethod, Report, Work, option, register
 
 CONVOLUTION_BITS = 8  # of what the patch embedding reads: the image
 UNREACHED = "no calibration sample reached it"
 
 
 @dataclass(frozen=True)
-class RepQuantReport:
+class RepQuantReport(Report):
     """One row: what a part reads ("layer norm", "tensor", "products"), its bits as in W4A4, and what that changed.
 
     error: of a layer, ‖Q x̂ - W x‖² / ‖W x‖² on the calibration batch; of products, ‖x̂ - x‖² / ‖x‖² of the worst operand.
     """
 
-    name: str
     reads: str
     bits: str
     error: float
     note: str = ""
-
-    def row(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @register
@@ -108,9 +104,6 @@ class RepQuant(ModelMethod):
     images: int = option(
         32, "calibration samples, of those given; they run as one batch", check=lambda v: v >= 1, allowed="1 or more"
     )
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
     @classmethod
     def recipes(cls, kind: str) -> Sequence[Sequence[Method]]:

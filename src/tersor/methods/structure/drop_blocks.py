@@ -25,24 +25,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
-from tersor.methods.method import Method, ModelMethod, Work, check_options, option, register
+from tersor.methods.method import Method, ModelMethod, Report, Work, option, register
 from tersor.methods.structure.block_choice import CHOICE, CHOICES, choices, how_many, is_amount, is_choice, kept_blocks
 from tersor.methods.structure.block_stack import Stack, batches_of
 
 
 @dataclass(frozen=True)
-class DroppedBlock:
+class DroppedBlock(Report):
     """name: in the original; score: how little it mattered, in the measure that chose it."""
 
-    name: str
     score: float | None
-
-    def row(self) -> dict[str, Any]:
-        return {"name": self.name, "score": "" if self.score is None else self.score}
 
 
 @register
@@ -65,9 +61,6 @@ class DropBlocks(ModelMethod):
     )
     choose: str | int = option("macro-influence", f"by what: {CHOICE}", check=is_choice, allowed=CHOICE, word=True)
     batch_size: int = option(8, "samples that run at once", check=lambda v: v >= 1, allowed="at least 1")
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
     @classmethod
     def recipes(cls, kind: str) -> Sequence[Sequence[Method]]:

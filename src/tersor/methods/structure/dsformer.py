@@ -41,7 +41,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -54,7 +54,7 @@ from tersor.errors import TersorError
 from tersor.layers.dense_sparse import DenseSparse, index_bits, joined_blocks, split_blocks
 from tersor.layers.linear_map import is_conv1d, linear_maps, matrix_shape, weight_matrix
 from tersor.layers.straight_through import straight_through
-from tersor.methods.method import ModelMethod, Work, check_options, option, register
+from tersor.methods.method import ModelMethod, Report, Work, option, register
 from tersor.methods.structure.block_stack import batches_of
 from tersor.methods.structure.factorize import shared_layers
 from tersor.methods.structure.greenformers import input_hessians
@@ -67,20 +67,16 @@ LOSSES = ("distill", "task")
 
 
 @dataclass(frozen=True)
-class Sparsified:
+class Sparsified(Report):
     """One layer. basis: k; nonzeros: s; ratio: its weight's size before over now; lost: the share of its weight's squares
     (weighted: of its outputs') that the start lost."""
 
-    name: str
     outputs: int
     inputs: int
     basis: int
     nonzeros: int
     ratio: float
     lost: float
-
-    def row(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @register
@@ -117,9 +113,6 @@ class DSFormer(ModelMethod):
     latent_lr: float = option(
         1e-3, "learning rate of the latent coefficients", check=lambda v: v >= 0, allowed="0 or more"
     )
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
     @property
     def trains(self) -> bool:

@@ -39,8 +39,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ from torch.nn import functional as F
 
 from tersor.errors import TersorError
 from tersor.layers.linear_map import is_conv1d, linear_maps, matrix_shape, weight_matrix
-from tersor.methods.method import ModelMethod, Work, check_options, option, register
+from tersor.methods.method import ModelMethod, Report, Work, option, register
 from tersor.methods.structure.block_choice import (
     CHOICE,
     choices,
@@ -65,18 +65,14 @@ LOSSES = ("squared", "channels", "batch")
 
 
 @dataclass(frozen=True)
-class FusedBlock:
+class FusedBlock(Report):
     """One removed block. name: in the original; score: how little it mattered, in the measure that chose it; group: how many
     blocks learned from it; before, after: the loss of their output, on average over the samples."""
 
-    name: str
     score: float | None
     group: int
     before: float
     after: float
-
-    def row(self) -> dict[str, Any]:
-        return {key: "" if value is None else value for key, value in asdict(self).items()}
 
 
 @register
@@ -132,7 +128,7 @@ class FuseGPT(ModelMethod):
     )
 
     def __post_init__(self) -> None:
-        check_options(self)
+        super().__post_init__()
         if self.loss == "batch" and self.batch_size < 2:
             raise TersorError("loss='batch' is 0 for a batch of one sample: give batch_size 2 or more, or another loss")
 

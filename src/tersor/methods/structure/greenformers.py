@@ -49,7 +49,7 @@ benchmarks/results/greenformers.md. Not proven: the thesis' results after traini
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -66,7 +66,7 @@ from tersor.layers.led import LED
 from tersor.layers.linear_map import is_linear_map, matrix_shape, weight_matrix
 from tersor.layers.routers import ROUTERS
 from tersor.methods.block import STATISTICS_MEMORY
-from tersor.methods.method import Method, ModelMethod, Work, check_options, option, register
+from tersor.methods.method import Method, ModelMethod, Report, Work, option, register
 from tersor.methods.structure.factorize import (
     CONVOLUTIONS,
     SOLVERS,
@@ -79,20 +79,16 @@ from tersor.methods.structure.factorize import (
 
 
 @dataclass(frozen=True)
-class Factorized:
+class Factorized(Report):
     """How one layer fared. rank: 0 where it was kept; lost: the share of the energy of its weight (whitened: of its outputs
     for the samples) that is gone; parameters: of its weight now."""
 
-    name: str
     outputs: int
     inputs: int
     rank: int
     lost: float
     parameters: int
     note: str = ""
-
-    def row(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @register
@@ -138,7 +134,7 @@ class Greenformers(ModelMethod):
     head: bool = option(False, "take the direct children of the model too, such as an output head")
 
     def __post_init__(self) -> None:
-        check_options(self)
+        super().__post_init__()
         given = [name for name in ("rank", "energy", "budget") if getattr(self, name) is not None]
         if len(given) > 1:
             raise TersorError(f"{given[0]} and {given[1]} exclude each other: give one of them")

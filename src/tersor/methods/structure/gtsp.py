@@ -41,7 +41,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -52,7 +52,7 @@ from tersor.calibrate.batches import Batch, call, without_target
 from tersor.errors import TersorError
 from tersor.layers.linear_map import linear_maps, matrix_shape, weight_matrix
 from tersor.layers.pruned_graph_attention import PrunedGraphAttention, kept_nodes
-from tersor.methods.method import ModelMethod, Work, check_options, option, register
+from tersor.methods.method import ModelMethod, Report, Work, option, register
 from tersor.methods.structure.gtsp_schedule import (
     WAYS,
     Curve,
@@ -69,18 +69,14 @@ SHARE: dict[str, Any] = {"check": lambda v: 0 < v <= 1, "allowed": "above 0, at 
 
 
 @dataclass(frozen=True)
-class PrunedLayer:
+class PrunedLayer(Report):
     """heads: left; tokens: share of the nodes that attention sees; density: of the weights in the layer; operations: of its
     share of the unpruned layer's, on the samples."""
 
-    name: str
     heads: int
     tokens: float
     density: float
     operations: float
-
-    def row(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @register
@@ -126,9 +122,6 @@ class GTSP(ModelMethod):
     )
     lr: float = option(1e-3, "learning rate of Adam", check=lambda v: v >= 0, allowed="0 or more")
     weight_decay: float = option(1e-5, "weight decay of Adam", check=lambda v: v >= 0, allowed="0 or more")
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
     @property
     def trains(self) -> bool:

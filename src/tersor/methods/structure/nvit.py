@@ -44,17 +44,16 @@ from tersor import models
 from tersor.calibrate.images import augmented
 from tersor.errors import TersorError
 from tersor.layers.linear_map import linear_maps
-from tersor.methods.method import ModelMethod, Work, check_options, option, register
+from tersor.methods.method import ModelMethod, Report, Work, option, register
 from tersor.methods.structure import nvit_saliency as units
 from tersor.methods.structure.nvit_latency import LatencyTable, measure_table, read_table
 from tersor.models.loading import load_state
 
 
 @dataclass(frozen=True)
-class PrunedBlock:
+class PrunedBlock(Report):
     """Widths that are left; the embedding's is the same in all blocks."""
 
-    name: str
     widths: list[int]
 
     def row(self) -> dict[str, Any]:
@@ -102,9 +101,6 @@ class NViTPruning(ModelMethod):
     kd_weight: float = option(
         1.0, "weight of the distillation from the unpruned model", check=lambda v: v >= 0, allowed="0 or more"
     )
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
     @property
     def trains(self) -> bool:

@@ -25,17 +25,16 @@ from torch import Tensor, nn
 from tersor import models
 from tersor.calibrate.batches import call, without_target
 from tersor.errors import TersorError
-from tersor.methods.method import Method, ModelMethod, Work, check_options, option, register
+from tersor.methods.method import Method, ModelMethod, Report, Work, option, register
 from tersor.models.loading import load_state
 
 RANGE = re.compile(r"(\d+)(?:(-)(\d*))?")
 
 
 @dataclass(frozen=True)
-class SampledBlock:
+class SampledBlock(Report):
     """most: tokens that the block can leave, with the class token; tokens: how many it did on the samples, on average."""
 
-    name: str
     most: int
     tokens: float | None
 
@@ -71,9 +70,6 @@ class AdaptiveTokenSampling(ModelMethod):
         allowed="a share between 0 and 1, or a whole number above 1",
     )
     drop_tokens: bool = option(True, "remove dropped tokens; without it they are masked, which saves nothing")
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
     @classmethod
     def recipes(cls, kind: str) -> Sequence[Sequence[Method]]:

@@ -27,7 +27,7 @@ from torch import nn
 
 from tersor import models
 from tersor.errors import TersorError
-from tersor.methods.method import ModelMethod, Work, check_options, option, register
+from tersor.methods.method import ModelMethod, Report, Work, option, register
 from tersor.models.loading import load_state
 
 LAYERS = re.compile(r"\s*\d+\s*(,\s*\d+\s*)*")
@@ -35,10 +35,9 @@ DEPTH = {"vim": "depth", "plainmamba": "num_layers"}  # system: the field of its
 
 
 @dataclass(frozen=True)
-class PrunedLayers:
+class PrunedLayers(Report):
     """Layers between two prunings. tokens: in each of them, for an image of the model's size; share: of the unpruned."""
 
-    name: str
     tokens: int
     share: float
 
@@ -57,6 +56,7 @@ class SsmTokenPruning(ModelMethod):
         "practical/pruning",
     )
     needs_samples: ClassVar[bool] = False
+    takes_layers: ClassVar[bool] = False
 
     prune_after: str = option(
         "",
@@ -73,9 +73,6 @@ class SsmTokenPruning(ModelMethod):
         check=lambda v: v in ("paper", "snapshot"),
         allowed="paper or snapshot",
     )
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
     def compress_model(self, model: nn.Module, work: Work) -> nn.Module:
         system = getattr(type(model), "system", None)

@@ -43,13 +43,15 @@ class Drawn:
     def batch(self, step: int) -> Batch:
         count = len(self.samples)
         places = range(step * self.size, (step + 1) * self.size)
-        orders = {epoch: self._order(epoch) for epoch in {place // count for place in places}}
+        orders = {epoch: order_of(epoch, count, self.seed) for epoch in {place // count for place in places}}
         return joined([self.samples[orders[place // count][place % count]] for place in places])
 
-    def _order(self, epoch: int) -> list[int]:
-        chance = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        order: list[int] = torch.randperm(len(self.samples), generator=chance).tolist()
-        return order
+
+def order_of(epoch: int, count: int, seed: int) -> list[int]:
+    """In which order an epoch takes `count` samples: another in each epoch, the same in every run."""
+    chance = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order: list[int] = torch.randperm(count, generator=chance).tolist()
+    return order
 
 
 def joined(samples: Sequence[Batch]) -> Batch:

@@ -1,9 +1,9 @@
-"""What methods that tune packed layers share: samples kept apart, batches in an order of their own, and the loss on them."""
+"""What methods that tune packed layers share: samples kept apart, the steps that learn from the others, the losses on both."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from tersor.calibrate.batches import Batch, call, first_tensor, without_target
 from tersor.errors import TersorError
-from tersor.methods.training.batches import joined, shapes_of
+from tersor.methods.training.batches import joined, order_of, shapes_of
+from tersor.methods.training.tuned_weight import requiring
 
 SHARE = 8  # one sample of so many is kept apart
 
@@ -28,12 +29,8 @@ def split(samples: Sequence[dict[str, Any]], method: str) -> tuple[list[Batch], 
 
 def drawn(count: int, size: int, epochs: int, seed: int) -> list[list[int]]:
     """The samples of every step: each epoch has an order of its own, and its last step may have fewer."""
-    found = []
-    for epoch in range(epochs):
-        chance = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        order: list[int] = torch.randperm(count, generator=chance).tolist()
-        found += [order[first : first + size] for first in range(0, count, size)]
-    return found
+    orders = [order_of(epoch, count, seed) for epoch in range(epochs)]
+    return [order[first : first + size] for order in orders for first in range(0, count, size)]
 
 
 def rate(step: int, steps: int, warm_up: float = 0.05) -> float:
@@ -45,6 +42,42 @@ def rate(step: int, steps: int, warm_up: float = 0.05) -> float:
 def travelled(steps: int) -> float:
     """The sum of the rates of all steps: how far Adam at rate 1 goes where a gradient keeps its sign."""
     return sum(rate(step, steps) for step in range(steps))
+
+
+def learn(
+    groups: Sequence[tuple[Sequence[Tensor], float]],
+    steps: Sequence[list[int]],
+    *,
+    epochs: int,
+    offsets: Sequence[Tensor],
+    backward: Callable[[int, list[int]], None],
+    judge: Callable[[], float],
+    start: float,
+) -> float:
+    """Tensors learn by Adam; they end in the best state of all epochs, or as they were where none was better. Returns its loss.
+
+    groups: the tensors, each group with its rate. steps: the samples of each step, as `drawn` gives them. offsets: those of the
+    tensors that stay within [-1, 1]. backward: makes the gradients, given the step's number and its samples. judge: the loss on
+    the samples kept apart; start: what it is now.
+    """
+    groups = [(tensors, lr) for tensors, lr in groups if tensors]
+    learning = [each for tensors, _ in groups for each in tensors]
+    optimizer = torch.optim.Adam([{"params": tensors} for tensors, _ in groups], betas=(0.9, 0.95))
+    best, kept = start, [each.clone() for each in learning]
+    for step, chosen in enumerate(steps):
+        with requiring(learning), torch.enable_grad():
+            backward(step, chosen)
+        for group, (_, lr) in zip(optimizer.param_groups, groups, strict=True):
+            group["lr"] = lr * rate(step, len(steps))
+        optimizer.step()
+        optimizer.zero_grad()
+        for each in offsets:
+            each.clamp_(-1, 1)
+        if (step + 1) % (len(steps) // epochs) == 0 and (now := judge()) < best:
+            best, kept = now, [each.clone() for each in learning]
+    for each, state in zip(learning, kept, strict=True):
+        each.copy_(state)
+    return best
 
 
 def as_batches(samples: Sequence[Batch]) -> list[tuple[Batch, float]]:

@@ -34,36 +34,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from tersor.calibrate.batches import call, first_tensor
-from tersor.calibrate.blocks import Unit, find_units
+from tersor.calibrate.blocks import Unit, units_of
 from tersor.calibrate.lockstep import Call, Lockstep
 from tersor.errors import TersorError
 from tersor.formats.quantized_weight import QuantizedWeight
 from tersor.layers.quantized_linear import QuantizedLinear, packed_layers
-from tersor.methods.method import PackedMethod, Work, check_options, option, register
-from tersor.methods.training.held_out import drawn, judged, rate, split, travelled
-from tersor.methods.training.tuned_weight import TunedWeight, learning, requiring
+from tersor.methods.method import PackedMethod, Report, Work, option, register
+from tersor.methods.training.held_out import drawn, judged, learn, split, travelled
+from tersor.methods.training.tuned_weight import TunedWeight, learning
 
 
 @dataclass(frozen=True)
-class RoundedBlock:
+class RoundedBlock(Report):
     """One block: ‖block(x̂) - y‖² / ‖y‖² on the samples kept apart, before and after, and the share of its integers that
     moved; or, under `(all)`, the loss of the whole model on these."""
 
-    name: str
     before: float
     after: float
     moved: float | None = None
     note: str = ""
-
-    def row(self) -> dict[str, Any]:
-        return {key: "" if value is None else value for key, value in asdict(self).items()}
 
 
 @register
@@ -90,9 +86,6 @@ class Rounding(PackedMethod):
     )
     batch_size: int = option(2, "samples a step", check=lambda v: v >= 1, allowed="at least 1")
     order_seed: int = option(0, "seed of the order of samples", check=lambda v: v >= 0, allowed="0 or more")
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
     @property
     def moves_integers(self) -> bool:
@@ -163,43 +156,30 @@ class Rounding(PackedMethod):
             assert target is not None
             return (output.float() - target.float()).square().mean() / size.clamp(min=1e-30)
 
+        def backward(step: int, chosen: list[int]) -> None:
+            for n in chosen:
+                torch.autograd.backward(error(to_learn[n]) / len(chosen))
+
         def judge() -> float:
             return float(torch.stack([error(n) for n in to_judge]).mean())
 
         weights = [TunedWeight(layer, moves=True) for layer in layers.values()]
         offsets = [each.offset for each in weights if each.offset is not None]
-        steps = [each.log_step for each in weights]
-        parameters = [*offsets, *steps] if self.step_lr else offsets
-        groups = [{"params": offsets}] + [{"params": steps}] * bool(self.step_lr)
-        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+        steps = [each.log_step for each in weights] if self.step_lr else []
         order = drawn(len(to_learn), self.batch_size, self.epochs, self.order_seed)
-        an_epoch = len(order) // self.epochs
-        rates = (self.travel / travelled(len(order)), self.step_lr)
         with learning(weights):
-            start = best = judge()
-            kept = [each.clone() for each in parameters]
-            for step, chosen in enumerate(order):
-                with requiring(parameters), torch.enable_grad():
-                    for n in chosen:
-                        torch.autograd.backward(error(to_learn[n]) / len(chosen))
-                for group, lr in zip(optimizer.param_groups, rates, strict=False):
-                    group["lr"] = lr * rate(step, len(order))
-                optimizer.step()
-                optimizer.zero_grad()
-                for each in offsets:
-                    each.clamp_(-1, 1)
-                if (step + 1) % an_epoch == 0 and (now := judge()) < best:
-                    best, kept = now, [each.clone() for each in parameters]
-            for parameter, state in zip(parameters, kept, strict=True):
-                parameter.copy_(state)
+            start = judge()
+            best = learn(
+                [(offsets, self.travel / travelled(len(order))), (steps, self.step_lr)],
+                order,
+                epochs=self.epochs,
+                offsets=offsets,
+                backward=backward,
+                judge=judge,
+                start=start,
+            )
         moved = sum(each.moved() for each in weights) / sum(each.codes.numel() for each in weights)
         return RoundedBlock(name, start, best, moved)
-
-
-def units_of(model: nn.Module) -> list[Unit]:
-    """The units of a model; the whole model as one block where nothing is repeated."""
-    found = find_units(model)
-    return found if any(unit.is_block for unit in found) else [Unit("", model, True)]
 
 
 def _inside(block: str, layers: Mapping[str, QuantizedLinear]) -> dict[str, QuantizedLinear]:

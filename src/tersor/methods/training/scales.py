@@ -36,7 +36,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -46,27 +46,23 @@ from torch.utils.checkpoint import checkpoint
 from tersor.calibrate.blocks import find_blocks
 from tersor.errors import TersorError
 from tersor.layers.quantized_linear import packed_layers
-from tersor.methods.method import PackedMethod, Work, check_options, option, register
-from tersor.methods.training.held_out import as_batches, divergence, drawn, judged, rate, split, travelled
-from tersor.methods.training.tuned_weight import TunedWeight, learning, requiring
+from tersor.methods.method import PackedMethod, Report, Work, option, register
+from tersor.methods.training.held_out import as_batches, divergence, drawn, judged, learn, split, travelled
+from tersor.methods.training.tuned_weight import TunedWeight, learning
 
 SHARES = (1.0, 0.25)  # of the rates, tried in turn until the samples kept apart get better
 
 
 @dataclass(frozen=True)
-class TunedSteps:
+class TunedSteps(Report):
     """One layer: by how much its steps changed, as the mean of |s / s_0 - 1|, and the share of its integers that moved; or,
     under `(all)`, the loss on the samples kept apart before and after."""
 
-    name: str
     change: float | None
     moved: float | None
     before: float | None = None
     after: float | None = None
     note: str = ""
-
-    def row(self) -> dict[str, Any]:
-        return {key: "" if value is None else value for key, value in asdict(self).items()}
 
 
 @register
@@ -94,9 +90,6 @@ class Scales(PackedMethod):
     checkpoint: bool = option(True, "compute activations inside blocks again for the gradient, which takes less memory")
     order_seed: int = option(0, "seed of the order of samples", check=lambda v: v >= 0, allowed="0 or more")
 
-    def __post_init__(self) -> None:
-        check_options(self)
-
     @property
     def moves_integers(self) -> bool:
         return self.integers
@@ -108,37 +101,31 @@ class Scales(PackedMethod):
             raise TersorError("no packed layer is left to tune")
         weights = {name: TunedWeight(layer, moves=self.integers) for name, layer in layers.items()}
         blocks = [model.get_submodule(each.name) for each in find_blocks(original) if each.name] * self.checkpoint
+        steps = [each.log_step for each in weights.values()]
+        offsets = [each.offset for each in weights.values() if each.offset is not None]
+        order = drawn(len(samples), self.batch_size, self.epochs, self.order_seed)
+
+        def backward(step: int, chosen: list[int]) -> None:
+            with checkpointed(blocks):
+                loss = self._backward(model, original, [samples[n] for n in chosen])
+            if not math.isfinite(loss):
+                raise TersorError(f"the loss is not finite at step {step + 1}: a lower lr may help")
+            work.progress(f"tuning scales, loss {loss:.4g}", step + 1, len(order))
+
         with learning(weights.values()):
             start = best = judged(model, original, apart)
-            steps = [each.log_step for each in weights.values()]
-            offsets = [each.offset for each in weights.values() if each.offset is not None]
-            parameters = [*steps, *offsets]
-            kept = [each.clone() for each in parameters]
-            order = drawn(len(samples), self.batch_size, self.epochs, self.order_seed)
-            an_epoch = len(order) // self.epochs
             for share in SHARES:
-                for each in parameters:
-                    each.zero_()
-                rates = [share * self.lr, *[share * self.travel / travelled(len(order))] * self.integers]
-                optimizer = torch.optim.Adam([{"params": each} for each in (steps, offsets) if each], betas=(0.9, 0.95))
-                for step, chosen in enumerate(order):
-                    with requiring(parameters), torch.enable_grad(), checkpointed(blocks):
-                        loss = self._backward(model, original, [samples[n] for n in chosen])
-                    if not math.isfinite(loss):
-                        raise TersorError(f"the loss is not finite at step {step + 1}: a lower lr may help")
-                    for group, lr in zip(optimizer.param_groups, rates, strict=True):
-                        group["lr"] = lr * rate(step, len(order))
-                    optimizer.step()
-                    optimizer.zero_grad()
-                    for each in offsets:
-                        each.clamp_(-1, 1)
-                    work.progress(f"tuning scales, loss {loss:.4g}", step + 1, len(order))
-                    if (step + 1) % an_epoch == 0 and (now := judged(model, original, apart)) < best:
-                        best, kept = now, [each.clone() for each in parameters]
+                best = learn(
+                    [(steps, share * self.lr), (offsets, share * self.travel / travelled(len(order)))],
+                    order,
+                    epochs=self.epochs,
+                    offsets=offsets,
+                    backward=backward,
+                    judge=lambda: judged(model, original, apart),
+                    start=start,
+                )
                 if best < start:
                     break
-            for parameter, state in zip(parameters, kept, strict=True):
-                parameter.copy_(state)
             for name, weight in weights.items():
                 change = (weight.steps() / weight.start - 1).abs().mean()
                 work.report(TunedSteps(name, float(change), weight.moved() / weight.codes.numel()))

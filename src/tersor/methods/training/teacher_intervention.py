@@ -47,7 +47,6 @@ Not proven: GLUE scores; that it needs fewer steps than plain training.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -68,7 +67,7 @@ from tersor.formats.clipped_grid import Weights
 from tersor.layers.dynamic_map import UNROUNDED
 from tersor.layers.dynamic_products import DynamicProducts
 from tersor.layers.linear_map import computes_its_own, embeddings, linear_maps
-from tersor.methods.method import ModelMethod, Work, check_options, option, register
+from tersor.methods.method import ModelMethod, Report, Work, option, register
 from tersor.methods.training.batches import Drawn
 from tersor.methods.training.signals import Intervention, Parts, Places, Signals, find_places, parts_of, run
 from tersor.methods.training.trained import TrainedMap, TrainedRows
@@ -83,17 +82,13 @@ Losses = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class TrainedPart:
+class TrainedPart(Report):
     """One row: a layer, its bits as in W2A8, and ‖Ŵ - W‖² / ‖W‖² of the trained weight; or a phase of the training with the
     loss at its start and end."""
 
-    name: str
     bits: str
     error: float
     note: str = ""
-
-    def row(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
 
 @register
@@ -145,7 +140,7 @@ class TeacherIntervention(ModelMethod):
     keep: str = option("", "folder for the state of the training; the same command goes on from it")
 
     def __post_init__(self) -> None:
-        check_options(self)
+        super().__post_init__()
         if self.intervention != "none" and self.intervention_steps > self.steps:
             raise TersorError(
                 f"intervention_steps={self.intervention_steps} are more than all steps={self.steps}; lower it or raise steps"

@@ -31,15 +31,15 @@ the best of the grid; saved results load in transformers. Measured: benchmarks/r
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from tersor.formats.grid import Bits
 from tersor.layers.linear_map import matrix_shape, weight_matrix
-from tersor.methods.method import Method, ModelMethod, Work, check_options, from_options, option, register
+from tersor.methods.method import Method, ModelMethod, Report, Work, from_options, option, register
 from tersor.methods.structure.greenformers import input_hessians, turns
 from tersor.methods.weights.gptq_solver import solve_rtn
 from tersor.methods.weights.scale_places import find_places, fold, sizes_of
@@ -49,19 +49,15 @@ SMALLEST = 1e-4  # of aᵅ
 
 
 @dataclass(frozen=True)
-class ScaledPlace:
+class ScaledPlace(Report):
     """name: the source; readers: its layers; alpha: what was chosen, None where nothing was done for the reason in note;
     plain, scaled: ‖(Q - W) X‖² / ‖W X‖² of the readers together, rounded as they were and as they are."""
 
-    name: str
     readers: str
     alpha: float | None
     plain: float | None
     scaled: float | None
     note: str = ""
-
-    def row(self) -> dict[str, Any]:
-        return {key: "" if value is None else value for key, value in asdict(self).items()}
 
 
 @register
@@ -75,6 +71,7 @@ class AWQScale(ModelMethod):
         "inference/quantization-llm",
     )
     keeps_size: ClassVar[bool] = True
+    takes_layers: ClassVar[bool] = False
 
     bits: Bits = option(
         4, f"of the rounding that follows: {BITS_HELP}", check=is_bits, allowed="2, 3, 4, 8 or 'ternary'", word=True
@@ -85,9 +82,6 @@ class AWQScale(ModelMethod):
     linears: bool = option(
         True, "scale between two linear layers too, such as v and o, up and down", flag="--linears/--norms-only"
     )
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
     @classmethod
     def recipes(cls, kind: str) -> Sequence[Sequence[Method]]:

@@ -15,29 +15,16 @@ from typing import ClassVar
 from torch import Tensor
 
 from tersor.formats.grid import Stored
-from tersor.formats.layout import Layout
 from tersor.layers.linear_map import weight_matrix
 from tersor.methods.block import Block
-from tersor.methods.method import BlockMethod, check_options, option, register
+from tersor.methods.method import register
 from tersor.methods.solution import DenseSolution, dense_solution
-from tersor.methods.weights.sparsity import (
-    HALF,
-    PATTERN_HELP,
-    PATTERNS,
-    SPARSITY_HELP,
-    UNSTRUCTURED,
-    Pruner,
-    check_pattern,
-    check_removes,
-    check_width,
-    is_sparsity,
-    zeros_in,
-)
+from tersor.methods.weights.sparsity import Pruner, Pruning, zeros_in
 
 
 @register
 @dataclass(frozen=True)
-class Magnitude(BlockMethod):
+class Magnitude(Pruning):
     """Remove the smallest weights of each layer; needs no calibration."""
 
     name: ClassVar[str] = "magnitude"
@@ -46,26 +33,11 @@ class Magnitude(BlockMethod):
         "inference/pruning-semi",
         "practical/pruning",
     )
-    layouts: ClassVar[tuple[str, ...]] = ("safetensors",)
     needs_samples: ClassVar[bool] = False
-
-    sparsity: float = option(HALF, SPARSITY_HELP, check=is_sparsity, allowed="above 0, below 1")
-    pattern: str = option(
-        UNSTRUCTURED, PATTERN_HELP, check=lambda v: v in PATTERNS, allowed=" or ".join(map(repr, PATTERNS))
-    )
-
-    def __post_init__(self) -> None:
-        check_options(self)
-        check_removes(self.sparsity)
-        check_pattern(self.sparsity, self.pattern)
-
-    def check_linear(self, name: str, out_features: int, in_features: int, layout: Layout | None) -> None:
-        check_width(name, in_features, self.pattern)
 
     def compress_block(self, block: Block) -> None:
         def solve(name: str) -> tuple[DenseSolution, str]:
-            pruner = Pruner(self.sparsity, self.pattern)
-            return prune(weight_matrix(block.linears[name]), pruner, block.stored), ""
+            return prune(weight_matrix(block.linears[name]), self.pruner, block.stored), ""
 
         block.solve(block.linears, solve, -1, tokens={})
 

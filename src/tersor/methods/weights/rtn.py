@@ -10,7 +10,7 @@ from tersor.formats.grid import Bits, ClipSearch
 from tersor.formats.layout import Layout, UniformGrids
 from tersor.layers.linear_map import weight_matrix
 from tersor.methods.block import Block
-from tersor.methods.method import BlockMethod, Method, check_options, option, register
+from tersor.methods.method import BlockMethod, Method, option, register
 from tersor.methods.weights.gptq_solver import Solution, solve_rtn
 from tersor.methods.weights.uniform import (
     BITS_HELP,
@@ -43,9 +43,6 @@ class RTN(BlockMethod):
     group_size: int = option(128, GROUP_HELP, check=is_group_size, allowed="-1 or a positive number")
     sym: bool = option(True, SYM_HELP, flag="--sym/--asym")
     mse: bool = option(False, "search for the clipping range with the least error in each group")
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
     @classmethod
     def recipes(cls, kind: str) -> Sequence[Sequence[Method]]:

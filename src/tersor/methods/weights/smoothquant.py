@@ -26,32 +26,28 @@ ViT; saved results load in transformers. Not proven: the paper's W8A8 tables.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from tersor.layers.linear_map import weight_matrix
-from tersor.methods.method import ModelMethod, Work, check_options, option, register
+from tersor.methods.method import ModelMethod, Report, Work, option, register
 from tersor.methods.weights.scale_places import find_places, fold, sizes_of
 
 SMALLEST = 1e-5  # of a scale, and of a column's largest weight
 
 
 @dataclass(frozen=True)
-class SmoothedPlace:
+class SmoothedPlace(Report):
     """name: the source; readers: its layers, none where nothing was done for the reason in note; before, after: the largest
     activation of all channels over the median channel's."""
 
-    name: str
     readers: str
     before: float | None
     after: float | None
     note: str = ""
-
-    def row(self) -> dict[str, Any]:
-        return {key: "" if value is None else value for key, value in asdict(self).items()}
 
 
 @register
@@ -65,6 +61,7 @@ class SmoothQuant(ModelMethod):
         "inference/quantization-llm",
     )
     keeps_size: ClassVar[bool] = True
+    takes_layers: ClassVar[bool] = False
 
     alpha: float = option(
         0.5, "how much of the outliers goes into the weights", check=lambda v: 0 <= v <= 1, allowed="between 0 and 1"
@@ -72,9 +69,6 @@ class SmoothQuant(ModelMethod):
     linears: bool = option(
         True, "scale between two linear layers too, such as v and o, up and down", flag="--linears/--norms-only"
     )
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
     @torch.no_grad()
     def compress_model(self, model: nn.Module, work: Work) -> nn.Module:

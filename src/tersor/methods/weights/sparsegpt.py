@@ -32,21 +32,11 @@ from tersor.formats.grid import Bits
 from tersor.formats.layout import Layout, UniformGrids
 from tersor.layers.linear_map import weight_matrix
 from tersor.methods.block import Block, Statistics
-from tersor.methods.method import BlockMethod, check_options, option, register
+from tersor.methods.method import option, register
 from tersor.methods.solution import AnySolution
 from tersor.methods.weights.factors import Factors
 from tersor.methods.weights.sparse_solver import solve_sparse
-from tersor.methods.weights.sparsity import (
-    HALF,
-    PATTERN_HELP,
-    PATTERNS,
-    SPARSITY_HELP,
-    UNSTRUCTURED,
-    Pruner,
-    check_pattern,
-    check_width,
-    is_sparsity,
-)
+from tersor.methods.weights.sparsity import HALF, SPARSITY_HELP, Pruning, is_sparsity
 from tersor.methods.weights.uniform import BITS_HELP, GROUP_HELP, SYM_HELP, check_grid, is_bits, is_group_size, width_of
 
 GROUP_SIZE = 128
@@ -54,7 +44,7 @@ GROUP_SIZE = 128
 
 @register
 @dataclass(frozen=True)
-class SparseGPT(BlockMethod):
+class SparseGPT(Pruning):
     """Remove weights with error compensation, and quantize what stays where `bits` is given."""
 
     name: ClassVar[str] = "sparsegpt"
@@ -67,9 +57,6 @@ class SparseGPT(BlockMethod):
     )
 
     sparsity: float = option(HALF, SPARSITY_HELP, check=is_sparsity, allowed="0 or more, below 1")
-    pattern: str = option(
-        UNSTRUCTURED, PATTERN_HELP, check=lambda v: v in PATTERNS, allowed=" or ".join(map(repr, PATTERNS))
-    )
     bits: Bits | None = option(
         None,
         f"{BITS_HELP}: quantize what stays, too",
@@ -89,8 +76,7 @@ class SparseGPT(BlockMethod):
     )
 
     def __post_init__(self) -> None:
-        check_options(self)
-        check_pattern(self.sparsity, self.pattern)
+        super().__post_init__()
         if self.bits is None and self.sparsity == 0:
             raise TersorError("sparsity=0 without bits changes nothing: give one of them")
         if self.bits is None and (self.group_size != GROUP_SIZE or not self.sym):
@@ -102,7 +88,7 @@ class SparseGPT(BlockMethod):
         return ("safetensors",) if self.bits is None else ("gptq", "gptq_v2", "compressed-tensors")
 
     def check_linear(self, name: str, out_features: int, in_features: int, layout: Layout | None) -> None:
-        check_width(name, in_features, self.pattern)
+        super().check_linear(name, out_features, in_features, layout)
         if self.bits is not None:
             check_grid(name, self.bits, self.group_size, self.sym, out_features, in_features, layout)
 
@@ -120,7 +106,7 @@ class SparseGPT(BlockMethod):
         solution = solve_sparse(
             weight_matrix(block.linears[name]),
             factor,
-            Pruner(self.sparsity, self.pattern),
+            self.pruner,
             bits=self.bits,
             group_size=self.group_size,
             sym=self.sym,

@@ -1,4 +1,4 @@
-"""What the pruning methods share: the pattern of zeros, the checks of its options, and which weights it removes.
+"""What the pruning methods share: their options and checks, and which weights a pattern of zeros removes.
 
 Unstructured zeros may be anywhere; a pattern n:m keeps n of every m consecutive inputs, as hardware asks for (2:4).
 """
@@ -12,40 +12,17 @@ import torch
 from torch import Tensor
 
 from tersor.errors import TersorError
+from tersor.formats.layout import Layout
+from tersor.methods.method import BlockMethod, option
 
 UNSTRUCTURED = "unstructured"
 PATTERNS = {UNSTRUCTURED: None, "2:4": (2, 4), "4:8": (4, 8)}
 SPARSITY_HELP = "share of the weights to remove; a pattern n:m removes half"
-PATTERN_HELP = "unstructured, or 2:4 or 4:8: so many weights stay of every 4 or 8 consecutive inputs"
 HALF = 0.5  # what 2:4 and 4:8 remove
 
 
 def is_sparsity(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
-
-
-def check_pattern(sparsity: float, pattern: str) -> None:
-    """Raise TersorError where a share does not go with a pattern."""
-    if pattern != UNSTRUCTURED and sparsity != HALF:
-        raise TersorError(
-            f"sparsity={sparsity:g} does not go with pattern {pattern}, which removes half: leave sparsity out, or use "
-            f"pattern {UNSTRUCTURED}"
-        )
-
-
-def check_removes(sparsity: float) -> None:
-    if sparsity == 0:
-        raise TersorError("sparsity=0 removes nothing: give a share between 0 and 1")
-
-
-def check_width(name: str, in_features: int, pattern: str) -> None:
-    """Raise TersorError where a layer's inputs are no whole groups of the pattern."""
-    kept = PATTERNS[pattern]
-    if kept is not None and in_features % kept[1]:
-        raise TersorError(
-            f"{name} has {in_features} inputs, which pattern {pattern} does not divide; use --pattern {UNSTRUCTURED}, or "
-            f"--exclude '{name}'"
-        )
 
 
 @dataclass(frozen=True)
@@ -71,6 +48,43 @@ class Pruner:
             return lowest(groups, kept[1] - kept[0]).reshape(rows, columns)
         count = round(self.sparsity * rows * (first + columns)) - round(self.sparsity * rows * first)
         return lowest(scores.flatten(), count).view(rows, columns)
+
+
+@dataclass(frozen=True)
+class Pruning(BlockMethod):
+    """A method that makes weights zero: its options, and what they ask of a layer."""
+
+    sparsity: float = option(HALF, SPARSITY_HELP, check=lambda v: is_sparsity(v) and v > 0, allowed="above 0, below 1")
+    pattern: str = option(
+        UNSTRUCTURED,
+        "unstructured, or 2:4 or 4:8: so many weights stay of every 4 or 8 consecutive inputs",
+        check=lambda v: v in PATTERNS,
+        allowed=" or ".join(map(repr, PATTERNS)),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pattern != UNSTRUCTURED and self.sparsity != HALF:
+            raise TersorError(
+                f"sparsity={self.sparsity:g} does not go with pattern {self.pattern}, which removes half: leave sparsity out, "
+                f"or use pattern {UNSTRUCTURED}"
+            )
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        return ("safetensors",)
+
+    @property
+    def pruner(self) -> Pruner:
+        return Pruner(self.sparsity, self.pattern)
+
+    def check_linear(self, name: str, out_features: int, in_features: int, layout: Layout | None) -> None:
+        kept = PATTERNS[self.pattern]
+        if kept is not None and in_features % kept[1]:
+            raise TersorError(
+                f"{name} has {in_features} inputs, which pattern {self.pattern} does not divide; use --pattern {UNSTRUCTURED}, "
+                f"or --exclude '{name}'"
+            )
 
 
 def lowest(scores: Tensor, count: int) -> Tensor:

@@ -26,30 +26,16 @@ from typing import ClassVar
 from torch import Tensor
 
 from tersor.formats.grid import Stored
-from tersor.formats.layout import Layout
 from tersor.layers.linear_map import weight_matrix
 from tersor.methods.block import Block, Statistics
-from tersor.methods.method import BlockMethod, check_options, option, register
+from tersor.methods.method import register
 from tersor.methods.solution import DenseSolution, dense_solution
-from tersor.methods.weights.sparsity import (
-    HALF,
-    PATTERN_HELP,
-    PATTERNS,
-    SPARSITY_HELP,
-    UNSTRUCTURED,
-    Pruner,
-    check_pattern,
-    check_removes,
-    check_width,
-    is_sparsity,
-    lowest,
-    zeros_in,
-)
+from tersor.methods.weights.sparsity import UNSTRUCTURED, Pruner, Pruning, lowest, zeros_in
 
 
 @register
 @dataclass(frozen=True)
-class Wanda(BlockMethod):
+class Wanda(Pruning):
     """Remove the weights with the least product of size and input norm, row by row; the others stay as they are."""
 
     name: ClassVar[str] = "wanda"
@@ -59,20 +45,6 @@ class Wanda(BlockMethod):
         "inference/pruning-post-training",
         "practical/pruning",
     )
-    layouts: ClassVar[tuple[str, ...]] = ("safetensors",)
-
-    sparsity: float = option(HALF, SPARSITY_HELP, check=is_sparsity, allowed="above 0, below 1")
-    pattern: str = option(
-        UNSTRUCTURED, PATTERN_HELP, check=lambda v: v in PATTERNS, allowed=" or ".join(map(repr, PATTERNS))
-    )
-
-    def __post_init__(self) -> None:
-        check_options(self)
-        check_removes(self.sparsity)
-        check_pattern(self.sparsity, self.pattern)
-
-    def check_linear(self, name: str, out_features: int, in_features: int, layout: Layout | None) -> None:
-        check_width(name, in_features, self.pattern)
 
     def compress_block(self, block: Block) -> None:
         names = [name for group in block.order.groups for name in group]
@@ -82,7 +54,7 @@ class Wanda(BlockMethod):
 
     def _solve(self, block: Block, statistics: Mapping[str, Statistics], name: str) -> tuple[DenseSolution, str]:
         H = statistics[name].hessian
-        solution = prune(weight_matrix(block.linears[name]), H, Pruner(self.sparsity, self.pattern), block.stored)
+        solution = prune(weight_matrix(block.linears[name]), H, self.pruner, block.stored)
         unseen = "no calibration token reached it: pruned by magnitude" if not bool(H.any()) else ""
         return solution, unseen
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from kernels.random_weights import random_weight
 
-from tersor.kernels.prepared_weight import prepare, restore
 from tersor.kernels.quantized_matmul import quantized_matmul, reference
+from tersor.kernels.tiled_weight import prepare, restore
 from tersor.layers.quantized_linear import QuantizedLinear
 
 

@@ -1,7 +1,7 @@
 """A packed weight in the layout that the GPU kernel streams: tiles of 64 outputs x 128 inputs, codes and scales together.
 
-The layout itself is described at the top of `packed_tile.cuh`. `prepare` makes it once, on whatever device the weight
-is; `restore` is its inverse, so that a model needs to hold one copy only.
+`packed_tile.cuh` describes the layout at its top. `prepare` makes it once, on the weight's device. `restore` is the inverse, so
+a model holds only one copy.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from torch import Tensor
 from tersor.formats.quantized_weight import QuantizedWeight
 
 K_TILE, N_BLOCK = 128, 64  # inputs and outputs of a tile
-_FIELDS = {2: 8, 3: 5, 4: 4, 8: 2}  # pairs of codes in a word; 3 bits leave two bits over
+_FIELDS = {2: 8, 3: 5, 4: 4, 8: 2}  # pairs of codes in a word; at 3 bits, two bits are left over
 _PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (4, 4)}  # words of half a tile that a thread loads at once
 _MEBIBYTES_AT_ONCE = 256  # of codes, while repacking
 
 
 @dataclass(frozen=True)
-class PreparedWeight:
+class TiledWeight:
     """A weight [out, in] as the kernel reads it.
 
     tiles: uint8 [ceil(out / 64), ceil(in / 128), bytes of a tile]
-    order: int64 [in], the input column at every position of the tiles; None where that is the natural order.
+    order: int64 [in], the input column at every position of the tiles; None: the natural order.
     zero:  the one zero point of all groups, or -1 where the tiles hold one per group.
     group_size: input columns a group, 32, 64 or a multiple of 128; -1 for one group of all columns.
     """
@@ -43,7 +43,7 @@ class PreparedWeight:
         """Input columns that share a scale within a tile; wider groups repeat theirs in every tile."""
         return self.group_size if self.group_size in (32, 64) else K_TILE
 
-    def to(self, device: torch.device | str) -> PreparedWeight:
+    def to(self, device: torch.device | str) -> TiledWeight:
         order = None if self.order is None else self.order.to(device)
         return replace(self, tiles=self.tiles.to(device), order=order)
 
@@ -66,7 +66,7 @@ def _group_size(weight: QuantizedWeight) -> int:
     return -1 if weight.scales.shape[0] == 1 else weight.group_size
 
 
-def prepare(weight: QuantizedWeight) -> PreparedWeight:
+def prepare(weight: QuantizedWeight) -> TiledWeight:
     """Repack for the kernel. Columns of an act-order weight are permuted so that groups lie side by side."""
     if reason := why_not(weight):
         raise ValueError(f"no GPU kernel for {reason}; use the reference")
@@ -104,7 +104,7 @@ def prepare(weight: QuantizedWeight) -> PreparedWeight:
         tiles[first : first + step, :, : N_BLOCK * K_TILE * bits // 8] = _pack_tiles(codes, bits)
     if tiles.is_cuda:  # the kernel fetches its weight without waiting for the kernels before it
         torch.cuda.synchronize(tiles.device)
-    return PreparedWeight(tiles, order, bits, group_size, zero, scale_dtype, weight.in_features, weight.out_features)
+    return TiledWeight(tiles, order, bits, group_size, zero, scale_dtype, weight.in_features, weight.out_features)
 
 
 def _pack_tiles(codes: Tensor, bits: int) -> Tensor:
@@ -145,7 +145,7 @@ def _unpack_tiles(tiles: Tensor, bits: int) -> Tensor:
     return split.permute(0, 3, 4, 8, 1, 2, 6, 7, 5, 9).reshape(blocks * N_BLOCK, k_tiles * K_TILE)
 
 
-def restore(weight: PreparedWeight) -> QuantizedWeight:
+def restore(weight: TiledWeight) -> QuantizedWeight:
     """The weight in its standard layout again: the same integers, scales and zero points."""
     blocks, k_tiles, _ = weight.tiles.shape
     code_bytes = N_BLOCK * K_TILE * weight.bits // 8
