@@ -41,7 +41,7 @@ def demo(
         "tersor-demo.html"
     ),
 ) -> None:
-    """Quantize the built-in model by rounding and by GPTQ, compare both with the original, and let the result write."""
+    """Quantize the built-in model by rounding and by GPTQ, compare both with the original, and let the result write a text."""
     if out is not None and not (out / JOB_FOLDER).exists():  # an unfinished job goes on
         check_free(out, overwrite=False)
     if find_spec("plotly") is not None:

@@ -26,7 +26,7 @@ from tersor.progress import Progress
 from tersor.tasks.compared import FORECASTS, Inputs, check_inputs, compared_on
 from tersor.tasks.forecast_compared import forecasts_compared
 
-# What does nothing in a comparison with --against, by what the models are compared on.
+# Options that do nothing with --against, by what the models are compared on.
 IDLE = {
     "text": ("max_images",),
     "sentences": ("seq_len", "max_windows", "max_images", "cache", "cache_size"),
@@ -77,7 +77,7 @@ def evaluate(
     variant: Variant = None,
     as_json: AsJson = False,
 ) -> None:
-    """Perplexity of a language model over windows of a text that do not overlap; accuracy of a classifier with --images.
+    """Perplexity of a language model over windows of a text, without overlap; accuracy of a classifier with --images.
 
     In each window, tokens 2 to n are predicted. With --against, the model's predictions are compared with the original's: those
     of a language model, a classifier (--images), a sentence encoder (the lines of --text) or a forecaster (--data).

@@ -1,4 +1,4 @@
-"""What a user should know and is no error: lines on standard error."""
+"""Lines on standard error that a user should read and that are no errors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import typer
 
 
 def show_notes(notes: Iterable[str]) -> None:
-    """One line each, without anything in it that a terminal would obey: names in it may come from foreign files."""
+    """Print one line each, without control characters: names in it may come from foreign files."""
     for note in notes:
         line = "".join(each if each.isprintable() else "?" for each in " ".join(note.split()))
         typer.echo(f"note: {line}", err=True)

@@ -14,8 +14,8 @@ from tersor.progress import Progress
 
 @contextmanager
 def progress_bar(*, quiet: bool = False) -> Iterator[Progress]:
-    """A `progress(what, done, total)` that draws one bar where standard error is a terminal, and prints a report with total 0
-    as a line; silent where `quiet`."""
+    """A `progress(what, done, total)` that draws one bar where standard error is a terminal. With total 0 it prints `what` as a
+    line. quiet: it does neither."""
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
