@@ -49,7 +49,7 @@ def collect(
 
     against: the original, with which the weights are compared, and the predictions where it is a language model with a
     tokenizer: on `max_windows` windows of `seq_len` tokens of each of `texts` (the built-in one where none is given), and by what
-    both write after `prompts` (the begins of windows where none is given). attributions: files of `tersor attribute`.
+    both write after `prompts` (beginnings of parts of the text where none is given). attributions: files of `tersor attribute`.
     measure: run all models here. Raises TersorError where one is no model, or the original is another architecture.
     """
     if not models:
@@ -138,8 +138,8 @@ def _layers(
     views: Sequence[LayerView],
     attributed: Mapping[str, Any] | None,
 ) -> list[Layer]:
-    """Every linear map of the blocks, and what the job solved beside them, with all that is known of it; then what an
-    attribution measured together: blocks and groups of layers, each a row of its own."""
+    """Every linear map of the blocks and every other layer that the job solved, with all that is known of it. After them come
+    the blocks and groups of layers that an attribution measured together, a row each."""
     rows = {
         str(row["name"]): row
         for row in record.get("layers") or ()
@@ -198,7 +198,7 @@ def _number(value: Any) -> float | None:
 
 
 def _attributions(files: Sequence[Path], names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """{model: what `tersor attribute` found of it}. Of one file and one model they belong together whatever the file says."""
+    """{model: what `tersor attribute` found of it}. One file and one model belong together, whatever the file says."""
     found: dict[str, dict[str, Any]] = {}
     for path in files:
         content = read_json_object(path)
@@ -219,9 +219,10 @@ def _attributions(files: Sequence[Path], names: Sequence[str]) -> dict[str, dict
 def _costs(
     name: str, attributed: Mapping[str, Any], known: Sequence[str]
 ) -> tuple[dict[str, Mapping[str, Any]], list[Mapping[str, Any]]]:
-    """{layer: its row}, and the rows of what is no single layer: of blocks, and of layers that were exchanged together.
+    """{layer: its row}, and the rows of blocks and of layers that were exchanged together.
 
-    No cost is in two of them: a block of which some layer has a row is left out. Raises TersorError where none is the model's.
+    No cost is counted twice: a block is left out where one of its layers has a row. Raises TersorError where no row is the
+    model's.
     """
     costs: dict[str, Mapping[str, Any]] = {}
     together: list[Mapping[str, Any]] = []
@@ -245,7 +246,7 @@ def _costs(
 
 
 def _members(row: Mapping[str, Any], known: Sequence[str]) -> set[str]:
-    """What a row is of: its members, and the known layers below its name where it has none."""
+    """What a row is of: its members, or the known layers below its name where it lists none."""
     name = row["name"]
     listed = {str(each) for each in row.get("members") or () if any(f"{k}.".startswith(f"{each}.") for k in known)}
     return listed or {each for each in known if f"{each}.".startswith(f"{name}.")}

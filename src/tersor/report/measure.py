@@ -28,7 +28,7 @@ TURNS, PREFIX, NEW = 5, 128, 32  # what is timed
 
 
 def prompts_from(model: Openable, text: str) -> list[str]:
-    """Begins of equal parts of a text, cut at words."""
+    """The beginnings of equal parts of a text, cut at words."""
     tokenizer = load_tokenizer(resolve(model))
     ids = tokens_of(text if text == "builtin" else Path(text), tokenizer)
     starts = [n * len(ids) // PROMPTS for n in range(PROMPTS)]
@@ -71,9 +71,9 @@ def continuations(
 
 
 def measure_speed(models: Mapping[str, Sizes], dtype: str, device: str, progress: Progress) -> dict[str, Speed]:
-    """Each model in a process of its own, so that its peak of memory is its own, one after another.
+    """Measures each model in a process of its own, one after another: its peak of memory is then its own.
 
-    Raises TersorError where one does not make text.
+    Raises TersorError where a model does not make text.
     """
     found: dict[str, Speed] = {}
     for n, (name, sizes) in enumerate(models.items()):
@@ -118,6 +118,6 @@ def _speed_of(name: str, sizes: Sizes, dtype: str, device: str) -> Speed:
 
 
 def _looked_up(module: Any, sizes: Sizes) -> int:
-    """Bytes in memory of an embedding of which a step reads one row; a packed one is no parameter, and as on disk."""
+    """Bytes in memory of the embedding table, of which a step reads one row. A packed one is no parameter: as on disk."""
     weight = getattr(module.get_input_embeddings(), "weight", None)
     return weight.numel() * weight.element_size() if isinstance(weight, torch.nn.Parameter) else sizes.looked_up

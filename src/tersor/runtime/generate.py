@@ -33,8 +33,8 @@ from tersor.runtime.sampling import NOT_FINITE, Sampling, choose, finite, penali
 from tersor.runtime.stepped_module import RecomputedModule, SteppedModule
 from tersor.runtime.text_stream import TextStream
 
-_TOP_K = 50  # what a generation_config.json means that samples and says nothing of it
-# What a generation_config.json may ask for and tersor does not do, with the values that ask for nothing.
+_TOP_K = 50  # what a generation_config.json means that samples and does not say top_k
+# Settings of a generation_config.json that tersor does not do, with the values by which they ask for nothing.
 _NOT_DONE: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
     "min_length": (0,),
@@ -109,17 +109,13 @@ def check_length(module: nn.Module, prompt: int, new: int) -> None:
 
 @dataclass(frozen=True)
 class Writer:
-    """A model that is ready to continue texts.
-
-    module: the model in memory. tokenizer: its own, or the one that was named. sampling: as asked for, else as the model says.
-    end: the tokens that end a text. notice: called with a line for the user.
-    """
+    """A model that is ready to continue texts."""
 
     module: nn.Module
-    tokenizer: Any
-    sampling: Sampling
-    end: frozenset[int]
-    notice: Callable[[str], None]
+    tokenizer: Any  # the model's own, or the one that was named
+    sampling: Sampling  # as asked for, else as the model says
+    end: frozenset[int]  # the tokens that end a text
+    notice: Callable[[str], None]  # called with a line for the user
 
     def engine(self, capacity: int) -> Engine:
         """How the model runs, for texts of up to `capacity` tokens. The module cannot be used for anything else afterwards."""
@@ -243,7 +239,7 @@ def stream(
 
 
 def sampling_of(module: nn.Module, given: Mapping[str, Any], *, seed: int = 0) -> Sampling:
-    """What was given, else what the model's generation_config.json says; temperature 0 where neither asks for draws."""
+    """What was given, else what the model's generation_config.json says; temperature 0 where neither asks for sampling."""
     said = getattr(module, "generation_config", None)
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     found = {name: value for name in names if (value := getattr(said, name, None)) is not None}
@@ -284,7 +280,7 @@ class _Sent:
             self._event.record(torch.cuda.current_stream(token.device))
 
     def arrived(self) -> int:
-        """Waits for it, but for nothing that the device was given to do since."""
+        """Waits for this token, but for nothing that the device was given to do since."""
         if self._event is not None:
             self._event.synchronize()
         return int(self._token)
@@ -301,8 +297,8 @@ def tokens(
 ) -> Iterator[int]:
     """The tokens that follow ids [1, tokens], one by one, without the one that ends the text.
 
-    ahead: at temperature 0, so many more tokens the engine has been given to read than have been looked at here. They keep a
-    GPU busy, and the engine may have read that many after the end. None: AHEAD on a GPU, else 0.
+    ahead: at temperature 0, how many tokens the engine may be given to read before they are looked at here. They keep a
+    GPU busy; the engine may have read that many after the end. None: AHEAD on a GPU, else 0.
     """
     if ahead is None:
         ahead = AHEAD if engine.device.type == "cuda" else 0

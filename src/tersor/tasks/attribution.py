@@ -34,8 +34,9 @@ def attribution(
 ) -> Attribution:
     """Load both models, exchange their layers, and try more bits for those that cost most.
 
-    inputs: what predictions are compared on. seconds: for the exchanges. layers, bits: what is tried then; bits None: nothing.
-    Raises TersorError where the two are of unlike kinds, their layers do not correspond, or the inputs do not fit.
+    inputs: what predictions are compared on. seconds: the time for the exchanges. layers: how many get more bits in the trial.
+    bits: how many they get; None: no trial. Raises TersorError where the two are of unlike kinds, their layers do not correspond,
+    or the inputs do not fit.
     """
     mine, theirs = open_checkpoint(model), open_checkpoint(against)
     how = compared_on(mine, theirs)

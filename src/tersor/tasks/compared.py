@@ -1,4 +1,4 @@
-"""On what two models of one kind are compared: a text, sentences, images or a table, by the task that they are for.
+"""What two models of one kind are compared on: a text, sentences, images or a table, by their task.
 
 how = compared_on("demo-4bit", "demo")                 # "text"
 measure = measure_of("demo", module, how, inputs)      # for `tersor attribute`
@@ -33,17 +33,17 @@ NEEDED = {"images": "--images DIR", "data": "--data TABLE"}
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the user gave. most: windows or images at most (None: the default of the kind)."""
+    """What the user gave."""
 
     text: tuple[str | Path, ...] = ("builtin",)
     images: Path | None = None
     data: Path | None = None
     seq_len: int = 1024
-    most: int | None = None
+    most: int | None = None  # windows or images at most; None: the default of the kind
 
 
 def compared_on(model: Openable, against: Openable) -> str:
-    """text, sentences, images or data. Raises TersorError where the two are of unlike kinds, or of one that is not compared."""
+    """text, sentences, images or data. Raises TersorError where the two differ in kind, or are of one that is not compared."""
     mine, theirs = (_kind(open_checkpoint(each), str(each)) for each in (model, against))
     if mine != theirs:
         raise TersorError(
@@ -53,7 +53,7 @@ def compared_on(model: Openable, against: Openable) -> str:
 
 
 def check_inputs(how: str, inputs: Inputs) -> None:
-    """Raise TersorError where what the kind of model needs was not given, or something else was."""
+    """Raise TersorError where the user gave no input for this kind of model, or one for another kind."""
     given = {name for name in NEEDED if getattr(inputs, name) is not None}
     if how in NEEDED and how not in given:
         raise TersorError(f"such models are compared on {how}: give {NEEDED[how]}")
@@ -81,8 +81,8 @@ def _kind(checkpoint: Checkpoint, name: str) -> str:
 
 
 def measure_of(base: Openable, module: nn.Module, how: str, inputs: Inputs) -> Measure:
-    """How far models are from `module`, which was loaded from `base`, on what the user gave. Raises TersorError where it does not
-    fit the model."""
+    """Measures how far models are from `module`, which was loaded from `base`, on what the user gave. Raises TersorError where it
+    does not fit the model."""
     if inputs.most is not None and inputs.most < 1:
         raise TersorError(f"{inputs.most} samples at most leave nothing to measure on; use at least 1")
     if how == "images":

@@ -17,7 +17,7 @@ from tersor.tasks.compared import FORECASTS, table_windows
 
 @dataclass(frozen=True)
 class ForecastsCompared:
-    """Errors in standard deviations of what the model learned from; ± over windows, of the changes paired."""
+    """Errors in standard deviations of what the model learned from. Each ± is over windows; changes are paired."""
 
     windows: int
     horizon: int
