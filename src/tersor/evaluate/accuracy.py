@@ -22,11 +22,11 @@ from tersor.progress import Progress
 
 @dataclass(frozen=True)
 class Accuracy:
-    """top1 in percent of `images`; half_width: of its 95 % confidence interval, in percentage points."""
+    """How many images a classifier gets right."""
 
-    top1: float
+    top1: float  # percent of `images`
     images: int
-    half_width: float
+    half_width: float  # of the 95 % confidence interval of top1, in percentage points
 
     def __float__(self) -> float:
         return self.top1

@@ -1,4 +1,4 @@
-"""A figure to hold others against: the original in 8 bits by plain rounding, which loses next to nothing."""
+"""A figure to compare others with: the original in 8 bits by plain rounding, which loses next to nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BITS = 8
 
 @contextmanager
 def anchor_of(against: Openable, *, device: str = "auto", progress: Progress | None = None) -> Iterator[Path]:
-    """A directory that holds the original, each row of its layers rounded to 8 bits, for as long as the context lasts. Raises
+    """A directory that holds the original with each row of its layers rounded to 8 bits, as long as the context lasts. Raises
     TersorError where the original is packed already."""
     if "quantization_config" in open_checkpoint(against).config:
         raise TersorError(f"{against} is quantized already and cannot be rounded to {BITS} bits: leave --anchors out")

@@ -16,28 +16,27 @@ from tersor.layers.linear_map import linear_maps, matrix_shape
 
 @dataclass(frozen=True)
 class BlockGroup:
-    """Blocks that are alike: linears (names within a block), shapes [out, in] and bits a weight on disk, in one order."""
+    """Blocks that are alike. Their linear layers are in one order."""
 
-    first: str
+    first: str  # the name of the first block
     count: int
-    linears: list[str]
-    shapes: list[tuple[int, int]]
-    bits: list[float]
+    linears: list[str]  # names within a block
+    shapes: list[tuple[int, int]]  # [out, in]
+    bits: list[float]  # a weight, on disk
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """parameters counts the dense model's; bytes and files are those on disk. outside: what lies outside the blocks, with the
-    bits a weight of its linear maps and embeddings."""
+    """What is in a checkpoint."""
 
     model: str
     architecture: str
     format: str
-    parameters: int
-    bytes: int
-    files: int
+    parameters: int  # of the dense model
+    bytes: int  # on disk
+    files: int  # on disk
     blocks: list[BlockGroup]
-    outside: dict[str, float | None]
+    outside: dict[str, float | None]  # what lies outside the blocks: bits a weight of its linear maps and embeddings
     unknown: list[str]
 
 
@@ -75,7 +74,7 @@ def inspect_checkpoint(model: str | Path) -> Inspection:
 
 
 def _bits_outside(lazy: LazyModel, unit: str, stored: dict[str, int]) -> float | None:
-    """Of all maps of the unit together; None where it has none with a weight of its own."""
+    """Bits a weight of all maps of the unit together; None where no map has a weight of its own."""
     sizes = [
         (math.prod(matrix_shape(found)), bits_of(lazy, name, stored))
         for name, found in lazy.maps.items()

@@ -1,4 +1,4 @@
-"""Which engines load a checkpoint, and which were seen to: what docs/formats.md and docs/gguf.md say, for one directory."""
+"""Which engines load a checkpoint, and which of them were tested: docs/formats.md and docs/gguf.md, for one directory."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ IN_LLAMA_CPP = (  # (bits, symmetric, group) of a Llama whose logits were compar
 
 @dataclass(frozen=True)
 class Loader:
-    """state: TESTED, UNTESTED (it reads the format; nobody here ran it) or REFUSED; how: what was tested, or why not."""
+    """Whether an engine loads a checkpoint."""
 
     engine: str
-    state: str
-    how: str
+    state: str  # TESTED, REFUSED or UNTESTED: it reads the format, and nobody here ran it
+    how: str  # how it was tested, or why it is refused
 
 
 def loaders_of(model: Openable | LazyModel) -> list[Loader]:

@@ -26,16 +26,13 @@ AT_ONCE = 50  # images
 
 @dataclass(frozen=True)
 class Measure:
-    """outputs(module): what it predicts, a tensor [samples, ...] after another. distance: of two such tensors, [samples].
+    """A way to compare predictions."""
 
-    name: KL or MSE. text: what the samples are, in words. key: a hash of them.
-    """
-
-    name: str
-    text: str
-    key: str
-    outputs: Callable[[nn.Module], Iterator[Tensor]]
-    distance: Callable[[Tensor, Tensor], Tensor]
+    name: str  # KL or MSE
+    text: str  # what the samples are, in words
+    key: str  # a hash of the samples
+    outputs: Callable[[nn.Module], Iterator[Tensor]]  # what a module predicts: one tensor [samples, ...] after another
+    distance: Callable[[Tensor, Tensor], Tensor]  # of two such tensors: [samples]
 
 
 class Meter:

@@ -18,18 +18,18 @@ from tersor.errors import TersorError
 from tersor.progress import Progress
 
 _PROBE = 32  # tokens that are run twice, with other tokens in the second half, to see whether the model is causal
-# Of the logits' spread: what other tokens in the same call may change by rounding (experts that are visited with others).
+# Share of the logits' spread that other tokens in the same call may change by rounding (in experts, say).
 _TOLERANCE, _TOLERANCE_HALF = 1e-3, 5e-2
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """perplexity over `tokens` predicted tokens in `windows` windows of `seq_len` tokens."""
+    """Perplexity over windows of a text."""
 
     perplexity: float
-    tokens: int
+    tokens: int  # that were predicted
     windows: int
-    seq_len: int
+    seq_len: int  # tokens a window
 
     def __float__(self) -> float:
         return self.perplexity
@@ -123,7 +123,8 @@ def check_windows(module: nn.Module, windows: Tensor, tokenizer: Any = None) -> 
 
 
 def why_not_causal(module: nn.Module) -> str | None:
-    """Why a model of transformers is, by its class and config, none that predicts the next token from text alone, or None."""
+    """Why a model of transformers, by its class and config, does not predict the next token from text alone; None where it
+    does."""
     if not hasattr(module, "can_generate"):
         return None  # another library's, or one of ours: it is tried
     config: Any = getattr(module, "config", None)

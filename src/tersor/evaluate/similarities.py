@@ -29,13 +29,13 @@ FEWEST = 4
 
 @dataclass(frozen=True)
 class Similarities:
-    """cosine: of the two embeddings of one line; moved: the largest change of the cosine of any two lines."""
+    """How alike the embeddings of two encoders are."""
 
     lines: int
-    rank_correlation: Estimate
-    cosine: float
-    least_cosine: float
-    moved: float
+    rank_correlation: Estimate  # of the similarities of all pairs of lines
+    cosine: float  # the mean, of the two embeddings of one line
+    least_cosine: float  # the least of these
+    moved: float  # the largest change of the cosine of any two lines
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -32,15 +32,14 @@ class Histogram:
 
 @dataclass(frozen=True)
 class LayerView:
-    """One linear map. relative_error: ‖W - Q‖ / ‖W‖ (Frobenius); None, as are original and error, without an original.
-    weights: None where more than MOST layers are farther from the original."""
+    """One linear map. Without an original, the last three are None."""
 
     name: str
     shape: tuple[int, int]
-    weights: Histogram | None
+    weights: Histogram | None  # None where more than MOST layers are farther from the original
     original: Histogram | None = None
     error: Histogram | None = None
-    relative_error: float | None = None
+    relative_error: float | None = None  # ‖W - Q‖ / ‖W‖ (Frobenius)
 
 
 def place_of(name: str) -> tuple[tuple[int, ...], str]:
