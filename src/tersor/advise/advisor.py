@@ -46,7 +46,14 @@ from tersor.advise.predict import (
     latency_formula,
     predicted_loss,
 )
-from tersor.advise.size import bytes_in_memory, packed_maps, size_on_disk, skeleton
+from tersor.advise.size import (
+    bytes_in_memory,
+    least_in_memory,
+    least_on_disk,
+    packed_maps,
+    size_on_disk,
+    skeleton,
+)
 from tersor.advise.workloads import KINDS, PROMPT, Workload, kind_of, loss_between
 from tersor.apart import NoTimeError
 from tersor.checkpoint.lazy_model import LazyModel
@@ -217,16 +224,9 @@ class _Session:
                 f"{self.file}: {len(rows) - len(self.rows)} runs are skipped, of methods or options that this version has not"
             )
         sizes = self._sizes(candidates, left)
-        limit = self.budget.disk
         whole = Plan("original", (), disk=_exact(self.checkpoint.size()))
-        smallest = [Plan(name, (), disk=_exact(size)) for name, size in sizes.items() if size is not None]
-        unknown = [name for name, size in sizes.items() if size is None]
-        if (
-            limit is not None
-            and not unknown
-            and not any(self.budget.keeps("disk", each) for each in [whole, *smallest])
-        ):
-            return self._advice(whole, [whole, *smallest], left, impossible=True)
+        if why := self._impossible(whole, [each for each in candidates if each.name in sizes], sizes):
+            return self._advice(whole, [], left, why=why)
         base = self._base(whole)
         todo = {each.name: each for each in candidates if each.name in sizes}
         tried = 0
@@ -249,6 +249,21 @@ class _Session:
                 left[chosen.name] = str(told)
                 todo.pop(chosen.name)
         return self._advice(base, plans, left)
+
+    def _impossible(self, whole: Plan, candidates: Sequence[Candidate], sizes: Mapping[str, int | None]) -> str:
+        """Why formulae alone say that no recipe keeps the budget; empty where one may."""
+        asked = Budget(disk=self.budget.disk, memory=self.budget.memory)
+        floor = least_on_disk(self.checkpoint, self.lazy)
+        weights = "its weights alone"
+        plans = [replace(whole, memory=_least(least_in_memory(self.lazy, {}), weights))]
+        for each in candidates:
+            size = sizes[each.name]
+            disk = (
+                _least(floor, "what is outside of the blocks alone") if size is None else _exact(size, measured=False)
+            )
+            held = least_in_memory(self.lazy, packed_maps(self.lazy, each.steps)) if size is not None else floor
+            plans.append(Plan(each.name, each.recipe, disk=disk, memory=_least(held, weights)))
+        return "" if any(asked.allows(plan) for plan in plans) else binding(asked, plans)
 
     def _sizes(self, candidates: Sequence[Candidate], left: dict[str, str]) -> dict[str, int | None]:
         sizes: dict[str, int | None] = {}
@@ -413,11 +428,9 @@ class _Session:
 
         return min(open_plans, key=key, default=None)
 
-    def _advice(
-        self, original: Plan, plans: Sequence[Plan], left: dict[str, str], *, impossible: bool = False
-    ) -> Advice:
-        kept = [] if impossible else [plan for plan in plans if self.budget.allows(plan)]
-        why = "" if kept else binding(self.budget, plans)
+    def _advice(self, original: Plan, plans: Sequence[Plan], left: dict[str, str], *, why: str = "") -> Advice:
+        kept = [plan for plan in plans if self.budget.allows(plan)]
+        why = "" if kept else why or binding(self.budget, plans)
         return Advice(
             model=self.model,
             kind=self.work.kind,
@@ -451,6 +464,11 @@ def _told(probe: Machine) -> str:
 
 def _exact(value: float, *, measured: bool = True) -> Figure:
     return Figure(value, value, value, measured, "" if measured else "formula, within 1 %")
+
+
+def _least(value: float, source: str) -> Figure:
+    """What a figure is at least."""
+    return Figure(value, value, value, False, source)
 
 
 def _measured(plan: Plan, row: Evidence) -> Plan:

@@ -33,7 +33,12 @@ def combine(hessians: Mapping[str, Hessian], device: torch.device) -> dict[str, 
     if processes() == 1:
         return dict(hessians)
     first = {id(hessian): n for n, hessian in reversed(list(enumerate(hessians.values())))}
-    everyone = gather([(first[id(h)] if h.tokens else -1, h.samples, h.tokens, h.weight) for h in hessians.values()])
+    everyone = gather(
+        [
+            (first[id(h)] if h.tokens else -1, h.samples, h.tokens, h.weight, h.deviation is not None)
+            for h in hessians.values()
+        ]
+    )
     combined: dict[tuple[int, ...], Hessian] = {}
     taken: set[int] = set()
     result: dict[str, Hessian] = {}
@@ -49,6 +54,11 @@ def combine(hessians: Mapping[str, Hessian], device: torch.device) -> dict[str, 
             if whole.tokens:
                 with together():
                     dist.all_reduce(whole.total)
+                if any(each[n][4] for each in everyone):
+                    part = torch.zeros_like(whole.total) if own.deviation is None else own.deviation
+                    whole.deviation = part.to(device, copy=True)
+                    with together():
+                        dist.all_reduce(whole.deviation)
             combined[key] = whole
         result[name] = combined[key]
     return result

@@ -171,7 +171,11 @@ def _print(found: Advice, out: Path | None) -> None:
         table.add_row(star, plan.name, *cells)
     if found.plans:
         Console(width=None if Console().is_terminal else 160).print(table)
-        typer.echo("\n*: on the frontier, no other plan is as good in everything; ~: predicted, with its interval")
+        typer.echo("\n*: on the frontier, no other plan is as good in everything")
+        if not all(plan.measured for plan in found.plans):
+            typer.echo(
+                "~: predicted; its interval is a rule of thumb with widths set by hand, not a confidence interval"
+            )
     for plan in found.plans:
         typer.echo(f"\n{plan.name}: {reason(plan, found.plans, bounded_loss=found.budget.loss is not None)}")
         if source := _source(plan):
@@ -185,8 +189,8 @@ def _print(found: Advice, out: Path | None) -> None:
 
 
 def _command(found: Advice, plan: Plan, out: Path | None) -> str:
-    flags = found.settings
-    return command(plan, found.model, flags, recipe_file=str(out or "recipe.yaml"), out="DIR")
+    mine = str(out) if out is not None and plan is found.chosen else None  # the file holds the first plan's recipe
+    return command(plan, found.model, found.settings, recipe_file=mine, out="DIR")
 
 
 def _source(plan: Plan) -> str:

@@ -49,6 +49,13 @@ def attribute(
         bool,
         typer.Option("--suggest/--no-suggest", help="Quantize again with more bits for these layers, and measure."),
     ] = True,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Hold a block of each language model in memory, not both models. [default: where both do not fit]",
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Write all of it as JSON, and the recipe beside it. A call that was stopped goes on."),
@@ -62,8 +69,7 @@ def attribute(
 
     Each compressed layer is put into the original (alone), and each original layer into the compressed model (restored); the
     change of the divergence is shown with half of its 95 % interval. Blocks come first, then the layers of the costly ones.
-    Then the job is done again with more bits for the most costly layers; that takes as long as the job did. Both models are in
-    memory.
+    Then the job is done again with more bits for the most costly layers; that takes as long as the job did.
 
     Example: `tersor attribute demo-3bit --against demo --out lost.json --plot lost.png`.
     """
@@ -88,6 +94,7 @@ def attribute(
                 state=None if out is None else state_file(out),
                 layers=layers,
                 bits=bits if suggestion else None,
+                stream=stream,
                 dtype=dtype,
                 device=device,
                 progress=progress,

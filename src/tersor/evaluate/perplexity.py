@@ -15,6 +15,7 @@ from tersor.checkpoint.positions import positions_of
 from tersor.checkpoint.source import Openable, open_checkpoint
 from tersor.data.text import builtin_text, read_text
 from tersor.errors import TersorError
+from tersor.evaluate.interval import half_width
 from tersor.progress import Progress
 
 _PROBE = 32  # tokens that are run twice, with other tokens in the second half, to see whether the model is causal
@@ -30,6 +31,7 @@ class Perplexity:
     tokens: int  # that were predicted
     windows: int
     seq_len: int  # tokens a window
+    half_width: float | None = None  # of the 95 % interval over windows, to first order; None of one window
 
     def __float__(self) -> float:
         return self.perplexity
@@ -63,17 +65,19 @@ def perplexity(
     ids = text if isinstance(text, Tensor) else tokens_of(text, tokenizer)
     windows = causal_windows(module, ids, seq_len=seq_len, max_windows=max_windows, tokenizer=tokenizer)
     where = next(module.parameters(), torch.empty(0)).device
-    count, total = len(windows), 0.0
+    count, losses = len(windows), list[float]()
     with torch.no_grad():
         for n, window in enumerate(windows):
             inputs = window[None].to(where)
             logits = logits_of(module, inputs)
-            total += float(nn.functional.cross_entropy(logits[0, :-1].float(), inputs[0, 1:], reduction="sum"))
+            losses.append(float(nn.functional.cross_entropy(logits[0, :-1].float(), inputs[0, 1:], reduction="sum")))
             if progress is not None:
                 progress("evaluating", n + 1, count)
     predicted = count * (seq_len - 1)
-    mean = total / predicted
-    return Perplexity(math.exp(mean) if mean < 700 else math.inf, predicted, count, seq_len)
+    mean = sum(losses) / predicted
+    found = math.exp(mean) if mean < 700 else math.inf
+    half = half_width(torch.tensor(losses, dtype=torch.float64) / (seq_len - 1))
+    return Perplexity(found, predicted, count, seq_len, None if half is None else found * half)
 
 
 @torch.no_grad()

@@ -95,6 +95,11 @@ class BlockMethod(Method):
         """The formats on disk that can hold its result, the usual one first: "safetensors" for plain numbers."""
         raise NotImplementedError
 
+    @property
+    def compares(self) -> bool:
+        """Whether it wants what the original model's layers see, beside what those of the compressed one see."""
+        return False
+
     def compress_block(self, block: Block) -> None:
         """Compress the linear maps of one block: call `block.replace(name, ...)` for each of `block.linears`."""
         raise NotImplementedError

@@ -91,9 +91,8 @@ class Task:
     """What tersor knows of a task: how models of it are trained, shown and compared."""
 
     objective: Objective  # what training lowers
-    load_data: Callable[
-        [Any, Path, Path | None, Mapping[str, Any]], Sets
-    ]  # of model, data, validation data, table `data`
+    # of (model, data, validation data or None, the table `data` of the command)
+    load_data: Callable[[Any, Path, Path | None, Mapping[str, Any]], Sets]
     predict: Predict | None = None  # None where no verb shows predictions of this task yet
     suffixes: frozenset[str] = frozenset()  # of the files that it reads
     marker: str = ""  # the name of a file that makes a folder one input
@@ -104,4 +103,4 @@ class Task:
     defaults: Mapping[str, Any] = field(default_factory=dict)  # settings of the training, where the user gives none
     sample: Sample | None = None  # None where models of this task make nothing of noise
     makes: frozenset[str] = frozenset()  # the endings of the files that `sample` writes
-    evaluated_on: str = ""  # text, sentences, images or data, for `eval --against`; empty: not compared yet
+    evaluated_on: str = ""  # text, sentences, images, data or graph, for `eval --against`; empty: not compared yet
