@@ -3,12 +3,12 @@
     advice = advise("demo", Budget(loss=0.05), seconds=600)
     advice.chosen, advice.plans, advice.left
 
-1. Every method says which recipes it offers for a model of this kind. Formulae give their bytes on disk; what is above a hard
-   limit, or does not fit the model's layers, leaves.
+1. Every method says which recipes it offers for a model of this kind. Formulae give their bytes on disk. A recipe that is above
+   a hard limit, or does not fit the model's layers, is dropped.
 2. The original is measured: speed, memory, and its results on the user's data.
-3. What is not measured is predicted from formulae and the nearest evidence. The recipe that could still be the best is measured,
-   then predictions are made again, until none could be better than the best measured one, or the time is over.
-4. Plans that keep every limit are given back: the measured ones first, by size times latency where the loss is limited, else by
+3. The others are predicted from formulae and the nearest evidence. The recipe that could still be the best is measured, and
+   predictions are made again, until none could be better than the best measured one, or the time is over.
+4. Plans that keep every limit are returned: the measured ones first, by size times latency where the loss is limited, else by
    loss.
 """
 
@@ -71,21 +71,19 @@ ROOM = 1.3  # of the original's weights, that must be free in memory to measure 
 
 @dataclass(frozen=True)
 class Advice:
-    """plans: those that keep the budget, in order; front: the names of those that no other dominates; left: recipes that are
-    out, with the reason; binding: which limit leaves no plan, empty where there is one; settings: of the compression; notes: what
-    the machine's probe found, and what was skipped or cut short."""
+    """What the advisor found."""
 
     model: str
     kind: str
     machine: str
     budget: Budget
     original: Plan
-    plans: tuple[Plan, ...]
-    front: tuple[str, ...]
-    left: dict[str, str]
-    settings: dict[str, Any]
-    binding: str = ""
-    notes: tuple[str, ...] = field(default=())
+    plans: tuple[Plan, ...]  # those that keep the budget, in order
+    front: tuple[str, ...]  # the names of the plans that no other dominates
+    left: dict[str, str]  # recipes that are out, with the reason
+    settings: dict[str, Any]  # of the compression
+    binding: str = ""  # the limit that leaves no plan; empty where there is one
+    notes: tuple[str, ...] = field(default=())  # what the machine's probe found, and what was skipped or cut short
 
     @property
     def chosen(self) -> Plan | None:
@@ -114,12 +112,13 @@ def advise(
 ) -> Advice:
     """The plans for a model within a budget, the best first.
 
-    files: the user's texts, labelled pictures (a folder or .npz) or table, as the model's kind asks; kind: what they are for.
-    calibration, training: whether methods may look at samples, and the seconds that one may train. calibrate_on: text or
-    pictures for it. samples, seq_len: of the calibration. units: windows (24) or pictures (200) to evaluate on. most: recipes
-    measured at most; seconds: in all. only: names of recipes, where not all are wanted. evidence: file of what was measured.
+    kind: what the model is for. files: the user's texts, labelled pictures (a folder or .npz) or table, as the kind asks.
+    calibration, training: whether methods may look at samples, and for how many seconds one may train. calibrate_on: text
+    or pictures for it. samples, seq_len: of the calibration. units: windows (24) or pictures (200) to evaluate on. most:
+    how many recipes are measured at most. seconds: for everything. only: names of recipes, where not all are wanted.
+    evidence: the file of what was measured.
 
-    Raises TersorError where the model is of a kind that is not advised on, or its data are missing or do not fit.
+    Raises TersorError where the advisor does not know the model's kind, or its data are missing or do not fit.
     """
     tell = progress or silent
     deadline = time.monotonic() + seconds
@@ -167,7 +166,7 @@ def _settings(
 
 
 def _marked(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as evidence keeps them: of calibration files, their contents."""
+    """The settings as evidence keeps them: calibration files stand by their contents."""
     path = Path(settings.get("calibration", "")).expanduser()
     if "calibration" not in settings or not path.exists():
         return dict(settings)
@@ -407,7 +406,7 @@ class _Session:
         self.marked = _marked(self.settings)
 
     def _next(self, plans: Sequence[Plan]) -> Plan | None:
-        """The plan that could still be better than the best measured one, the most hopeful first."""
+        """The plan that could still be better than the best measured one; the most hopeful of them."""
         bounded = self.budget.loss is not None
         fitting = [plan for plan in plans if plan.measured and self.budget.allows(plan)]
         best = min((objective(plan, bounded_loss=bounded) for plan in fitting), default=float("inf"))

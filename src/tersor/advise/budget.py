@@ -18,16 +18,12 @@ NUMBER = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([a-zA-Z/%]*)\s*")
 
 @dataclass(frozen=True)
 class Budget:
-    """Hard limits; None where there is none. The names are those of a plan's figures.
+    """Hard limits, named as a plan's figures. None: no limit."""
 
-    memory, disk: bytes; loss: the relative rise of perplexity or of the error, or the share of pictures lost; latency: seconds
-    a token, picture or window.
-    """
-
-    memory: float | None = None
-    disk: float | None = None
-    loss: float | None = None
-    latency: float | None = None
+    memory: float | None = None  # bytes
+    disk: float | None = None  # bytes
+    loss: float | None = None  # the relative rise of perplexity or of the error, or the share of pictures lost
+    latency: float | None = None  # seconds a token, picture or window
 
     def limits(self) -> dict[str, float]:
         return {each.name: value for each in fields(self) if (value := getattr(self, each.name)) is not None}
@@ -99,7 +95,7 @@ def parse_share(text: str, option: str) -> float:
 
 
 def parse_speed(text: str, option: str) -> float:
-    """Seconds a token, of tokens a second."""
+    """Seconds a token, from tokens a second."""
     return 1 / _parsed(text, option, SPEEDS, "20tok/s")
 
 

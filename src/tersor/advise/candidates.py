@@ -11,11 +11,11 @@ from tersor.methods.method import Method, methods
 
 @dataclass(frozen=True)
 class Candidate:
-    """needs: none, calibration or training."""
+    """A recipe that a method offers."""
 
     recipe: Recipe
     steps: tuple[Method, ...]
-    needs: str
+    needs: str  # none, calibration or training
 
     @property
     def name(self) -> str:
@@ -23,8 +23,8 @@ class Candidate:
 
 
 def candidates_for(kind: str, *, calibration: bool, training: bool) -> list[Candidate]:
-    """In order of name. calibration, training: whether recipes that need these are wanted. The command line has no samples of
-    tables, so recipes that calibrate are none for series."""
+    """The candidates in order of name. calibration, training: whether recipes that need these are wanted. The command line
+    cannot make samples of tables, so there are no recipes that calibrate for series."""
     allowed = {
         "none",
         *(["calibration"] if calibration and kind != "series" else []),

@@ -1,8 +1,8 @@
-"""The taxonomies of five surveys, and what of them is held: `tersor catalog`.
+"""The taxonomies of five surveys, and what tersor has of them: `tersor catalog`.
 
 One YAML file a survey in `surveys/`. A node names the architectures that belong to it by patterns of family/task/input/system,
-and parts of tersor that are neither; methods name their nodes themselves. A node is held where any of these is there, partly
-where the file says what is missing, and not held where there is none.
+and other parts of tersor; methods name their nodes themselves. A node is `held` where one of these exists, `partly` held where
+the file says what is missing, and `not held` where none exists.
 """
 
 from __future__ import annotations

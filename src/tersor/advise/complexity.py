@@ -30,20 +30,20 @@ from tersor.evaluate.machine import memory_available
 STATES, FEATURES = 16, int(64 * math.log(64))  # of Mamba; of Performer's heads of 64
 S4D_STATES = 64
 WIDTH = 4  # bytes of a float32
-PART = 0.5  # of the memory that is free, that what a layer holds may take: weights and copies come besides
+PART = 0.5  # of the free memory, for what a layer holds: weights and copies take more
 LIMIT = 10.0  # seconds of one pass, above which a length is not timed
 PROBE = 1024  # tokens, from which the time of a longer first length is extrapolated
 
 
 @dataclass(frozen=True)
 class Shape:
-    """n: tokens; d: width; heads; window: tokens of a block (each sees its own and both beside it); k: keys of Linformer."""
+    """The sizes of a layer and its input."""
 
-    n: int
-    d: int
+    n: int  # tokens
+    d: int  # width
     heads: int = 8
-    window: int = 128
-    k: int = 256
+    window: int = 128  # tokens of a block; each token sees its own block and the two beside it
+    k: int = 256  # keys of Linformer
 
     def __post_init__(self) -> None:
         for name in ("n", "d", "heads", "window", "k"):
@@ -62,18 +62,18 @@ Count = Callable[[Shape], int]
 
 @dataclass(frozen=True)
 class Kind:
-    """order: in n, as written in papers, and its exponent; build: a layer x (B, n, d) -> (B, n, d), where it is held."""
+    """A layer that tersor has."""
 
     name: str
-    order: str
-    exponent: float
+    order: str  # of the operations in n, as written in papers
+    exponent: float  # of n in `order`
     operations: Count
-    held: Count
-    cache: Count | None
-    build: Callable[[Shape], Callable[[Tensor], Tensor]]
-    node: str
-    besides: str = ""
-    attention: bool = False
+    held: Count  # numbers between input and output at once
+    cache: Count | None  # numbers kept of the past; None where the layer is not causal
+    build: Callable[[Shape], Callable[[Tensor], Tensor]]  # a layer x (B, n, d) -> (B, n, d)
+    node: str  # in the surveys' catalogue
+    besides: str = ""  # costs that `operations` leaves out
+    attention: bool = False  # whether it is attention itself
     unseen: Count = lambda s: 0  # operations of these that torch's counter does not see, as an op of ours computes them
 
 
@@ -306,8 +306,8 @@ def counted(kind: Kind, shape: Shape) -> int:
 
 @torch.no_grad()
 def measured(kind: Kind, shape: Shape, *, turns: int = 5, most: float = 2.0, least: bool = False) -> float:
-    """Seconds of one forward pass of one sequence on this machine's CPU: the median of the turns, or the least; there are
-    fewer turns where they take more than `most` seconds in all. The first does not count."""
+    """Seconds of one forward pass of one sequence on this machine's CPU: the median of the turns, or the least. There are
+    fewer turns where they take more than `most` seconds in all. A first pass does not count."""
     layer, x = kind.build(shape), torch.randn(1, shape.n, shape.d)
     layer(x)
     seconds: list[float] = []

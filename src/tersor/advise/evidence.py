@@ -1,7 +1,7 @@
 """What was measured, kept: one JSON object a line, in the user's cache file.
 
-A row says on which machine it was measured. Speed and memory are never taken from another machine; what a method loses is,
-where this one has nothing nearer.
+A row says on which machine it was measured. Speed and memory are never taken from another machine; losses are,
+where this machine has nothing nearer.
 """
 
 from __future__ import annotations
@@ -29,25 +29,24 @@ EDGE = 1 << 20  # bytes at both ends of each weight file that its mark is made o
 
 @dataclass(frozen=True)
 class Evidence:
-    """One measured run. disk, memory: bytes; latency: seconds, of the turns: median, 95th percentile, and the quarters;
-    scores: the loss of each window or picture; answers: the classes that it chose; seconds: of the compression."""
+    """One measured run."""
 
     model: str
-    model_mark: str
+    model_mark: str  # see `model_mark`
     kind: str
-    data_mark: str
+    data_mark: str  # see `data_mark`
     recipe: list[dict[str, Any]]
-    machine: str
+    machine: str  # see `machine_mark`
     version: str
     settings: dict[str, Any]
-    disk: int
-    memory: int
-    latency: float
-    latency_p95: float
-    latency_quarters: tuple[float, float]
-    scores: list[float]
-    answers: list[int]
-    seconds: float
+    disk: int  # bytes
+    memory: int  # bytes
+    latency: float  # seconds: the median of the turns
+    latency_p95: float  # their 95th percentile
+    latency_quarters: tuple[float, float]  # their quarters
+    scores: list[float]  # the loss of each window or picture
+    answers: list[int]  # the classes that it chose
+    seconds: float  # of the compression
     loss: float  # against the original on the same data
     id: str = ""
 
@@ -132,7 +131,7 @@ def model_mark(checkpoint: Checkpoint) -> str:
 
 
 def data_mark(parts: Sequence[object], files: Sequence[Path]) -> str:
-    """A hash of what it is evaluated with: settings, and the files' contents (of a folder: names too)."""
+    """A hash of the data that it is evaluated with: settings, and the files' contents (of a folder: names too)."""
     digest = hashlib.sha256(json.dumps([str(part) for part in parts]).encode())
     for path in files:
         if path.is_dir():

@@ -1,4 +1,4 @@
-"""Measure a candidate: make it in one process of its own, run it in another, and let go of what was written.
+"""Measure a candidate: make it in one process of its own, run it in another, and delete what was written.
 
 Two processes, so that the memory of running is not that of compressing, and a candidate that fails leaves the others alone.
 """
@@ -23,13 +23,13 @@ from tersor.compress.settings import counting
 
 @dataclass(frozen=True)
 class Measured:
-    """disk: bytes of the tensor files; seconds: of the compression; latency and its quarters: seconds of a turn."""
+    """What was measured of a candidate."""
 
-    disk: int
-    seconds: float
-    latency: float
-    latency_p95: float
-    latency_quarters: tuple[float, float]
+    disk: int  # bytes of the tensor files
+    seconds: float  # of the compression
+    latency: float  # seconds of a turn: the median
+    latency_p95: float  # the 95th percentile
+    latency_quarters: tuple[float, float]  # the first and the third
     run: Run
 
 

@@ -18,33 +18,32 @@ FIGURES = ("disk", "memory", "latency", "loss")
 
 @dataclass(frozen=True)
 class Figure:
-    """A number with its interval. source: what it comes from, in words; evidence: the row that it was fitted from, if any."""
+    """A number with its interval."""
 
     value: float
     low: float
     high: float
     measured: bool
-    source: str = ""
-    evidence: str = ""
+    source: str = ""  # what it comes from, in words
+    evidence: str = ""  # the row that it was fitted from, if any
 
     @property
     def bound(self) -> float:
-        """What a hard limit is held against."""
+        """What a hard limit is compared with."""
         return self.value if self.measured else self.high
 
 
 @dataclass(frozen=True)
 class Plan:
-    """disk, memory: bytes; latency: seconds a token, picture or window; loss: see `Budget`. None: not known.
-    agreement: how often it answers as the original does, where answers are classes or tokens."""
+    """A recipe with its figures; None where one is not known."""
 
     name: str
     recipe: Recipe
-    disk: Figure | None = None
-    memory: Figure | None = None
-    latency: Figure | None = None
-    loss: Figure | None = None
-    agreement: float | None = None
+    disk: Figure | None = None  # bytes
+    memory: Figure | None = None  # bytes
+    latency: Figure | None = None  # seconds a token, picture or window
+    loss: Figure | None = None  # see `Budget`
+    agreement: float | None = None  # how often it answers as the original, in classes or tokens
     seconds: float | None = None  # that the compression took
     notes: tuple[str, ...] = field(default=())
 
@@ -63,7 +62,7 @@ class Plan:
 
 
 def objective(plan: Plan, *, bounded_loss: bool, hopeful: bool = False) -> float:
-    """What is made small: where the loss is bounded, the product of size and latency; else the loss.
+    """The number by which plans are ordered: size times latency where the loss is bounded, else the loss.
 
     hopeful: by the good ends of the intervals. Infinite where a figure is not known (minus infinity where hopeful).
     """
@@ -86,8 +85,8 @@ def ordered(plans: Sequence[Plan], *, bounded_loss: bool) -> list[Plan]:
 
 
 def frontier(plans: Sequence[Plan]) -> list[Plan]:
-    """Those that no other plan dominates: at most as much of every figure, and less of one. Plans that lack a figure are left
-    out."""
+    """The plans that no other dominates: one with at most as much of every figure and less of one. Plans that lack a figure
+    are left out."""
     points = {n: found for n, plan in enumerate(plans) if (found := plan.values()) is not None}
     return [plans[n] for n, point in points.items() if not any(_dominates(each, point) for each in points.values())]
 

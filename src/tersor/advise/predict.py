@@ -37,16 +37,15 @@ FEW = 16  # rows, below which reading a layer takes the time
 
 @dataclass(frozen=True)
 class Layers:
-    """packed: numbers in the layers that are packed; all: in all linear layers, the head too; width: bytes that the original
-    reads of each."""
+    """Sizes of a model's linear layers."""
 
-    packed: int
-    all: int
-    width: int
+    packed: int  # numbers in the layers that are packed
+    all: int  # numbers in all linear layers, the head included
+    width: int  # bytes that the original reads of each number
 
 
 def bits_of(recipe: Recipe) -> float:
-    """Of a weight, with its share of steps; 16 where nothing is quantized."""
+    """Bits of a weight, with its share of the steps; 16 where nothing is quantized."""
     bits = 16.0
     for step in recipe:
         said = step.get("bits", step.get("w_bits"))
@@ -75,7 +74,7 @@ def distance(one: Recipe, other: Recipe) -> float:
 
 
 def _alike(one: Recipe, other: Recipe) -> bool:
-    """Whether one's loss says anything of the other's: both round weights, or both are of the same methods."""
+    """Whether the loss of one tells anything about the other's: both round weights, or both are of the same methods."""
     rounds = all(any("bits" in step or "w_bits" in step for step in each) for each in (one, other))
     return rounds or [step["name"] for step in one] == [step["name"] for step in other]
 

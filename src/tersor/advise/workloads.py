@@ -47,14 +47,13 @@ WARM_UP = 2
 
 @dataclass(frozen=True)
 class Workload:
-    """kind: of KINDS; files: texts, one folder or .npz of labelled pictures, or one table; none: the built-in text.
-    units: windows or pictures that are evaluated; length: tokens a window; turns: that are timed."""
+    """What a model does while it is measured."""
 
-    kind: str
-    files: tuple[str, ...]
-    units: int
-    length: int
-    turns: int
+    kind: str  # of KINDS
+    files: tuple[str, ...]  # texts, one folder or .npz of labelled pictures, or one table; none: the built-in text
+    units: int  # windows or pictures that are evaluated
+    length: int  # tokens a window
+    turns: int  # that are timed
     device: str
 
 
@@ -78,13 +77,12 @@ def kind_of(checkpoint: Checkpoint, name: str) -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """memory: bytes, the most that the process (or the GPU) held while it ran; seconds: of each turn; scores: see above;
-    answers: the classes of pictures."""
+    """What one run showed."""
 
-    memory: int
-    seconds: list[float]
-    scores: list[float]
-    answers: list[int]
+    memory: int  # bytes: the most that the process (or the GPU) held while it ran
+    seconds: list[float]  # of each turn
+    scores: list[float]  # see the module's docstring
+    answers: list[int]  # the classes of pictures
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tersor.checkpoint.key_map import KeyMap, last_number
 from tersor.checkpoint.quantization_config import read_config
 from tersor.checkpoint.skeleton import build_skeleton
-from tersor.checkpoint.source import Checkpoint, torch_dtype
+from tersor.checkpoint.source import Checkpoint, Openable, open_checkpoint, torch_dtype
 from tersor.checkpoint.tree import (
     forget_weights,
     get_tensor,
@@ -343,6 +343,11 @@ def read_layer(name: str, tensors: dict[str, Tensor], in_features: int, config: 
 def classes_of(found: LinearMap) -> list[str]:
     """The class names that a quantization config may use for this kind of layer: of its class and of all base classes."""
     return ["Linear"] if isinstance(found, ExpertMap) else [each.__name__ for each in type(found).__mro__]
+
+
+def lazily(model: Openable | LazyModel) -> LazyModel:
+    """The tree of a model in float32, of which nothing is loaded; one that is there already is given back as it is."""
+    return model if isinstance(model, LazyModel) else LazyModel(open_checkpoint(model), dtype=torch.float32)
 
 
 def compute_dtype(checkpoint: Checkpoint, device: torch.device | str, dtype: str = "auto") -> torch.dtype:

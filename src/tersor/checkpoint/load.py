@@ -15,7 +15,7 @@ from tersor.checkpoint.into import load_into
 from tersor.checkpoint.lazy_model import LazyModel, compute_dtype
 from tersor.checkpoint.preprocessing import PREPROCESSOR
 from tersor.checkpoint.published import checkpoint_as
-from tersor.checkpoint.source import Checkpoint, open_checkpoint
+from tersor.checkpoint.source import Checkpoint, Openable, open_checkpoint
 from tersor.devices import pick_device
 from tersor.errors import TersorError
 from tersor.layers.quantized_linear import prepare_layers
@@ -32,7 +32,7 @@ TOKENIZER_FILES = (
 
 
 def load(
-    model: str | Path,
+    model: Openable,
     *,
     variant: str | None = None,
     dtype: str = "auto",
@@ -40,8 +40,8 @@ def load(
     into: nn.Module | None = None,
     allow_pickle: bool = False,
 ) -> nn.Module:
-    """Load a model: a directory, a hub name, a built-in name or a GGUF file, original or quantized (gptq, gptq_v2,
-    compressed-tensors, awq, gguf).
+    """Load a model: a directory, a hub name, a built-in name, a GGUF file or an opened checkpoint, original or quantized (gptq,
+    gptq_v2, compressed-tensors, awq, gguf).
 
     Quantized layers stay packed. Models of `tersor.models` are also read in the layout of their official checkpoints.
     variant: which model a published file or folder without a config.json is (`tersor models` lists the names).
@@ -53,7 +53,7 @@ def load(
     Raises TersorError where the directory is no model or lacks tensors.
     """
     if variant is not None:
-        model = checkpoint_as(model, variant)
+        model = checkpoint_as(model.directory if isinstance(model, Checkpoint) else model, variant)
     if into is not None:
         return load_into(open_checkpoint(model, allow_pickle=allow_pickle), into)
     where = pick_device(device)

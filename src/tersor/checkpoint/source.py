@@ -106,6 +106,10 @@ class Checkpoint:
     gguf: GGUFFile | None = None
     seen: Seen | None = None  # notes the hashes of tensors as they are read
     origin: Path | None = None  # of a model that was converted from its published layout: where the user has it
+    name: str = ""  # what the user calls it
+
+    def __str__(self) -> str:
+        return self.name or str(self.directory)
 
     @contextmanager
     def tensors(self, names: Iterable[str]) -> Iterator[dict[str, Any]]:
@@ -184,16 +188,22 @@ class Checkpoint:
         return sum(path.stat().st_size for path in set(self.shard_of.values()))
 
 
-def open_checkpoint(model: str | Path, *, allow_pickle: bool = False, unfinished: bool = False) -> Checkpoint:
+Openable = str | Path | Checkpoint  # a model by its name, or opened already
+
+
+def open_checkpoint(model: Openable, *, allow_pickle: bool = False, unfinished: bool = False) -> Checkpoint:
     """Open a directory, a GGUF file, a built-in model or a hub repository. Raises TersorError where it is none of these.
 
+    An opened one is given back as it is, so that a model is opened once and handed on.
     allow_pickle: read pickled weights where there are no safetensors, with `weights_only`, so that nothing in them runs.
     unfinished: allow a result that is not finished; for the job that writes it.
     """
+    if isinstance(model, Checkpoint):
+        return model
     directory = resolve(model, allow_pickle=allow_pickle)
     if _is_gguf(directory):
         found = open_gguf(directory)
-        return Checkpoint(directory, found.config, dict.fromkeys(found.tensors, directory), found)
+        return Checkpoint(directory, found.config, dict.fromkeys(found.tensors, directory), found, name=str(model))
     if (directory / JOB_FOLDER / "journal.json").exists() and not unfinished:
         raise TersorError(f"{directory} holds an unfinished job; run its command again to finish it")
     config_file = directory / "config.json"
@@ -203,19 +213,21 @@ def open_checkpoint(model: str | Path, *, allow_pickle: bool = False, unfinished
     config = read_json_object(config_file)
     pickled = published.named_by(config) is not None and allow_pickle and published.is_pickled(directory)
     shards = {} if pickled else _shards(directory, config, allow_pickle)
-    checkpoint = Checkpoint(directory, config, shards)
+    checkpoint = Checkpoint(directory, config, shards, name=str(model))
     size = published.weight_bytes(directory) if pickled else checkpoint.size()
     check_config(config_file, config, tensors=len(shards), size=size)
     if (ours := published.converted(directory, config, None if pickled else checkpoint.shapes)) is not None:
-        return replace(open_checkpoint(ours), origin=directory)
+        return replace(open_checkpoint(ours), origin=directory, name=str(model))
     if pickled:
         checkpoint = replace(checkpoint, shard_of=_shards(directory, config, allow_pickle))
         check_config(config_file, config, tensors=len(checkpoint.shard_of), size=checkpoint.size())
     return checkpoint
 
 
-def resolve(model: str | Path, *, allow_pickle: bool = False) -> Path:
+def resolve(model: Openable, *, allow_pickle: bool = False) -> Path:
     """The local directory of a model, or its GGUF file; downloads a hub repository where the name has that form."""
+    if isinstance(model, Checkpoint):
+        return model.directory
     if str(model) in BUILTIN:
         return Path(str(files("tersor") / "assets" / str(model)))
     with readable(model):

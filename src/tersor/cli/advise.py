@@ -73,11 +73,11 @@ def advise(
 ) -> None:
     """Choose how to compress a model: measured on this machine and your data, within your budget.
 
-    Recipes that cannot fit the budget leave by their formulae. The original and a few recipes are measured, the others
-    predicted with an interval. What is measured is kept, and not measured again. Exit status 1: nothing keeps the budget.
+    Recipes that cannot fit the budget by their formulae are dropped. The original and a few recipes are measured; the others
+    are predicted, with an interval. Measurements are kept and used again. Exit status 1: no recipe keeps the budget.
 
-    Where --max-loss is given (or no limit at all: then it is 1%), the first plan has the least size times latency;
-    else the least loss.
+    With --max-loss (1% where no limit is given at all), the first plan has the least size times latency; otherwise it has
+    the least loss.
 
     Example: `tersor advise demo --disk 12MB --max-loss 5% --out recipe.yaml`.
     """

@@ -96,7 +96,7 @@ def _runner(
 
 
 def _runs_as(engine: Engine) -> str:
-    """Which engine, and whether its steps were a CUDA graph, which is known when they have run."""
+    """The engine's name, and whether its steps ran as a CUDA graph; call it after they ran."""
     if isinstance(engine, CachedModule):
         return type(engine).__name__ + (", CUDA graph" if engine.graphed else "")
     form = getattr(engine, "form", "")  # of LlamaGPU

@@ -1,4 +1,4 @@
-"""`tersor catalog`: five surveys' taxonomies, and what of each is held."""
+"""`tersor catalog`: the taxonomies of five surveys, and what tersor has of each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def catalog(
     survey: Annotated[str | None, typer.Option(help=f"Only one: {', '.join(SURVEYS)}.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what of five surveys of efficient transformers is held: methods, architectures, and what is missing.
+    """Show which methods and architectures of five surveys of efficient transformers tersor has, and which are missing.
 
     Example: `tersor catalog --survey inference`.
     """

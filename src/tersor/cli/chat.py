@@ -66,9 +66,9 @@ def chat(
 ) -> None:
     """Talk with a model. /help lists the commands; Ctrl-C stops an answer, Ctrl-D ends.
 
-    Where standard input is no terminal, every line of it is a message, or a command where it begins with /, and the answers are
-    printed one after the other. A line that is refused is said on standard error; the exit status is then 2.
-    Sampling that is not asked for is as the model's generation_config.json says, or off.
+    Where standard input is no terminal, each of its lines is a message (a command if it begins with /), and the answers are
+    printed one after another. A refused line is reported on standard error; the exit status is then 2.
+    Sampling options that are not given are as the model's generation_config.json says, or off.
 
     Examples: `tersor chat demo`, `tersor chat my-model --system "Answer in one sentence." < questions.txt`.
     """
@@ -178,7 +178,7 @@ def _lines(at_terminal: bool) -> Iterator[str]:
 
 
 def _from_terminal() -> str:
-    """A line with its end; nothing where the input ends."""
+    """One line with its line break; empty at the end of the input."""
     try:
         if sys.stdout.isatty():
             return input("> ") + "\n"
@@ -190,7 +190,7 @@ def _from_terminal() -> str:
 
 
 def _obey(talk: Chat, line: str, at_terminal: bool) -> bool:
-    """Carry out a command. Whether the conversation goes on."""
+    """Carry out a command; returns whether the conversation goes on."""
     command, _, rest = line.partition(" ")
     rest = rest.strip()
     if command in ("/quit", "/reset", "/help") and rest:

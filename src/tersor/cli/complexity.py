@@ -49,7 +49,7 @@ def complexity(
 ) -> None:
     """Show operations, memory and cache of attention and of the layers that take its place, by formulae.
 
-    Operations are those of matrix products; what comes besides is named. Times are of one sequence in float32 on the CPU;
+    Operations are those of matrix products; other costs are named. Times are of one sequence in float32 on the CPU;
     lengths that would not fit in memory, or take too long, are not timed.
 
     Example: `tersor complexity --n 1k..8k --d 256 --heads 4 --measure`.

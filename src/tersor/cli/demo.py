@@ -41,7 +41,7 @@ def demo(
     ),
     as_json: AsJson = False,
 ) -> None:
-    """Quantize the built-in model by rounding and by GPTQ, compare both with the original, and let the result write.
+    """Quantize the built-in model by rounding and by GPTQ, compare both with the original, and let the result write a text.
 
     Example: `tersor demo --bits 3 --out demo-3bit`.
     """

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tersor.checkpoint.source import Checkpoint, Openable, open_checkpoint
 from tersor.cli import comparison
 from tersor.cli.comparison import INTERVAL
 from tersor.cli.harness import show_harness
@@ -27,7 +28,7 @@ from tersor.tasks.compared import FORECASTS, Inputs, check_evaluated_on, check_i
 from tersor.tasks.forecast_compared import forecasts_compared
 from tersor.tasks.graphs_compared import graphs_compared
 
-# What does nothing in a comparison with --against, by what the models are compared on.
+# Options that do nothing with --against, by what the models are compared on.
 IDLE = {
     "text": ("max_images",),
     "sentences": ("seq_len", "max_windows", "max_images", "cache", "cache_size", "stream"),
@@ -35,7 +36,7 @@ IDLE = {
     "data": ("text", "seq_len", "max_images", "cache", "cache_size", "stream"),
     "graph": ("text", "seq_len", "max_windows", "max_images", "cache", "cache_size", "stream"),
 }
-Compare = Callable[[str | Path, Progress], Any]  # a model, beside the original
+Compare = Callable[[Openable, Progress], Any]  # a model, beside the original
 
 
 def evaluate(
@@ -88,7 +89,7 @@ def evaluate(
     variant: Variant = None,
     as_json: AsJson = False,
 ) -> None:
-    """Perplexity of a language model over windows of a text that do not overlap; accuracy of a classifier with --images.
+    """Perplexity of a language model over windows of a text, without overlap; accuracy of a classifier with --images.
 
     In each window, tokens 2 to n are predicted. With --against, the model's predictions are compared with the original's: those
     of a language model, a classifier (--images), a sentence encoder (the lines of --text), a forecaster or a graph
@@ -131,29 +132,30 @@ def evaluate(
     source: str | Path = text if text == "builtin" else Path(text)
     place: dict[str, Any] = {"dtype": dtype, "device": device}
     if against is not None:
-        how = compared_on(model, against)
+        other, base = open_checkpoint(model), open_checkpoint(against)
+        how = compared_on(other, base)
         check_inputs(how, Inputs((source,), images, data))
         refuse(context, f"models that are compared on {how}", IDLE[how])
         size = CACHE_SIZE if cache_size is None else bytes_in(cache_size)
 
-        def compare(each: str | Path, said: Progress) -> Any:
+        def compare(each: Openable, said: Progress) -> Any:
             if how == "images":
                 assert images is not None
-                return agreement(each, against, images, max_images=max_images, progress=said, **place)
+                return agreement(each, base, images, max_images=max_images, progress=said, **place)
             if how == "sentences":
-                return similarities(each, against, source, progress=said, **place)
+                return similarities(each, base, source, progress=said, **place)
             if how == "graph":
                 assert data is not None
-                return graphs_compared(each, against, data, **place)
+                return graphs_compared(each, base, data, **place)
             if how == "data":
                 assert data is not None
                 most = FORECASTS if max_windows is None else max_windows
-                return forecasts_compared(each, against, data, most=most, **place)
+                return forecasts_compared(each, base, data, most=most, **place)
             sizes: dict[str, Any] = {"seq_len": seq_len, "max_windows": max_windows, "stream": stream}
-            return divergence(each, against, source, cache=cache, cache_size=size, progress=said, **sizes, **place)
+            return divergence(each, base, source, cache=cache, cache_size=size, progress=said, **sizes, **place)
 
         show = comparison.SHOWN[how]
-        _against(model, against, compare, show, anchors=anchors, device=device, as_json=as_json)
+        _against(other, base, compare, show, anchors=anchors, device=device, as_json=as_json)
         return
     alone = {"--data": data, "--cache": cache, "--cache-size": cache_size, "--stream": stream}
     for name, value in {**alone, "--anchors": anchors or None}.items():
@@ -180,8 +182,8 @@ def evaluate(
 
 
 def _against(
-    model: str,
-    base: str,
+    model: Checkpoint,
+    base: Checkpoint,
     compare: Compare,
     show: Callable[..., list[str]],
     *,
@@ -197,7 +199,7 @@ def _against(
                 anchor = compare(rounded, progress)
     if as_json:
         told = {} if anchor is None else {"anchor": anchor.as_dict()}
-        print_json({"model": model, "against": base, **found.as_dict(), **told})
+        print_json({"model": str(model), "against": str(base), **found.as_dict(), **told})
         return
     for line in wrapped(show(found, anchor)):
         typer.echo(line)

@@ -35,10 +35,10 @@ def export(
 ) -> None:
     """Write a model of the LLaMA family as a GGUF file for llama.cpp, or any model that torch.export takes as an ONNX file.
 
-    GGUF: quantized layers exactly as they are. What no GGUF type holds exactly is refused, with the layer and the reason.
+    GGUF: quantized layers are written exactly. A layer that no GGUF type holds exactly is refused by name, with the reason.
 
-    ONNX: layers of 4 and 8 bits stay integers. onnxruntime runs the file on random inputs, and there is no file where its outputs
-    differ from torch's by more than 1e-3 of the largest.
+    ONNX: layers of 4 and 8 bits stay integers. onnxruntime runs the file on random inputs. Where its outputs differ from torch's
+    by more than 1e-3 of the largest, no file is written.
 
     Examples: `tersor export demo-4bit --out demo.gguf`, `tersor export demo-vit --onnx vit.onnx`.
     """

@@ -67,7 +67,7 @@ def forecast(
     """Forecast a table of your own with a trained model, with intervals and a picture.
 
     How often the intervals held, on windows that the model has not learned from, is measured and printed. A horizon
-    beyond the trained one is rolled, and that is said.
+    beyond the trained one is rolled, and a note says so.
 
     Examples: `tersor forecast my-run --data sales.csv --horizon 24 --plot sales.png`,
     `tersor forecast seasonal-naive --data sales.csv --horizon 24 --out next.csv`.

@@ -51,7 +51,8 @@ def generate(
 ) -> None:
     """Continue a text, token by token as they come. Ctrl-C ends the text where it is.
 
-    Sampling that is not asked for is as the model's generation_config.json says, or off. With --chat only the answer is printed.
+    Sampling options that are not given are as the model's generation_config.json says, or off. With --chat only the answer is
+    printed.
 
     Examples: `tersor generate demo "It is a truth"`, `tersor generate mamba.safetensors "It is" --as mamba-130m --tokenizer DIR`.
     """

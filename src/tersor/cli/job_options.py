@@ -29,7 +29,7 @@ NUMBERS = (int, float)
 def with_options(
     command: Callable[..., None], kinds: Mapping[str, type[Method]], *, method_options: bool = True
 ) -> Callable[..., None]:
-    """A command for typer: `command`, whose `**given` is replaced by the settings for these methods, and by their own fields."""
+    """`command` for typer. In place of its `**given` come an option for each setting and for each field of these methods."""
 
     words = {each.name for kind in kinds.values() for each in dataclasses.fields(kind) if each.metadata.get("word")}
 
@@ -64,7 +64,7 @@ def _names(kinds: Iterable[type[Method]]) -> set[str]:
 def run_job(
     model: str, out: Path, steps: Sequence[Recipe], settings: Mapping[str, Any], *, every_layer: bool, as_json: bool
 ) -> None:
-    """Run a job and print what came out; of several processes only the first speaks."""
+    """Run a job and print what came out; of several processes only the first prints."""
     with (
         together(settings.get("device", "auto")) as device,
         progress_bar(quiet=as_json or not is_first()) as progress,

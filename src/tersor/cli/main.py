@@ -91,7 +91,7 @@ class LazyVerbs(TyperGroup):
 
 
 def _summary(verb: str) -> str:
-    """The first paragraph of a verb's docstring. Where its options are generated, the text is at `_verb`."""
+    """The first paragraph of a verb's docstring. A verb with generated options has it at `_verb`."""
     name = FUNCTIONS.get(verb, verb)
     source = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
     found = {
@@ -113,7 +113,7 @@ app = typer.Typer(
 
 BAD_INPUT = 2
 OWN_FAULT = 70  # what sysexits.h calls an internal software error
-INTERRUPTED = 130  # the exit status that typer makes of Ctrl-C, without a word
+INTERRUPTED = 130  # typer's exit status after Ctrl-C; it prints nothing
 
 
 def _version(value: bool) -> None:
@@ -131,7 +131,7 @@ def _root(
         False, "--traceback", help="Show where in the code an error comes from; give it before the verb."
     ),
 ) -> None:
-    pass  # `main` looks for --traceback itself, for it must know also where the parsing fails
+    pass  # `main` reads --traceback itself: it must know it where the parsing fails, too
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -161,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _outside_tersor(error: Exception) -> str | None:
-    """What the machine refused, which is no fault of the program: a file, memory. None for anything else."""
+    """Why the machine refused a file or memory, which is no fault of tersor's; None for any other error."""
     if isinstance(error, OSError) and error.strerror:
         where = "" if error.filename is None else f"{_shortened(str(error.filename))}: "
         return f"{where}{error.strerror}"
@@ -172,7 +172,7 @@ def _outside_tersor(error: Exception) -> str | None:
 
 
 def _own_fault(error: Exception, given: Sequence[str]) -> str:
-    """The line for what nobody foresaw; where and how it happened goes to a file."""
+    """The line for an error that nobody foresaw; its traceback goes to a file."""
     details = "".join(traceback.format_exception(error))
     advice = "`tersor --traceback VERB ...` shows them"
     try:
@@ -194,7 +194,7 @@ def _shortened(text: str, most: int = 300) -> str:
 
 
 def _fail(message: str, *, status: int = BAD_INPUT) -> None:
-    """One line, without anything in it that a terminal would obey: names in a message may come from foreign files."""
+    """Print the message as one line, without control characters: names in it may come from foreign files."""
     line = "".join(each if each.isprintable() else "?" for each in " ".join(message.split()))
     typer.echo(f"tersor: {line}", err=True)
     sys.exit(status)

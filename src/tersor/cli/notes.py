@@ -1,4 +1,4 @@
-"""What a user should know and is no error: lines on standard error."""
+"""Lines on standard error that a user should read and that are no errors."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from tersor.cli.quiet import is_quiet
 
 
 def show_notes(notes: Iterable[str], *, always: bool = False) -> None:
-    """One line each, but for --quiet those that are for `always`; without anything in them that a terminal would obey: names
-    in them may come from foreign files."""
+    """Print one line each, without control characters: names in it may come from foreign files. With --quiet only notes that are
+    for `always` are printed."""
     for note in notes if always or not is_quiet() else ():
         line = "".join(each if each.isprintable() else "?" for each in " ".join(note.split()))
         typer.echo(f"note: {line}", err=True)

@@ -57,7 +57,7 @@ def finite(value: Any) -> Any:
 
 
 def opened_as(model: str, variant: str | None) -> str:
-    """The model's name, or where a published file lies in our layout."""
+    """The model's name; with --as, the directory that holds the published file in our layout."""
     if variant is None:
         return model
     from tersor.checkpoint.published import checkpoint_as
@@ -72,7 +72,7 @@ def given(context: typer.Context, option: str) -> bool:
 
 
 def refuse(context: typer.Context, what: str, options: Iterable[str], way_out: str = "leave it out") -> None:
-    """Raise TersorError where one of the options was given, which do nothing for `what`."""
+    """Raise TersorError where the user gave one of the options, which do nothing for `what`."""
     for option in options:
         if given(context, option):
             raise TersorError(f"--{option.replace('_', '-')} does nothing for {what}; {way_out}")

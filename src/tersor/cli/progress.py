@@ -15,8 +15,8 @@ from tersor.progress import Progress
 
 @contextmanager
 def progress_bar(*, quiet: bool = False) -> Iterator[Progress]:
-    """A `progress(what, done, total)` that draws one bar where standard error is a terminal, and prints a report with total 0
-    as a line; silent where `quiet`."""
+    """A `progress(what, done, total)` that draws one bar where standard error is a terminal. With total 0 it prints `what` as a
+    line. quiet, or --quiet: it does neither."""
     quiet = quiet or is_quiet()
     console = Console(stderr=True)
     columns = (

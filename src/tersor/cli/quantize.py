@@ -62,7 +62,7 @@ def _quantize(
 
 
 def _check(method: str) -> None:
-    """Raise TersorError where a method is one of the verb `compress` alone."""
+    """Raise TersorError where only `tersor compress` takes a method."""
     kind = methods().get(method)
     if kind is not None and issubclass(kind, PackedMethod):
         raise TersorError(f"{method} tunes a packed model: tersor compress {method} PACKED --original MODEL")

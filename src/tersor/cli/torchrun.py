@@ -1,4 +1,4 @@
-"""`torchrun --nproc-per-node N -m tersor VERB ...`: one command in several processes that speaks with one voice."""
+"""`torchrun --nproc-per-node N -m tersor VERB ...`: one command in several processes, of which one prints."""
 
 from __future__ import annotations
 

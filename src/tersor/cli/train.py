@@ -78,7 +78,7 @@ def _train(
     or model text.
 
     `tersor train lra/TASK --model MODEL` trains a sequence model on listops, text, retrieval, image, pathfinder or pathx;
-    with `--set pretrain.epochs=N`, first to fill holes in the same sequences.
+    `--set pretrain.epochs=N` first trains it to fill holes in the same sequences.
 
     On several devices: `torchrun --nproc-per-node 4 -m tersor train MODEL ...`. An option given here wins over `--set`,
     and that over `--config`.
@@ -156,8 +156,8 @@ def _long_range(
     tables: Tables,
     progress: Progress,
 ) -> tuple[nn.Module, Sets, Objective]:
-    """The model, pretrained where the table pretrain says for how long: its entries are TrainConfig's (else those of the
-    training), and DenoisingConfig's."""
+    """The model, pretrained first where the table `pretrain` says how long. Its entries are fields of TrainConfig (by default
+    those of the training) and of DenoisingConfig."""
     if name is None:
         raise TersorError(f"{what} needs --model, the architecture that learns it")
     if validation is not None:
@@ -196,7 +196,7 @@ def _print(told: dict[str, Any], *, as_json: bool) -> None:
 def _saved(what: str, checkpoint: Path | None, overrides: dict[str, Any]) -> nn.Module | None:
     """The model that is saved in the folder `what`; None where that is no folder with a model.
 
-    The name of an architecture is one, whatever folder is called the same: `--out s4` makes such a folder.
+    An architecture's name means the architecture, even where a folder has that name: `--out s4` makes one.
     """
     folder = Path(what)
     if _registered(what):

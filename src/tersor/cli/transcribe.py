@@ -116,7 +116,7 @@ def _open(model: str, published_as: str | None, device: str) -> Recognizer:
             raise TersorError(f"--as {published_as} is a model for {task}, not for speech")
         path = checkpoint_as(model, published_as)
     checkpoint = open_checkpoint(path)
-    module: Any = load(path, device=device).eval()
+    module: Any = load(checkpoint, device=device).eval()
     if not hasattr(module, "recognize"):
         raise TersorError(f"{model} holds a {type(module).__name__}, which transcribes no speech")
     folder = Path(model) if published_as is not None and Path(model).is_dir() else checkpoint.directory

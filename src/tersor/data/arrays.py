@@ -28,7 +28,7 @@ class Arrays(Dataset[dict[str, Tensor]]):
 def load_arrays(path: str | Path, names: Mapping[str, str]) -> Arrays:
     """names: array in the file -> name in the items. Numbers with a fraction become float32, whole ones int64.
 
-    Raises TersorError where an array is missing, has other rows than the first or is not finite.
+    Raises TersorError where an array is missing, has another number of rows than the first, or is not finite.
     """
     path = Path(path).expanduser()
     with readable(path):

@@ -69,8 +69,8 @@ def make_chains(
 ) -> Tensor:
     """ids (count, L), int64, padded with 0 on the right, no two alike.
 
-    shorter: problems of length 1, 2, ... are mixed in by weights 1, 2, ... (published: training for longer ones).
-    without: chains (as `draw_chains` gives them) that must not be among them: a training set's, for its test set.
+    shorter: also mix in problems of length 1, 2, ..., with weights 1, 2, ... (published: in training for longer ones).
+    without: chains (as `draw_chains` gives them) that must not be among them, such as a training set's in its test set.
     """
     drawn = draw_chains(task, count, length=length, shorter=shorter, seed=seed, without=without)
     rows = [(words if chain else direct(task, words)) for words in drawn]
@@ -156,7 +156,8 @@ def calculate(a: int, sign: str, b: int) -> int:
 
 
 def solve_arithmetic(words: Sequence[str]) -> int:
-    """The value of an expression, by precedence and from the left; the generator's chains do not come from here."""
+    """The value of an expression, by precedence and from the left. It checks the generator's chains, which are made in
+    another way."""
     value, rest = _sum(list(words))
     if rest:
         raise TersorError(f"{' '.join(words)!r} is not one whole expression")
@@ -303,7 +304,8 @@ def _planted(chance: np.random.RandomState, length: int) -> np.ndarray:
 
 
 def edit_table(a: Sequence[str], b: Sequence[str]) -> list[list[int]]:
-    """(len(a) + 1) rows of len(b) + 1: the cost of making b's beginning of a's. Row 0 and column 0 count 1 a letter."""
+    """(len(a) + 1) rows of len(b) + 1: the cost of making the beginning of b out of that of a. Row 0 and column 0 count 1 a
+    letter."""
     table = [list(range(len(b) + 1))]
     for i, letter in enumerate(a, 1):
         row, above = [i], table[-1]

@@ -18,7 +18,7 @@ MILLISECONDS = 120  # a frame of a GIF
 
 
 def read_clip(path: Path, most: int) -> list[Any]:
-    """The first frames of a GIF, APNG or WebP, at most `most`, or the one of a picture, as RGB images of Pillow."""
+    """At most the first `most` frames of a GIF, APNG or WebP, or the one frame of a picture, as RGB images of Pillow."""
     return open_frames(path, most)
 
 

@@ -5,8 +5,8 @@
     data = load_clouds(Path("shapes"), CloudConfig(points=1024))
     data[0]                                           # {"points": (1024, 3), "target": class number}
 
-.npy holds (N, 3) or more columns, of which the first three are x, y, z. Of a cloud with more points than asked for, as many are
-drawn; one with fewer gives all of its points and some of them again. A mesh is sampled by area. Meshes and .ply, .obj clouds
+.npy holds (N, 3) or more columns, of which the first three are x, y, z. Of a cloud with more points than asked for, that many
+are drawn; one with fewer gives all its points and some of them again. A mesh is sampled by area. Meshes and .ply, .obj clouds
 need the extra `meshes` (trimesh); no other file is opened, so textures and materials are not.
 
 Data sets are folders with one subfolder a class, classes in alphabetical order. With `augment`, a cloud's points are drawn anew
@@ -63,7 +63,7 @@ class Clouds(Dataset[dict[str, Tensor]]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Other chances for the augmentation; the trainer calls it at the start of each epoch."""
+        """Draw the augmentation anew; the trainer calls it at the start of each epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -106,7 +106,7 @@ def read_cloud(path: Path, count: int, *, seed: int = 0) -> Tensor:
 
 
 def on_surface(vertices: Tensor, faces: Tensor, count: int, chance: torch.Generator) -> Tensor:
-    """vertices (V, 3), faces (F, 3) -> (count, 3), evenly by area; where no triangle has any, corners."""
+    """vertices (V, 3), faces (F, 3) -> (count, 3), evenly by area. Where no triangle has an area, corners are drawn."""
     a, b, c = vertices[faces].unbind(1)
     areas = (b - a).cross(c - a, dim=1).norm(dim=1)
     ends = areas.cumsum(0)

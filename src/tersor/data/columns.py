@@ -100,7 +100,7 @@ def frame_like(frame: Any, columns: Mapping[str, np.ndarray]) -> Any:
 
 
 def numbers(columns: Columns, name: str, *, text_is_missing: bool) -> tuple[np.ndarray, int]:
-    """(rows,) float64 with NaN where nothing is known, and how many texts were taken for missing."""
+    """(rows,) float64, NaN where nothing is known, and how many texts counted as missing."""
     cells = columns.cells[name]
     if cells.dtype.kind in "iufb":
         values = cells.astype(np.float64)
@@ -152,7 +152,7 @@ def first_stamp(text: str) -> Any:
 
 
 def is_text(columns: Columns, name: str) -> bool:
-    """Whether no cell of a column is a number, and some are not empty."""
+    """Whether a column has texts and no cell that is a number."""
     cells = columns.cells[name]
     if cells.dtype.kind in "iufb":
         return False
@@ -169,7 +169,7 @@ def is_date(text: str) -> bool:
 
 
 def _stamp(text: str) -> datetime:
-    """Without a time zone; what has one is told in UTC."""
+    """A time without a zone; one with a zone is converted to UTC."""
     text = text.strip()
     try:
         found = datetime.fromisoformat(text)
@@ -216,13 +216,13 @@ def _delimiter(line: str) -> str:
 
 
 def _is_header(row: list[str]) -> bool:
-    """Names, which are no dates, and not all numbers."""
+    """Whether a row holds names: no dates, and not only numbers."""
     words = [cell for cell in row if _number(cell) is None and not _is_missing(cell)]
     return bool(words) and not any(is_date(word) for word in words)
 
 
 def _numbered(row: list[str]) -> list[str]:
-    """Names for columns without: "date" for a first one of dates, else 0, 1, 2, ..."""
+    """Names for columns that have none: "date" for a first column of dates, else 0, 1, 2, ..."""
     dated = _number(row[0]) is None and is_date(row[0])
     return (["date"] if dated else []) + [str(n) for n in range(len(row) - dated)]
 

@@ -6,7 +6,7 @@
     pendulum     cos, sin and rate of its angle; torque        n = 3, m = 1     hanging is angle pi, up is 0
     cart-pole    place, speed, angle, rate; force              n = 4, m = 1
 
-Each run starts elsewhere and has a controller of its own: u = -K s, K the LQR gain of the system linearised at rest (up)
+Each run has a start and a controller of its own: u = -K s, K the LQR gain of the system linearised at rest (up)
 for costs drawn between a tenth and ten times the standard ones, plus normal noise of `noise` times the largest action, cut to
 what the system allows. Steps are of 0.05 s, semi-implicit Euler. The pendulum swings up by energy until it is near the top.
 """

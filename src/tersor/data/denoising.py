@@ -2,14 +2,14 @@
 
     inputs, target = denoise_numbers(x, mask)      # x (L, c), mask (L, 1) -> (L, c + 1), (L, c)
     inputs, target = denoise_tokens(ids, mask)     # ids (L,), mask (L, 1) -> (L,), (L,)
-    inputs, target = next_element(x)               # nothing is hidden: each position is asked for the following one
+    inputs, target = next_element(x)               # nothing is hidden: each position predicts the next one
 
     data = Denoising(labelled, DenoisingConfig(ratio=0.5))       # labelled: items {"x" or "input_ids", "target", ...}
 
 A mask is 1 where an element is hidden. Hidden numbers become 0, and the mask is one more channel; hidden tokens become
 token 0, <mask>. Every position may be hidden, padding too. The target is IGNORED_NUMBER or IGNORED_TOKEN where nothing is
-asked, so that neither the loss nor its mean feels those positions. Masks have `ratio` of the positions, each hidden by
-itself, or spans of equal length that do not overlap.
+asked: those positions enter neither the loss nor its mean. Masks hide the share `ratio` of the positions, either one by one or
+in spans of equal length that do not overlap.
 
 Published ratios: 0.5 for images and Pathfinder, 0.15 for Text and Retrieval, 0.1 for ListOps.
 
@@ -137,7 +137,7 @@ class Denoising(Dataset[dict[str, Tensor]]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Other masks; the trainer calls it at the start of each epoch."""
+        """Draw other masks; the trainer calls it at the start of each epoch."""
         self.epoch = epoch
         if hasattr(self.labelled, "set_epoch"):
             self.labelled.set_epoch(epoch)

@@ -14,13 +14,13 @@ events. `stream.kind` says of each event
     1   bursty: a pair that is silent for long, and then meets `burst` times on average (geometric), `gap` apart (exponential)
     2   noise: any source and any destination
 
-so that whether two nodes have met tells little of whether they meet now, but when they have met does.
+so whether two nodes have met before tells little about whether they meet now, but when they met does.
 
-A batch is `batch` events in a row and as many false pairs. What a model sees of the past are the last `window` events
-that are strictly earlier than the batch's first. False pairs have the true source and
+A batch is `batch` events in a row and as many false pairs. Of the past, a model sees the last `window` events that are
+strictly earlier than the batch's first. False pairs have the true source and
 
     "random"      any destination of the stream
-    "historical"  or rather: are any pair that has met before the batch, but does not meet in it (Poursafaei et al., 2022)
+    "historical"  instead: a pair that has met before the batch, but does not meet in it (Poursafaei et al., 2022)
 
 With node_dim, x are random vectors drawn for each batch anew: nodes can be told apart and cannot be learned by heart.
 """
@@ -162,7 +162,8 @@ def planted_stream(
     gap: float = 4.0,
     seed: int = 0,
 ) -> EventStream:
-    """A stream as the module describes it. periodic, bursty: shares of the events, the rest is noise; pairs: of either kind."""
+    """A stream as the module describes it. periodic, bursty: shares of the events, the rest is noise. pairs: how many of each
+    kind."""
     half, rest = nodes // 2, 1 - periodic - bursty
     if half < 1 or events < 1 or pairs < 1 or min(periodic, bursty, rest) < -1e-9 or min(jitter, burst - 1, gap) < 0:
         raise TersorError(
@@ -219,7 +220,7 @@ class StreamParts:
 def split_stream(
     stream: EventStream, *, train: float = 0.7, validation: float = 0.15, hidden: float = 0.1, seed: int = 0
 ) -> StreamParts:
-    """In order of time. hidden: the share of the nodes that appear after the training part which training never sees."""
+    """Split in order of time. hidden: of the nodes that appear after the training part, the share that training never sees."""
     if not (0 < train < 1 and 0 <= validation < 1 - train and 0 <= hidden < 1):
         raise TersorError(f"a stream is not split into {train:g}, {validation:g} and the rest with {hidden:g} hidden")
     first, second = int(len(stream) * train), int(len(stream) * (train + validation))

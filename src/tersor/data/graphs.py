@@ -107,7 +107,7 @@ class Graph:
 
     @property
     def count(self) -> int:
-        """Of what is predicted."""
+        """How many nodes or graphs are predicted."""
         return len(self.x) if self.batch is None else int(self.batch[-1]) + 1
 
     @property
@@ -115,13 +115,13 @@ class Graph:
         return "node" if self.batch is None else "graph"
 
     def width(self) -> int:
-        """Classes, labels or numbers to predict."""
+        """How many classes, labels or numbers are predicted."""
         if self.y.dtype == torch.int64:
             return max(len(self.classes), int(self.y.max()) + 1)
         return self.y.shape[1] if self.y.dim() > 1 else 1
 
     def known(self) -> Tensor:
-        """The numbers of those whose label is known."""
+        """The numbers of the nodes or graphs whose label is known."""
         if self.y.dtype == torch.int64:
             return (self.y >= 0).nonzero()[:, 0]
         return torch.arange(len(self.y))

@@ -89,7 +89,7 @@ class Images(Dataset[dict[str, Tensor]]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Other chances for the augmentation; the trainer calls it at the start of each epoch."""
+        """Draw the augmentation anew; the trainer calls it at the start of each epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -106,7 +106,7 @@ class Images(Dataset[dict[str, Tensor]]):
 def open_image(encoded: Path | bytes, *, upright: bool = False) -> Any:
     """An RGB image of Pillow. Raises TersorError where the file is no image, or says that it is larger than any photograph.
 
-    upright: turned as the camera says it was held; without, the pixels as they are stored.
+    upright: turned as the camera was held; otherwise the pixels are as they are stored.
     """
 
     def convert(opened: Any) -> Any:
@@ -116,7 +116,7 @@ def open_image(encoded: Path | bytes, *, upright: bool = False) -> Any:
 
 
 def open_frames(path: Path, most: int) -> list[Any]:
-    """The first frames of a picture that may move, `most` of them, as RGB images of Pillow; one of a picture that does not."""
+    """At most the first `most` frames of a picture, as RGB images of Pillow; a picture that does not move has one."""
 
     def frames(opened: Any) -> list[Any]:
         found = []
@@ -130,8 +130,8 @@ def open_frames(path: Path, most: int) -> list[Any]:
 
 
 def alpha_cut(path: Path, *, margin: float = 0.1) -> Any:
-    """An RGB image of Pillow. Where the file has an alpha channel: the part that is not transparent on white, in a square with a
-    margin of that share of its longer side on each side; else the picture as it is."""
+    """An RGB image of Pillow. Of a file with an alpha channel: the part that is not transparent, on a white square with a
+    margin of that share of its longer side on each side. Others stay as they are."""
 
     def cut(opened: Any) -> Any:
         if "A" not in opened.getbands():

@@ -1,4 +1,4 @@
-"""Regression in context: each sample is a small data set, and what is asked is the next answer (arXiv 2402.13572).
+"""Regression in context: each sample is a small data set, and the next answer is asked (arXiv 2402.13572).
 
     x, target = make_in_context("linear", 64, points=11, d=5, seed=0)  # (64, 22, 5), (64, 22, 1)
 
@@ -8,8 +8,8 @@ representation  y = w . phi(x), phi a two-layer leaky-ReLU map that is the same 
 autoregressive  x_{t+1} = A [phi(x_{t+1-q}), ..., phi(x_t)] + noise; tokens x_1, x_2, ...
 chain           s_1 = phi_1(x), s_2 = phi_2(s_1), ...; each sample's own layers; tokens x, s_1, ..., s_l, x, ...
 
-x ~ N(0, I). The target is what the token is to be answered with, NaN where nothing is asked. All x are asked, from the
-first on, of which nobody can know the answer; errors fall with the number of points before. The sizes of phi (width d)
+x ~ N(0, I). The target is the answer to a token, NaN where nothing is asked. Every x is asked, also the first, whose answer
+nobody can know; errors fall with the number of points before. The sizes of phi (width d)
 and of A, w (so that answers are about 1) are ours: the paper's generator is not published.
 """
 

@@ -5,8 +5,8 @@
     ids = sample_nodes(graph, targets, 50, random)            # each epoch anew; [B, 50]
     seq = hop_tokens(ids, (x, *hops))                         # [B, 150, in]
 
-`Neighbours` holds two integer arrays, which may be memory-mapped files; so may x and its hops. Sampling needs memory in
-proportion to the neighbours of the targets' neighbours alone, at most B (1 + most) most entries where `most` is given,
+`Neighbours` holds two integer arrays, which may be memory-mapped files; so may x and its hops. Sampling needs memory only
+in proportion to the neighbours of the targets' neighbours, at most B (1 + most) most entries where `most` is given,
 and the hop features a block of rows at a time beside their results.
 """
 
@@ -46,7 +46,7 @@ class Neighbours:
         return len(self.starts) - 1
 
     def around(self, rows: Ints, most: int | None, random: np.random.Generator) -> tuple[Ints, Ints]:
-        """(which of `rows`, neighbour) of all their edges; of a row with more than `most` a random choice of `most`."""
+        """(which of `rows`, neighbour) for all their edges; of a row with more than `most` neighbours, `most` at random."""
         first = self.starts[rows]
         counts = self.starts[rows + 1] - first
         if most is not None and (counts > most).any():

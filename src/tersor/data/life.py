@@ -10,8 +10,8 @@ with the cells row by row: 2 rows columns + 23 bytes, which are the token ids.
     later = simulate(board, 10)                                        # (10, rows, columns)
 
 `density="broad"` draws sample i of n with the share i / (n - 1) of live cells, so that all shares from 0 to 1 are seen,
-in order; "high" draws every cell with 1/2; a number is the share itself. What the published generator draws from a seed
-is its own; the rule and the text are the same.
+in order; "high" draws every cell with 1/2; a number is the share itself. The published generator draws other boards
+from a seed; the rule and the text are the same.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class Masks(Dataset[dict[str, Tensor]]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Other squares; the trainer calls it at the start of each epoch."""
+        """Cut other squares; the trainer calls it at the start of each epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -87,7 +87,7 @@ class Masks(Dataset[dict[str, Tensor]]):
 
 
 def load_masks(path: str | Path, config: MaskConfig, *, classes: int, chance: bool = True) -> Masks:
-    """Raises TersorError where a picture has no mask, or the model more classes than a mask can hold."""
+    """Raises TersorError where a picture has no mask, or the model has more classes than a mask can hold."""
     if classes > NO_CLASS:
         raise TersorError(f"masks have a byte a pixel, for {NO_CLASS} classes at most; the model has {classes}")
     path = Path(path).expanduser()

@@ -4,8 +4,8 @@
     picture, connected = draw_pathfinder(pathfinder_config(128), seed=0)      # Path-X: 16,384 pixels
 
 Every picture holds two long contours of `contour_length` dashes and some short ones that distract. A dot marks both ends
-of one long contour (connected), or an end of each (not), with equal chances and both at least `seed_distance` apart, so
-that neither what is drawn nor where the dots are gives the answer away: the contour has to be followed.
+of one long contour (connected), or an end of each (not), with equal chances, and the dots are at least `seed_distance`
+apart. Neither the drawing nor the places of the dots give the answer away: the contour has to be followed.
 
 A contour grows dash by dash: after a gap, the next dash is turned by a normal deviate of `turn` radians, and dropped
 where it would leave the picture or come nearer than `padding` pixels to what is there. A contour that finds no way is

@@ -3,8 +3,8 @@
     data = load_pictures("DIV2K/train", PictureConfig(size=64), scale=4)
     data[0]             # {"image": (3, 64, 64) in [0, 1], "target": (3, 256, 256) in [0, 1]}
 
-Each picture gives `crops` samples an epoch, from places and mirrored by chance, which depends on the seed, the epoch and the
-sample alone; without `chance` the samples are one crop a picture, from its middle. The small one is Pillow's bicubic
+Each picture gives `crops` samples an epoch. Their places, and whether they are mirrored, are drawn from the seed, the epoch and
+the sample alone; without `chance` there is one crop a picture, from its middle. The small one is Pillow's bicubic
 reduction of the crop, which widens the filter by the scale as papers do.
 """
 
@@ -48,7 +48,7 @@ class Pictures(Dataset[dict[str, Tensor]]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Other places; the trainer calls it at the start of each epoch."""
+        """Cut at other places; the trainer calls it at the start of each epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:

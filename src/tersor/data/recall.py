@@ -7,8 +7,8 @@ associative recall   k3 v7 k1 v2 k3 v7 ... k1 -> v2     a key has one value in a
 induction head       4 9 * 7 2 ... 5 * -> 7             the special token comes once, and again at the end
 
 The answer is asked for at the last place. Keys are tokens 0 to keys - 1, values the `keys` tokens after them; the special
-token of induction is the last of the vocabulary. Sizes by default are those of the paper; what the published generator
-draws from a seed is its own.
+token of induction is the last of the vocabulary. Sizes by default are those of the paper; the published generator
+draws other samples from a seed.
 """
 
 from __future__ import annotations

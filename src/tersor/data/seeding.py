@@ -1,6 +1,6 @@
-"""One seed from several numbers (seed, epoch, index, ...), so that chance is a function of them and of nothing before.
+"""One seed from several numbers (seed, epoch, index, ...), so that what is drawn depends on these alone.
 
-Arithmetic will not do: torch's CPU generator looks at the lower 32 bits of a seed alone.
+A sum of them would not do: torch's CPU generator looks only at the lower 32 bits of a seed.
 """
 
 from __future__ import annotations

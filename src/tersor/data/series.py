@@ -203,9 +203,9 @@ def _check_lengths(train: int, validation: int, test: int, config: SeriesConfig)
 
 
 def read_table(path: str | Path) -> Table:
-    """A comma-separated file as it is: a header or none, dates in the first column or none, numbers elsewhere.
+    """A comma-separated file as it is: with a header or not, dates in the first column or not, numbers elsewhere.
 
-    The gaps and steps of the dates are not looked at; `tersor.data.tables` does that.
+    The gaps and steps of the dates are not checked; `tersor.data.tables` does that.
     """
     columns = read_columns(path)
     names = list(columns.cells)

@@ -1,4 +1,4 @@
-"""What a forecaster remembers of the table it learned from, so that it can be used on another one and needs nothing else.
+"""What a forecaster remembers of the table it learned from: all that it needs to be used on another one.
 
 Written beside the weights as preprocessor_config.json: columns, marks, the step from row to row, and of each series mean,
 standard deviation (ddof 0) and the last time that was learned from.
@@ -124,7 +124,7 @@ def scaled(table: SeriesTable, memory: Memory) -> ScaledTable:
 
 
 def remember(table: SeriesTable, learned: Sequence[int], marks: str, start: str = "") -> Memory:
-    """What a model remembers that learned from so many first rows of each series."""
+    """What a model remembers that learned from this many first rows of each series."""
     scales = {
         id: Scale.of(values[:rows], told(times[rows - 1]) if rows else "")
         for id, values, times, rows in zip(table.ids, table.values, table.times, learned, strict=True)

@@ -10,7 +10,7 @@ surface, 0 outside, with no ray to miss an edge. With a, b, c the corners less q
     tan(angle / 2) = det(a, b, c) / (|a||b||c| + (a.b)|c| + (b.c)|a| + (c.a)|b|)
 
 The distance is that to the nearest point of the nearest triangle. A sphere around each triangle bounds its distance from
-below, so few are looked at closely; the result is exact all the same. All of it is float64.
+below, so only few triangles are looked at closely; the result is still exact. All of it is float64.
 
 Files need the extra `meshes` (trimesh): .obj, .ply, .stl, .off, .glb. Corners at the same place are one corner, whatever
 textures or normals they carry. For training, `load_shapes(folder)` is a data set of clouds, points in space and their
@@ -52,7 +52,7 @@ class Mesh:
         return a, b, c
 
     def volume(self) -> float:
-        """Of a closed surface; negative where its triangles are turned inside out."""
+        """The volume inside a closed surface; negative where its triangles are turned inside out."""
         a, b, c = self.corners()
         return float((a * b.cross(c, dim=1)).sum() / 6)
 
@@ -81,7 +81,7 @@ def read_mesh(path: str | Path) -> Mesh:
 
 
 def merged(mesh: Mesh) -> Mesh:
-    """Corners at the same place become one; triangles that then have no three corners go."""
+    """Corners at the same place become one; triangles that then have fewer than three corners are removed."""
     vertices, number = torch.unique(mesh.vertices, dim=0, return_inverse=True)
     faces = number[mesh.faces]
     whole = (faces != faces.roll(1, 1)).all(1)
@@ -89,7 +89,7 @@ def merged(mesh: Mesh) -> Mesh:
 
 
 def open_edges(mesh: Mesh) -> int:
-    """How many directed edges have no opposite; 0: the surface is closed and its triangles are turned alike."""
+    """How many directed edges have no opposite. 0: the surface is closed and all its triangles are turned the same way."""
     edges = torch.cat([mesh.faces[:, [i, (i + 1) % 3]] for i in range(3)])
     V = len(mesh.vertices)
     forward, counts = torch.unique(edges[:, 0] * V + edges[:, 1], return_counts=True)
@@ -238,7 +238,7 @@ class Shapes(Dataset[dict[str, Tensor]]):
         self.pools = [_pool(mesh, config, number) for number, mesh in enumerate(meshes)]
 
     def set_epoch(self, epoch: int) -> None:
-        """Other points; the trainer calls it at the start of each epoch."""
+        """Draw other points; the trainer calls it at the start of each epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:

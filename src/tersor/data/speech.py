@@ -38,15 +38,15 @@ QUIET, FLOOR = (
 
 @dataclass(frozen=True)
 class Piece:
-    """start: seconds from the beginning of the recording; sound (samples,), float32 in [-1, 1]."""
+    """A part of a recording."""
 
-    start: float
-    sound: Tensor
+    start: float  # seconds from the beginning of the recording
+    sound: Tensor  # (samples,), float32 in [-1, 1]
 
 
 def read_audio(path: Path, rate: int) -> Tensor:
-    """(samples,) float32 in [-1, 1]: the mean of the channels at `rate` samples a second. Raises TersorError where the file is
-    none of sound, broken or empty."""
+    """(samples,) float32 in [-1, 1]: the mean of the channels at `rate` samples a second. Raises TersorError where the file
+    is no sound, broken or empty."""
     found = list(blocks_of(path, rate))
     sound = torch.cat(found) if found else torch.zeros(0)
     if not len(sound):
@@ -72,8 +72,8 @@ def blocks_of(path: Path, rate: int) -> Iterator[Tensor]:
 
 
 def blocks_of_stream(stream: BinaryIO, rate: int, *, raw: int | None = None) -> Iterator[Tensor]:
-    """As `blocks_of`, of bytes as they come: a WAV file of whole numbers, or with `raw` 16-bit samples of one channel
-    (little endian), so many a second."""
+    """As `blocks_of`, for bytes as they come: a WAV file of whole numbers, or with `raw` that many 16-bit samples a second of
+    one channel (little endian)."""
     if raw is not None:
         yield from _at_rate(_raw_blocks(stream, _checked_rate(raw, "--raw")), raw, rate, "standard input")
         return

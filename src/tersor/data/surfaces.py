@@ -5,7 +5,7 @@
     write_mesh(mesh, "sphere.glb")
 
 The grid is made from the coarse to the fine: where a cell and its neighbours have one sign, the values between are interpolated;
-elsewhere the field is asked again. A part of the surface that no coarse grid point sees is lost, as in TripoSG's own extraction.
+elsewhere the field is evaluated. A part of the surface that no coarse grid point sees is lost, as in TripoSG's own extraction.
 Marching cubes is scikit-image's, files are trimesh's (the extra `meshes`).
 """
 
@@ -79,7 +79,8 @@ def _upsampled(grid: Tensor) -> Tensor:
 
 
 def surface_of(field: Tensor, *, bound: float = BOUND) -> Mesh:
-    """Where the field (N, N, N) is 0. Its corner [0, 0, 0] is outside; where the shape reaches the box it is closed there.
+    """The surface where the field (N, N, N) is 0. The corner [0, 0, 0] counts as outside; a shape that reaches the box is
+    closed there.
 
     Raises TersorError where the field has one sign only, or values that are not finite.
     """

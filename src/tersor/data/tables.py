@@ -1,4 +1,4 @@
-"""The user's own table as series on a regular grid: what it holds is found out, and what is wrong with it said in one line.
+"""The user's own table as series on a regular grid. What it holds is found out; what is wrong with it is said in one line.
 
     table = read_series("sales.csv", TableConfig(fill="linear"))
     table.names, table.ids      # ("a", "b"), ("",)           wide: a row a time, a column a variate; one series
@@ -62,7 +62,7 @@ class SeriesTable:
 
     @property
     def rows(self) -> int:
-        """Of the shortest series."""
+        """The rows of the shortest series."""
         return min(len(values) for values in self.values)
 
 
@@ -167,7 +167,7 @@ def _groups(columns: Columns, id_name: str, rows: int) -> dict[str, np.ndarray]:
 
 
 def _in_order(id: str, times: np.ndarray, rows: np.ndarray, first_row: int, fill: str, notes: list[str]) -> np.ndarray:
-    """The rows of one series by time, one a stamp."""
+    """The rows of one series in the order of time, one for each stamp."""
     stamps = times[rows]
     if bool((np.diff(stamps).astype(np.int64) < 0).any()):
         rows = rows[np.argsort(stamps, kind="stable")]
@@ -265,7 +265,7 @@ def _series(id: str) -> str:
 
 
 def _together(notes: list[str]) -> list[str]:
-    """Notes that many series share as one, with the first series' own."""
+    """Notes; one that many series share is said once, with the first series' own numbers."""
     kept: dict[str, list[str]] = {}
     for note in notes:
         words = note.partition(": ")[2] if note.startswith("series ") else note

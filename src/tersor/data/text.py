@@ -20,7 +20,7 @@ class TextConfig:
 
 
 class TokenWindows(Dataset[dict[str, Tensor]]):
-    """Tokens (n,) in windows of seq_len, no overlap, the rest dropped; what is predicted is in the window too."""
+    """Tokens (n,) in windows of seq_len without overlap; the rest is dropped. The tokens to predict are in the window too."""
 
     def __init__(self, tokens: Tensor, *, seq_len: int) -> None:
         self.tokens, self.seq_len = tokens, seq_len

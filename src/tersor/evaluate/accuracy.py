@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tersor.checkpoint.load import load
 from tersor.checkpoint.preprocessing import class_names, image_processor, image_settings
-from tersor.checkpoint.source import open_checkpoint
+from tersor.checkpoint.source import Openable, open_checkpoint
 from tersor.data.images import ImageConfig, load_images
 from tersor.errors import TersorError
 from tersor.evaluate.measures import class_logits
@@ -22,11 +22,11 @@ from tersor.progress import Progress
 
 @dataclass(frozen=True)
 class Accuracy:
-    """top1 in percent of `images`; half_width: of its 95 % confidence interval, in percentage points."""
+    """How many images a classifier gets right."""
 
-    top1: float
+    top1: float  # percent of `images`
     images: int
-    half_width: float
+    half_width: float  # of the 95 % confidence interval of top1, in percentage points
 
     def __float__(self) -> float:
         return self.top1
@@ -34,7 +34,7 @@ class Accuracy:
 
 @torch.no_grad()
 def accuracy(
-    model: str | Path | nn.Module,
+    model: Openable | nn.Module,
     images: str | Path | tuple[Tensor, Tensor],
     *,
     batch_size: int = 100,
@@ -53,6 +53,7 @@ def accuracy(
             raise TersorError("a module does not say how it wants its images: give (images, labels) as tensors")
         module, (pixels, labels) = model, images
     else:
+        model = open_checkpoint(model)
         pixels, labels = read_images(model, images, limit=max_images) if not isinstance(images, tuple) else images
         module = load(model, dtype=dtype, device=device)
     pixels, labels = pixels[:max_images], labels[:max_images]
@@ -72,7 +73,7 @@ def accuracy(
     return Accuracy(100 * share, len(pixels), 196 * math.sqrt(share * (1 - share) / len(pixels)))
 
 
-def read_images(model: str | Path, images: str | Path, *, limit: int | None = None) -> tuple[Tensor, Tensor]:
+def read_images(model: Openable, images: str | Path, *, limit: int | None = None) -> tuple[Tensor, Tensor]:
     """Images as the model wants them, [n, 3, H, W], and their labels [n]."""
     if limit is not None and limit < 1:
         raise TersorError(f"max_images {limit} leaves nothing to evaluate; use at least 1")

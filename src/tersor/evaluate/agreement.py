@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.checkpoint.load import load
+from tersor.checkpoint.source import Checkpoint, Openable, open_checkpoint
 from tersor.errors import TersorError
 from tersor.evaluate.accuracy import read_images
 from tersor.evaluate.interval import Estimate, estimate
@@ -39,8 +40,8 @@ class Agreement:
 
 @torch.no_grad()
 def agreement(
-    model: str | Path | nn.Module,
-    against: str | Path | nn.Module,
+    model: Openable | nn.Module,
+    against: Openable | nn.Module,
     images: str | Path | tuple[Tensor, Tensor],
     *,
     max_images: int | None = None,
@@ -53,6 +54,7 @@ def agreement(
 
     Raises TersorError where there are no images, or the two tell unlike numbers of classes apart.
     """
+    model, against = (each if isinstance(each, nn.Module) else open_checkpoint(each) for each in (model, against))
     if isinstance(images, tuple):
         pixels, labels = images
     elif isinstance(against, nn.Module):
@@ -92,7 +94,7 @@ def compared(p: Tensor, q: Tensor, labels: Tensor) -> Agreement:
 
 
 def _classes(
-    model: str | Path | nn.Module,
+    model: Checkpoint | nn.Module,
     name: str,
     pixels: Tensor,
     dtype: str,

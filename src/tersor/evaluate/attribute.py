@@ -2,9 +2,9 @@
 
 A group of layers is measured by putting its compressed modules into the original, and the original's into the compressed model
 (`attribution.py` says what that gives). Where the blocks are so many that measuring each would take more than half of the
-time, halves of the model are measured first, the more costly is halved again, and so on. Groups are taken in the order of
-their cost, so that what is left when the time is over is what costs least. Every measurement is kept in a state file, from which
-the next call goes on.
+time, halves of the model are measured first, the more costly half is halved again, and so on. Groups are taken in the order of
+their cost: when the time is over, those that cost least are left. Every measurement is kept in a state file, from which the
+next call goes on.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ class Group:
 
 @dataclass
 class State:
-    """What was measured, by group: the distances of each sample. path: None where nothing is kept."""
+    """What was measured, by group: the distances of each sample."""
 
-    path: Path | None
+    path: Path | None  # None where nothing is kept
     fingerprint: str
     flat: bool | None = None  # whether all blocks are measured one by one
     measured: dict[str, dict[str, list[float]]] = field(default_factory=dict)
@@ -71,7 +71,7 @@ class State:
 
 
 def open_state(path: Path | None, fingerprint: str) -> State:
-    """What an earlier call left. Raises TersorError where the file is of something else."""
+    """What an earlier call left. Raises TersorError where the file holds something else."""
     if path is None or not path.exists():
         return State(path, fingerprint)
     found = read_object(path)
@@ -210,7 +210,7 @@ class _Search:
     shown: tuple[int, int] = (0, 0)
 
     def run(self, parts: Sequence[Part], by: str) -> tuple[list[Row], list[Row], list[str]]:
-        """Rows of what was asked for, of the blocks on the way, and the names of what was not measured."""
+        """The rows that were asked for, the rows of the blocks on the way, and the names of what was not measured."""
         self.total()
         groups = _groups(parts)
         queue: list[tuple[float, int, Group]] = []

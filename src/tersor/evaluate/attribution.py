@@ -56,14 +56,14 @@ class Suggestion:
 
 @dataclass(frozen=True)
 class Attribution:
-    """rows: by cost, the most costly first. total_kl: of the compressed model."""
+    """What each layer or block costs."""
 
     model: str
     base: str
     text: str  # what it was measured on
     by: str  # layer or block
-    rows: tuple[Row, ...]
-    total_kl: float
+    rows: tuple[Row, ...]  # the most costly first
+    total_kl: float  # of the compressed model
     suggestion: Suggestion | None
     total_half_width: float | None = None
     measure: str = "KL"  # or MSE

@@ -2,8 +2,8 @@
 
     accuracy(model, "arithmetic", make_chains("arithmetic", 1000, length=4, seed=7))
 
-The model gets each question up to its separator and writes greedily until <eos>. Right is what has the true answer
-behind its last separator, whatever the steps are; of equations the whole last line.
+The model gets each question up to its separator and writes greedily until <eos>. An answer is right if what is
+behind its last separator is true, whatever the steps are; of equations the whole last line counts.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ LEVELS = (80.0, 95.0)
 
 
 def check_levels(levels: Sequence[float]) -> tuple[float, ...]:
-    """In rising order. Raises TersorError where one is no share in percent."""
+    """The levels in rising order. Raises TersorError where one is no share in percent."""
     for level in levels:
         if not 0 < level < 100:
             raise TersorError(f"an interval of {level:g} % is none; levels lie between 0 and 100, such as 80,95")

@@ -1,9 +1,9 @@
-"""Which parts of a compressed model correspond to which of the original, and how one takes the other's place.
+"""Which parts of a compressed model and of the original correspond, and how one takes the other's place.
 
 Both module trees are walked side by side. A part is the smallest module that differs: another class (a packed layer in the
-place of a dense one) or other tensors. Some methods move scales from one module into another, which alone compute nonsense in the
-other model: a norm that changed goes together with the layers that read it, and two linear layers go together where the
-channels of one grew as the columns of the other shrank.
+place of a dense one) or other tensors. Some methods move scales from one module into another; a single one of the two would
+compute nonsense in the other model. So a norm that changed goes together with the layers that read it, and two linear layers
+go together where the channels of one grew as the columns of the other shrank.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ MOVED = 0.02  # mean |log| of a channel's change that rounding does not make
 
 @dataclass(frozen=True)
 class Part:
-    """Modules that are exchanged together. depth, block: of the repeated block that they are in; changed: whether they differ."""
+    """Modules that are exchanged together."""
 
     name: str
     kind: str
-    depth: int | None
-    block: str | None
+    depth: int | None  # the number of the repeated block that they are in
+    block: str | None  # its name
     members: tuple[str, ...]
     bits: float | None
-    changed: bool
+    changed: bool  # whether the two models differ here
 
 
 def parts_of(
@@ -110,7 +110,7 @@ def _sort(base: nn.Module, other: nn.Module, name: str, changed: list[str], same
 
 
 def _own(module: nn.Module, *, leaf: bool) -> Mapping[str, Tensor]:
-    """What a module holds itself: of a leaf its state, which packed layers give in their standard layout."""
+    """What a module itself holds. Of a leaf that is its state; packed layers give it in their standard layout."""
     if leaf:
         found: Mapping[str, Tensor] = module.state_dict()
         return found
@@ -149,7 +149,7 @@ def _unlike(why: str) -> TersorError:
 def _groups(
     base: nn.Module, other: nn.Module, changed: Sequence[str], batch: Mapping[str, Any] | None
 ) -> list[tuple[str, ...]]:
-    """The changed modules, those together that only make sense together; linear layers first in each."""
+    """The changed modules; those that only make sense together are one group, linear layers first."""
     heads = {name: name for name in changed}
 
     def head(name: str) -> str:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.checkpoint.load import load, load_tokenizer
-from tersor.checkpoint.source import open_checkpoint, resolve
+from tersor.checkpoint.source import Checkpoint, Openable, open_checkpoint
 from tersor.checkpoint.writer import model_fingerprint
 from tersor.devices import pick_device
 from tersor.errors import TersorError
@@ -122,8 +122,8 @@ class _Tokens:
 
 @torch.no_grad()
 def divergence(
-    model: str | Path | nn.Module,
-    against: str | Path | nn.Module,
+    model: Openable | nn.Module,
+    against: Openable | nn.Module,
     text: str | Path | Tensor | None = None,
     *,
     tokenizer: Any = None,
@@ -144,6 +144,7 @@ def divergence(
     they may take on disk. stream: a block of each named model in memory at a time (None: where the original does not fit).
     Raises TersorError where the vocabularies differ, or the text is shorter than a window.
     """
+    model, against = (each if isinstance(each, nn.Module) else open_checkpoint(each) for each in (model, against))
     ids, decode = _ids(against, text, tokenizer)
     said = progress or silent
     check = partial(check_windows, tokenizer=tokenizer)
@@ -167,16 +168,15 @@ def divergence(
             said("comparing", number + 1, len(windows))
         return _summarized(kept, seq_len, _passages(kept.kl, windows, decode))
     windows = cut_windows(ids, seq_len=seq_len, max_windows=max_windows)
-    open_checkpoint(model)  # says what is wrong with it before the original runs
     if stream is None:
         stream = not fits(against, copies=1, dtype=dtype, device=device)
 
-    def opened(name: str | Path) -> Predict:
+    def opened(checkpoint: Checkpoint) -> Predict:
         if stream:
-            walked = Walked(open_checkpoint(name), dtype=dtype, device=device)
+            walked = Walked(checkpoint, dtype=dtype, device=device)
             check_walked(walked, windows, tokenizer)
             return lambda some, rounded: _finite(logits_of_windows(walked, some, rounded=rounded), walked.module)
-        module = load(name, dtype=dtype, device=device).eval()
+        module = load(checkpoint, dtype=dtype, device=device).eval()
         check(module, windows)
         return partial(_predict, module)
 
@@ -237,11 +237,10 @@ def _one_after_another(
 
 @contextmanager
 def _cache(
-    against: str | Path, folder: str | Path | None, most: int, *, dtype: str, device: str
+    against: Checkpoint, folder: str | Path | None, most: int, *, dtype: str, device: str
 ) -> Iterator[LogitCache]:
     """The cache of one original; in a temporary folder where none is given."""
-    checkpoint = open_checkpoint(against)
-    facts = [model_fingerprint(checkpoint), dtype, str(pick_device(device)), torch.__version__, __version__]
+    facts = [model_fingerprint(against), dtype, str(pick_device(device)), torch.__version__, __version__]
     with tempfile.TemporaryDirectory(prefix="tersor-") as temporary:
         place = Path(temporary) if folder is None else opened_folder(Path(folder))
         yield LogitCache(place, most, " ".join(facts))
@@ -393,12 +392,12 @@ def _parts(tokens: list[int], decode: Callable[[list[int]], str]) -> list[str]:
 
 
 def _ids(
-    model: str | Path | nn.Module, text: str | Path | Tensor | None, tokenizer: Any
+    model: Checkpoint | nn.Module, text: str | Path | Tensor | None, tokenizer: Any
 ) -> tuple[Tensor, Callable[[list[int]], str] | None]:
     if isinstance(text, Tensor):
         return text, tokenizer.decode if tokenizer is not None else None
     if tokenizer is None and not isinstance(model, nn.Module):
-        tokenizer = load_tokenizer(resolve(model))
+        tokenizer = load_tokenizer(model.directory)
     if tokenizer is None:
         raise TersorError("the original has no tokenizer: give token ids as a tensor")
     return tokens_of(text, tokenizer), tokenizer.decode

@@ -26,32 +26,29 @@ Layer = tuple[str, tuple[int, int], float, int | None]  # name within its block,
 
 @dataclass(frozen=True)
 class BlockGroup:
-    """Blocks that are alike: linears (names within a block), shapes [out, in], bits a weight on disk, and bits to which a layer
-    rounds its input (None: it does not), in one order."""
+    """Blocks that are alike. Their linear layers are in one order."""
 
-    first: str
+    first: str  # the name of the first block
     count: int
-    linears: list[str]
-    shapes: list[tuple[int, int]]
-    bits: list[float]
-    a_bits: list[int | None]
+    linears: list[str]  # names within a block
+    shapes: list[tuple[int, int]]  # [out, in]
+    bits: list[float]  # a weight, on disk
+    a_bits: list[int | None]  # bits to which a layer rounds its input; None: it does not
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """parameters counts the dense model's; size (bytes) and files are those on disk. methods: those that made it, in order, with
-    their options, as the result says itself. outside: what lies outside the blocks, with the bits a weight of its linear maps
-    and embeddings."""
+    """What is in a checkpoint."""
 
     model: str
     architecture: str
     format: str
-    methods: list[dict[str, Any]]
-    parameters: int
-    size: int
-    files: int
+    methods: list[dict[str, Any]]  # those that made it, in order, with their options
+    parameters: int  # of the dense model
+    size: int  # bytes on disk
+    files: int  # on disk
     blocks: list[BlockGroup]
-    outside: dict[str, float | None]
+    outside: dict[str, float | None]  # what lies outside the blocks: bits a weight of its linear maps and embeddings
     unknown: list[str]
 
 
@@ -151,7 +148,7 @@ def _layers(
 
 
 def _bits_outside(lazy: LazyModel, unit: str, stored: dict[str, int]) -> float | None:
-    """Of all maps of the unit together; None where it has none with a weight of its own."""
+    """Bits a weight of all maps of the unit together; None where no map has a weight of its own."""
     sizes = [
         (math.prod(matrix_shape(found)), bits_of(lazy, name, stored))
         for name, found in lazy.maps.items()

@@ -13,21 +13,21 @@ NORMAL = 1.959964
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean, and half the width of its 95 % interval (None of one sample)."""
+    """A mean and its 95 % interval."""
 
     mean: float
-    half_width: float | None
+    half_width: float | None  # half the width of the interval; None for one sample
 
 
 def estimate(values: Tensor) -> Estimate:
-    """Of samples [samples, ...], each of which counts by its mean."""
+    """The mean of samples [samples, ...]; each sample counts by its own mean."""
     values = values.double()
     means = values if values.dim() == 1 else values.flatten(1).mean(1)
     return Estimate(float(means.mean()), half_width(means))
 
 
 def half_width(values: Tensor) -> float | None:
-    """Half of the 95 % interval of the mean of samples; None of one."""
+    """Half the width of the 95 % interval of the samples' mean; None for one sample."""
     n = len(values)
     return None if n < 2 else t_quantile(n - 1) * float(values.std()) / math.sqrt(n)
 

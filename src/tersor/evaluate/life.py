@@ -39,8 +39,8 @@ def answer(model: Any, boards: Tensor, *, temperature: float = 0.0, generator: t
 def cell_accuracy(
     model: Any, boards: Tensor, *, temperature: float = 0.0, generator: torch.Generator | None = None
 ) -> float:
-    """The share of cells that the model gets right; a byte that is no cell is wrong. By position, from the byte after
-    the answer's start on."""
+    """The share of cells that the model gets right, by position from the byte after the answer's start on. A byte that is no
+    cell is wrong."""
     written = answer(model, boards, temperature=temperature, generator=generator)
     cells = written[:, len(ANSWER_START) : -len(ANSWER_END)]
     right = next_generation(boards).flatten(1) + ord("0")

@@ -1,17 +1,15 @@
-"""Which engines load a checkpoint, and which were seen to: what docs/formats.md and docs/gguf.md say, for one directory."""
+"""Which engines load a checkpoint, and which of them were tested: docs/formats.md and docs/gguf.md, for one directory."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from tersor.checkpoint.gguf_architecture import ARCHITECTURES, metadata_of
+from tersor.checkpoint.lazy_model import LazyModel, lazily
 from tersor.checkpoint.quantization_config import read_config
-from tersor.checkpoint.skeleton import build_skeleton
-from tersor.checkpoint.source import Checkpoint, open_checkpoint, torch_dtype
+from tersor.checkpoint.source import Openable, torch_dtype
 from tersor.errors import TersorError
 from tersor.formats.gguf_blocks import BLOCK
 from tersor.formats.layout import QuantizationConfig
@@ -29,16 +27,17 @@ IN_LLAMA_CPP = (  # (bits, symmetric, group) of a Llama whose logits were compar
 
 @dataclass(frozen=True)
 class Loader:
-    """state: TESTED, UNTESTED (it reads the format; nobody here ran it) or REFUSED; how: what was tested, or why not."""
+    """Whether an engine loads a checkpoint."""
 
     engine: str
-    state: str
-    how: str
+    state: str  # TESTED, REFUSED or UNTESTED: it reads the format, and nobody here ran it
+    how: str  # how it was tested, or why it is refused
 
 
-def loaders_of(model: str | Path) -> list[Loader]:
+def loaders_of(model: Openable | LazyModel) -> list[Loader]:
     """Raises TersorError where it is no model."""
-    checkpoint = open_checkpoint(model)
+    lazy = lazily(model)
+    checkpoint = lazy.checkpoint
     config = checkpoint.config
     found = [Loader("tersor", TESTED, "every job reads back what it wrote and compares the outputs")]
     if config.get(EXCHANGED) or "tersor_model" in config or "architectures" not in config:
@@ -47,12 +46,12 @@ def loaders_of(model: str | Path) -> list[Loader]:
     quantization = read_config(checkpoint.directory, config)
     if quantization is None:
         found.append(Loader("transformers", TESTED, "a plain checkpoint in its own layout"))
-        return [*found, Loader("vLLM", UNTESTED, "a plain checkpoint"), _llama_cpp(checkpoint, quantization)]
+        return [*found, Loader("vLLM", UNTESTED, "a plain checkpoint"), _llama_cpp(lazy, quantization)]
     if quantization.layout == "compressed-tensors":
         found += _compressed(quantization)
     elif quantization.layout in ("gptq", "gptq_v2"):
         found += _gptq(quantization)
-    return [*found, _llama_cpp(checkpoint, quantization)]
+    return [*found, _llama_cpp(lazy, quantization)]
 
 
 def _compressed(quantization: QuantizationConfig) -> list[Loader]:
@@ -79,11 +78,12 @@ def _gptq(quantization: QuantizationConfig) -> list[Loader]:
     ]
 
 
-def _llama_cpp(checkpoint: Checkpoint, quantization: QuantizationConfig | None) -> Loader:
+def _llama_cpp(lazy: LazyModel, quantization: QuantizationConfig | None) -> Loader:
     """What `tersor export` would say of it, from the config alone. TESTED: a row of benchmarks/results/gguf_in_llamacpp.md."""
+    checkpoint = lazy.checkpoint
     if checkpoint.gguf is not None:
         return Loader("llama.cpp", UNTESTED, "it is a GGUF file; nobody here ran this one")
-    why = _why_no_gguf(checkpoint, quantization)
+    why = _why_no_gguf(lazy, quantization)
     if why is not None:
         return Loader("llama.cpp", REFUSED, f"`tersor export` refuses it: {why}")
     if quantization is None:
@@ -103,13 +103,12 @@ def _llama_cpp(checkpoint: Checkpoint, quantization: QuantizationConfig | None) 
     return Loader("llama.cpp", TESTED, "after `tersor export`; benchmarks/results/gguf_in_llamacpp.md compares logits")
 
 
-def _why_no_gguf(checkpoint: Checkpoint, quantization: QuantizationConfig | None) -> str | None:
-    name = str((checkpoint.config.get("architectures") or [""])[0])
+def _why_no_gguf(lazy: LazyModel, quantization: QuantizationConfig | None) -> str | None:
+    name = str((lazy.checkpoint.config.get("architectures") or [""])[0])
     if name not in ARCHITECTURES:
         return f"it writes {', '.join(ARCHITECTURES)}, and this is {name}"
     try:
-        module: Any = build_skeleton(checkpoint, torch_dtype(checkpoint.config))
-        metadata_of(module.config, ARCHITECTURES[name])
+        metadata_of(lazy.module.config, ARCHITECTURES[name])
     except TersorError as error:
         return str(error)
     if quantization is None:

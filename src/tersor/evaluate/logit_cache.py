@@ -32,10 +32,10 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Kept:
-    """logits [tokens, vocabulary]; noise [tokens]: the divergence of the original in bfloat16, where it was asked for."""
+    """What the cache holds of one window."""
 
-    logits: Tensor
-    noise: Tensor | None
+    logits: Tensor  # [tokens, vocabulary]
+    noise: Tensor | None  # [tokens]: divergence of the original in bfloat16; None where it was not asked for
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class LogitCache:
         return self.folder / f"{digest.hexdigest()[:40]}{SUFFIX}"
 
     def get(self, window: Tensor, *, noise: bool) -> Kept | None:
-        """None where it is not there, is broken, or lacks the noise that is asked for."""
+        """The window's logits. None where they are not there, are broken, or lack the noise that is asked for."""
         path = self.path_of(window)
         try:
             found = load(zlib.decompress(path.read_bytes()))
@@ -65,7 +65,7 @@ class LogitCache:
         return None if noise and kept is None else Kept(logits, kept)
 
     def put(self, window: Tensor, kept: Kept) -> None:
-        """Raises TersorError where the disk does not take it."""
+        """Keep a window. Raises TersorError where the disk does not take it."""
         logits = kept.logits.detach().cpu().contiguous()
         name = str(logits.dtype).removeprefix("torch.")
         planes = logits.reshape(-1, 1).view(torch.uint8).t().contiguous()  # [bytes of a number, numbers]
@@ -76,7 +76,7 @@ class LogitCache:
             partial.write_bytes(zlib.compress(save(tensors), LEVEL))
 
     def trim(self, *, keep: frozenset[Path] = frozenset()) -> None:
-        """Remove what was used longest ago until the folder keeps to its size; never `keep`."""
+        """Remove the files that were used longest ago until the folder keeps to its size, but never those of `keep`."""
         files = sorted(self.folder.glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime_ns)
         size = sum(path.stat().st_size for path in files)
         for path in files:
@@ -88,7 +88,7 @@ class LogitCache:
 
 
 def opened_folder(folder: Path) -> Path:
-    """The folder of a cache, made where it is not there. Raises TersorError where it is something else."""
+    """The folder of a cache, made where it does not exist. Raises TersorError where the path is something else."""
     folder = folder.expanduser()
     if folder.exists() and not folder.is_dir():
         raise TersorError(f"--cache {folder} is a file; a folder is expected")

@@ -1,4 +1,4 @@
-"""What this machine offers to tersor, which kernels it thereby gets, how fast they are here, and what is missing."""
+"""What this machine offers to tersor, which kernels run on it and how fast, and what is missing."""
 
 from __future__ import annotations
 
@@ -57,54 +57,52 @@ _SECONDS = 0.3  # after which no more turns of a table row begin
 
 @dataclass(frozen=True)
 class Kernel:
-    """bits; implementation: what multiplies by such a weight here; why_not: what keeps a faster one away, or None; speedup: by
-    rows of x, how many times faster than F.linear in `Machine.dtype`; milliseconds: of one product, likewise."""
+    """How weights of so many bits are multiplied here."""
 
     bits: int
-    implementation: str
-    why_not: str | None
-    speedup: dict[int, float]
-    milliseconds: dict[int, float]
+    implementation: str  # what multiplies by such a weight
+    why_not: str | None  # why no faster one does; None where the fastest runs
+    speedup: dict[int, float]  # over F.linear in `Machine.dtype`, by rows of x
+    milliseconds: dict[int, float]  # of one product, by rows of x
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """memory in bytes; capability: NVIDIA's version of the architecture; kernel: whether tersor has one for it."""
+    """A GPU."""
 
     name: str
-    memory: int
-    capability: str
-    kernel: bool
+    memory: int  # bytes
+    capability: str  # NVIDIA's version of the architecture
+    kernel: bool  # whether tersor has one for it
 
 
 @dataclass(frozen=True)
 class Machine:
-    """memory, memory_available: bytes, None where the system does not tell; compiler: None where `compiler_missing` says why;
-    versions, extras: by package and by extra, None where it is not installed; dense: ms of F.linear by rows of x."""
+    """What `tersor doctor` shows."""
 
     system: str
     processor: str
     features: dict[str, bool]
     cores: int
     threads: int
-    memory: int | None
-    memory_available: int | None
-    compiler: str | None
+    memory: int | None  # bytes; None where the system does not tell
+    memory_available: int | None  # likewise
+    compiler: str | None  # None where `compiler_missing` says why
     compiler_missing: str | None
     kernel_cache: str
     kernel_cache_writable: bool
     gpus: list[Gpu]
-    versions: dict[str, str | None]
-    extras: dict[str, str | None]
+    versions: dict[str, str | None]  # by package; None where it is not installed
+    extras: dict[str, str | None]  # by extra, likewise
     device: str
     dtype: str
-    dense: dict[int, float]
+    dense: dict[int, float]  # milliseconds of F.linear, by rows of x
     kernels: list[Kernel]
 
 
 def examine() -> Machine:
-    """Look at this machine. Measures for a second or two, longer where layers must be dequantized, and compiles the kernel where
-    that was never done."""
+    """Look at this machine. Measures for a second or two (longer where layers must be dequantized), and compiles the kernel
+    where that was never done."""
     has = torch.cpu.get_capabilities()
     features = {name: all(bool(has.get(part, False)) for part in parts) for name, parts in FEATURES.items()}
     arm = platform.machine().lower() in ("arm64", "aarch64")
@@ -140,7 +138,7 @@ def examine() -> Machine:
 
 
 def advice(machine: Machine) -> list[str]:
-    """What is missing, what that costs, and how to get it; a sentence each, the weightiest first."""
+    """What is missing, what that costs, and how to get it: a sentence each, the most important first."""
     said = []
     if machine.compiler_missing is not None:
         way = (
@@ -179,7 +177,7 @@ def advice(machine: Machine) -> list[str]:
 
 
 def _measure(device: torch.device, dtype: torch.dtype) -> tuple[dict[int, float], list[Kernel]]:
-    for bits in BITS:  # what an operator does at its first call is not its speed
+    for bits in BITS:  # an operator's first call does more than multiply
         tiny = torch.ones(1, GROUP, dtype=dtype, device=device)
         quantized_matmul(tiny, prepare(_random_weight(bits, GROUP, device)))
     weights = {bits: _random_weight(bits, SIZE, device) for bits in BITS}
@@ -218,8 +216,8 @@ def _random_weight(bits: int, size: int, device: torch.device) -> QuantizedWeigh
 
 
 def _take_turns(calls: dict[int, Callable[[], object]], turns: int, device: torch.device) -> dict[int, list[float]]:
-    """Seconds of every turn, in which all run once, one after another. The first, which fills caches, counts only where it is the
-    only one that there is time for."""
+    """Seconds of every turn, in which all run once, one after another. The first turn fills caches and counts only where
+    there is no time for another."""
     seconds: dict[int, list[float]] = {name: [] for name in calls}
     began = time.perf_counter()
     for _ in range(turns + 1):
@@ -271,7 +269,7 @@ def _memory_total() -> int | None:
 
 
 def memory_available() -> int | None:
-    """What new work can have without swapping; only Linux tells without a package."""
+    """The memory that new work can have without swapping; only Linux tells without a package."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))

@@ -27,16 +27,15 @@ AT_ONCE = 50  # images
 
 @dataclass(frozen=True)
 class Measure:
-    """calls: each gives what a module predicts for some of the samples, [samples, ...]. distance: of two such tensors, [samples].
+    """A way to compare predictions."""
 
-    name: KL or MSE. text: what the samples are, in words. key: a hash of them.
-    """
-
-    name: str
-    text: str
-    key: str
-    calls: tuple[Callable[[nn.Module], Tensor], ...]
-    distance: Callable[[Tensor, Tensor], Tensor]
+    name: str  # KL or MSE
+    text: str  # what the samples are, in words
+    key: str  # a hash of the samples
+    calls: tuple[
+        Callable[[nn.Module], Tensor], ...
+    ]  # each gives what a module predicts for some samples, [samples, ...]
+    distance: Callable[[Tensor, Tensor], Tensor]  # of two such tensors: [samples]
 
     def between(self, p: Tensor, q: Tensor) -> Tensor:
         """[samples], float64, on the CPU, of the original's predictions p. Raises TersorError where those of the other model

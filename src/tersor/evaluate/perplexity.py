@@ -12,34 +12,33 @@ from torch import Tensor, nn
 
 from tersor.checkpoint.load import check_tokens, load, load_tokenizer
 from tersor.checkpoint.positions import positions_of
-from tersor.checkpoint.source import resolve
+from tersor.checkpoint.source import Openable, open_checkpoint
 from tersor.data.text import builtin_text, read_text
 from tersor.errors import TersorError
 from tersor.evaluate.interval import estimate
 from tersor.progress import Progress
 
 _PROBE = 32  # tokens that are run twice, with other tokens in the second half, to see whether the model is causal
-# Of the logits' spread: what other tokens in the same call may change by rounding (experts that are visited with others).
+# Share of the logits' spread that other tokens in the same call may change by rounding (in experts, say).
 _TOLERANCE, _TOLERANCE_HALF = 1e-3, 5e-2
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """perplexity over `tokens` predicted tokens in `windows` windows of `seq_len` tokens. half_width: of its 95 % interval, over
-    windows and to first order; None of one window."""
+    """Perplexity over windows of a text."""
 
     perplexity: float
-    tokens: int
+    tokens: int  # that were predicted
     windows: int
-    seq_len: int
-    half_width: float | None = None
+    seq_len: int  # tokens a window
+    half_width: float | None = None  # of the 95 % interval over windows, to first order; None of one window
 
     def __float__(self) -> float:
         return self.perplexity
 
 
 def perplexity(
-    model: str | Path | nn.Module,
+    model: Openable | nn.Module,
     text: str | Path | Tensor | None = None,
     *,
     tokenizer: Any = None,
@@ -59,10 +58,10 @@ def perplexity(
     if isinstance(model, nn.Module):
         module = model
     else:
-        directory = resolve(model)
+        checkpoint = open_checkpoint(model)
         if not isinstance(text, Tensor) and tokenizer is None:
-            tokenizer = load_tokenizer(directory)
-        module = load(directory, dtype=dtype, device=device)
+            tokenizer = load_tokenizer(checkpoint.directory)
+        module = load(checkpoint, dtype=dtype, device=device)
     ids = text if isinstance(text, Tensor) else tokens_of(text, tokenizer)
     windows = causal_windows(module, ids, seq_len=seq_len, max_windows=max_windows, tokenizer=tokenizer)
     where = next(module.parameters(), torch.empty(0)).device
@@ -127,7 +126,8 @@ def check_windows(module: nn.Module, windows: Tensor, tokenizer: Any = None) -> 
 
 
 def why_not_causal(module: nn.Module) -> str | None:
-    """Why a model of transformers is, by its class and config, none that predicts the next token from text alone, or None."""
+    """Why a model of transformers, by its class and config, does not predict the next token from text alone; None where it
+    does."""
     if not hasattr(module, "can_generate"):
         return None  # another library's, or one of ours: it is tried
     config: Any = getattr(module, "config", None)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tersor.checkpoint.load import load, load_tokenizer
 from tersor.checkpoint.positions import positions_of
-from tersor.checkpoint.source import open_checkpoint
+from tersor.checkpoint.source import Checkpoint, Openable, open_checkpoint
 from tersor.data.text import builtin_text, read_text
 from tersor.errors import TersorError
 from tersor.evaluate.interval import Estimate, half_width
@@ -29,13 +29,13 @@ FEWEST = 4
 
 @dataclass(frozen=True)
 class Similarities:
-    """cosine: of the two embeddings of one line; moved: the largest change of the cosine of any two lines."""
+    """How alike the embeddings of two encoders are."""
 
     lines: int
-    rank_correlation: Estimate
-    cosine: float
-    least_cosine: float
-    moved: float
+    rank_correlation: Estimate  # of the similarities of all pairs of lines
+    cosine: float  # the mean, of the two embeddings of one line
+    least_cosine: float  # the least of these
+    moved: float  # the largest change of the cosine of any two lines
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -43,8 +43,8 @@ class Similarities:
 
 @torch.no_grad()
 def similarities(
-    model: str | Path,
-    against: str | Path,
+    model: Openable,
+    against: Openable,
     text: str | Path | None = None,
     *,
     dtype: str = "auto",
@@ -54,8 +54,8 @@ def similarities(
     """text: a file whose lines are embedded, or "builtin" (also None). One model is in memory at a time. Raises TersorError where
     the text has too few lines, or a model gives no hidden states."""
     lines = lines_of(builtin_text("evaluation") if text is None or text == "builtin" else read_text(text))
-    tokenizer = load_tokenizer(open_checkpoint(against).directory)
-    open_checkpoint(model)
+    model, against = open_checkpoint(model), open_checkpoint(against)
+    tokenizer = load_tokenizer(against.directory)
     if tokenizer is None:
         raise TersorError(f"{against} has no tokenizer")
     p, q = (
@@ -110,7 +110,7 @@ def ranks(values: Tensor) -> Tensor:
 
 
 def _embedded(
-    model: str | Path,
+    model: Checkpoint,
     name: str,
     tokenizer: Any,
     lines: Sequence[str],

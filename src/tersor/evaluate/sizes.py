@@ -9,12 +9,11 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tersor.calibrate.blocks import find_units
-from tersor.checkpoint.lazy_model import LazyModel
-from tersor.checkpoint.source import open_checkpoint, torch_dtype
+from tersor.checkpoint.lazy_model import LazyModel, lazily
+from tersor.checkpoint.source import Openable
 from tersor.evaluate.weight_view import place_of
 from tersor.formats.layouts import PACKED_SUFFIXES
 from tersor.layers.linear_map import matrix_shape
@@ -42,15 +41,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Sizes:
-    """everything: all tensors by their role; packed: the tensors of packed layers by what they hold; packed_weights: how many
-    weights these stand for, so that bits a weight are 8 · bytes / packed_weights; files: bytes of the tensor files, which
-    have headers too; layers: bits a weight on disk of every linear map by name."""
+    """Where the bytes of a checkpoint are."""
 
-    everything: list[Part]
-    packed: list[Part]
-    packed_weights: int
-    files: int
-    layers: dict[str, float]
+    everything: list[Part]  # all tensors, by their role
+    packed: list[Part]  # the tensors of packed layers, by what they hold
+    packed_weights: int  # how many weights these stand for: bits a weight are 8 · bytes / packed_weights
+    files: int  # bytes of the tensor files, which have headers too
+    layers: dict[str, float]  # bits a weight on disk of every linear map, by name
     looked_up: int  # bytes of embedding tables of which a step reads single rows
     experts: bool  # whether it is a mixture of experts, of which a step reads some
 
@@ -60,10 +57,10 @@ class Sizes:
         return 8 * sum(each.bytes for each in self.packed) / self.packed_weights if self.packed_weights else None
 
 
-def sizes_of(model: str | Path) -> Sizes:
+def sizes_of(model: Openable | LazyModel) -> Sizes:
     """Raises TersorError where it is no model."""
-    checkpoint = open_checkpoint(model)
-    lazy = LazyModel(checkpoint, dtype=torch_dtype(checkpoint.config))
+    lazy = lazily(model)
+    checkpoint = lazy.checkpoint
     stored = checkpoint.bytes_of_tensors()
     everything: dict[str, int] = defaultdict(int)
     packed: dict[str, int] = defaultdict(int)
@@ -105,7 +102,7 @@ def sizes_of(model: str | Path) -> Sizes:
 
 
 def bits_of(lazy: LazyModel, name: str, stored: Mapping[str, int]) -> float:
-    """Bits a weight on disk of a linear map or embedding; an expert's are its stack's; 0 where another one holds its weight.
+    """Bits a weight on disk of a linear map or embedding: of an expert its stack's, 0 where another map holds the weight.
 
     stored: bytes of the checkpoint's tensors by name.
     """

@@ -24,7 +24,7 @@ from tersor.calibrate.blocks import units_of
 from tersor.calibrate.lockstep import Lockstep, Stop
 from tersor.checkpoint.lazy_model import LazyModel, classes_of, compute_dtype
 from tersor.checkpoint.load import check_tokens, load_tokenizer
-from tersor.checkpoint.source import Checkpoint, open_checkpoint
+from tersor.checkpoint.source import Checkpoint, Openable, open_checkpoint
 from tersor.devices import pick_device
 from tersor.errors import TersorError
 from tersor.evaluate.correspondence import Part, exchanged, is_norm_like, parts_of
@@ -62,9 +62,9 @@ class Walked:
         return float(bits) if isinstance(bits, int | float) else None
 
 
-def fits(name: str | Path, *, copies: int, dtype: str, device: str) -> bool:
+def fits(model: Openable, *, copies: int, dtype: str, device: str) -> bool:
     """Whether a model fits in memory, unpacked, so many times; True where the system does not say what is free."""
-    where, checkpoint = pick_device(device), open_checkpoint(name)
+    where, checkpoint = pick_device(device), open_checkpoint(model)
     lazy = LazyModel(checkpoint, dtype=compute_dtype(checkpoint, where, dtype))
     free = torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else memory_available()
     return free is None or copies * ROOM * lazy.bytes_of(lazy.module) <= free

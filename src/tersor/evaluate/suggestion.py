@@ -1,7 +1,7 @@
 """More bits for the layers that cost most: tried with the model's own recipe, measured, and written as a recipe.
 
-The record of a compressed model (tersor.json) says its method, options, rules and samples; the job is done again with one
-rule more for each of the layers. Nothing is predicted.
+The record of a compressed model (tersor.json) says its method, options, rules and samples. The job is done again with
+one more rule for each of the layers. Nothing is predicted.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def suggest(
 
 
 def most_costly(rows: Sequence[Row], compressed: frozenset[str], *, most: int, bits: int) -> list[str]:
-    """The layers of the most costly rows that were compressed to fewer bits than `bits`."""
+    """The layers of the most costly rows, without those that have `bits` bits already or more."""
     chosen: list[str] = []
     for row in sorted(rows, key=lambda row: -row.cost):
         mine = [layer for layer in sorted(compressed) if any(_is_in(layer, name) for name in row.members)]

@@ -2,7 +2,7 @@
 
 OUT holds a directory for each job: `job.json` (what was asked), `model` (the checkpoint), `summary.json` (once it is complete),
 `result.json` (once it is evaluated too) or `error.txt`; and `sweep.json` and `sweep.csv`, the table. Each job runs in a process
-of its own, so that one that fails, whichever way, leaves the others alone.
+of its own: one that fails, in whatever way, leaves the others alone.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ SECONDS_FOR_RAY = 5.0
 
 @dataclass(frozen=True)
 class Row:
-    """One job. size, peak_memory: bytes; seconds: of the compression; error: why there is no more than this."""
+    """One job of a sweep."""
 
     name: str
     model: str
     method: str
     bits: int | str | None = None
     group_size: int | None = None
-    size: int | None = None
+    size: int | None = None  # bytes
     bits_per_weight: float | None = None
     perplexity: float | None = None
     divergence: float | None = None
-    seconds: float | None = None
-    peak_memory: int | None = None
-    error: str | None = None
+    seconds: float | None = None  # of the compression
+    peak_memory: int | None = None  # bytes
+    error: str | None = None  # why there is no more than this
 
 
 def sweep(
@@ -69,14 +69,14 @@ def sweep(
     gpus: float = 0,
     progress: Progress | None = None,
 ) -> list[Row]:
-    """Run the jobs that `out` has no result of yet; returns a row for each of all, those that failed with an `error`.
+    """Run the jobs that `out` has no result of yet. Returns a row for every job; failed ones have an `error`.
 
     processes: jobs at a time on this machine; each gets its share of the cores, and a GPU in turn where there are several.
-    ray: the address of a Ray cluster, or "local" for one of this machine; `out` must be a directory that all its nodes see.
-    cpus, gpus: what one job takes of the cluster.
+    ray: the address of a Ray cluster, or "local" for one of this machine; `out` must be a directory that all its nodes
+    see. cpus, gpus: what one job takes of the cluster.
 
-    Raises TersorError where a directory in `out` was made from another recipe. What an interruption leaves, the next call goes on
-    with.
+    Raises TersorError where a directory in `out` was made from another recipe. After an interruption, the next call goes
+    on.
     """
     check_at_once("jobs at a time", processes)
     if not (0 < cpus < math.inf and 0 <= gpus < math.inf):
@@ -113,7 +113,7 @@ def sweep(
 
 
 def run_job(job: SweepJob, folder: Path) -> None:
-    """Compress and evaluate; what an earlier run left is not done again."""
+    """Compress and evaluate; what an earlier run finished is not done again."""
     if not (folder / "summary.json").exists():
         model = folder / "model"
         method = from_options(job.method, job.options())
@@ -141,7 +141,8 @@ def run_job(job: SweepJob, folder: Path) -> None:
 
 
 def attempt(job: SweepJob, folder: Path) -> str | None:
-    """Run a job; the reason where it fails, which is kept in error.txt with the place in the code where it is no TersorError."""
+    """Run a job; returns the reason where it fails. The reason is kept in error.txt, with a traceback where it is no
+    TersorError."""
     (folder / "error.txt").unlink(missing_ok=True)
     try:
         run_job(job, folder)
@@ -264,7 +265,7 @@ def _with_whole_paths(job: SweepJob) -> SweepJob:
 
 
 def _check_table(out: Path) -> None:
-    """Raise TersorError where files have the names of the table and are none."""
+    """Raise TersorError where files have the names of the table and are no tables of a sweep."""
     table = read_json(out / TABLE)
     is_table = isinstance(table, list) and all(
         isinstance(row, dict) and {"name", "method"} <= row.keys() for row in table

@@ -36,17 +36,17 @@ LISTS = ("include", "exclude", "rules")  # a list is one value of these
 
 @dataclass(frozen=True)
 class SweepJob:
-    """name: of its directory and its row; values: one value per key of the recipe."""
+    """One combination of a recipe's values."""
 
-    name: str
-    values: dict[str, Any]
+    name: str  # of its directory and its row
+    values: dict[str, Any]  # one value per key of the recipe
 
     @property
     def method(self) -> str:
         return str(self.values.get("method", "gptq"))
 
     def options(self) -> dict[str, Any]:
-        """Those of the method."""
+        """The options of the method."""
         return {key: value for key, value in self.values.items() if key in _fields(self.method)}
 
     def settings(self) -> dict[str, Any]:

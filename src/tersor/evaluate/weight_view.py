@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tersor.calibrate.blocks import find_blocks
-from tersor.checkpoint.lazy_model import LazyModel
-from tersor.checkpoint.source import open_checkpoint
+from tersor.checkpoint.lazy_model import LazyModel, lazily
+from tersor.checkpoint.source import Openable
 from tersor.errors import TersorError
 from tersor.layers.linear_map import linear_maps, weight_matrix
 from tersor.progress import Progress, silent
@@ -33,15 +32,14 @@ class Histogram:
 
 @dataclass(frozen=True)
 class LayerView:
-    """One linear map. relative_error: ‖W - Q‖ / ‖W‖ (Frobenius); None, as are original and error, without an original.
-    weights: None where more than MOST layers are farther from the original."""
+    """One linear map. Without an original, the last three are None."""
 
     name: str
     shape: tuple[int, int]
-    weights: Histogram | None
+    weights: Histogram | None  # None where more than MOST layers are farther from the original
     original: Histogram | None = None
     error: Histogram | None = None
-    relative_error: float | None = None
+    relative_error: float | None = None  # ‖W - Q‖ / ‖W‖ (Frobenius)
 
 
 def place_of(name: str) -> tuple[tuple[int, ...], str]:
@@ -65,14 +63,13 @@ def place_of(name: str) -> tuple[tuple[int, ...], str]:
 
 @torch.no_grad()
 def layer_views(
-    model: str | Path,
-    against: str | Path | None = None,
+    model: Openable | LazyModel,
+    against: Openable | LazyModel | None = None,
     *,
     progress: Progress = silent,
 ) -> list[LayerView]:
     """Of every linear map in the blocks, in their order. Raises TersorError where the original is another architecture."""
-    ours = LazyModel(open_checkpoint(model), dtype=torch.float32)
-    base = None if against is None else LazyModel(open_checkpoint(against), dtype=torch.float32)
+    ours, base = lazily(model), None if against is None else lazily(against)
     views: list[LayerView] = []
     blocks = find_blocks(ours.module)
     for n, unit in enumerate(blocks):
@@ -84,7 +81,8 @@ def layer_views(
                 part = base.module.get_submodule(unit.name)
             except AttributeError:
                 raise TersorError(
-                    f"{against} has no {unit.name}, which {model} has; --against is the model that was compressed"
+                    f"{base.checkpoint} has no {unit.name}, which {ours.checkpoint} has; --against is the model that was "
+                    "compressed"
                 ) from None
             base.load(part)
             originals = {name: weight_matrix(each) for name, each in linear_maps(part).items()}

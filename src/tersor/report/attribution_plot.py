@@ -39,7 +39,7 @@ def plot_attribution(found: Attribution, path: Path, kind: str) -> None:
 
 
 def kinds_of(rows: Sequence[Row]) -> list[str]:
-    """Those of the first blocks first, by their cost there."""
+    """Kinds of layers: those of the first blocks come first, by their cost there."""
     ordered = sorted(rows, key=lambda row: row.depth or 0)
     return list(dict.fromkeys(row.kind for row in ordered))
 

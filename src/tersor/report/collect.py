@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from tersor.checkpoint.lazy_model import LazyModel, lazily
 from tersor.checkpoint.load import load, load_tokenizer
 from tersor.checkpoint.room import RUN_FILE, read_object, record_of
-from tersor.checkpoint.source import open_checkpoint, resolve
+from tersor.checkpoint.source import Checkpoint, open_checkpoint
 from tersor.errors import TersorError
 from tersor.evaluate.divergence import Divergence, divergence
 from tersor.evaluate.loaders import loaders_of
@@ -48,7 +49,7 @@ def collect(
 
     against: the original, with which the weights are compared, and the predictions where it is a language model with a
     tokenizer: on `max_windows` windows of `seq_len` tokens of each of `texts` (the built-in one where none is given), and by what
-    both write after `prompts` (the begins of windows where none is given). attributions: files of `tersor attribute`.
+    both write after `prompts` (beginnings of parts of the text where none is given). attributions: files of `tersor attribute`.
     measure: run all models here. Raises TersorError where one is no model, or the original is another architecture.
     """
     if not models:
@@ -59,20 +60,24 @@ def collect(
     if (texts or prompts) and against is None:
         raise TersorError("--text and --prompt compare with the original: name it with --against")
     attributed = _attributions(attributions, names)
-    results = [_kept(name, against, attributed.get(name), progress) for name in names]
-    base = None if against is None else _kept(str(against), None, None, progress)
+    opened = {name: open_checkpoint(name) for name in names}
+    original = None if against is None else lazily(against)
+    results = [_kept(lazily(each), original, attributed.get(name), progress) for name, each in opened.items()]
+    base = None if original is None else _kept(original, None, None, progress)
     notes: list[str] = []
-    if against is not None:
-        reason = _no_language_model(against)
+    if original is not None:
+        reason = _no_language_model(original)
         if reason is not None:
             if texts or prompts:
                 raise TersorError(f"--text and --prompt are for language models: {reason}")
             notes.append(f"Predictions are not compared: {reason}.")
         else:
             how: dict[str, Any] = {"seq_len": seq_len, "max_windows": max_windows, "dtype": dtype, "device": device}
-            compared = _compared(names, against, texts or ["builtin"], how, progress)
-            given = list(prompts) or prompts_from(against, texts[0] if texts else "builtin")
-            written = continuations([str(against), *names], given, new_tokens, dtype, device, progress)
+            compared = _compared(opened, original.checkpoint, texts or ["builtin"], how, progress)
+            given = list(prompts) or prompts_from(original.checkpoint, texts[0] if texts else "builtin")
+            written = continuations(
+                {str(against): original.checkpoint} | opened, given, new_tokens, dtype, device, progress
+            )
             results = [
                 dataclasses.replace(
                     each,
@@ -104,14 +109,14 @@ def collect(
     )
 
 
-def _kept(name: str, against: str | Path | None, attributed: Mapping[str, Any] | None, progress: Progress) -> Result:
+def _kept(
+    model: LazyModel, against: LazyModel | None, attributed: Mapping[str, Any] | None, progress: Progress
+) -> Result:
     """What a model's directory says, and its weights beside the original's."""
-    directory = resolve(name)
-    checkpoint = open_checkpoint(name)
+    name, directory, config = str(model.checkpoint), model.checkpoint.directory, model.checkpoint.config
     record, run = record_of(directory) or {}, read_object(directory / RUN_FILE) or {}
-    sizes = sizes_of(name)
-    views = layer_views(name, against, progress=progress)
-    config = checkpoint.config
+    sizes = sizes_of(model)
+    views = layer_views(model, against, progress=progress)
     return Result(
         name=name,
         architecture=str((config.get("architectures") or [config.get("tersor_model", "unknown")])[0]),
@@ -120,7 +125,7 @@ def _kept(name: str, against: str | Path | None, attributed: Mapping[str, Any] |
         sizes=sizes,
         layers=_layers(name, record, run, sizes.layers, views, attributed),
         views=views,
-        loaders=loaders_of(name),
+        loaders=loaders_of(model),
         attributed=None if attributed is None else {key: attributed.get(key) for key in KEPT},
     )
 
@@ -133,8 +138,8 @@ def _layers(
     views: Sequence[LayerView],
     attributed: Mapping[str, Any] | None,
 ) -> list[Layer]:
-    """Every linear map of the blocks, and what the job solved beside them, with all that is known of it; then what an
-    attribution measured together: blocks and groups of layers, each a row of its own."""
+    """Every linear map of the blocks and every other layer that the job solved, with all that is known of it. After them come
+    the blocks and groups of layers that an attribution measured together, a row each."""
     rows = {
         str(row["name"]): row
         for row in record.get("layers") or ()
@@ -193,7 +198,7 @@ def _number(value: Any) -> float | None:
 
 
 def _attributions(files: Sequence[Path], names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """{model: what `tersor attribute` found of it}. Of one file and one model they belong together whatever the file says."""
+    """{model: what `tersor attribute` found of it}. One file and one model belong together, whatever the file says."""
     found: dict[str, dict[str, Any]] = {}
     for path in files:
         content = read_json_object(path)
@@ -214,9 +219,10 @@ def _attributions(files: Sequence[Path], names: Sequence[str]) -> dict[str, dict
 def _costs(
     name: str, attributed: Mapping[str, Any], known: Sequence[str]
 ) -> tuple[dict[str, Mapping[str, Any]], list[Mapping[str, Any]]]:
-    """{layer: its row}, and the rows of what is no single layer: of blocks, and of layers that were exchanged together.
+    """{layer: its row}, and the rows of blocks and of layers that were exchanged together.
 
-    No cost is in two of them: a block of which some layer has a row is left out. Raises TersorError where none is the model's.
+    No cost is counted twice: a block is left out where one of its layers has a row. Raises TersorError where no row is the
+    model's.
     """
     costs: dict[str, Mapping[str, Any]] = {}
     together: list[Mapping[str, Any]] = []
@@ -240,39 +246,36 @@ def _costs(
 
 
 def _members(row: Mapping[str, Any], known: Sequence[str]) -> set[str]:
-    """What a row is of: its members, and the known layers below its name where it has none."""
+    """What a row is of: its members, or the known layers below its name where it lists none."""
     name = row["name"]
     listed = {str(each) for each in row.get("members") or () if any(f"{k}.".startswith(f"{each}.") for k in known)}
     return listed or {each for each in known if f"{each}.".startswith(f"{name}.")}
 
 
-def _no_language_model(name: str | Path) -> str | None:
+def _no_language_model(model: LazyModel) -> str | None:
     """Why predictions cannot be compared, or None."""
-    directory = resolve(name)
-    if load_tokenizer(directory) is None:
-        return f"{name} has no tokenizer"
-    from tersor.checkpoint.lazy_model import LazyModel
-
-    return why_not_causal(LazyModel(open_checkpoint(name), dtype=torch.float32).module)
+    if load_tokenizer(model.checkpoint.directory) is None:
+        return f"{model.checkpoint} has no tokenizer"
+    return why_not_causal(model.module)
 
 
 def _compared(
-    names: Sequence[str], against: str | Path, texts: Sequence[str], how: dict[str, Any], progress: Progress
+    models: Mapping[str, Checkpoint], against: Checkpoint, texts: Sequence[str], how: dict[str, Any], progress: Progress
 ) -> dict[str, list[Compared]]:
     """Each model with the original on each text. The original is loaded once, and its noise floor on a text found once."""
-    tokenizer = load_tokenizer(resolve(against))
+    tokenizer = load_tokenizer(against.directory)
     base = load(against, dtype=how["dtype"], device=how["device"])
-    found: dict[str, list[Compared]] = {name: [] for name in names}
+    found: dict[str, list[Compared]] = {name: [] for name in models}
     for text in texts:
         floor: float | None = None
-        for n, name in enumerate(names):
+        for n, (name, model) in enumerate(models.items()):
 
             def tell(what: str, done: int, total: int, name: str = name) -> None:
                 progress(f"{name}: {what}", done, total)
 
             source = text if text == "builtin" else Path(text)
             each: Divergence = divergence(
-                name, base, source, tokenizer=tokenizer, noise_floor=n == 0, progress=tell, **how
+                model, base, source, tokenizer=tokenizer, noise_floor=n == 0, progress=tell, **how
             )
             floor = each.noise_floor if n == 0 else floor
             found[name].append(Compared(text, dataclasses.replace(each, noise_floor=floor)))

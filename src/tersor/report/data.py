@@ -25,26 +25,22 @@ _SCRIPT = re.compile(rf'<script type="application/json" id="{ELEMENT}">(.*?)</sc
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear map. None where nobody measured it.
-
-    depth: the number of its block, counted over the model; kind: its name within the block. error, damp, condition, tokens,
-    seconds, note: as the job reported. relative_error: ‖W - Q‖ / ‖W‖. kl, restored: as `tersor attribute` measured, in nats.
-    """
+    """A linear map. A value that nobody measured is None."""
 
     name: str
-    depth: int
-    kind: str
+    depth: int  # the number of its block, counted over the model
+    kind: str  # its name within the block
     bits: float | None = None
-    error: float | None = None
+    error: float | None = None  # this and the next five: as the job reported
     damp: float | None = None
     condition: float | None = None
     tokens: int | None = None
     seconds: float | None = None
     note: str = ""
-    relative_error: float | None = None
-    kl: float | None = None
+    relative_error: float | None = None  # ‖W - Q‖ / ‖W‖
+    kl: float | None = None  # as `tersor attribute` measured, in nats
     kl_half_width: float | None = None
-    restored: float | None = None
+    restored: float | None = None  # likewise
 
 
 @dataclass(frozen=True)
@@ -66,30 +62,30 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Speed:
-    """Measured on this machine. Tokens a second: median and the middle half. memory: the peak of a process that loads and runs
-    the model, bytes. bandwidth: what a copy moves, bytes a second; share: of it, by reading the weights once a token. share and
-    weight_bytes are None of a mixture of experts, which reads some of them."""
+    """What was measured on this machine. A mixture of experts, which reads some weights only, has no weight_bytes and no
+    share.
+    """
 
     engine: str
-    decode: tuple[float, float, float]
-    prefill: tuple[float, float, float]
+    decode: tuple[float, float, float]  # tokens a second: median and the middle half
+    prefill: tuple[float, float, float]  # likewise
     prompt_tokens: int
     new_tokens: int
-    memory: int
-    weight_bytes: int | None
-    bandwidth: float
-    share: float | None
+    memory: int  # bytes: the peak of a process that loads and runs the model
+    weight_bytes: int | None  # that a token reads
+    bandwidth: float  # bytes a second that a copy moves
+    share: float | None  # of the bandwidth, by reading the weights once a token
     where: str
 
 
 @dataclass(frozen=True)
 class Result:
-    """One model. record: its tersor.json; run: its tersor-run.json; both empty where a model has none."""
+    """One model."""
 
     name: str
     architecture: str
-    record: dict[str, Any]
-    run: dict[str, Any]
+    record: dict[str, Any]  # its tersor.json; empty where it has none
+    run: dict[str, Any]  # its tersor-run.json; empty where it has none
     sizes: Sizes
     layers: list[Layer]
     views: list[LayerView]
@@ -102,14 +98,14 @@ class Result:
 
 @dataclass(frozen=True)
 class Report:
-    """base: the original, where it was given. notes: what is not there, and why."""
+    """What a page says."""
 
     results: list[Result]
-    base: Result | None
+    base: Result | None  # the original, where it was given
     machine: dict[str, Any]
     made: str
     version: str
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what is missing, and why
 
     def label(self, result: Result) -> str:
         """What the page calls a result or the original."""
@@ -122,7 +118,7 @@ class Report:
 
 
 def shortened(names: Sequence[str]) -> dict[str, str]:
-    """Of each path its last parts, as many as tell it from the others."""
+    """Of each path its last parts: as many as make it unlike the others."""
     parts = {name: (name.rstrip("/") or name).split("/") for name in names}
 
     def end(name: str, n: int) -> str:

@@ -21,7 +21,7 @@ def _figure(data: list[Any], height: int, **layout: Any) -> Figure:
 
 
 def size_figure(report: Report, results: Sequence[Result]) -> Figure:
-    """One bar a model, of what its tensors take by role."""
+    """One bar a model: what its tensors take, by role."""
     kinds = list(dict.fromkeys(part.kind for each in results for part in each.sizes.everything))
     names = [report.label(each) for each in results]
     data = []
@@ -152,7 +152,7 @@ def _cost(layer: Layer) -> float | None:
 
 
 def measures_of(layers: Sequence[Layer]) -> list[str]:
-    """Those that are known of some layer."""
+    """The measures that are known of at least one layer."""
     return [key for key, (_, value, _) in MEASURES.items() if any(value(each) is not None for each in layers)]
 
 
@@ -161,13 +161,13 @@ def value_of(layer: Layer, key: str) -> float | None:
 
 
 def label_of(result: Result, key: str) -> str:
-    """What a value is; a cost is in what the attribution measured."""
+    """The name of a value; a cost is named after what the attribution measured."""
     measure = (result.attributed or {}).get("measure") or "KL"
     return f"{measure} that it costs{', nats' if measure == 'KL' else ''}" if key == "cost" else MEASURES[key][0]
 
 
 def heat_map(layers: Sequence[Layer], key: str, what: str) -> Figure:
-    """Depth along, projections down. Experts of one block share a cell. what: the value in words."""
+    """Depth from left to right, projections from top to bottom. Experts of one block share a cell. what: the value in words."""
     _, value, together = MEASURES[key]
     kinds = list(dict.fromkeys(each.kind for each in layers if value(each) is not None))
     depths = sorted({each.depth for each in layers})
@@ -221,7 +221,7 @@ def _log_ticks(low: float, high: float) -> dict[str, Any]:
 
 
 def experts_figure(layers: Sequence[Layer]) -> Figure | None:
-    """How many calibration tokens reached each expert, block by block; the least of its maps."""
+    """How many calibration tokens reached each expert, block by block: the least over its maps."""
     tokens: dict[tuple[int, str], int] = {}
     for each in layers:
         if "*" in each.kind and each.tokens is not None:
@@ -340,7 +340,7 @@ def frontier_figure(report: Report, anchors: Sequence[str]) -> Figure | None:
 
 
 def loss_of(result: Result) -> float | None:
-    """KL from the original: as measured for this report, else what the job found on its sample."""
+    """KL from the original: as measured for this report, else as the job found it on its sample."""
     if result.compared:
         return result.compared[0].found.kl.mean
     kept = result.run.get("divergence")
@@ -352,7 +352,7 @@ def loss_name(report: Report) -> str:
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
-    """The points to which none is better in one way and no worse in the other."""
+    """The points that no other point beats: better in one way and no worse in the other."""
     return [
         n for n, (x, y) in enumerate(points) if not any((a <= x and b <= y) and (a < x or b < y) for a, b in points)
     ]

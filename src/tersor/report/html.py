@@ -40,7 +40,7 @@ def _class(name: str) -> str:
 
 
 def plot(identity: str, figure: str, label: str, *, links: bool = False) -> str:
-    """The place of a plot. label: what is said instead of it to those who do not see it, and below it."""
+    """The place of a plot. label: its caption, which also stands for it where it cannot be seen."""
     more = ' data-links="yes"' if links else ""
     return (
         f'<figure><div role="img" aria-label="{text(label)}"><div class="plot" id="{identity}" data-figure="{figure}"{more}>'

@@ -11,7 +11,7 @@ import torch
 from tersor.apart import EndedError, apart
 from tersor.checkpoint.load import load_tokenizer
 from tersor.checkpoint.positions import positions_of
-from tersor.checkpoint.source import resolve
+from tersor.checkpoint.source import Checkpoint, Openable, resolve
 from tersor.devices import peak_memory
 from tersor.errors import TersorError
 from tersor.evaluate.bandwidth import memory_bandwidth
@@ -27,8 +27,8 @@ PROMPTS, PROMPT_TOKENS = 3, 24  # taken from the text
 TURNS, PREFIX, NEW = 5, 128, 32  # what is timed
 
 
-def prompts_from(model: str | Path, text: str) -> list[str]:
-    """Begins of equal parts of a text, cut at words."""
+def prompts_from(model: Openable, text: str) -> list[str]:
+    """The beginnings of equal parts of a text, cut at words."""
     tokenizer = load_tokenizer(resolve(model))
     ids = tokens_of(text if text == "builtin" else Path(text), tokenizer)
     starts = [n * len(ids) // PROMPTS for n in range(PROMPTS)]
@@ -39,14 +39,19 @@ def prompts_from(model: str | Path, text: str) -> list[str]:
 
 
 def continuations(
-    models: Sequence[str], prompts: Sequence[str], new_tokens: int, dtype: str, device: str, progress: Progress
+    models: Mapping[str, Checkpoint],
+    prompts: Sequence[str],
+    new_tokens: int,
+    dtype: str,
+    device: str,
+    progress: Progress,
 ) -> dict[str, list[str]]:
     """What each model writes after each prompt, always the likeliest token; the tokenizer is the first model's."""
-    tokenizer = load_tokenizer(resolve(models[0]))
+    tokenizer = load_tokenizer(next(iter(models.values())).directory)
     written: dict[str, list[str]] = {}
-    for n, name in enumerate(models):
+    for n, (name, checkpoint) in enumerate(models.items()):
         progress(f"{name}: writing", n, len(models))
-        module = load_module(name, dtype=dtype, device=device)
+        module = load_module(checkpoint, dtype=dtype, device=device)
         end = end_tokens(module, tokenizer)
         inputs = [tokenizer(prompt, return_tensors="pt")["input_ids"] for prompt in prompts]
         for prompt, ids in zip(prompts, inputs, strict=True):
@@ -66,9 +71,9 @@ def continuations(
 
 
 def measure_speed(models: Mapping[str, Sizes], dtype: str, device: str, progress: Progress) -> dict[str, Speed]:
-    """Each model in a process of its own, so that its peak of memory is its own, one after another.
+    """Measures each model in a process of its own, one after another: its peak of memory is then its own.
 
-    Raises TersorError where one does not make text.
+    Raises TersorError where a model does not make text.
     """
     found: dict[str, Speed] = {}
     for n, (name, sizes) in enumerate(models.items()):
@@ -113,6 +118,6 @@ def _speed_of(name: str, sizes: Sizes, dtype: str, device: str) -> Speed:
 
 
 def _looked_up(module: Any, sizes: Sizes) -> int:
-    """Bytes in memory of an embedding of which a step reads one row; a packed one is no parameter, and as on disk."""
+    """Bytes in memory of the embedding table, of which a step reads one row. A packed one is no parameter: as on disk."""
     weight = getattr(module.get_input_embeddings(), "weight", None)
     return weight.numel() * weight.element_size() if isinstance(weight, torch.nn.Parameter) else sizes.looked_up

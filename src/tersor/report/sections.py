@@ -55,7 +55,7 @@ def result_section(report: Report, at: int, anchor: str, figures: Figures, *, le
 
 
 def _cards(report: Report, result: Result) -> str:
-    """The few numbers that most readers come for."""
+    """The few numbers that most readers look for."""
     size, before = result.sizes.files, _size_before(report, result)
     smaller = f"{before / size:.2f}x smaller than {megabytes(before)}" if before else "all tensor files"
     cards = [("On disk", megabytes(size), smaller)]
@@ -310,7 +310,7 @@ def _experts(layers: list[Layer], anchor: str, figures: Figures) -> str:
 
 
 def _reported(result: Result) -> str:
-    """What a method says in words of its own, where its rows are not those of a solved layer."""
+    """What a method says in words of its own, where its rows are not those of solved layers."""
     rows = [row for row in result.record.get("layers") or () if isinstance(row, Mapping) and "error" not in row]
     if not rows:
         return ""

@@ -20,10 +20,10 @@ TOKENS = 1 << 24
 
 @dataclass(frozen=True)
 class Turn:
-    """Seconds from the prompt to the logits of the first new token, and from there to all the others."""
+    """One measurement."""
 
-    prefill: float
-    decode: float
+    prefill: float  # seconds from the prompt to the logits of the first new token
+    decode: float  # seconds from there to all the other tokens
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def speeds(turns: Sequence[Turn], *, prompt_tokens: int, new_tokens: int, batch:
 
 
 def ratios(turns: Sequence[Turn], others: Sequence[Turn]) -> dict[str, Spread]:
-    """How many times faster than the other, turn by turn."""
+    """How many times faster one is than the other, turn by turn."""
     pairs = list(zip(turns, others, strict=True))
     return {
         "prefill": spread([other.prefill / turn.prefill for turn, other in pairs]),

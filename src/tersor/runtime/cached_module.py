@@ -2,7 +2,7 @@
 
 On a GPU, a step of one token is one CUDA graph over a static copy of that cache (`static_step.py`), where the model allows it.
 Elsewhere, after the prompt, the cache's plain attention layers get buffers for all positions to come: a token is written into
-its place, where transformers copies the whole cache to make it one longer, and only what is filled is attended to. Sliding
+its place, and only the filled places are attended to (transformers copies the whole cache to make it one longer). Sliding
 windows, recurrent states and other layers stay as the model made them. A model that keeps no cache sees the whole sequence
 again for every token.
 """
@@ -55,7 +55,7 @@ def _with_room(tensor: Tensor, capacity: int) -> Tensor:
 
 
 def why_not(module: nn.Module) -> str | None:
-    """Why this is no model that continues a text, or None."""
+    """Why this model cannot continue a text; None where it can."""
     if not getattr(module, "can_generate", lambda: False)():
         return f"{type(module).__name__} is no model that generates text"
     if getattr(module.config, "is_encoder_decoder", False):
@@ -156,9 +156,9 @@ class CachedModule:
         return logits
 
     def _first_step(self, ids: Tensor) -> Tensor:
-        """A step both ways: by a graph, where one can be made, and plainly. The graph stays if they agree.
+        """Runs one step both plainly and, where a graph can be made, by the graph. The graph stays if the two agree.
 
-        It works on a copy of the cache, so that all is as it was where no graph comes of it.
+        It works on a copy of the cache, so nothing has changed where no graph comes of it.
         """
         try:
             step = StaticStep(self.module, self._cache, name=str(self._name), more=self._more, capacity=self.capacity)

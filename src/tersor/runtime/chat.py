@@ -1,4 +1,4 @@
-"""A conversation with a language model. What the engine has read of it before is not computed again.
+"""A conversation with a language model. What the engine has read before is not computed again.
 
 Every turn, the whole conversation becomes tokens by the model's template. The engine goes back to where these differ from what it
 has read, which is usually the end of the last answer, and reads the rest. Where the conversation outgrows the engine's
@@ -128,7 +128,7 @@ class Chat:
         return found
 
     def _go_back_to(self, ids: list[int]) -> list[int]:
-        """Take the engine back to where it has read nothing but the first of these tokens; those that are left to read."""
+        """Take the engine back to where it has read only the first of these tokens; returns those that are left to read."""
         same = next((n for n, (a, b) in enumerate(zip(self._held, ids, strict=False)) if a != b), None)
         same = min(len(self._held), len(ids)) if same is None else same
         self._engine.rewind(min(same, len(ids) - 1))  # at least one is read again, for its logits

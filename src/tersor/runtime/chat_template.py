@@ -20,10 +20,10 @@ _PLAIN_STOPS = ("\nUser:", "\nAssistant:")
 
 @dataclass(frozen=True)
 class Template:
-    """tokenizer: the model's. jinja: the template's source, or None for plain turns."""
+    """How a conversation becomes a text."""
 
     tokenizer: Any
-    jinja: str | dict[str, str] | None
+    jinja: str | dict[str, str] | None  # the template's source; None for plain turns
 
     @property
     def plain(self) -> bool:
@@ -31,7 +31,7 @@ class Template:
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """Where an answer ends although the model goes on: it writes the next turn itself."""
+        """Texts that end an answer although the model goes on: it then writes the next turn itself."""
         return _PLAIN_STOPS if self.plain else ()
 
     def text(self, messages: Sequence[Message]) -> str:

@@ -39,7 +39,7 @@ class Engine(Protocol):
 
 
 class Room(Protocol):
-    """What `check_room` looks at."""
+    """The sizes that `check_room` looks at."""
 
     batch: int
     capacity: int
@@ -47,7 +47,7 @@ class Room(Protocol):
 
 
 def check_room(engine: Room, ids: Tensor, *, more: int = 0) -> None:
-    """Raise TersorError where ids [batch, tokens], and as many as `more` after them, do not fit behind what is read."""
+    """Raise TersorError where ids [batch, tokens], and `more` tokens after them, do not fit behind what is read."""
     batch, tokens = ids.shape
     if batch != engine.batch or engine.length + tokens + more > engine.capacity:
         raise TersorError(

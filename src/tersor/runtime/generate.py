@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tersor.checkpoint.load import check_tokens, load, load_tokenizer, named_tokenizer
 from tersor.checkpoint.positions import positions_of
 from tersor.checkpoint.published import checkpoint_as, named_by
-from tersor.checkpoint.source import open_checkpoint, torch_dtype
+from tersor.checkpoint.source import Openable, open_checkpoint, torch_dtype
 from tersor.devices import pick_device
 from tersor.errors import TersorError
 from tersor.layers.quantized_linear import prepare_layers
@@ -33,8 +33,8 @@ from tersor.runtime.sampling import NOT_FINITE, Sampling, choose, finite, penali
 from tersor.runtime.stepped_module import RecomputedModule, SteppedModule
 from tersor.runtime.text_stream import TextStream
 
-_TOP_K = 50  # what a generation_config.json means that samples and says nothing of it
-# What a generation_config.json may ask for and tersor does not do, with the values that ask for nothing.
+_TOP_K = 50  # what a generation_config.json means that samples and does not say top_k
+# Settings of a generation_config.json that tersor does not do, with the values by which they ask for nothing.
 _NOT_DONE: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
     "min_length": (0,),
@@ -87,16 +87,17 @@ def _engine_of_ours(module: nn.Module, *, capacity: int, batch: int, take_over: 
     return SteppedModule(module, capacity=capacity, batch=batch, take_over=take_over)
 
 
-def load_module(model: str | Path, *, dtype: str = "auto", device: str = "auto") -> nn.Module:
+def load_module(model: Openable, *, dtype: str = "auto", device: str = "auto") -> nn.Module:
     """As `tersor.load`, but a bfloat16 model that LlamaCPU takes stays bfloat16 on a CPU: its values are read as they are."""
+    checkpoint = open_checkpoint(model)
     if dtype == "auto" and pick_device(device).type == "cpu":
-        config = open_checkpoint(model).config
+        config = checkpoint.config
         if (config.get("architectures") or [""])[0] in FAMILY and torch_dtype(config) == torch.bfloat16:
-            module = load(model, dtype="bfloat16", device=device)
+            module = load(checkpoint, dtype="bfloat16", device=device)
             if llama_cpu.why_not(module) is not None:
                 prepare_layers(module.float())
             return module
-    return load(model, dtype=dtype, device=device)
+    return load(checkpoint, dtype=dtype, device=device)
 
 
 def check_length(module: nn.Module, prompt: int, new: int) -> None:
@@ -108,17 +109,13 @@ def check_length(module: nn.Module, prompt: int, new: int) -> None:
 
 @dataclass(frozen=True)
 class Writer:
-    """A model that is ready to continue texts.
-
-    module: the model in memory. tokenizer: its own, or the one that was named. sampling: as asked for, else as the model says.
-    end: the tokens that end a text. notice: called with a line for the user.
-    """
+    """A model that is ready to continue texts."""
 
     module: nn.Module
-    tokenizer: Any
-    sampling: Sampling
-    end: frozenset[int]
-    notice: Callable[[str], None]
+    tokenizer: Any  # the model's own, or the one that was named
+    sampling: Sampling  # as asked for, else as the model says
+    end: frozenset[int]  # the tokens that end a text
+    notice: Callable[[str], None]  # called with a line for the user
 
     def engine(self, capacity: int) -> Engine:
         """How the model runs, for texts of up to `capacity` tokens. The module cannot be used for anything else afterwards."""
@@ -164,7 +161,7 @@ def open_writer(
     found = load_tokenizer(directory) if tokenizer is None else named_tokenizer(tokenizer)
     if found is None:
         raise TersorError(f"{model} has no tokenizer, so it cannot read a prompt; name one with --tokenizer")
-    module = load_module(directory, dtype=dtype, device=device)
+    module = load_module(checkpoint, dtype=dtype, device=device)
     reason = (stepped_module if stepped_module.is_registered(module) else cached_module).why_not(module)
     if reason is not None:
         raise TersorError(reason)
@@ -242,7 +239,7 @@ def stream(
 
 
 def sampling_of(module: nn.Module, given: Mapping[str, Any], *, seed: int = 0) -> Sampling:
-    """What was given, else what the model's generation_config.json says; temperature 0 where neither asks for draws."""
+    """What was given, else what the model's generation_config.json says; temperature 0 where neither asks for sampling."""
     said = getattr(module, "generation_config", None)
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     found = {name: value for name in names if (value := getattr(said, name, None)) is not None}
@@ -283,7 +280,7 @@ class _Sent:
             self._event.record(torch.cuda.current_stream(token.device))
 
     def arrived(self) -> int:
-        """Waits for it, but for nothing that the device was given to do since."""
+        """Waits for this token, but for nothing that the device was given to do since."""
         if self._event is not None:
             self._event.synchronize()
         return int(self._token)
@@ -300,8 +297,8 @@ def tokens(
 ) -> Iterator[int]:
     """The tokens that follow ids [1, tokens], one by one, without the one that ends the text.
 
-    ahead: at temperature 0, so many more tokens the engine has been given to read than have been looked at here. They keep a
-    GPU busy, and the engine may have read that many after the end. None: AHEAD on a GPU, else 0.
+    ahead: at temperature 0, how many tokens the engine may be given to read before they are looked at here. They keep a
+    GPU busy; the engine may have read that many after the end. None: AHEAD on a GPU, else 0.
     """
     if ahead is None:
         ahead = AHEAD if engine.device.type == "cuda" else 0

@@ -18,7 +18,7 @@ LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 
 def unlike_family(module: nn.Module) -> str | None:
-    """Why this is no decoder of this arithmetic, or None."""
+    """Why this is no decoder of this arithmetic; None where it is one."""
     if type(module).__name__ not in FAMILY or not type(module).__module__.startswith("transformers."):
         return f"{type(module).__name__} is none of {', '.join(FAMILY)}"
     config: Any = module.config
@@ -50,7 +50,7 @@ def window_of(attention: Any, config: Any) -> int | None:
 
 
 def visible(start: int, end: int, window: int | None, device: torch.device | None = None) -> Tensor | None:
-    """Which of the keys 0 .. end - 1 the queries start .. end - 1 see, bool; None for plainly all that precede."""
+    """Which of the keys 0 .. end - 1 the queries start .. end - 1 see, bool; None where each simply sees all before it."""
     if start == 0 and (window is None or end <= window):
         return None
     distance = torch.arange(start, end, device=device)[:, None] - torch.arange(end, device=device)

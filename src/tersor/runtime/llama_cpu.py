@@ -76,7 +76,7 @@ def _library(implementation: str) -> ctypes.CDLL:
 
 
 def why_not(module: nn.Module) -> str | None:
-    """Why this model does not run here, or None."""
+    """Why this model does not run here; None where it does."""
     if reason := unlike_family(module):
         return reason
     if any(tensor.device.type != "cpu" for tensor in (*module.parameters(), *module.buffers())):

@@ -50,29 +50,21 @@ Inputs = dict[str, Any]
 
 @dataclass(frozen=True)
 class OnnxExported:
-    """size: bytes of the file; dynamic: the inputs' axes that may have any size, such as image[0] (input_ids[1]: up to
-    the model's positions); fixed: why that is not so of the
-    batch, or None. difference: the largest between onnxruntime and torch in float32, as a share of the largest output;
-    rounded_difference: the same with onnxruntime's defaults, where packed layers round what they multiply to 8 bits; None
-    where the file has no packed layers.
-    same_top1: whether every class or token that onnxruntime chooses is the one that MODEL chooses in tersor, None where outputs
-    are no scores; rounded_same_top1: the same with onnxruntime's defaults.
-    onnx_ms, torch_ms: one call with a batch of `batch`, the median of several in turn. integers: layers that stay packed, by
-    bits."""
+    """A model as an ONNX file, and how it compares with torch."""
 
     path: Path
-    size: int
+    size: int  # bytes of the file
     opset: int
-    dynamic: list[str]
-    fixed: str | None
-    difference: float
-    rounded_difference: float | None
-    same_top1: bool | None
-    rounded_same_top1: bool | None
-    batch: int
-    onnx_ms: float
-    torch_ms: float
-    integers: dict[int, int]
+    dynamic: list[str]  # axes of any size, such as image[0] (input_ids[1]: up to the model's positions)
+    fixed: str | None  # why the batch has a fixed size; None where it has not
+    difference: float  # the largest from torch in float32, as a share of the largest output
+    rounded_difference: float | None  # with onnxruntime's defaults, which round inputs of packed layers to 8 bits
+    same_top1: bool | None  # whether every choice is MODEL's in tersor; None where outputs are no scores
+    rounded_same_top1: bool | None  # likewise, with onnxruntime's defaults
+    batch: int  # of the timed calls
+    onnx_ms: float  # one call, the median of several in turn
+    torch_ms: float  # likewise
+    integers: dict[int, int]  # layers that stay packed, by bits
     metadata: list[str]
 
 
@@ -98,7 +90,7 @@ def export_onnx(
     _packages()
     report = progress or silent
     report("loading", 0, 3)
-    module = load(model, dtype="float32", device="cpu").eval()
+    module = load(checkpoint, dtype="float32", device="cpu").eval()
     report("exporting", 1, 3)
     return export_module(
         module,

@@ -26,12 +26,12 @@ def is_registered(module: nn.Module) -> bool:
 
 
 def why_not(module: nn.Module) -> str | None:
-    """Why this model of `tersor.models` does not continue a text, or None."""
+    """Why this model of `tersor.models` does not continue a text; None where it does."""
     return why_not_named(type(module).system)  # type: ignore[attr-defined]
 
 
 def why_not_named(system: str) -> str | None:
-    """The same of an architecture, before anything is loaded."""
+    """The same for an architecture's name, before anything is loaded."""
     found = registry.find(system)
     if found.task == "language-model":
         return None
@@ -41,7 +41,7 @@ def why_not_named(system: str) -> str | None:
 
 
 def vocabulary_of(module: nn.Module) -> int | None:
-    """How many tokens a language model tells apart. Its logits may have more columns, which stand for none."""
+    """How many tokens a language model knows. Its logits may have more columns, which stand for no token."""
     config: Any = getattr(module, "config", None)
     if hasattr(config, "get_text_config"):  # transformers'
         return int(config.get_text_config().vocab_size)
@@ -49,7 +49,7 @@ def vocabulary_of(module: nn.Module) -> int | None:
 
 
 def why_no_state(module: Any) -> str | None:
-    """Why the model cannot go on from a state, or None."""
+    """Why the model cannot go on from a state; None where it can."""
     if not hasattr(module, "prefill"):
         return f"{type(module).__name__} keeps no state"
     try:
@@ -77,7 +77,7 @@ class PreparedLinear(nn.Module):
 
 
 def prepare_linears(module: nn.Module) -> None:
-    """Exchange the linear maps of a float32 module on a CPU that are packed, or hold nothing that bfloat16 does not."""
+    """Exchange those linear maps of a float32 module on a CPU that are packed, or whose values bfloat16 holds exactly."""
     if cpu.choose()[0] is None or any(each.dtype != torch.float32 for each in module.parameters()):
         return
     for name, each in list(module.named_modules()):

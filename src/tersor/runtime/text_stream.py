@@ -32,7 +32,7 @@ class TextStream:
             self._shown = self._decode(self._tokens)
 
     def push(self, token: int) -> str:
-        """The text that is certain now, and was not before this token."""
+        """The text that is certain with this token and was not before."""
         self._tokens.append(token)
         if self._is_byte(token):
             self._in_bytes = True
@@ -50,7 +50,7 @@ class TextStream:
         return piece
 
     def finish(self) -> str:
-        """What is left when no token follows."""
+        """The rest of the text, when no token follows."""
         return self._show(self._decode(self._tokens))
 
     def _show(self, text: str) -> str:

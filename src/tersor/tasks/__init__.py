@@ -1,8 +1,8 @@
 """What models are for: one file a task, and the verbs that dispatch on it.
 
-A model says its task and its kind of input in `@register`; `task_of(task, input)` is what tersor knows of both. A file with a
-`TASK` is a task's (the others help them); it is imported when it is asked for. `classify` is for images, `classify_points.py`
-for models that classify points.
+A model says its task and its kind of input in `@register`; `task_of(task, input)` is what tersor knows of both. A file that
+defines `TASK` is a task, and is imported when it is asked for; the other files help them. `classify` is for images,
+`classify_points.py` for models that classify points.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def tasks() -> tuple[str, ...]:
 
 
 def task_named(name: str) -> Task:
-    """Raises TersorError where a task is not known (yet): its models can be built, loaded and compressed all the same."""
+    """Raises TersorError where no verb knows the task yet. Its models can still be built, loaded and compressed."""
     if name not in tasks():
         raise TersorError(f"no verb works on the task {name!r} yet, only on {', '.join(tasks())}")
     task: Task = importlib.import_module(f"tersor.tasks.{name.replace('-', '_')}").TASK

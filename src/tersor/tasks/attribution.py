@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from tersor.checkpoint.load import load
-from tersor.checkpoint.source import open_checkpoint
+from tersor.checkpoint.source import Checkpoint, Openable, open_checkpoint
 from tersor.checkpoint.writer import model_fingerprint
 from tersor.errors import TersorError
 from tersor.evaluate.attribute import Exchange, InMemory, attributed
@@ -41,11 +41,12 @@ def attribution(
 ) -> Attribution:
     """Exchange the layers of two models, and try more bits for those that cost most.
 
-    inputs: what predictions are compared on. seconds: for the exchanges. layers, bits: what is tried then; bits None: nothing.
-    stream: a block of each in memory, which language models can do (None: where both do not fit).
-    Raises TersorError where the two are of unlike kinds, their layers do not correspond, or the inputs do not fit.
+    inputs: what predictions are compared on. seconds: the time for the exchanges. layers: how many get more bits in the trial.
+    bits: how many they get; None: no trial. stream: a block of each in memory, which language models can do (None: where both
+    do not fit). Raises TersorError where the two are of unlike kinds, their layers do not correspond, or the inputs do not fit.
     """
-    how = compared_on(model, against)
+    mine, theirs = open_checkpoint(model), open_checkpoint(against)
+    how = compared_on(mine, theirs)
     if how in ("sentences", "graph"):
         what = "embeds sentences" if how == "sentences" else "predicts graphs"
         raise TersorError(f"{model} {what}; layers are attributed for language models, classifiers, forecasters")
@@ -53,10 +54,10 @@ def attribution(
     if stream and how != "text":
         raise TersorError(f"--stream is for language models; {model} is compared on {how}")
     if stream is None:
-        stream = how == "text" and not fits(against, copies=2, dtype=dtype, device=device)
+        stream = how == "text" and not fits(theirs, copies=2, dtype=dtype, device=device)
     opened = _streamed if stream else _in_memory
-    exchange, distances = opened(model, against, how, inputs, dtype, device)
-    both = "".join(model_fingerprint(open_checkpoint(each)) for each in (model, against))
+    exchange, distances = opened(mine, theirs, how, inputs, dtype, device)
+    both = "".join(model_fingerprint(each) for each in (mine, theirs))
     found = attributed(
         exchange,
         names=(str(model), str(against)),
@@ -78,7 +79,7 @@ def attribution(
 
 
 def _in_memory(
-    model: str | Path, against: str | Path, how: str, inputs: Inputs, dtype: str, device: str
+    model: Checkpoint, against: Checkpoint, how: str, inputs: Inputs, dtype: str, device: str
 ) -> tuple[Exchange, Distances]:
     """Both models, and how far the model in a folder is from the original's predictions, which stay in memory alone."""
     base = load(against, dtype=dtype, device=device).eval()
@@ -88,9 +89,9 @@ def _in_memory(
 
 
 def _streamed(
-    model: str | Path, against: str | Path, how: str, inputs: Inputs, dtype: str, device: str
+    model: Checkpoint, against: Checkpoint, how: str, inputs: Inputs, dtype: str, device: str
 ) -> tuple[Exchange, Distances]:
-    def walked(name: str | Path) -> Walked:
+    def walked(name: Openable) -> Walked:
         return Walked(open_checkpoint(name), dtype=dtype, device=device)
 
     base = walked(against)

@@ -55,7 +55,7 @@ class Backtest:
     notes: tuple[str, ...]
 
     def best(self, measure: str) -> Row:
-        """The row with the least of a measure; where all are NaN, the first."""
+        """The row with the least value of a measure; the first row where all are NaN."""
         return min(self.rows, key=lambda row: (math.isnan(getattr(row, measure)), getattr(row, measure)))
 
     def as_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""On what two models of one kind are compared: a text, sentences, images, a table or a graph, by the task that they are for.
+"""What two models of one kind are compared on: a text, sentences, images, a table or a graph, by their task.
 
 how = compared_on("demo-4bit", "demo")                 # "text"
 measure = measure_of("demo", module, how, inputs)      # for `tersor attribute`
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tersor import models
 from tersor.checkpoint.load import TOKENIZER_FILES, load_tokenizer
-from tersor.checkpoint.source import Checkpoint, open_checkpoint
+from tersor.checkpoint.source import Checkpoint, Openable, open_checkpoint
 from tersor.data.series_memory import ScaledTable, scaled
 from tersor.data.tables import SeriesTable, TableConfig, read_series
 from tersor.errors import TersorError
@@ -33,16 +33,16 @@ NEEDED = {"images": ("images", "--images DIR"), "data": ("data", "--data TABLE")
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the user gave. most: windows or images at most (None: the default of the kind)."""
+    """What the user gave."""
 
     text: tuple[str | Path, ...] = ("builtin",)
     images: Path | None = None
     data: Path | None = None
     seq_len: int = 1024
-    most: int | None = None
+    most: int | None = None  # windows or images at most; None: the default of the kind
 
 
-def compared_on(model: str | Path, against: str | Path) -> str:
+def compared_on(model: Openable, against: Openable) -> str:
     """text, sentences, images, data or graph. Raises TersorError where the kinds are unlike, or one is not compared."""
     mine, theirs = (_kind(open_checkpoint(each), str(each)) for each in (model, against))
     if mine != theirs:
@@ -53,7 +53,7 @@ def compared_on(model: str | Path, against: str | Path) -> str:
 
 
 def check_inputs(how: str, inputs: Inputs) -> None:
-    """Raise TersorError where what the kind of model needs was not given, or something else was."""
+    """Raise TersorError where the user gave no input for this kind of model, or one for another kind."""
     given = {name for name in ("images", "data") if getattr(inputs, name) is not None}
     name, option = NEEDED.get(how, ("", ""))
     if name and name not in given:
@@ -96,9 +96,9 @@ def _kind(checkpoint: Checkpoint, name: str) -> str:
     return "sentences" if encodes and tokenized and checkpoint.gguf is None else "text"
 
 
-def measure_of(base: str | Path, module: nn.Module, how: str, inputs: Inputs) -> Measure:
-    """How far models are from `module`, which was loaded from `base`, on what the user gave. Raises TersorError where it does not
-    fit the model."""
+def measure_of(base: Openable, module: nn.Module, how: str, inputs: Inputs) -> Measure:
+    """Measures how far models are from `module`, which was loaded from `base`, on what the user gave. Raises TersorError where it
+    does not fit the model."""
     if inputs.most is not None and inputs.most < 1:
         raise TersorError(f"{inputs.most} samples at most leave nothing to measure on; use at least 1")
     if how == "images":
@@ -131,7 +131,7 @@ class TableWindows:
         return torch.stack([self.scaled.values[s][row : row + self.horizon] for s, row in self.origins])
 
 
-def table_windows(base: str | Path, data: Path, *, most: int) -> TableWindows:
+def table_windows(base: Openable, data: Path, *, most: int) -> TableWindows:
     """The last windows of every series, one after another without overlap, at most `most` in all."""
     if most < 1:
         raise TersorError(f"{most} windows at most leave nothing to measure on; use at least 1")
@@ -155,7 +155,7 @@ def table_windows(base: str | Path, data: Path, *, most: int) -> TableWindows:
     return TableWindows(opened, prepared, origins[:most], horizon)
 
 
-def table_measure(base: str | Path, data: Path, *, most: int) -> Measure:
+def table_measure(base: Openable, data: Path, *, most: int) -> Measure:
     windows = table_windows(base, data, most=most)
     inputs, _ = windows_at(windows.scaled, windows.origins, windows.opened.look_back)
     told = f"{len(windows.origins)} windows of {windows.horizon} rows of {data}"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tersor.checkpoint.load import load
-from tersor.checkpoint.source import open_checkpoint
+from tersor.checkpoint.source import Openable, open_checkpoint
 from tersor.errors import TersorError
 from tersor.evaluate.interval import Estimate, estimate
 from tersor.tasks.compared import FORECASTS, table_windows
@@ -17,7 +17,7 @@ from tersor.tasks.compared import FORECASTS, table_windows
 
 @dataclass(frozen=True)
 class ForecastsCompared:
-    """Errors in standard deviations of what the model learned from; ± over windows, of the changes paired."""
+    """Errors in standard deviations of what the model learned from. Each ± is over windows; changes are paired."""
 
     windows: int
     horizon: int
@@ -35,8 +35,8 @@ class ForecastsCompared:
 
 @torch.no_grad()
 def forecasts_compared(
-    model: str | Path,
-    against: str | Path,
+    model: Openable,
+    against: Openable,
     data: Path,
     *,
     most: int = FORECASTS,
@@ -45,7 +45,7 @@ def forecasts_compared(
 ) -> ForecastsCompared:
     """The last windows of every series, without overlap, at most `most`; one model is in memory at a time. Raises TersorError
     where the table is too short or the two forecast unlike things."""
-    open_checkpoint(model)
+    model, against = open_checkpoint(model), open_checkpoint(against)
     windows = table_windows(against, data, most=most)
     y = windows.truth()
     p, q = (windows.forecasts(load(each, dtype=dtype, device=device).eval()) for each in (against, model))

@@ -2,9 +2,9 @@
 
     later = tersor.forecast("run", frame, horizon=24)      # pandas or polars in and out: ds, y, y-lo-80, y-hi-80, ...
 
-Intervals are split conformal (evaluate.conformal): half of the windows that the model has not learned from say how far it is
-off, the other half, later in time, measures how much the intervals hold. Columns and series are scaled as the model was
-trained; series that it does not know by their own first 70 %, which then counts as learned from.
+Intervals are split conformal (evaluate.conformal). Half of the windows that the model has not learned from say how far off it
+is; the other half, later in time, measures how often the intervals hold. Columns and series are scaled as in training. A
+series that the model does not know is scaled by its own first 70 %, which then counts as learned from.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def open_model(
 
 
 def as_trained(forecaster: Forecaster | str, config: TableConfig) -> TableConfig:
-    """What the user does not say of the columns is as it was in training."""
+    """The config, with the columns as in training where the user does not name any."""
     if isinstance(forecaster, str) or not forecaster.memory.columns:
         return config
     memory = forecaster.memory
@@ -156,7 +156,7 @@ def forecast_series(
     interval: Sequence[float] | None = None,
     season: int = 0,
 ) -> Forecast:
-    """interval: None for 80 and 95 % where they can be had, else levels that must be."""
+    """interval: levels in percent, which must be reached; None: 80 and 95 where the table is long enough."""
     if not 1 <= horizon <= MOST_HORIZON:
         raise TersorError(f"a horizon is 1 to {MOST_HORIZON} rows, not {horizon}")
     if season and model not in (SEASONAL_NAIVE, RIDGE):

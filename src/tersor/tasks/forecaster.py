@@ -3,8 +3,9 @@
     forecaster = open_forecaster("run")                    # of `tersor train`; or ("tempo_80m", checkpoint=...)
     forecaster(x, last, step, horizon)                     # (B, L, N) scaled, stamps (B,) of its last rows -> (B, horizon, N)
 
-A horizon beyond the trained one is rolled: the forecast is fed back in. Models that have a `forecast` of their own for any
-horizon are asked that. Time marks are made of the stamps; those of the horizon go to models with a decoder.
+A horizon beyond the trained one is rolled: the forecast is fed back in. A model with a `forecast` method of
+its own, for any horizon, is asked through it. Time marks are made of the stamps; those of the horizon go to models with a
+decoder.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from tersor import models
 from tersor.checkpoint.load import load
 from tersor.checkpoint.preprocessing import PREPROCESSOR
-from tersor.checkpoint.source import open_checkpoint
+from tersor.checkpoint.source import Openable, open_checkpoint
 from tersor.data.series_memory import Memory
 from tersor.data.time_grid import Step, time_marks
 from tersor.devices import pick_device
@@ -64,7 +65,7 @@ class Forecaster:
         return self.trained is not None and horizon > self.trained
 
 
-def open_forecaster(model: str | Path, *, checkpoint: Path | None = None, device: str = "auto") -> Forecaster:
+def open_forecaster(model: Openable, *, checkpoint: Path | None = None, device: str = "auto") -> Forecaster:
     """model: the directory of a trained forecaster, quantized or not; with `checkpoint` an architecture whose official
     weights these are. Raises TersorError where it is no forecaster."""
     name = str(model)
@@ -84,7 +85,7 @@ def open_forecaster(model: str | Path, *, checkpoint: Path | None = None, device
     _check_task(name, models.find(said).task)
     file = opened.directory / PREPROCESSOR
     memory = Memory.from_dict(read_json_object(file), of=str(file)) if file.is_file() else Memory()
-    return model_forecaster(load(model, device=device), Path(name).name or name, memory)
+    return model_forecaster(load(opened, device=device), Path(name).name or name, memory)
 
 
 def model_forecaster(module: nn.Module, name: str = "", memory: Memory | None = None) -> Forecaster:
@@ -107,7 +108,7 @@ def model_forecaster(module: nn.Module, name: str = "", memory: Memory | None = 
 
 
 def yardsticks(season: int, look_back: int, weights: Tensor | None) -> list[Forecaster]:
-    """Those that can be had: ridge with its weights (look_back, horizon), the seasonal one where there is a season."""
+    """The yardsticks that can be had: ridge with its weights (look_back, horizon), the seasonal one where there is a season."""
     found = [Forecaster(REPEAT_LAST, 1, None, lambda x, last, step, H: repeat_last(x, H), yardstick=True)]
     if season > 1:
 
@@ -126,7 +127,7 @@ def yardsticks(season: int, look_back: int, weights: Tensor | None) -> list[Fore
 
 
 def marks_for(config: Any) -> str:
-    """The kind of marks that a model is made for, by its `embed` and `freq`; the hourly ones where it takes any."""
+    """The kind of time marks that a model is made for, by its `embed` and `freq`; hourly ones where it takes any."""
     if not hasattr(config, "embed"):
         return "hours"
     if config.embed != "timeF":

@@ -89,7 +89,7 @@ def load_data(model: Any, data: Path, validation: Path | None, table: Mapping[st
 
 
 def _check_arrays(item: Mapping[str, Tensor], wanted: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
-    """Their last side (or, of tokens, the only one) as the model takes it; a flow's sets may be of any size."""
+    """Raise TersorError where their last side (of tokens: the only one) does not fit the model; a flow's sets have any size."""
     for stored, name in names.items():
         found, model_takes = item[name].shape, wanted[name].shape[1:]
         if len(found) != len(model_takes) or found[-1:] != model_takes[-1:]:

@@ -69,7 +69,7 @@ def has_virtual_node(model: Any) -> bool:
 
 
 def with_virtual_node(inputs: Inputs) -> Inputs:
-    """One graph's inputs and a node more, the last one, that is joined to all others."""
+    """One graph's inputs with one node more: the last one, joined to all others."""
     made = add_virtual_node(inputs["x"], inputs["edge_index"], inputs["edge_attr"])
     one = {name: torch.cat((value, value.new_zeros(1, *value.shape[1:]))) for name, value in inputs.items()
            if name not in ("x", "edge_index", "edge_attr")}  # fmt: skip
@@ -108,7 +108,7 @@ def _raw(values: Tensor, kind: str, types: list[int], what: str) -> Tensor:
 
 
 def check_sizes(model: Any, graph: Graph, path: object) -> None:
-    """Raise TersorError with all that has to be set where the model is of another size than the graph."""
+    """Raise TersorError, naming all options to set, where the model's sizes are not the graph's."""
     config, told, wanted = model.config, [], {}
     features, edge_features, outputs = graph.x.shape[1], graph.edge_attr.shape[1], graph.width()
     kind = "classes" if graph.y.dtype == torch.int64 else "targets"
@@ -152,7 +152,7 @@ def check_sizes(model: Any, graph: Graph, path: object) -> None:
 
 
 class WholeGraph(Dataset[Inputs]):
-    """Item i: the i-th node that is asked for. A batch is the whole graph, and which of its nodes are."""
+    """Item i: the i-th node that is asked for. A batch is the whole graph, and the numbers of the nodes that are meant."""
 
     def __init__(self, inputs: Inputs, nodes: Tensor, y: Tensor) -> None:
         self.inputs, self.nodes, self.y = inputs, nodes, y

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tersor.checkpoint.load import load
 from tersor.checkpoint.preprocessing import saved_settings
-from tersor.checkpoint.source import open_checkpoint
+from tersor.checkpoint.source import Openable, open_checkpoint
 from tersor.data.graphs import Graph, read_graph
 from tersor.errors import TersorError
 from tersor.evaluate.interval import Estimate, estimate
@@ -50,13 +50,12 @@ class GraphsCompared:
 
 @torch.no_grad()
 def graphs_compared(
-    model: str | Path, against: str | Path, data: Path, *, dtype: str = "auto", device: str = "auto"
+    model: Openable, against: Openable, data: Path, *, dtype: str = "auto", device: str = "auto"
 ) -> GraphsCompared:
     """On the test part of the file, or all that is known where it has none; one model is in memory at a time. Raises TersorError
     where nothing is known, or the two predict unlike things."""
-    open_checkpoint(model)
-    checkpoint = open_checkpoint(against)
-    settings = saved_settings(checkpoint)
+    model, against = open_checkpoint(model), open_checkpoint(against)
+    settings = saved_settings(against)
     graph = read_graph(data, saved_config(settings))
     check_features(settings, graph)
     p, q = (_logits(load(each, dtype=dtype, device=device).eval(), graph, settings, data) for each in (against, model))
@@ -66,7 +65,7 @@ def graphs_compared(
         )
     y, kind = graph.y, {torch.int64: "class", torch.bool: "labels"}.get(graph.y.dtype, "numbers")
     if kind == "class":
-        y = numbered_as(graph, class_names(labels_of(checkpoint.config), p.shape[1]))
+        y = numbered_as(graph, class_names(labels_of(against.config), p.shape[1]))
     part, rows = _known(graph, y, data)
     of = "nodes" if len(p) == len(graph.x) and graph.batch is None else "graphs"
     return compared(p[rows].double(), q[rows].double(), y[rows], kind=kind, of=of, part=part)

@@ -1,7 +1,7 @@
 """EleutherAI's lm-evaluation-harness on a model as tersor runs it: its tasks by name, or tasks defined in a folder of YAML files.
 
 `tersor-lm-eval` (`python -m tersor.tasks.harness`) is the harness's own command line with the model type `tersor` added: the
-harness (0.4.13) looks for no model types outside its package, so that its own script cannot know of one.
+harness (0.4.13) looks for model types only in its own package, so its own script cannot find this one.
 """
 
 from __future__ import annotations
@@ -25,25 +25,24 @@ _RESAMPLED = 1000  # times that the harness draws anew for the standard error of
 
 @dataclass(frozen=True)
 class Metric:
-    """value of a metric of a task; stderr: its standard error, None where the harness gives none; filter: what the harness did
-    to the answers first, `none` for nothing; better: whether more is better, None where the harness does not say."""
+    """A metric of a task."""
 
     task: str
     metric: str
-    filter: str
+    filter: str  # what the harness did to the answers first; `none` for nothing
     value: float
-    stderr: float | None
-    better: str | None
+    stderr: float | None  # None where the harness gives none
+    better: str | None  # whether more is better; None where the harness does not say
 
 
 @dataclass(frozen=True)
 class HarnessResult:
-    """documents, shots, versions: by task, how many were evaluated, examples before each, and the version of its definition."""
+    """What the harness measured."""
 
     metrics: list[Metric]
-    documents: dict[str, int]
-    shots: dict[str, int]
-    versions: dict[str, Any]
+    documents: dict[str, int]  # how many were evaluated, by task
+    shots: dict[str, int]  # examples before each question, by task
+    versions: dict[str, Any]  # of the tasks' definitions
     harness: str
 
     def as_dict(self) -> dict[str, Any]:
@@ -130,7 +129,7 @@ def _model_type() -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the harness logs by default, and the bars of the package that reads its data; errors stay."""
+    """Silence what the harness logs by default and the bars of the package that reads its data; errors stay."""
     from datasets import disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
 
     logs = [logging.getLogger(name) for name in ("lm_eval", "huggingface_hub")]
@@ -148,7 +147,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _manager(tasks: list[str], tasks_dir: Path | None) -> Any:
-    """What knows all the tasks by name. The harness's own 14,000 are read only where they are needed."""
+    """The harness's index of tasks. Its own 14,000 are read only where they are needed."""
     from lm_eval.tasks import TaskManager
 
     if not tasks or not all(tasks):
@@ -199,7 +198,7 @@ def _check_kinds(tasks: dict[str, Any]) -> None:
 
 
 def _no_data(task: str, error: Exception) -> TersorError:
-    """What goes wrong in a task's definition, in its files, in the hub and on the way to it: the packages raise all kinds."""
+    """What can go wrong with a task's definition, its files and the hub: the packages raise many kinds of errors."""
     return TersorError(
         f"task {task} cannot be read: {first_words(error)}. Where there is no network, its data must have been loaded before "
         "(and HF_DATASETS_OFFLINE=1 saves the waiting), or the task must name local files (data_files)"

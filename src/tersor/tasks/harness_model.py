@@ -96,7 +96,7 @@ class TersorLM(TemplateLM):  # type: ignore[misc,unused-ignore]
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> TersorLM:
-        """For the harness's command line, whose device is cuda:0 where none is given: that means auto here."""
+        """For the harness's command line, which says cuda:0 where the user names no device: here that means auto."""
         more = {name: value for name, value in (additional_config or {}).items() if value is not None}
         if more.get("device") == "cuda:0":
             more["device"] = "auto"
@@ -264,7 +264,7 @@ class TersorLM(TemplateLM):  # type: ignore[misc,unused-ignore]
         return found
 
     def _score(self, rows: list[list[int]], counts: list[int]) -> list[tuple[float, bool]]:
-        """Of the last counts[n] tokens of each row, after those before them. The longest row comes first."""
+        """Log-likelihoods of the last counts[n] tokens of each row, given those before them. The longest row comes first."""
         ids = torch.zeros(len(rows), len(rows[0]), dtype=torch.int64)
         for n, row in enumerate(rows):
             ids[n, : len(row)] = torch.tensor(row)
@@ -331,7 +331,7 @@ class TersorLM(TemplateLM):  # type: ignore[misc,unused-ignore]
         return max(1, min(self._most_rows, round(sum(sizes) / len(sizes))))
 
     def _counter(self, what: str, total: int, *, disable: bool) -> Callable[[int], None]:
-        """What is called with the number of requests that were just answered."""
+        """A function to call with the number of requests that were just answered."""
         bar = tqdm(total=total, desc=what, disable=disable or self._progress is not None)
         done = 0
 
@@ -363,7 +363,7 @@ class _Generation:
 
 
 def rows_asked(batch_size: int | str) -> int | None:
-    """None where the number of rows is found by itself."""
+    """The number of rows; None where it is to be found by itself."""
     if isinstance(batch_size, str) and batch_size.partition(":")[0] == "auto":
         return None
     return _positive("batch_size", batch_size)

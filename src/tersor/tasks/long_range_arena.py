@@ -1,9 +1,9 @@
 """`tersor train lra/TASK --model NAME`: any sequence model of tersor on a task of the Long Range Arena.
 
-Which form the sequences have follows from the model: numbers where it takes numbers and the task has pixels, tokens where
-it has a vocabulary, tokens as rows of zeros and a one where it takes numbers alone. Its config gets the task's
+The form of the sequences follows from the model: numbers where it takes numbers and the task has pixels, tokens where it has
+a vocabulary, one-hot rows where it takes numbers alone. Its config gets the task's
 vocabulary, number of classes and length; larger ones may be set. A model that gives logits at every position, such as a
-language model, answers at <eos>, its first tokens being the classes; the others average over the sequence themselves.
+language model, answers at <eos>, where its first tokens are the classes; other models average over the sequence themselves.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ Build = Callable[[str, dict[str, Any]], nn.Module]  # (name, overrides of its co
 
 @dataclass(frozen=True)
 class Run:
-    """A model, the data in its form, and how it is pretrained on `alone`, the sequences one by one, if that is asked for."""
+    """A model and its data."""
 
     model: nn.Module
-    sets: Sets
-    holes: DenoisingConfig
-    alone: Any
+    sets: Sets  # the data in the model's form
+    holes: DenoisingConfig  # how the model is pretrained
+    alone: Any  # the sequences one by one, to pretrain on
 
 
 def prepare(
@@ -95,7 +95,7 @@ def prepare(
 
 
 def takers(task: str) -> list[str]:
-    """The systems that can take the task."""
+    """The names of the systems that can take the task."""
     benchmark = find_benchmark(task)
     found = []
     for system in sorted({info.system for info in models.list()}):

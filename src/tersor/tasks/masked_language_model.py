@@ -1,4 +1,4 @@
-"""Masked language modelling, for models whose every output sees all of the tokens: some are replaced, and asked for."""
+"""Masked language modelling, for models whose outputs all see every token: some are replaced, the model names them."""
 
 from __future__ import annotations
 

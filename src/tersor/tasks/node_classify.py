@@ -37,13 +37,13 @@ BLOCK = 256  # nodes at a time, where neighbours are sampled
 
 @dataclass(frozen=True)
 class NodeClasses:
-    """The classes of all nodes, the commonest first, the file that says which node has which, and how many are right."""
+    """Which classes the nodes of a graph have."""
 
     path: Path
-    table: Path
-    names: tuple[str, ...]
-    shares: tuple[float, ...]
-    accuracy: Mapping[str, float]  # of the parts whose labels the graph's files say
+    table: Path  # says which node has which class
+    names: tuple[str, ...]  # the commonest class first
+    shares: tuple[float, ...]  # of the nodes, in the order of `names`
+    accuracy: Mapping[str, float]  # of the parts whose labels the graph's files hold
 
     def line(self) -> str:
         told = ", ".join(f"{name} {100 * share:.1f}%" for name, share in zip(self.names, self.shares, strict=True))

@@ -24,7 +24,7 @@ Origin = tuple[int, int]
 
 @dataclass(frozen=True)
 class Intervals:
-    """How wide intervals are, and how much of what came later they held."""
+    """How wide intervals are, and how often they held on later windows."""
 
     levels: tuple[float, ...]  # in percent
     radii: Tensor  # (levels, H, N), in the scaled units
@@ -86,9 +86,10 @@ def calibrated(
 def held_out_origins(
     scaled: ScaledTable, horizon: int, look_back: int, ends: Sequence[int], *, measure: bool
 ) -> tuple[list[Origin], list[Origin]]:
-    """Origins to calibrate on and to measure on, of windows that nothing was learned from.
+    """Origins of windows that nothing was learned from: those to calibrate on, and those to measure on.
 
-    The two halves of each series' time, without common rows; where series are too short for that, every second series.
+    They are the two halves of each series' time, without common rows. Where series are too short for that, every second series is
+    used to measure.
     """
     rows = [
         (series, max(scaled.learned[series], look_back), ends[series] - horizon) for series in range(len(scaled.values))

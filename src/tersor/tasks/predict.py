@@ -73,7 +73,7 @@ def open_predictor(
     opened = open_checkpoint(model)
     task = _shown(*_task_of(opened.config), out, reference)
     settings = image_settings(opened) if task.normalises else saved_settings(opened)
-    return Predictor(load(model, device=device).eval(), task, settings, labels_of(opened.config), out, reference)
+    return Predictor(load(opened, device=device).eval(), task, settings, labels_of(opened.config), out, reference)
 
 
 def input_files(inputs: Sequence[str], suffixes: frozenset[str], marker: str = "") -> list[Path]:
@@ -104,8 +104,8 @@ def input_files(inputs: Sequence[str], suffixes: frozenset[str], marker: str = "
 
 
 def predictions(predictor: Predictor, files: Sequence[Path]) -> Iterator[tuple[Path, Prediction | TersorError]]:
-    """One file after another; of a file that cannot be read, the error. Raises TersorError where two files would have their
-    results under one name, or be compared with one file."""
+    """Yields each file with its prediction, or with the error where it cannot be read. Raises TersorError where the results of
+    two files would have one name, or several files would be compared with one."""
     if len(files) > 1 and predictor.reference is not None and not predictor.reference.is_dir():
         raise TersorError(
             f"{len(files)} files are not compared with one, {predictor.reference}; --reference takes a folder"

@@ -26,13 +26,13 @@ from tersor.train.objectives import restoration
 
 @dataclass(frozen=True)
 class Enlarged:
-    """Where the picture went, and how near it is to the reference, if there was one."""
+    """An enlarged picture."""
 
     path: Path
-    out: Path
+    out: Path  # where it was written
     scale: int
     size: tuple[int, int]  # width and height
-    fidelity: Fidelity | None
+    fidelity: Fidelity | None  # how near it is to the reference, if there was one
 
     def line(self) -> str:
         told = f"{self.path}: {self.out}, {self.size[0]} x {self.size[1]}"
@@ -59,7 +59,7 @@ def load_data(model: Any, data: Path, validation: Path | None, table: Mapping[st
 
 @torch.no_grad()
 def scale_of(model: Any) -> int:
-    """How many times larger a model makes pictures, which only its answer tells for every model."""
+    """How many times larger a model makes pictures. It is run to find out, which works for every model."""
     image = model.example_inputs(1)["image"]
     was_training = model.training
     made = model.eval()(image)
@@ -97,7 +97,7 @@ def _enlarged(module: nn.Module, like: Tensor, pixels: Tensor) -> Tensor:
 
 
 def _compared(large: Any, reference: Path, scale: int) -> Fidelity:
-    """With the reference's rows and columns that its small copy left out, if their number is no multiple of the scale."""
+    """Fidelity to the reference, without its rows and columns beyond a multiple of the scale, which its small copy left out."""
     original = np.asarray(open_image(reference, upright=True))
     height, width = large.shape[:2]
     if not all(0 <= found - made < scale for found, made in zip(original.shape, (height, width), strict=False)):

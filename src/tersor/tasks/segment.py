@@ -28,14 +28,14 @@ GOLDEN = 0.618034  # hues that far apart stay distinct, however many there are
 
 @dataclass(frozen=True)
 class Segments:
-    """Which classes the pixels of a picture have, the commonest first, and where the pictures of that went."""
+    """Which classes the pixels of a picture have."""
 
     path: Path
-    mask: Path
-    overlay: Path
-    numbers: tuple[int, ...]
-    names: tuple[str, ...]
-    shares: tuple[float, ...]
+    mask: Path  # a picture of class numbers
+    overlay: Path  # the picture, coloured by class
+    numbers: tuple[int, ...]  # of the classes, the commonest first
+    names: tuple[str, ...]  # likewise
+    shares: tuple[float, ...]  # of the pixels, likewise
 
     def line(self) -> str:
         told = (f"{name} {100 * share:.1f}%" for name, share in zip(self.names, self.shares, strict=True))

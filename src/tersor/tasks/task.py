@@ -15,18 +15,16 @@ from tersor.train.objectives import Objective
 
 @dataclass(frozen=True)
 class Sets:
-    """Map-style data sets, and what predictions on new inputs will need to know of them.
-
-    preprocessing: JSON that is written beside the weights as preprocessor_config.json. labels: the names of the classes.
-    notes: what the user should know of the data.
-    """
+    """Map-style data sets, and what predictions on new inputs need to know of them."""
 
     train: Any
     validation: Any = None
     test: Any = None
-    preprocessing: Mapping[str, Any] = field(default_factory=dict)
-    labels: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    preprocessing: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # JSON, written beside the weights as preprocessor_config.json
+    labels: tuple[str, ...] = ()  # the names of the classes
+    notes: tuple[str, ...] = ()  # what the user should know of the data
 
 
 class Prediction(Protocol):
@@ -37,8 +35,11 @@ class Prediction(Protocol):
 
 
 class Predict(Protocol):
-    """One input file to a prediction. settings: the model's preprocessing; labels: its classes' names, by number; out: the
-    folder for results that are files, None where the task writes none; reference: what the result is compared with."""
+    """Predicts for one input file.
+
+    settings: the model's preprocessing. labels: its classes' names, by number. out: the folder for results that are files; None
+    where the task writes none. reference: what the result is compared with.
+    """
 
     def __call__(
         self,
@@ -67,11 +68,11 @@ class Order:
 
 @dataclass(frozen=True)
 class Generator:
-    """A generating model, ready. folder: where it was read from; decoder: what makes a result of its latents, if anything."""
+    """A generating model, ready."""
 
-    folder: Path
+    folder: Path  # where it was read from
     module: Any
-    decoder: Any = None
+    decoder: Any = None  # makes a result of the model's latents; None where it makes results itself
 
 
 def numbers_of(module: nn.Module) -> Tensor:
@@ -87,27 +88,19 @@ class Sample(Protocol):
 
 @dataclass(frozen=True)
 class Task:
-    """objective: what training lowers. load_data: (model, data, validation data or None, the table `data` of the command)
-    -> Sets. predict: None where no verb shows predictions of this task yet. suffixes: of the files that it reads. marker: the
-    file that makes a folder one input.
-    writes: its results are files. compares: they can be compared with a reference. normalises: its images are resized and
-    normalised as the model says; `size` is that of an official checkpoint, which says nothing (None: the architecture's).
-    defaults: settings of the training that are the task's own, where the user does not say them.
-    sample: None where models of this task make nothing of noise; makes: the endings of the files that it writes.
-    evaluated_on: the option of `tersor eval` that holds what two models are compared on: text, sentences, images, data or graph
-    (that of `data`); empty where they are not compared yet.
-    """
+    """What tersor knows of a task: how models of it are trained, shown and compared."""
 
-    objective: Objective
+    objective: Objective  # what training lowers
+    # of (model, data, validation data or None, the table `data` of the command)
     load_data: Callable[[Any, Path, Path | None, Mapping[str, Any]], Sets]
-    predict: Predict | None = None
-    suffixes: frozenset[str] = frozenset()
-    marker: str = ""
-    writes: bool = False
-    compares: bool = False
-    normalises: bool = True
-    size: int | None = None
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    sample: Sample | None = None
-    makes: frozenset[str] = frozenset()
-    evaluated_on: str = ""
+    predict: Predict | None = None  # None where no verb shows predictions of this task yet
+    suffixes: frozenset[str] = frozenset()  # of the files that it reads
+    marker: str = ""  # the name of a file that makes a folder one input
+    writes: bool = False  # whether its results are files
+    compares: bool = False  # whether results can be compared with a reference
+    normalises: bool = True  # whether images are resized and normalised as the model says
+    size: int | None = None  # of images for an official checkpoint, which says none; None: the architecture's
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # settings of the training, where the user gives none
+    sample: Sample | None = None  # None where models of this task make nothing of noise
+    makes: frozenset[str] = frozenset()  # the endings of the files that `sample` writes
+    evaluated_on: str = ""  # text, sentences, images, data or graph, for `eval --against`; empty: not compared yet

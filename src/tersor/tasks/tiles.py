@@ -2,10 +2,10 @@
 
     large = in_tiles(network, picture)          # picture (H, W, 3), uint8 -> (scale H, scale W, 3), uint8
 
-Tiles of TILE pixels a side overlap by OVERLAP. The outer MARGIN of a tile, which feels that the picture ends there, does not
-count; over the rest of the overlap one tile's weight falls from 1 to 0 as the next one's rises. What a network makes of
-MARGIN pixels around is therefore the same as from the whole picture. Tiles begin at multiples of 64, so that attention in
-windows of 8, 16, 32 or 64 pixels has the same windows as in the whole picture.
+Tiles of TILE pixels a side overlap by OVERLAP. The outer MARGIN of a tile, where the network sees an end of the picture that
+is none, does not count; over the rest of the overlap one tile's weight falls from 1 to 0 as the next one's rises. A network
+that looks no farther than MARGIN pixels therefore gives the same as on the whole picture. Tiles begin at multiples of 64, so
+that attention in windows of 8, 16, 32 or 64 pixels has the same windows as in the whole picture.
 """
 
 from __future__ import annotations

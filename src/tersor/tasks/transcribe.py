@@ -61,12 +61,12 @@ class SpeechConfig:
 
 @dataclass(frozen=True)
 class FrontEnd:
-    """Sound to a model's features. m, n: frames side by side, and how many they move on (1, 1: as they are)."""
+    """Turns sound into a model's features."""
 
-    rate: int
+    rate: int  # samples a second
     bins: int
-    m: int
-    n: int
+    m: int  # frames that are put side by side
+    n: int  # frames to move on by; m = n = 1 leaves the frames as they are
     normalize: Normalization | None = None
 
     def __call__(self, sound: Tensor, *, dither: float = 0.0) -> Tensor:
@@ -88,10 +88,10 @@ class Token:
 
 @dataclass(frozen=True)
 class Segment:
-    """What is said between two pauses. start, end: seconds."""
+    """What is said between two pauses."""
 
-    start: float
-    end: float
+    start: float  # seconds
+    end: float  # seconds
     text: str
     tokens: tuple[Token, ...]
 
@@ -298,8 +298,8 @@ def recognizer(module: Any, folder: Path, config: Mapping[str, Any], settings: M
 def token_times(alphas: Tensor, count: int, *, frame: float, seconds: float) -> list[tuple[float, float]]:
     """When each of `count` tokens is spoken: alphas (T,) of the predictor, with its tail -> (start, end) in seconds.
 
-    A token begins LATE frames before the weights of those before it have added up to a whole, and ends where the next begins, but
-    after LONGEST_TOKEN frames at most. Where count + 1 wholes are not reached, the weights are scaled to that (as FunASR does).
+    Token n (from 1) begins LATE frames before the summed weights reach n. It ends where the next one begins, but after
+    LONGEST_TOKEN frames at most. Where the sum does not reach count + 1 wholes, the weights are scaled to it (as FunASR does).
     """
     if count == 0:
         return []

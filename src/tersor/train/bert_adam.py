@@ -41,7 +41,7 @@ class BertAdam(torch.optim.Optimizer):
 
 
 def bert_adam(model: nn.Module, lr: float, weight_decay: float = 0.01) -> BertAdam:
-    """With decay for matrices: not for biases and norms."""
+    """The optimizer, with decay for matrices but not for biases and norms."""
     learned = [p for p in model.parameters() if p.requires_grad]
     decayed, others = [p for p in learned if p.dim() > 1], [p for p in learned if p.dim() <= 1]
     return BertAdam([{"params": decayed, "weight_decay": weight_decay}, {"params": others}], lr=lr)

@@ -13,7 +13,8 @@ COLUMNS = ("step", "epoch", "lr", "loss", "grad_norm", "validation", "seconds")
 
 
 class RunLog:
-    """`log.csv` in a run's folder, and TensorBoard in `tensorboard/`. Rows after `step`, of a killed run, and broken ones go."""
+    """`log.csv` in a run's folder, and TensorBoard in `tensorboard/`. Broken rows, and those of a killed run after `step`,
+    are removed."""
 
     def __init__(self, folder: Path, *, step: int) -> None:
         path = folder / LOG_FILE

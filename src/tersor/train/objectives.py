@@ -1,4 +1,4 @@
-"""What a model is trained for: small functions (model, batch) -> {"loss": scalar, and what else is worth reporting}.
+"""What training lowers: small functions (model, batch) -> {"loss": scalar, and other values that are worth reporting}.
 
 A batch is forward's keyword arguments by name, and under "target" what they should give. Which objective a model has
 follows from the task that it is registered with.
@@ -24,8 +24,8 @@ Objective = Callable[[nn.Module, Batch], dict[str, Tensor]]
 def forecasting(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     """Mean squared error of the forecast (B, H, N) over all samples, steps and variates.
 
-    A model that in training also says the steps before the horizon gives more than H: its last ones are the horizon, those
-    before are compared with the look-back x_enc.
+    A model that in training also predicts the steps before the horizon gives more than H. Its last H steps are the
+    horizon; those before are compared with the look-back x_enc.
     """
     inputs, target = _split(batch)
     forecast = _only(model(**inputs)).float()
@@ -106,8 +106,8 @@ MASKED = 0.15  # BERT's share of the tokens that are asked for
 def masked_language_modelling(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     """Cross-entropy of tokens that were replaced by random ones: logits (B, L, V) of input_ids (B, L).
 
-    Not the next token: in a model that sees the whole window, that would be in sight. 15 % of the positions, one at
-    least, drawn with torch's random numbers, so that the trainer's seeds decide.
+    A model that sees the whole window would have the next token in sight, so that is not asked. 15 % of the positions, at least
+    one, are drawn with torch's random numbers: the trainer's seeds decide.
     """
     tokens = batch["input_ids"]
     chosen = torch.rand(tokens.shape, device=tokens.device) < MASKED

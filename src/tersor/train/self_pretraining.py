@@ -4,15 +4,15 @@
     train(model, labelled, objective=classification, out="run", config=TrainConfig(epochs=200))     # all weights learn
 
 The model is built a second time, with an output at every position instead of the classifier, and trained on
-`tersor.data.denoising` of the same data. Then every weight of which name and shape agree goes into `model`; what does not
-(the head; of numbers the first layer, which saw the mask as one more channel) stays as it was at random, and is told.
+`tersor.data.denoising` of the same data. Then every weight whose name and shape agree goes into `model`. The others (the head;
+of numbers also the first layer, which saw the mask as one more channel) stay random, and are named in the result.
 
-A model takes part that says how it looks with an output at every position, by
+A model takes part if it says how it looks with an output at every position, by
 
     pretraining_config(channels=, outputs=, length=, causal=) -> config
 
-or that gives such outputs anyway: a language model, whose pretraining is causal, or a masked one. Rates are for the user to
-choose twice.
+or if it gives such outputs anyway: a language model, whose pretraining is causal, or a masked one. The user chooses a rate for
+each of the two trainings.
 
 Origin: IdoAmos/not-from-scratch at f919137 (MIT). Proven: the losses of the published code (golden cases); on a small task
 with few labels, more accuracy than from scratch in equally many steps. Not proven: the published accuracies.
@@ -38,10 +38,10 @@ from tersor.train.trainer import train
 
 @dataclass(frozen=True)
 class Transfer:
-    """Names of the tensors that came from the pretrained model, and of those that begin anew."""
+    """Names of tensors."""
 
-    kept: tuple[str, ...]
-    fresh: tuple[str, ...]
+    kept: tuple[str, ...]  # those that came from the pretrained model
+    fresh: tuple[str, ...]  # those that begin anew
 
 
 def denoising(model: nn.Module, batch: Batch) -> dict[str, Tensor]:

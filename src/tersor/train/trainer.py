@@ -12,7 +12,7 @@ devices changes the speed and the last bits, not the training. `out` holds
     log.csv, tensorboard/            loss, gradient norm, rate and validation by step
 
 Every file is replaced at once or not at all. A killed run goes on from last.pt when it is started again, and on a CPU
-ends in the very same bits, since nothing depends on what was before but the weights and the optimizer: the order of the
+ends in the very same bits, since the weights and the optimizer are all that it needs of the past: the order of the
 data follows from (seed, epoch), and torch's random numbers from (seed, step, rank), set anew at each step. A data set
 that plays dice must do so as a function of (epoch, index); its set_epoch(epoch) is called where it has one.
 
@@ -226,7 +226,8 @@ def validate(
 
 
 def optimizer_for(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW. A model with `parameter_groups` says itself what learns at which rate; else weights decay and vectors do not."""
+    """AdamW. A model with `parameter_groups` says itself which of its parameters learn at which rate. In others, matrices
+    decay and vectors do not."""
     if hasattr(model, "parameter_groups"):
         own: Any = model.parameter_groups
         groups = own(lr=config.lr, weight_decay=config.weight_decay)

@@ -11,7 +11,7 @@ where the garment belongs. With noise e and a share s in (0, 1), logit-normal:
     x = (1 - s) x0 + s e,   timestep = 1000 s          try-on loss: mean (v(x) - (e - x0))^2
     text preservation: mean (v(x) - v_prior(x))^2      without condition, garment and adapter, on pictures that contain text
 
-The paper gives the second as its idea and not its formula; the weight between the two is the caller's.
+Of the second the paper gives the idea and no formula; the caller weighs the two.
 """
 
 from __future__ import annotations
