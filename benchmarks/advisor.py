@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from side_by_side import machine
+from common import machine, write_table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tersor
@@ -36,7 +36,6 @@ from tersor.checkpoint.source import open_checkpoint, resolve
 from tersor.evaluate.machine import examine
 from tersor.methods.weights.rtn import RTN
 
-RESULT = Path(__file__).parent / "results" / "advisor.md"
 BEST = "desc_act=yes static_groups=yes mse=yes"
 ONLY = [
     "rtn bits=8",
@@ -176,7 +175,7 @@ def main() -> None:
         "`OMP_NUM_THREADS=1 python benchmarks/advisor.py`",
         "",
     ]
-    RESULT.write_text("\n".join(text))
+    write_table("advisor", "\n".join(text))
 
 
 if __name__ == "__main__":

@@ -19,18 +19,18 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from side_by_side import machine
+from common import machine, write_table
 from torch import Tensor
 
 import tersor
 from tersor.checkpoint.load import load_tokenizer
 from tersor.checkpoint.source import open_checkpoint, resolve
 from tersor.evaluate.attribute import attribute
-from tersor.evaluate.measures import Meter, half_width, text_measure
+from tersor.evaluate.interval import half_width
+from tersor.evaluate.measures import Meter, text_measure
 from tersor.evaluate.perplexity import tokens_of
 from tersor.evaluate.suggestion import most_costly
 
-RESULT = Path(__file__).parent / "results" / "attribution.md"
 SEQ_LEN, SEEN, UNSEEN = 256, 6, 16
 COUNT, MORE, SEEDS = 10, 8, 5
 HEADING = "| bits | layers with 8 bits | KL | change | size % | KL % | KL % for each % of size |"
@@ -46,7 +46,7 @@ def quantized(bits: int, chosen: Sequence[str], out: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bits", nargs="*", type=int, default=[3, 4])
-    parser.add_argument("--write", action="store_true", help=f"keep the table in {RESULT.name}")
+    parser.add_argument("--write", action="store_true", help="keep the table in attribution.md")
     asked = parser.parse_args()
 
     base = tersor.load("demo").eval()
@@ -65,7 +65,7 @@ def main() -> None:
         about = (__doc__ or "").split("\n\n", 2)[2].strip()
         command = f"`OMP_NUM_THREADS=1 python {shlex.join(['benchmarks/attribution.py', *sys.argv[1:]])}`"
         text = ["# Attribution on demo: ten layers that it names, and ten random ones", "", about, "", *lines, ""]
-        RESULT.write_text("\n".join([*text, machine(), command, ""]), encoding="utf-8")
+        write_table("attribution", "\n".join([*text, machine(), command, ""]))
 
 
 def rows_of(bits: int, folder: Path, base: object, seen: Meter, unseen: Meter) -> list[str]:

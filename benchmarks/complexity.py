@@ -9,13 +9,10 @@ squares; a stated n log n has a slope of about 1.1 here. Faster from: the length
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from side_by_side import machine
+from common import machine, write_table
 
 from tersor.advise.complexity import KINDS, Shape, crossover, measured, slope
 
-RESULT = Path(__file__).parent / "results" / "complexity.md"
 LENGTHS = (1024, 2048, 4096, 8192)
 
 
@@ -36,7 +33,7 @@ def main() -> None:
         print(lines[-1], flush=True)
     described = (__doc__ or "").strip()
     text = ["# Time over length", "", described[described.index("Width 64") :], "", *lines, "", machine()]
-    RESULT.write_text("\n".join([*text, "`OMP_NUM_THREADS=1 python benchmarks/complexity.py`", ""]))
+    write_table("complexity", "\n".join([*text, "`OMP_NUM_THREADS=1 python benchmarks/complexity.py`", ""]))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import transformers
+from common import RESULTS
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -245,7 +246,7 @@ transformers' modules run without `generate` and with buffers for the cache, whi
 {report(turns, sizes, arguments)}"""
     print(text)
     if arguments.write:
-        path = Path(__file__).parent / "results" / "cpu_decode.md"
+        path = RESULTS / "cpu_decode.md"
         kept = path.read_text().partition("## What limits it")[2] if path.exists() else ""
         path.write_text(text + (f"\n## What limits it{kept}" if kept else ""))
 

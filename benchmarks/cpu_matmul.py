@@ -15,10 +15,10 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from common import write_table
 
 from tersor.formats.packing import packed_size
 from tersor.formats.quantized_weight import QuantizedWeight
@@ -134,7 +134,7 @@ Groups of 128 and symmetric where nothing else is said. Cells are medians of {ar
 {report(measure(arguments.turns, clock))}"""
     print(text)
     if arguments.write:
-        (Path(__file__).parent / "results" / "cpu_matmul.md").write_text(text)
+        write_table("cpu_matmul", text)
 
 
 if __name__ == "__main__":

@@ -8,15 +8,12 @@ numbers counted), CPU time, median of 7, by number of tokens.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
-from side_by_side import machine, speed_ratios
+from common import machine, speed_ratios, write_table
 from torch import nn
 
 from tersor.methods.structure.dsformer import DSFormer, StraightThroughFactors
 
-RESULT = Path(__file__).parent / "results" / "dense_sparse.md"
 SHAPES = ((768, 768), (768, 3072), (3072, 768), (384, 1024), (1024, 384))
 TOKENS = (1, 16, 64, 256)
 
@@ -29,7 +26,7 @@ def main() -> None:
     described = (__doc__ or "").strip()
     heading = ["# Products with dense x sparse weights", "", described[described.index("Products:") :], ""]
     ending = ["", machine(), "`OMP_NUM_THREADS=1 python benchmarks/dense_sparse.py`", ""]
-    RESULT.write_text("\n".join([*heading, *lines, *ending]))
+    write_table("dense_sparse", "\n".join([*heading, *lines, *ending]))
 
 
 def products(outputs: int, inputs: int) -> list[str]:

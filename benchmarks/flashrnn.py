@@ -12,18 +12,16 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from common import gpu, gpu_seconds, write_table
 from torch import Tensor, nn
 
 from tersor.errors import TersorError
 from tersor.kernels.flashrnn import CELLS, flashrnn, reference
 
-RESULT = Path(__file__).parent / "results" / "flashrnn.md"
 BATCH, STEPS, HIDDEN, HEAD = 16, 1024, 768, 64
 
 
@@ -34,14 +32,6 @@ def inputs(function: str, batch: int, steps: int, heads: int, width: int) -> tup
     R = torch.randn(cell.recurrent_gates, heads, width, width, device="cuda") * width**-0.5 / 2
     b = torch.zeros(cell.gates, heads, width, device="cuda")
     return Wx.requires_grad_(), R.requires_grad_(), b.requires_grad_()
-
-
-def timed(call: Callable[[], Any]) -> float:
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def training(form: Callable[..., Any], leaves: tuple[Tensor, ...], **options: Any) -> Callable[[], None]:
@@ -73,7 +63,7 @@ def medians(competitors: dict[str, Callable[[], Any]], turns: int) -> dict[str, 
             if label in failed:
                 continue
             try:
-                taken = timed(call)
+                taken = gpu_seconds(call)
             except (TersorError, RuntimeError) as error:
                 failed[label] = str(error).splitlines()[0][:60]
                 continue
@@ -95,7 +85,7 @@ def main() -> None:
     arguments = parser.parse_args()
     lines = [
         "# Recurrent networks with heads, forward and backward\n",
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, float32 (TF32 "
+        f"{gpu()}, float32 (TF32 "
         f"{'on' if torch.backends.cuda.matmul.allow_tf32 else 'off'}), batch {BATCH}, {STEPS} steps, "
         f"{HIDDEN} hidden, heads of {HEAD}.",
         f"Command: `python benchmarks/flashrnn.py --write{' --compiled' if arguments.compiled else ''}`. Milliseconds.\n",
@@ -149,7 +139,7 @@ def main() -> None:
     )
     print(text)
     if arguments.write:
-        RESULT.write_text(text)
+        write_table("flashrnn", text)
 
 
 if __name__ == "__main__":

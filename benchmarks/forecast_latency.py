@@ -14,12 +14,11 @@ import resource
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from forecasting import machine, versions
+from common import machine, write_table
 
 import tersor
 from tersor.data.tables import SeriesTable
@@ -27,7 +26,6 @@ from tersor.data.time_grid import Step
 from tersor.tasks.forecast_table import forecast_series
 from tersor.tasks.forecaster import model_forecaster
 
-RESULTS = Path(__file__).parent / "results"
 MODELS: dict[str, dict[str, Any]] = {"itransformer_etth1": {}, "s_mamba_etth1": {}}
 COUNTS = (1, 100, 10_000)
 ROWS, HORIZON = 200, 96
@@ -71,10 +69,8 @@ def main() -> None:
             each = 1000 * found["seconds"] / count
             lines.append(f"| {name} | {count:,} | {found['seconds']:.3f} | {each:.2f} ms | {found['MB']:.0f} MB |")
             print(lines[-1], flush=True)
-    lines += ["", f"{machine()}; {versions()}.", ""]
-    RESULTS.joinpath("forecast_latency.md").write_text(
-        "\n".join([*lines, "`python benchmarks/forecast_latency.py`", ""])
-    )
+    lines += ["", f"{machine()}.", ""]
+    write_table("forecast_latency", "\n".join([*lines, "`python benchmarks/forecast_latency.py`"]))
 
 
 if __name__ == "__main__":

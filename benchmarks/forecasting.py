@@ -19,9 +19,6 @@ machine, an epoch half an hour and more.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import tempfile
 import time
 from dataclasses import dataclass, field, replace
@@ -29,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import DATA, hardware, kept_numbers, versions, write_numbers, write_table
 from torch import Tensor
 
 import tersor.models
@@ -37,7 +35,6 @@ from tersor.train.config import TrainConfig
 from tersor.train.objectives import forecasting
 from tersor.train.trainer import train, validate
 
-RESULTS = Path(__file__).parent / "results"
 RECIPE = TrainConfig(
     epochs=10, batch_size=32, lr=1e-4, schedule="halving", patience=3, seed=2023, log_every=100, device="cpu"
 )
@@ -143,7 +140,7 @@ def measure(name: str, data: Path, models: list[str], kept: dict[str, Any]) -> d
     for row in [row for row in task.models if row in models]:
         with tempfile.TemporaryDirectory() as out:
             measured[row] = trained(task.title, *task.models[row], parts, Path(out))
-        measured[row] |= {"machine": machine(), "versions": versions()}
+        measured[row] |= {"machine": hardware(), "versions": versions()}
         measured[row]["command"] = f"python benchmarks/forecasting.py {name} --models {row}"
     return measured
 
@@ -188,35 +185,18 @@ def _score(forecast: Tensor, target: Tensor) -> Score:
     return error.square().mean().item(), error.abs().mean().item()
 
 
-def machine() -> str:
-    return f"{_cpu()}, {torch.get_num_threads()} thread(s), {platform.system()}"
-
-
-def versions() -> str:
-    return f"Python {platform.python_version()}, torch {torch.__version__}, tersor {tersor.__version__}"
-
-
-def _cpu() -> str:
-    described = Path("/proc/cpuinfo")
-    lines = described.read_text().splitlines() if described.exists() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="*", default=list(TASKS), help=", ".join(TASKS))
     parser.add_argument("--models", nargs="*", default=list(TITLES), help=", ".join(TITLES))
     chosen = parser.parse_args()
-    data = Path(os.environ.get("TERSOR_DATA", Path(__file__).parents[2] / "shared" / "data"))
-    kept = RESULTS / "forecasting.json"
-    RESULTS.mkdir(exist_ok=True)
     for name in chosen.tasks:
-        results = json.loads(kept.read_text()) if kept.exists() else {}
-        measured = measure(name, data, chosen.models, results.get(name, {}))
-        results = json.loads(kept.read_text()) if kept.exists() else {}
+        results = kept_numbers("forecasting")
+        measured = measure(name, DATA, chosen.models, results.get(name, {}))
+        results = kept_numbers("forecasting")
         results[name] = measured
-        kept.write_text(json.dumps(results, indent=1) + "\n")
-        (RESULTS / "forecasting.md").write_text(table(results))
+        write_numbers("forecasting", results)
+        write_table("forecasting", table(results))
 
 
 if __name__ == "__main__":

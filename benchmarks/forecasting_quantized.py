@@ -16,8 +16,6 @@ training part. RTN: the same grid, rounded to nearest. Embeddings, heads and con
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import tempfile
 import time
 from dataclasses import replace
@@ -25,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from forecasting import RECIPE, RESULTS, machine, versions
+from common import DATA, hardware, kept_numbers, versions, write_numbers, write_table
+from forecasting import RECIPE
 from torch.utils.data import Subset, default_collate
 
 import tersor
@@ -90,7 +89,7 @@ def measure(name: str, data: Path) -> dict[str, Any]:
             found[f"{method.name} {bits}"] = _score(result.model, test)
             found["layers"] = len(result.summary.layers)
     found["seconds"] = {"training": trained, "all": time.perf_counter() - started}
-    return found | {"machine": machine(), "versions": versions()}
+    return found | {"machine": hardware(), "versions": versions()}
 
 
 def _score(model: torch.nn.Module, test: Any) -> float:
@@ -122,16 +121,14 @@ def table(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=list(FORECASTERS), help=", ".join(FORECASTERS))
-    data = Path(os.environ.get("TERSOR_DATA", Path(__file__).parents[2] / "shared" / "data"))
-    kept = RESULTS / "forecasting_quantized.json"
     for name in parser.parse_args().names:
-        measured = measure(name, data)
+        measured = measure(name, DATA)
         print(name, measured, flush=True)
-        results = json.loads(kept.read_text()) if kept.exists() else {}
+        results = kept_numbers("forecasting_quantized")
         results[name] = measured
         results = {each: results[each] for each in FORECASTERS if each in results}
-        kept.write_text(json.dumps(results, indent=1) + "\n")
-        (RESULTS / "forecasting_quantized.md").write_text(table(results))
+        write_numbers("forecasting_quantized", results)
+        write_table("forecasting_quantized", table(results))
 
 
 if __name__ == "__main__":

@@ -15,11 +15,10 @@ the row "fusegpt" is somewhat flattered; "published rates" was not picked.
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from side_by_side import data_folder, machine, speed_ratios
+from common import DATA, machine, speed_ratios, write_table
 from torch import Tensor, nn
 
 import tersor
@@ -32,7 +31,6 @@ from tersor.methods.method import ModelMethod
 from tersor.methods.structure.drop_blocks import DropBlocks
 from tersor.methods.structure.fusegpt import FuseGPT
 
-RESULT = Path(__file__).parent / "results" / "fusion.md"
 WINDOWS, SEQ_LEN, SAMPLES, SAMPLE_LEN = 8, 512, 32, 256
 QUANTIZED = ("removal, macro-influence", "fusegpt")  # the rows that get 4 bits on top
 
@@ -51,7 +49,7 @@ def methods(blocks: int) -> dict[str, ModelMethod]:
 def main() -> None:
     tokenizer = load_tokenizer(resolve("demo"))
     samples = make_batches("builtin", tokenizer, samples=SAMPLES, seq_len=SAMPLE_LEN, seed=0)
-    text = read_text(data_folder() / "text" / "wikitext2_test.txt.gz")
+    text = read_text(DATA / "text" / "wikitext2_test.txt.gz")
     ids: Tensor = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
 
     def score(model: nn.Module) -> float:
@@ -91,7 +89,7 @@ def main() -> None:
     described = (__doc__ or "").strip()
     heading = ["# Removing and fusing blocks of demo", "", described[described.index("Calibration:") :], ""]
     ending = ["", machine(), "`OMP_NUM_THREADS=1 python benchmarks/fusion.py`", ""]
-    RESULT.write_text("\n".join([*heading, *lines, *ending]))
+    write_table("fusion", "\n".join([*heading, *lines, *ending]))
 
 
 def size(model: nn.Module) -> str:

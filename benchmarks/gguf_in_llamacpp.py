@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shutil
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import machine, write_table
 from torch import Tensor, nn
 
 import tersor
@@ -32,7 +32,6 @@ from tersor.checkpoint.load import load_tokenizer
 from tersor.checkpoint.source import resolve
 from tersor.layers.quantized_linear import QuantizedLinear
 
-RESULT = Path(__file__).parent / "results" / "gguf_in_llamacpp.md"
 THERE = """
 import json, sys
 import llama_cpp, numpy
@@ -69,7 +68,7 @@ ROPES: dict[str, dict[str, Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--python", required=True, help="interpreter of the environment that has llama-cpp-python")
-    parser.add_argument("--write", action="store_true", help=f"keep the table in {RESULT.name}")
+    parser.add_argument("--write", action="store_true", help="keep the table in gguf_in_llamacpp.md")
     options = parser.parse_args()
     ids = torch.arange(50, 150)
     with tempfile.TemporaryDirectory() as folder:
@@ -97,13 +96,12 @@ def main() -> None:
         "# GGUF files written by tersor, in llama.cpp\n\n"
         "| model | matrices | distance of the logits | by rounding inputs to 8 bits alone | same first choice | same tokens |\n"
         "| --- | --- | --- | --- | --- | --- |\n" + "\n".join(lines) + "\n\n"
-        f"llama-cpp-python {theirs['version']}. Machine: {platform.machine()}, {platform.system()}. "
-        f"tersor {tersor.__version__}, torch {torch.__version__}.\n"
+        f"llama-cpp-python {theirs['version']}. Machine: {machine()}.\n"
         "Command: `python benchmarks/gguf_in_llamacpp.py --python OTHER/bin/python --write`\n"
     )
     print(table)
     if options.write:
-        RESULT.write_text(table, encoding="utf-8")
+        write_table("gguf_in_llamacpp", table)
 
 
 def models(folder: Path) -> list[tuple[str, Path, str]]:

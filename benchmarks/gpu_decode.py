@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from common import RESULTS, gpu, gpu_seconds
 from gpu_matmul import memory_bandwidth, microseconds
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -151,14 +150,6 @@ def prompt_of(batch: int, tokens: int, shape: dict[str, Any]) -> Tensor:
     return torch.randint(shape["vocab_size"], (batch, tokens), device="cuda")
 
 
-def seconds(run: Callable[[], object]) -> float:
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def median(measure: Callable[[], float], turns: int = TURNS) -> float:
     return statistics.median([measure() for _ in range(WARM_UP + turns)][WARM_UP:])
 
@@ -169,7 +160,7 @@ def decode_seconds(engine: LlamaGPU, ids: Tensor) -> float:
     def turn() -> float:
         engine.reset()
         token = engine.forward(ids).argmax(dim=-1, keepdim=True)
-        return seconds(lambda: engine.greedy(token, NEW - 1)) / (NEW - 1)
+        return gpu_seconds(lambda: engine.greedy(token, NEW - 1)) / (NEW - 1)
 
     return median(turn)
 
@@ -177,7 +168,7 @@ def decode_seconds(engine: LlamaGPU, ids: Tensor) -> float:
 def prefill_seconds(engine: Any, ids: Tensor, turns: int = TURNS) -> float:
     def turn() -> float:
         engine.reset()
-        return seconds(lambda: engine.forward(ids))
+        return gpu_seconds(lambda: engine.forward(ids))
 
     return median(turn, turns)
 
@@ -194,7 +185,7 @@ def loop_seconds(engine: CachedModule, ids: Tensor, turns: int) -> float:
             for _ in range(NEW - 1):
                 following = engine.forward(following).argmax(dim=-1, keepdim=True)
 
-        return seconds(loop) / (NEW - 1)
+        return gpu_seconds(loop) / (NEW - 1)
 
     return median(turn, turns)
 
@@ -302,7 +293,7 @@ def generate_seconds(model: LlamaForCausalLM, ids: Tensor) -> float:
     """A token by transformers' generate with its static cache, which compiles the decoding in mode reduce-overhead."""
 
     def run(new: int) -> float:
-        return seconds(
+        return gpu_seconds(
             lambda: model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
                 do_sample=False, pad_token_id=0, cache_implementation="static",
@@ -365,7 +356,7 @@ def profile(shape: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gpu_decode.md")
+    parser.add_argument("--out", type=Path, default=RESULTS / "gpu_decode.md")
     parser.add_argument("--compiled", action="store_true", help="transformers under torch.compile too")
     parser.add_argument("--profile", action="store_true", help="print where a step's time goes, and nothing else")
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"], help="fewer, for a quick trial")
@@ -379,11 +370,7 @@ def main() -> None:
     free()
     command = "python benchmarks/gpu_decode.py" + (" --compiled" if arguments.compiled else "")
     command += "" if arguments.layers == SHAPE["num_hidden_layers"] else f" --layers {arguments.layers}"
-    machine = (
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}, "
-        f"transformers {transformers.__version__}, Python {platform.python_version()}; "
-        f"an elementwise kernel reads and writes {bandwidth / 1e6:.2f} TB/s."
-    )
+    machine = f"{gpu('transformers')}; an elementwise kernel reads and writes {bandwidth / 1e6:.2f} TB/s."
     print(machine, flush=True)
     # A section a table: a title and what makes it.
     sections: dict[str, Callable[[], str]] = {

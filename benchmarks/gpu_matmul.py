@@ -10,13 +10,13 @@ times; the median of its replays, over the number of launches; cuBLAS timed righ
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from common import RESULTS, gpu
 from torch import Tensor
 
 from tersor.formats.quantized_weight import QuantizedWeight
@@ -150,13 +150,10 @@ def other_bits(bandwidth: float) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gpu_matmul.md")
+    parser.add_argument("--out", type=Path, default=RESULTS / "gpu_matmul.md")
     out = parser.parse_args().out
     bandwidth = memory_bandwidth()
-    machine = (
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}, "
-        f"Python {platform.python_version()}; an elementwise kernel reads and writes {bandwidth / 1e6:.2f} TB/s."
-    )
+    machine = f"{gpu()}; an elementwise kernel reads and writes {bandwidth / 1e6:.2f} TB/s."
     print(machine)
     sections = [
         "# y = x · Wᵀ with a packed weight",

@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import argparse
 import math
-import platform
 import statistics
 import time
 from pathlib import Path
 
 import torch
-import transformers
+from common import RESULTS, gpu
 from gpu_decode import GROUP_SIZE, packed_layer
 from gpu_matmul import memory_bandwidth
 from torch import nn
@@ -116,7 +115,7 @@ def bytes_read(model: nn.Module, layers: int, positions: float) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=LAYERS)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gpu_opt175b.md")
+    parser.add_argument("--out", type=Path, default=RESULTS / "gpu_opt175b.md")
     arguments = parser.parse_args()
     layers: int = arguments.layers
 
@@ -150,11 +149,7 @@ def main() -> None:
         print(lines[-1], flush=True)
         del engine
 
-    machine = (
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}, "
-        f"transformers {transformers.__version__}, Python {platform.python_version()}; an elementwise kernel reads and writes "
-        f"{bandwidth / 1e12:.2f} TB/s."
-    )
+    machine = f"{gpu('transformers')}; an elementwise kernel reads and writes {bandwidth / 1e12:.2f} TB/s."
     sections = [
         "# OPT-175B's shape at 3 bits on one GPU",
         f"{machine} Command: `python benchmarks/gpu_opt175b.py`. Hidden size 12288, {layers} layers, 96 heads; random weights\n"

@@ -10,7 +10,6 @@ tokens, unless said otherwise. The checkpoint is written to --folder, and read f
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import tempfile
 import time
@@ -19,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import transformers
+from common import RESULTS, gpu, gpu_seconds
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
@@ -55,14 +54,7 @@ WHOLE_JOB_GOAL, BLOCK_GOAL = 60.0, 10.0  # seconds
 
 def seconds(work: Callable[[], object], repeats: int) -> float:
     """Median of `repeats` runs, after one that does not count."""
-    times = []
-    for _ in range(repeats + 1):
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        work()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])
+    return statistics.median([gpu_seconds(work) for _ in range(repeats + 1)][1:])
 
 
 def inputs_of(columns: int, tokens: int = TOKENS) -> Tensor:
@@ -240,13 +232,10 @@ def main() -> None:
     parser.add_argument("--parts", default="layers,precision,block,model")
     parser.add_argument("--layers", type=int, default=LLAMA["num_hidden_layers"], help="blocks of the whole model")
     parser.add_argument("--folder", type=Path, help="where the checkpoint is written (30 GB)")
-    parser.add_argument("--out", default=str(Path(__file__).parent / "results" / "gpu_quantize.md"))
+    parser.add_argument("--out", default=str(RESULTS / "gpu_quantize.md"))
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    machine = (
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}, "
-        f"transformers {transformers.__version__}, Python {platform.python_version()}"
-    )
+    machine = gpu("transformers")
     print(machine)
     parts = {
         "layers": ("Single layers", single_layers),

@@ -16,19 +16,17 @@ in this count, but no time. Speed: times faster than the unpruned model in the s
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from side_by_side import data_folder, machine, speed_ratios
+from common import DATA, machine, speed_ratios, write_table
 from torch import Tensor
 
 import tersor
 import tersor.models
 from tersor.methods.structure.gtsp import GTSP, layer_operations
 
-RESULT = Path(__file__).parent / "results" / "graph_pruning.md"
 ROWS: dict[str, dict[str, Any]] = {
     "trained on": {},
     "tokens 0.5": {"tokens": 0.5},
@@ -46,7 +44,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 def cora() -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """The training batch, with -100 for papers whose class is not known; all classes; the test papers."""
-    with np.load(data_folder() / "graphs" / "cora.npz") as found:
+    with np.load(DATA / "graphs" / "cora.npz") as found:
         arrays = {name: torch.from_numpy(np.asarray(found[name]).astype(np.int64)) for name in found.files}
     counts = arrays["feature_indptr"].diff()
     x = torch.zeros(len(counts), int(arrays["num_features"]))
@@ -104,8 +102,9 @@ def main() -> None:
         lines.append(f"| {name} | {share} | {alive} | {accuracy(model):.1f} | {speeds[name]:.2f} |")
     described = (__doc__ or "").strip()
     heading = ["# Pruning a graph transformer on Cora", "", described[described.index("Cora: one") :], ""]
-    RESULT.write_text(
-        "\n".join([*heading, *lines, "", machine(), "`OMP_NUM_THREADS=1 python benchmarks/graph_pruning.py`", ""])
+    write_table(
+        "graph_pruning",
+        "\n".join([*heading, *lines, "", machine(), "`OMP_NUM_THREADS=1 python benchmarks/graph_pruning.py`", ""]),
     )
     print("\n".join(lines))
 

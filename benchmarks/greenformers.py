@@ -6,9 +6,6 @@ python benchmarks/greenformers.py [text] [images]     # writes benchmarks/result
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -16,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import DATA, hardware, kept_numbers, versions, write_numbers, write_table
 from torch import nn
 
 import tersor
@@ -114,25 +112,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=list(PARTS), help=", ".join(PARTS))
     chosen = parser.parse_args().parts
-    data = Path(os.environ.get("TERSOR_DATA", Path(__file__).parents[2] / "shared" / "data"))
-    kept = Path(__file__).parent / "results" / "greenformers.json"
-    cpu = next(
-        (n.partition(": ")[2] for n in _lines("/proc/cpuinfo") if n.startswith("model name")), platform.machine()
-    )
     for part in chosen:
-        made = PARTS[part][0](data)
+        made = PARTS[part][0](DATA)
         where = (
-            f"`python benchmarks/greenformers.py {part}` on {cpu}, {torch.get_num_threads()} thread(s) of a machine that others "
-            f"use too; Python {platform.python_version()}, torch {torch.__version__}, tersor {tersor.__version__}."
+            f"`python benchmarks/greenformers.py {part}` on {hardware()}, a machine that others use too; {versions()}."
         )
-        results = json.loads(kept.read_text()) if kept.exists() else {}
+        results = kept_numbers("greenformers")
         results[part] = {"rows": made, "where": where}
-        kept.write_text(json.dumps(results, indent=1) + "\n")
-        kept.with_suffix(".md").write_text(table(results))
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
+        write_numbers("greenformers", results)
+        write_table("greenformers", table(results))
 
 
 if __name__ == "__main__":

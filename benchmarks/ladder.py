@@ -12,7 +12,6 @@ those of all rungs up to it.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -20,11 +19,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-from quality import CALIBRATION, EVALUATION, MODEL, RESULTS, SEQ_LEN, machine, perplexity
+from common import kept_numbers, versions, write_numbers, write_table
+from quality import CALIBRATION, MODEL, SEQ_LEN, check_data, perplexity, where
 
-import tersor
 from tersor.checkpoint.source import resolve
 from tersor.compress import GPTQ, Method, compress
 from tersor.formats.grid import Bits
@@ -93,9 +90,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="whether it runs")
     parser.add_argument("--write", action="store_true", help="keep the result in benchmarks/results/")
     arguments = parser.parse_args()
-    for path in (CALIBRATION, EVALUATION):
-        if not path.is_file():
-            sys.exit(f"no {path}: set TERSOR_DATA to the folder that holds text/{path.name}")
+    check_data()
     if arguments.quick and arguments.write:
         sys.exit("--quick measures nothing that is worth keeping: leave --write out")
     if arguments.quick:
@@ -113,12 +108,10 @@ def main() -> None:
 
 
 def kept() -> list[Row]:
-    path = RESULTS / "ladder.json"
-    return [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"]] if path.exists() else []
+    return [Row(**row) for row in kept_numbers("ladder").get("rows", [])]
 
 
 def write(rows: list[Row], original: float, arguments: argparse.Namespace) -> None:
-    versions = f"tersor {tersor.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
     options = f"--samples {arguments.samples} --seq-len {arguments.seq_len} --windows {arguments.windows}"
     options += f" --only {' '.join(arguments.only)}" if arguments.only else ""
     command = f"python benchmarks/ladder.py {options} --write"
@@ -133,13 +126,12 @@ row, on one thread beside other work. All rows of one number of bits are files o
 
 {table(rows)}
 
-Command: `{command}`. {machine()}; {versions}.
+Command: `{command}`. {where()}; {versions("transformers")}.
 """
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "ladder.md").write_text(text, encoding="utf-8")
-    content = {"command": command, "machine": machine(), "versions": versions, "original": original}
+    write_table("ladder", text)
+    content = {"command": command, "machine": where(), "versions": versions("transformers"), "original": original}
     content["rows"] = [asdict(row) for row in rows]  # type: ignore[assignment]
-    (RESULTS / "ladder.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_numbers("ladder", content)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,12 @@ Todyformer: 64 wide, 2 blocks, 16 patches, windows of 2,000 events, random vecto
 from __future__ import annotations
 
 import argparse
-import platform
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
+from common import machine, write_table
 
 import tersor.models
 from tersor.data.dynamic_graphs import LinkBatches, StreamParts, planted_stream, split_stream
@@ -30,7 +29,6 @@ from tersor.train.config import TrainConfig
 from tersor.train.objectives import link_prediction
 from tersor.train.trainer import train
 
-RESULTS = Path(__file__).parent / "results"
 WINDOW, EPOCHS = 2000, 8
 MODEL: dict[str, Any] = {
     "node_dim": 32,
@@ -97,10 +95,12 @@ def main() -> None:
     lines += ["| | random, transductive | random, inductive | historical, transductive | historical, inductive |"]
     lines += ["| --- | ---: | ---: | ---: | ---: |"]
     lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
-    lines += ["", f"{(time.process_time() - started) / 60:.1f} minutes of one processor core, {platform.machine()}, "
-              f"{platform.system()}; Python {platform.python_version()}, torch {torch.__version__}."]  # fmt: skip
+    lines += [
+        "",
+        f"{(time.process_time() - started) / 60:.1f} minutes of one core, {machine()}.",
+    ]
     lines += ["`python benchmarks/link_prediction.py`", ""]
-    (RESULTS / "link_prediction.md").write_text("\n".join(lines))
+    write_table("link_prediction", "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import time
 from pathlib import Path
 
 import torch
+from common import RESULTS, machine
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -60,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--longest", type=int, default=48)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "listops.md")
+    parser.add_argument("--out", type=Path, default=RESULTS / "listops.md")
     args = parser.parse_args()
 
     tokens, answers = make_listops(TEST + args.steps * BATCH, min_length=4, max_length=args.longest + 1, seed=0)
@@ -83,8 +83,7 @@ def main() -> None:
         "| --- | --- | --- | --- |\n" + "\n".join(rows) + "\n\n"
         f"`nice -n 10 python benchmarks/listops.py --steps {args.steps} --longest {args.longest}`: "
         f"{args.steps:,} steps of {BATCH} new expressions.\n"
-        f"{os.cpu_count()} {platform.machine()} cores that others use too, "
-        f"{torch.get_num_threads()} threads; Python {platform.python_version()}, torch {torch.__version__}.\n"
+        f"{machine()}; {os.cpu_count()} cores that others use too.\n"
         "Not the published task: that has 500 to 2000 tokens, and models of 6 layers of 256 channels.\n"
     )
 

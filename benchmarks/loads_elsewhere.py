@@ -11,18 +11,17 @@ torch layers compute them in the other environment; and prints how far they are 
 from __future__ import annotations
 
 import argparse
-import platform
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
+from common import machine, write_table
 
 import tersor
 from tersor import GPTQ
 
-RESULT = Path(__file__).parent / "results" / "loads_elsewhere.md"
 THERE = """
 import sys, torch, gptqmodel, transformers
 from gptqmodel import BACKEND, GPTQModel
@@ -38,7 +37,7 @@ print("RESULT", f"{type(model.model.model.layers[0].mlp.up_proj).__name__} in {m
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--python", required=True, help="interpreter of the environment that has gptqmodel")
-    parser.add_argument("--write", action="store_true", help=f"keep the table in {RESULT.name}")
+    parser.add_argument("--write", action="store_true", help="keep the table in loads_elsewhere.md")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model, ids, logits = (str(Path(folder) / name) for name in ("model", "ids.pt", "logits.pt"))
@@ -58,12 +57,12 @@ def main() -> None:
         "| loaded as | relative distance of the logits | same first choice |\n| --- | --- | --- |\n"
         f"| {there} | {distance:.4f} | {agreement:.1%} |\n\n"
         "tersor computes in float32, GPTQModel in the checkpoint's bfloat16, whose rounding is what is left.\n\n"
-        f"Machine: {platform.machine()}, {platform.system()}. tersor {tersor.__version__}, torch {torch.__version__}.\n"
+        f"Machine: {machine()}.\n"
         "Command: `python benchmarks/loads_elsewhere.py --python OTHER/bin/python --write`\n"
     )
     print(table)
     if options.write:
-        RESULT.write_text(table, encoding="utf-8")
+        write_table("loads_elsewhere", table)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from common import write_table
 from cpu_decode import GROUP_SIZE, HEAD_BITS, random_weight, show
 from torch import nn
 from transformers import MambaConfig, MambaForCausalLM
@@ -128,7 +128,7 @@ transformers runs its own loop over time (no mamba-ssm kernels exist for CPUs), 
 {report(turns, prompt, new)}"""
     print(text)
     if arguments.write:
-        (Path(__file__).parent / "results" / "mamba_cpu.md").write_text(text)
+        write_table("mamba_cpu", text)
 
 
 if __name__ == "__main__":

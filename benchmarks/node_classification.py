@@ -15,17 +15,15 @@ nodes, 64 codes, 16 spectral positions. Widths are 64, dropout 0.5, nothing was 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from common import DATA, kept_numbers, processor, versions, write_numbers, write_table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -37,7 +35,6 @@ from tersor.train.config import TrainConfig
 from tersor.train.objectives import graph_prediction
 from tersor.train.trainer import train, validate
 
-RESULTS = Path(__file__).parent / "results"
 SEEDS = (0, 1)
 
 
@@ -167,23 +164,20 @@ def main() -> None:
     parser.add_argument("graphs", nargs="*", default=["cora"], help="cora, citeseer")
     chosen = parser.parse_args().graphs
     torch.set_num_threads(1)
-    data = Path(os.environ.get("TERSOR_DATA", Path(__file__).parents[2] / "shared" / "data"))
-    kept = RESULTS / "node_classification.json"
     for name in chosen:
         started = time.process_time()
 
         def keep(rows: dict[str, Any], name: str = name, started: float = started) -> None:
             machine = (
                 f"{(time.process_time() - started) / 60:.1f} minutes of one processor core, "
-                f"{platform.machine()}, {platform.system()}; "
-                f"Python {platform.python_version()}, torch {torch.__version__}, tersor {tersor.__version__}."
+                f"{processor()}, {platform.system()}; {versions()}."
             )
-            results = json.loads(kept.read_text()) if kept.exists() else {}
+            results = kept_numbers("node_classification")
             results[name] = {"rows": rows, "machine": machine}
-            kept.write_text(json.dumps(results, indent=1) + "\n")
-            (RESULTS / "node_classification.md").write_text(table(results))
+            write_numbers("node_classification", results)
+            write_table("node_classification", table(results))
 
-        measure(read_graph(data / "graphs" / f"{name}.npz"), keep)
+        measure(read_graph(DATA / "graphs" / f"{name}.npz"), keep)
 
 
 if __name__ == "__main__":

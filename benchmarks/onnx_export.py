@@ -10,7 +10,6 @@ published sizes are. An architecture that takes over 40 seconds is given up.
 
 from __future__ import annotations
 
-import json
 import platform
 import signal
 import sys
@@ -20,16 +19,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
 import torch
+from common import kept_numbers, processor, versions, write_numbers, write_table
 
 import tersor
 import tersor.models
 from tersor.errors import TersorError
 from tersor.runtime.onnx_export import export_module
 
-RESULT = Path(__file__).parent / "results" / "onnx_export.md"
-KEPT = RESULT.with_suffix(".json")  # the rows, so that PATTERN adds to them
 SECONDS = 40
 
 
@@ -76,12 +73,12 @@ def one_line(text: str) -> str:
 def main() -> None:
     pattern = sys.argv[1] if len(sys.argv) > 1 else "*"
     systems = sorted({each.system for each in tersor.models.list(pattern)})
-    rows = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    rows = kept_numbers("onnx_export")  # so that PATTERN adds to them
     with tempfile.TemporaryDirectory() as folder:
         for system in systems:
             rows[system] = tried(system, Path(folder))
             print(system, rows[system], flush=True)
-            KEPT.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            write_numbers("onnx_export", dict(sorted(rows.items())))
             write(rows)
 
 
@@ -98,20 +95,11 @@ def write(rows: dict[str, list[str]]) -> None:
     lines += [f"| {' | '.join([name, *cells])} |" for name, cells in sorted(rows.items(), key=lambda row: row[1][0])]
     lines += [
         "",
-        f"On a shared machine: {_processor()}; {platform.system()}; Python {platform.python_version()}, torch "
-        f"{torch.__version__}, onnxruntime {onnxruntime.__version__}, tersor {tersor.__version__}.",
+        f"On a shared machine: {processor()}; {platform.system()}; {versions('onnxruntime')}.",
         "",
         "`python benchmarks/onnx_export.py`",
     ]
-    RESULT.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
+    write_table("onnx_export", "\n".join(lines))
 
 
 if __name__ == "__main__":

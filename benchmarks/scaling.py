@@ -9,18 +9,15 @@ Rows are measured as quality.py does it, on fewer samples and windows.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-import transformers
-from quality import CALIBRATION, EVALUATION, MODEL, RESULTS, SEQ_LEN, machine, perplexity
+from common import versions, write_numbers, write_table
+from quality import CALIBRATION, MODEL, SEQ_LEN, check_data, perplexity, where
 
-import tersor
 from tersor import RTN
 from tersor.checkpoint.source import resolve
 from tersor.compress import Method, compress
@@ -65,9 +62,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8, help="evaluation windows of 1024 tokens")
     parser.add_argument("--write", action="store_true", help="keep the result in benchmarks/results/")
     arguments = parser.parse_args()
-    for path in (CALIBRATION, EVALUATION):
-        if not path.is_file():
-            sys.exit(f"no {path}: set TERSOR_DATA to the folder that holds text/{path.name}")
+    check_data()
     rows = [Row("original", perplexity(resolve(MODEL), arguments.windows), None)]
     for name, steps in recipes().items():
         rows.append(measure(name, steps, arguments.samples, arguments.windows))
@@ -78,7 +73,6 @@ def main() -> None:
 
 
 def _write(rows: Sequence[Row], samples: int, windows: int) -> None:
-    versions = f"tersor {tersor.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
     command = f"python benchmarks/scaling.py --samples {samples} --windows {windows} --write"
     text = f"""# What awq-scale before rounding is worth
 
@@ -88,12 +82,16 @@ books. Seconds are those of the whole job, reading and writing included.
 
 {table(rows)}
 
-Command: `{command}`. {machine()}; {versions}.
+Command: `{command}`. {where()}; {versions("transformers")}.
 """
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "scaling.md").write_text(text, encoding="utf-8")
-    content = {"command": command, "machine": machine(), "versions": versions, "rows": [asdict(row) for row in rows]}
-    (RESULTS / "scaling.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_table("scaling", text)
+    content = {
+        "command": command,
+        "machine": where(),
+        "versions": versions("transformers"),
+        "rows": [asdict(row) for row in rows],
+    }
+    write_numbers("scaling", content)
 
 
 if __name__ == "__main__":

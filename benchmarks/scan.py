@@ -11,14 +11,13 @@ the process had it: what else the machine does counts little.
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from common import RESULTS, processor
 from torch import Tensor
 
 from tersor.kernels import selective_scan, ssd
@@ -103,7 +102,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="keep the result in benchmarks/results/")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    machine = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{platform.machine()} CPU"
+    machine = torch.cuda.get_device_name() if arguments.device == "cuda" else processor()
     header = f"""# Mamba's recurrences, times faster than token by token
 
 {machine}, one thread, torch {torch.__version__}.
@@ -116,7 +115,7 @@ The op is `chunked` torch on a CPU, Triton on a GPU, there with bfloat16 for Mam
     text = header + "\n".join(rows(arguments.device, arguments.turns)) + "\n"
     print(text)
     if arguments.write:
-        (Path(__file__).parent / "results" / f"scan_{arguments.device}.md").write_text(text)
+        (RESULTS / f"scan_{arguments.device}.md").write_text(text)
 
 
 if __name__ == "__main__":

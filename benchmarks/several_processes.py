@@ -11,16 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from common import processor, versions, write_table
 from torch import Tensor, nn
 
-RESULT = Path(__file__).parent / "results" / "several_processes.md"
 WIDTH, THREADS = 1024, 2
 
 
@@ -69,10 +67,10 @@ def main() -> None:
     for processes in (2, 4):
         seconds, digest = measure(processes)
         lines.append(f"| {processes} | {seconds:.1f} | {alone / seconds:.2f} | {'yes' if digest == same else 'no'} |")
-    where = f"{os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}"
+    where = f"{processor()}, {os.cpu_count()} cores; {versions()}"
     text = f"{(__doc__ or '').strip()}\n\nMachine: {where}.\n\n" + "\n".join(lines) + "\n"
     print(text)
-    RESULT.write_text("# Several processes\n\n" + text, encoding="utf-8")
+    write_table("several_processes", "# Several processes\n\n" + text)
 
 
 if __name__ == "__main__":

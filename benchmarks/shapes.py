@@ -13,13 +13,12 @@ IoU of each number of scales.
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from common import DATA, write_table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -48,7 +47,6 @@ TOKENIZER = {
     "bits": 10,
 }
 SIDE = 40  # grid points for the IoU
-RESULTS = Path(__file__).parent / "results" / "shapes.md"
 
 Field = Callable[[Tensor], Tensor]
 
@@ -116,7 +114,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=list(CLOSED), choices=CLOSED)
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
-    folder = Path(os.environ["TERSOR_DATA"]) / "shapes"
+    folder = DATA / "shapes"
     meshes = {name: normalised(read_mesh(folder / f"{name}.obj")) for name in options.shapes}
     truths = {name: signed_distance(mesh, grid()) for name, mesh in meshes.items()}
     data = Shapes(tuple(meshes.values()), ShapeConfig(points=2048, queries=1024, items=64))
@@ -158,7 +156,7 @@ def main() -> None:
         lines.append(f"| {name} | " + " | ".join(row) + " |")
     print("\n".join(lines))
     if options.write:
-        RESULTS.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_table("shapes", "\n".join(lines))
 
 
 def command(options: argparse.Namespace) -> str:

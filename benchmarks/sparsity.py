@@ -15,11 +15,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import transformers
-from quality import CALIBRATION, EVALUATION, MODEL, RESULTS, SEQ_LEN, machine, perplexity
+from common import versions, write_table
+from quality import CALIBRATION, MODEL, SEQ_LEN, check_data, perplexity, where
 
-import tersor
 from tersor import GPTQ
 from tersor.checkpoint.source import open_checkpoint, resolve
 from tersor.compress import Method, compress
@@ -73,9 +71,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=60, help="evaluation windows of 1024 tokens")
     parser.add_argument("--write", action="store_true", help="keep the table in benchmarks/results/")
     arguments = parser.parse_args()
-    for path in (CALIBRATION, EVALUATION):
-        if not path.is_file():
-            sys.exit(f"no {path}: set TERSOR_DATA to the folder that holds text/{path.name}")
+    check_data()
     directory = resolve(MODEL)
     size = open_checkpoint(directory).size() / 1e6
     rows = [Row("original", None, size, perplexity(directory, arguments.windows), None)]
@@ -88,7 +84,6 @@ def main() -> None:
 
 
 def write(rows: list[Row], samples: int, windows: int) -> None:
-    versions = f"tersor {tersor.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
     command = f"python benchmarks/sparsity.py --samples {samples} --windows {windows} --write"
     text = f"""# What pruning costs
 
@@ -100,9 +95,9 @@ of the whole job, reading and writing included; other jobs ran on the machine.
 
 {table(rows)}
 
-Command: `{command}`. {machine()}; {versions}.
+Command: `{command}`. {where()}; {versions("transformers")}.
 """
-    (RESULTS / "sparsity.md").write_text(text, encoding="utf-8")
+    write_table("sparsity", text)
 
 
 if __name__ == "__main__":

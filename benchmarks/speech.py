@@ -20,11 +20,10 @@ import csv
 import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from side_by_side import data_folder, machine
+from common import DATA, machine, write_table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -37,7 +36,6 @@ from tersor.models.speech.paraformer_parts import padding_mask
 from tersor.tasks.transcribe import FrontEnd, Recordings
 from tersor.train.mwer import edit_distance
 
-RESULT = Path(__file__).parent / "results" / "speech.md"
 RATE, WIDTH, BLOCKS, START, END, FIRST = 8000, 144, 4, 1, 2, 3  # digit d is token FIRST + d
 VOCABULARY = FIRST + 10
 MODEL = {
@@ -65,7 +63,7 @@ class Digit:
 
 
 def read_digits() -> list[Digit]:
-    folder = data_folder() / "speech"
+    folder = DATA / "speech"
     with (folder / "index.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     return [
@@ -242,7 +240,9 @@ def main() -> None:
         machine(),
         "",
     ]
-    RESULT.write_text("\n".join([*text, f"`OMP_NUM_THREADS=1 python benchmarks/speech.py --steps {asked.steps}`", ""]))
+    write_table(
+        "speech", "\n".join([*text, f"`OMP_NUM_THREADS=1 python benchmarks/speech.py --steps {asked.steps}`", ""])
+    )
 
 
 if __name__ == "__main__":

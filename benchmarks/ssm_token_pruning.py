@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from side_by_side import data_folder, machine, speed_ratios
+from common import DATA, RESULTS, machine, speed_ratios
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -36,7 +36,6 @@ import tersor.models.vision.vim as vim_file
 from tersor.data.images import ImageConfig, load_images
 from tersor.methods.tokens.ssm_token_pruning import SsmTokenPruning
 
-RESULTS = Path(__file__).parent / "results"
 MEAN, STD = 0.473, 0.251  # of all pixels, one number for the three channels
 SPEEDS = {"vim_t": ("10,20", (0.8, 0.6)), "vim_s": ("5,10,15", (0.8, 0.7)), "plainmamba_l1": ("6,12,18", (0.8, 0.6))}
 SMALL = {"img_size": 32, "patch_size": 4, "num_classes": 10, "embed_dim": 192, "depth": 12, "drop_path_rate": 0.0}
@@ -69,7 +68,7 @@ def speed(turns: int) -> list[str]:
 
 
 def pictures(name: str, device: str) -> tuple[Tensor, Tensor]:
-    found = load_images(data_folder() / "images" / name, ImageConfig(size=32, mean=(MEAN,) * 3, std=(STD,) * 3))
+    found = load_images(DATA / "images" / name, ImageConfig(size=32, mean=(MEAN,) * 3, std=(STD,) * 3))
     items = [found[n] for n in range(len(found))]
     images = torch.stack([each["image"] for each in items])
     return images.to(device), torch.tensor([int(each["target"]) for each in items], device=device)

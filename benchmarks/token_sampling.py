@@ -17,18 +17,16 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from side_by_side import data_folder, machine, speed_ratios
+from common import DATA, machine, speed_ratios, write_table
 from torch import Tensor
 
 import tersor
 from tersor.evaluate.accuracy import read_images
 from tersor.methods.tokens.ats import AdaptiveTokenSampling
 
-RESULT = Path(__file__).parent / "results" / "token_sampling.md"
 BLOCK = 3  # where the yardsticks drop
 SAMPLED = [("5-", 1.0), ("3-", 1.0), ("3-", 0.5), ("3-", 0.3), ("1-", 1.0)]
 KEPT = (40, 32, 20, 12)
@@ -104,7 +102,7 @@ def main() -> None:
     parser.parse_args()
     torch.manual_seed(0)
     model: Any = tersor.load("demo-vit")
-    pixels, labels = read_images("demo-vit", data_folder() / "images" / "cifar10_test_1000.npz")
+    pixels, labels = read_images("demo-vit", DATA / "images" / "cifar10_test_1000.npz")
     counting: Any = tersor.compress(model, AdaptiveTokenSampling(), format=None).model  # for its `operations`
     rows = rows_of(model)
     one = speed_ratios({row.name: partial(one_by_one, row, pixels[:10]) for row in rows}, turns=5)
@@ -130,7 +128,7 @@ def main() -> None:
     described = (__doc__ or "").strip()
     title = "# Adaptive token sampling on demo-vit"
     text = [title, "", described[described.index("Accuracy:") :], "", *lines, "", machine()]
-    RESULT.write_text("\n".join([*text, "`OMP_NUM_THREADS=1 python benchmarks/token_sampling.py`", ""]))
+    write_table("token_sampling", "\n".join([*text, "`OMP_NUM_THREADS=1 python benchmarks/token_sampling.py`", ""]))
 
 
 if __name__ == "__main__":

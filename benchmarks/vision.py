@@ -16,7 +16,6 @@ model.safetensors; of the original in float32 (its file, in float16, has half of
 
 from __future__ import annotations
 
-import os
 import platform
 import tempfile
 import time
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from common import DATA, versions, write_table
 from torch import Tensor, nn
 
 import tersor
@@ -40,8 +40,7 @@ from tersor.methods.activations.q_hyvit import QHyViT
 from tersor.methods.activations.repquant import RepQuant, freeze, one_batch, wrap
 from tersor.methods.method import Method, ModelMethod, Work
 
-IMAGES = Path(os.environ.get("TERSOR_DATA", "../shared/data")) / "images"
-RESULT = Path(__file__).parent / "results" / "vision.md"
+IMAGES = DATA / "images"
 Labelled = tuple[Tensor, Tensor]
 
 
@@ -126,11 +125,10 @@ def main() -> None:
         lines += [
             "",
             f"{(time.process_time() - processor) / 60:.1f} minutes of one processor core ({minutes:.0f} on the clock, "
-            f"shared), {_processor()}; {platform.system()}; Python {platform.python_version()}, torch {torch.__version__}, "
-            f"tersor {tersor.__version__}.",
+            f"shared), {processor()}; {platform.system()}; {versions()}.",
             "`python benchmarks/vision.py`",
         ]
-        RESULT.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_table("vision", "\n".join(lines))
 
     original = tersor.accuracy(model, test).top1
     print("original", original, flush=True)
@@ -149,13 +147,6 @@ def main() -> None:
             measure(bits, name, methods(*WIDTHS[bits])[name], 0)
     for width in (4, 3):
         measure(f"W{width}", "GPTQ, weights only", tersor.GPTQ(bits=width), 0, images=128)
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tersor.evaluate.perplexity import perplexity as perplexity
     from tersor.tasks.forecast_table import forecast as forecast
 
-__version__ = "0.1.0"
+from tersor.version import __version__
 
 _HOME = {
     "GPTQ": "tersor.compress",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -21,9 +22,9 @@ from tersor import models
 from tersor.advise import Budget, advise
 from tersor.advise.candidates import Candidate, candidates_for
 from tersor.advise.evidence import Evidence, data_mark, keep_evidence, machine_mark, model_mark, read_evidence
-from tersor.advise.plans import FIGURES, Plan, Recipe, command, name_of, recipe_content
+from tersor.advise.plans import FIGURES, Figure, Plan, Recipe, command, name_of, reason, recipe_content
 from tersor.advise.predict import bits_of, distance, predicted_loss
-from tersor.advise.size import size_on_disk, skeleton
+from tersor.advise.size import least_in_memory, least_on_disk, packed_maps, size_on_disk, skeleton
 from tersor.advise.workloads import Workload, kind_of, loss_between, run
 from tersor.checkpoint.source import open_checkpoint
 from tersor.compress.recipe import read_steps
@@ -119,14 +120,31 @@ def test_a_layer_that_does_not_fit_is_told_before_anything_is_made(small: Path) 
         size_on_disk(checkpoint, skeleton(checkpoint), [RTN(group_size=128)])
 
 
-def test_an_impossible_budget_gives_no_plan_and_names_what_binds(
-    small_source: Path, tmp_path: Path, tersor_command: Command
+@pytest.mark.parametrize(("budget", "named"), [(Budget(disk=1000.0), "--disk"), (Budget(memory=1e5), "--memory")])
+@pytest.mark.parametrize("all_of_them", [False, True])
+def test_an_impossible_budget_is_told_by_formulae_alone(
+    small_source: Path, tmp_path: Path, budget: Budget, named: str, all_of_them: bool
 ) -> None:
     file = tmp_path / "none.jsonl"
-    found = ask(small_source, Budget(disk=1000.0), file)
+    only = [each.name for each in candidates_for("text", calibration=True, training=False)] if all_of_them else None
+    found = ask(small_source, budget, file, **({"only": only} if only else {}))
     assert found.plans == ()
-    assert "--disk" in found.binding
+    assert f"{named} 0." in found.binding
+    assert "binds: the least is" in found.binding
     assert not file.exists(), "nothing had to be measured"
+
+
+def test_what_a_process_holds_is_no_less_than_the_formula(small_source: Path) -> None:
+    checkpoint = open_checkpoint(small_source)
+    lazy = skeleton(checkpoint)
+    assert least_in_memory(lazy, {}) <= run(small_source, Workload("text", (), 2, 64, 2, "cpu")).memory
+    assert least_in_memory(lazy, packed_maps(lazy, [RTN(bits=4, group_size=32)])) < least_in_memory(lazy, {})
+    outside = checkpoint.bytes_of_tensors()
+    assert least_on_disk(checkpoint, lazy) == sum(
+        size
+        for name, size in outside.items()
+        if name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
+    )
 
 
 def test_the_command_ends_with_status_1_where_nothing_fits(
@@ -164,6 +182,26 @@ def test_words_with_blanks_are_quoted() -> None:
         words = shlex.split(told)
         assert {"my model", "my book.txt"} <= set(words)
         assert len(recipe) == 1 or "r e.yaml" in words
+
+
+def test_a_plan_of_several_steps_that_no_file_holds_writes_its_own(tmp_path: Path) -> None:
+    recipe: Recipe = (GPTQ(bits=4).options(), {**RTN().options(), "bits": 8})
+    told = command(Plan("any", recipe), "M", {}, recipe_file=None, out="DIR")
+    first, second = told.split(" && ")
+    assert second == "tersor compress recipe plan.yaml M --out DIR"
+    subprocess.run(first, shell=True, cwd=tmp_path, check=True)
+    assert [step.method.options() for step in read_steps(tmp_path / "plan.yaml")] == list(recipe)
+
+
+def test_rows_of_one_speed_are_not_all_the_fastest() -> None:
+    def plan(name: str, disk: float, latency: float, loss: float) -> Plan:
+        figures = [Figure(value, value, value, True) for value in (disk, 1.0 + disk, latency, loss)]
+        return Plan(name, ({"name": name},), *figures)
+
+    plans = [plan("a", 1, 9, 0.1), plan("b", 3, 2, 0.3), plan("c", 4, 2, 0.2), plan("d", 5, 5, 0.01)]
+    said = [reason(each, plans, bounded_loss=True) for each in plans[1:]]
+    assert said == ["as fast as any", "as fast as any", "least loss"]
+    assert reason(plans[1], plans[:2], bounded_loss=True) == "fastest"
 
 
 def test_known_runs_are_not_measured_again_and_plans_keep_every_limit(small_source: Path, seen: Path) -> None:
@@ -240,6 +278,28 @@ def test_what_is_lost_is_predicted_from_the_nearest_run(small_source: Path) -> N
         < distance(three, four.steps)
         < distance(three, ({"name": "drop-blocks", "blocks": 1},))
     )
+
+
+def test_a_loss_within_its_interval_says_only_how_large_it_may_be(small_source: Path) -> None:
+    scores = [[3.0, 3.2, 2.9], [3.01, 3.19, 2.9], [3.11, 3.3, 3.0]]  # 8 bits: no change; 4 bits: 0.1 each
+    base = row(small_source, (), 1, 0.0, latency=1, scores=scores[0])
+    eight, four = (
+        row(small_source, (RTN(bits=bits).options(),), 1, loss, latency=1, scores=mine)
+        for bits, loss, mine in ((8, 1e-9, scores[1]), (4, 0.1, scores[2]))
+    )
+
+    def predicted(bits: Any, *rows: Evidence) -> Any:
+        marks = {"model": base.model_mark, "data": base.data_mark, "machine": base.machine}
+        return predicted_loss((RTN(bits=bits).options(),), [base, *rows], **marks)
+
+    noise = loss_between("text", base.scores, eight.scores)[1]
+    assert noise > 1e-3
+    alone = predicted(4, eight)
+    assert alone.value == pytest.approx((1e-9 + noise) * 10 ** (0.6 * 4))  # not from 1e-9, nor from the least
+    assert alone.low == 0
+    assert "within its interval" in alone.source
+    assert predicted(3, eight, four).evidence == four.id
+    assert predicted(4, replace(eight, loss=-0.01, id="")).value == pytest.approx(noise * 10 ** (0.6 * 4))
 
 
 def test_losses_are_paired() -> None:

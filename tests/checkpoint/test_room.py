@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -13,16 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tersor.checkpoint.hashes import Seen
-from tersor.checkpoint.room import (
-    OWN_IN_JOB,
-    RESULT_FILE,
-    appearing,
-    own_names,
-    remove_own,
-    replacing,
-    strangers,
-    write_record,
-)
+from tersor.checkpoint.room import OWN_IN_JOB, RESULT_FILE, appearing, own_names, remove_own, strangers, write_record
 from tersor.checkpoint.source import Checkpoint
 from tersor.checkpoint.writer import ResultWriter
 from tersor.errors import TersorError
@@ -242,16 +232,3 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
     with pytest.raises(TersorError, match="processor would be lost"), appearing(out, overwrite=True):
         pass
     assert (tmp_path / "processor" / "nested.json").exists()
-
-
-def test_a_file_is_replaced_under_a_name_of_nobody(tmp_path: Path) -> None:
-    for name in ("a.json", "a.json.partial", ".a.json.partial", "a.json.new"):
-        (tmp_path / name).write_text("mine")
-    with replacing(tmp_path / "a.json") as partial:
-        partial.write_text(json.dumps(1))
-    assert (tmp_path / "a.json").read_text() == "1"
-    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "a.json") as partial:
-        raise KeyboardInterrupt
-    found = everything(tmp_path)
-    assert found.pop("a.json") == b"1"
-    assert found == dict.fromkeys(("a.json.partial", ".a.json.partial", "a.json.new"), b"mine")

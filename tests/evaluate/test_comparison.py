@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from tersor.errors import TersorError
 from tersor.evaluate import agreement as classifiers
 from tersor.evaluate import similarities as encoders
 from tersor.evaluate.attribution import Attribution
+from tersor.evaluate.interval import t_quantile
 from tersor.evaluate.logit_cache import Kept, LogitCache, bytes_in
 from tersor.evaluate.similarities import ranks, spearman
 
@@ -54,6 +56,37 @@ def test_one_model_at_a_time_gives_the_same_numbers(small_source: Path, rounded:
         if "cache_size" not in more and "cache" in more:
             assert len(list(kept.iterdir())) == 3
     assert len(list(kept.iterdir())) <= 1
+
+
+def test_a_block_at_a_time_gives_the_same_numbers(
+    small_source: Path, rounded: Path, tmp_path: Path, tersor_command: Command
+) -> None:
+    how: dict[str, Any] = {"seq_len": 16, "max_windows": 6, "device": "cpu", "cache": tmp_path}
+    whole = tersor.divergence(rounded, small_source, TOKENS, stream=False, **{**how, "cache": None})
+    for size in (10**9, 10**9, 1):
+        found = tersor.divergence(rounded, small_source, TOKENS, stream=True, cache_size=size, **how)
+        for name in ("kl", "reverse_kl", "ratio", "same_top1"):
+            assert getattr(found, name).mean == pytest.approx(getattr(whole, name).mean, rel=1e-4), name
+        assert found.noise_floor == pytest.approx(whole.noise_floor, rel=0.2)
+        assert found.kl_quantiles == pytest.approx(whole.kl_quantiles, rel=1e-3, abs=1e-6)
+    quick = ("--seq-len", 16, "--max-windows", 2, *CPU)
+    ran = tersor_command("eval", rounded, "--against", small_source, "--stream", *quick)
+    assert ran.status == 0, ran.err
+    assert "stronger its colour" in ran.out
+    ran = tersor_command("eval", rounded, "--stream", *quick)
+    assert (ran.status, "--stream is for a comparison" in ran.err) == (2, True)
+
+
+def test_the_parts_of_a_passage_join_to_its_text(small_source: Path, rounded: Path, tmp_path: Path) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text("naïve façade — 東京 " * 20)
+    found = tersor.divergence(rounded, small_source, book, seq_len=16, max_windows=2, device="cpu")
+    for passage in found.passages:
+        assert "".join(text for text, _ in passage.parts) == passage.text
+        assert sum(kl for _, kl in passage.parts) / len(passage.parts) == pytest.approx(passage.kl)
+    levels = [(kl, level) for passage in found.passages for _, kl, level in passage.levels()]
+    assert {level for _, level in levels} > {0}
+    assert all((kl >= 0.1) == (level >= 1) and (kl >= 1.5) == (level == 3) for kl, level in levels)
 
 
 def test_what_is_kept_is_used_and_what_is_broken_is_made_again(
@@ -186,7 +219,7 @@ def test_the_jackknife_leaves_out_one_line_at_a_time() -> None:
     left_out = torch.tensor([of([i for i in range(6) if i != n]) for n in range(6)]).double()
     error = math.sqrt(5 / 6 * float((left_out - left_out.mean()).square().sum()))
     assert found.rank_correlation.mean == pytest.approx(of(list(range(6))))
-    assert found.rank_correlation.half_width == pytest.approx(1.96 * error)
+    assert found.rank_correlation.half_width == pytest.approx(t_quantile(5) * error)
 
 
 def test_encoders_on_the_command_line(tmp_path: Path, tersor_command: Command) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import tersor
 from tersor.data.graphs import Graph, GraphConfig, graph_of, read_graph
 from tersor.data.large_graph import Neighbours, spectral_positions
 from tersor.models import create
@@ -60,6 +61,23 @@ def settings(name: str) -> list[str]:
     return [text for each in MODELS[name] for text in ("--set", f"model.{each}")]
 
 
+def compared_here(folder: Path, data: Path, tersor_command: Callable[..., Any]) -> dict[str, Any]:
+    """The model `run` in 3 bits beside itself, and itself beside itself."""
+    how = ("--against", folder / "run", "--data", data, "--device", "cpu", "--json")
+    same = json.loads(tersor_command("eval", folder / "run", *how).out)
+    assert same["change"]["mean"] == same["apart"]["mean"] == 0
+    assert same["score"] == same["base_score"]
+    tersor.compress(folder / "run", tersor.RTN(bits=3, group_size=-1), out=folder / "rounded", device="cpu")
+    ran = tersor_command("eval", folder / "rounded", *how)
+    assert ran.status == 0, ran.err
+    told: dict[str, Any] = json.loads(ran.out)
+    assert told["apart"]["mean"] > 0
+    assert told["score"]["mean"] - told["base_score"]["mean"] == pytest.approx(told["change"]["mean"])
+    shown = tersor_command("eval", folder / "rounded", *how[:-1])
+    assert told["measure"] in shown.out
+    return told
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_trained_on_tables_classifies_nodes_of_tables(
     name: str, folder: Path, tmp_path: Path, tersor_command: Callable[..., Any]
@@ -82,6 +100,10 @@ def test_a_model_trained_on_tables_classifies_nodes_of_tables(
     right = np.mean([row["class"] == wanted for row, wanted in zip(rows[60:], truth[60:], strict=True)])
     assert right == pytest.approx(told["accuracy"]["test"])
     assert all(1 / 3 < float(row["probability"]) <= 1 for row in rows)
+
+    found = compared_here(tmp_path, folder, tersor_command)
+    assert (found["of"], found["part"], found["count"]) == ("nodes", "test", 30)
+    assert found["base_score"]["mean"] == pytest.approx(told["accuracy"]["test"])
 
     lines = (folder / "nodes.csv").read_text().splitlines()  # another graph, without labels or parts
     other = tmp_path / "other"
@@ -229,6 +251,10 @@ def test_whole_graphs_are_predicted(kind: str, tmp_path: Path, tersor_command: C
     rows = list(csv.reader(Path(told["table"]).read_text().splitlines()))
     assert rows[0] == {"class": ["graph", "class", "probability"], "number": ["graph", "class 0"],
                        "labels": ["graph", "class 0", "class 1"]}[kind]  # fmt: skip
+    told = compared_here(tmp_path, tmp_path / "g.npz", tersor_command)
+    assert (told["of"], told["part"]) == ("graphs", "test")
+    assert told["measure"] == {"class": "accuracy", "number": "MAE", "labels": "right labels"}[kind]
+    assert (told["same"] is None) == (kind == "number")
     if kind == "number":
         error = np.abs(np.array([float(row[1]) for row in rows[1:]]) - arrays["y"]).mean()
         assert error < 0.25

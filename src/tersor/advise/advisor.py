@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import tersor
 from tersor.advise.budget import Budget, binding
 from tersor.advise.candidates import Candidate, candidates_for
 from tersor.advise.evidence import (
@@ -35,7 +34,7 @@ from tersor.advise.evidence import (
     model_mark,
     read_evidence,
 )
-from tersor.advise.measure import Measured, NoTimeError, measure
+from tersor.advise.measure import Measured, measure
 from tersor.advise.plans import Figure, Plan, Recipe, frontier, objective, ordered
 from tersor.advise.predict import (
     MEMORY,
@@ -47,17 +46,26 @@ from tersor.advise.predict import (
     latency_formula,
     predicted_loss,
 )
-from tersor.advise.size import bytes_in_memory, packed_maps, size_on_disk, skeleton
+from tersor.advise.size import (
+    bytes_in_memory,
+    least_in_memory,
+    least_on_disk,
+    packed_maps,
+    size_on_disk,
+    skeleton,
+)
 from tersor.advise.workloads import KINDS, PROMPT, Workload, kind_of, loss_between
+from tersor.apart import NoTimeError
 from tersor.checkpoint.lazy_model import LazyModel
-from tersor.checkpoint.load import pick_device
 from tersor.checkpoint.positions import positions_of
 from tersor.checkpoint.source import Checkpoint, open_checkpoint, torch_dtype
+from tersor.devices import pick_device
 from tersor.errors import TersorError
 from tersor.evaluate.machine import Machine, examine, memory_available
 from tersor.layers.linear_map import linear_maps, matrix_shape
+from tersor.progress import Progress, silent
+from tersor.version import __version__
 
-Progress = Callable[[str, int, int], None]
 ROOM = 1.3  # of the original's weights, that must be free in memory to measure it
 
 
@@ -113,7 +121,7 @@ def advise(
 
     Raises TersorError where the model is of a kind that is not advised on, or its data are missing or do not fit.
     """
-    tell = progress or (lambda what, done, total: None)
+    tell = progress or silent
     deadline = time.monotonic() + seconds
     if training > seconds:
         raise TersorError(
@@ -217,16 +225,9 @@ class _Session:
                 f"{self.file}: {len(rows) - len(self.rows)} runs are skipped, of methods or options that this version has not"
             )
         sizes = self._sizes(candidates, left)
-        limit = self.budget.disk
         whole = Plan("original", (), disk=_exact(self.checkpoint.size()))
-        smallest = [Plan(name, (), disk=_exact(size)) for name, size in sizes.items() if size is not None]
-        unknown = [name for name, size in sizes.items() if size is None]
-        if (
-            limit is not None
-            and not unknown
-            and not any(self.budget.keeps("disk", each) for each in [whole, *smallest])
-        ):
-            return self._advice(whole, [whole, *smallest], left, impossible=True)
+        if why := self._impossible(whole, [each for each in candidates if each.name in sizes], sizes):
+            return self._advice(whole, [], left, why=why)
         base = self._base(whole)
         todo = {each.name: each for each in candidates if each.name in sizes}
         tried = 0
@@ -249,6 +250,21 @@ class _Session:
                 left[chosen.name] = str(told)
                 todo.pop(chosen.name)
         return self._advice(base, plans, left)
+
+    def _impossible(self, whole: Plan, candidates: Sequence[Candidate], sizes: Mapping[str, int | None]) -> str:
+        """Why formulae alone say that no recipe keeps the budget; empty where one may."""
+        asked = Budget(disk=self.budget.disk, memory=self.budget.memory)
+        floor = least_on_disk(self.checkpoint, self.lazy)
+        weights = "its weights alone"
+        plans = [replace(whole, memory=_least(least_in_memory(self.lazy, {}), weights))]
+        for each in candidates:
+            size = sizes[each.name]
+            disk = (
+                _least(floor, "what is outside of the blocks alone") if size is None else _exact(size, measured=False)
+            )
+            held = least_in_memory(self.lazy, packed_maps(self.lazy, each.steps)) if size is not None else floor
+            plans.append(Plan(each.name, each.recipe, disk=disk, memory=_least(held, weights)))
+        return "" if any(asked.allows(plan) for plan in plans) else binding(asked, plans)
 
     def _sizes(self, candidates: Sequence[Candidate], left: dict[str, str]) -> dict[str, int | None]:
         sizes: dict[str, int | None] = {}
@@ -276,7 +292,7 @@ class _Session:
         """What was measured here of this recipe, by this version, on these data."""
 
         def same(row: Evidence) -> bool:
-            mine = (self.mark, self.data, self.machine, tersor.__version__)
+            mine = (self.mark, self.data, self.machine, __version__)
             theirs = (row.model_mark, row.data_mark, row.machine, row.version)
             return theirs == mine and row.steps == recipe and (not recipe or row.settings == self.marked)
 
@@ -304,7 +320,7 @@ class _Session:
             data_mark=self.data,
             recipe=[dict(step) for step in recipe],
             machine=self.machine,
-            version=tersor.__version__,
+            version=__version__,
             settings=self.marked,
             disk=measured.disk,
             memory=measured.run.memory,
@@ -413,11 +429,9 @@ class _Session:
 
         return min(open_plans, key=key, default=None)
 
-    def _advice(
-        self, original: Plan, plans: Sequence[Plan], left: dict[str, str], *, impossible: bool = False
-    ) -> Advice:
-        kept = [] if impossible else [plan for plan in plans if self.budget.allows(plan)]
-        why = "" if kept else binding(self.budget, plans)
+    def _advice(self, original: Plan, plans: Sequence[Plan], left: dict[str, str], *, why: str = "") -> Advice:
+        kept = [plan for plan in plans if self.budget.allows(plan)]
+        why = "" if kept else why or binding(self.budget, plans)
         return Advice(
             model=self.model,
             kind=self.work.kind,
@@ -451,6 +465,11 @@ def _told(probe: Machine) -> str:
 
 def _exact(value: float, *, measured: bool = True) -> Figure:
     return Figure(value, value, value, measured, "" if measured else "formula, within 1 %")
+
+
+def _least(value: float, source: str) -> Figure:
+    """What a figure is at least."""
+    return Figure(value, value, value, False, source)
 
 
 def _measured(plan: Plan, row: Evidence) -> Plan:

@@ -62,11 +62,12 @@ def binding(budget: Budget, plans: Sequence[Plan]) -> str:
 
 
 def _best(name: str, limit: float, plans: Sequence[Plan]) -> str:
-    known = [(figure.bound, plan.name) for plan in plans if (figure := plan.figure(name)) is not None]
+    known = [(figure.bound, plan.name, figure.source) for plan in plans if (figure := plan.figure(name)) is not None]
     if not known:
         return f"{OPTIONS[name]} {shown(name, limit)}: nothing was measured that says it"
-    value, plan = min(known)
-    return f"{OPTIONS[name]} {shown(name, limit)} binds: the least is {shown(name, value)} ({plan})"
+    value, plan, source = min(known)
+    told = f"{plan}: {source}" if source else plan
+    return f"{OPTIONS[name]} {shown(name, limit)} binds: the least is {shown(name, value)} ({told})"
 
 
 OPTIONS = {"memory": "--memory", "disk": "--disk", "loss": "--max-loss", "latency": "--max-latency or --min-speed"}

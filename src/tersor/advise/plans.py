@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
@@ -107,8 +108,17 @@ def reason(plan: Plan, plans: Sequence[Plan], *, bounded_loss: bool) -> str:
     for name, theirs in known.items():
         if _dominates(theirs, mine):
             return f"{name} is as good or better in everything"
-    words = ("smallest on disk", "least memory", "fastest", "least loss")
-    least = [word for n, word in enumerate(words) if mine[n] <= min(each[n] for each in known.values())]
+    words = (
+        ("smallest on disk", "as small on disk as any"),
+        ("least memory", "as little memory as any"),
+        ("fastest", "as fast as any"),
+        ("least loss", "as little loss as any"),
+    )
+    least = []
+    for n, (alone, shared) in enumerate(words):
+        values = sorted(each[n] for each in known.values())
+        if mine[n] == values[0]:
+            least.append(shared if values[1:2] == values[:1] else alone)
     return ", ".join(least) or "between the others: no plan is better in everything"
 
 
@@ -132,12 +142,17 @@ def _word(value: Any) -> str:
     return "yes" if value is True else "no" if value is False else str(value)
 
 
-def command(plan: Plan, model: str, settings: Mapping[str, Any], *, recipe_file: str, out: str) -> str:
-    """The command line that makes it, for a shell. Of several steps, one that reads the recipe file."""
+def command(plan: Plan, model: str, settings: Mapping[str, Any], *, recipe_file: str | None, out: str) -> str:
+    """The command line that makes it, for a shell. recipe_file: that holds this plan's recipe; of several steps, one is written
+    first where there is none."""
     if not plan.recipe:
         return ""
-    if len(plan.recipe) > 1:
+    if len(plan.recipe) > 1 and recipe_file is not None:
         return recipe_command(plan.recipe, model, settings, recipe_file=recipe_file, out=out)
+    if len(plan.recipe) > 1:
+        written = shlex.quote(json.dumps(recipe_content(plan.recipe)))  # JSON is YAML
+        command = recipe_command(plan.recipe, model, settings, recipe_file="plan.yaml", out=out)
+        return f"echo {written} > plan.yaml && {command}"
     (step,) = plan.recipe
     fields = methods()[step["name"]].__dataclass_fields__
     options = [word for key, value in _given(step).items() for word in as_words(fields[key], value)]

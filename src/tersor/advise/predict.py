@@ -1,9 +1,14 @@
 """Figures of plans that were not measured: formulae, calibrated by the nearest evidence, with an interval.
 
 Loss: the nearest measured recipe's, moved by the bits between both. Rounding error has a variance of 4^-bits, and the loss is
-about linear in it, so log10 loss moves by -0.6 a bit. Latency: the original's, of which the linear layers' share changes by the
-kernels' speed on this machine; memory: the original's, less what its weights shrink by. Both are moved by how far the nearest
-measured recipe on this machine was from its own prediction. What is farther has a wider interval.
+about linear in it, so log10 loss moves by -0.6 a bit. A measured loss within its own 95 % interval says only how large it may be:
+its upper end is moved, the least is 0, and recipes whose loss is beyond their interval count as nearer.
+
+Latency: the original's, of which the linear layers' share changes by the kernels' speed on this machine; memory: the original's,
+less what its weights shrink by. Both are moved by how far the nearest recipe measured on this machine was from its prediction.
+
+What is farther has a wider interval. The widths (NEAR, FAR, SPEED_NEAR, SPEED_FAR, MEMORY) were set by hand: they come from no
+measurement and promise no share of the cases.
 """
 
 from __future__ import annotations
@@ -14,10 +19,12 @@ from dataclasses import dataclass
 
 from tersor.advise.evidence import Evidence
 from tersor.advise.plans import Figure, Recipe, name_of
+from tersor.advise.workloads import loss_between
 from tersor.evaluate.machine import SIZE, Machine
 
 A_BIT = -0.6  # of log10 loss
 LEAST = 1e-4  # loss below which nothing is told apart
+NOISY = 2.0  # added to the distance of a recipe whose loss is within its interval
 NEAR, FAR = (
     0.12,
     0.35,
@@ -80,17 +87,32 @@ def predicted_loss(recipe: Recipe, rows: Sequence[Evidence], *, model: str, data
         foreign = 0.0 if row.model_mark == model else 2.0
         return (distance(recipe, row.steps) + foreign + (row.data_mark != data), row.machine != machine, row.id)
 
+    def preference(row: Evidence) -> tuple[float, bool, str]:
+        apart, elsewhere, mark = farness(row)
+        return apart + NOISY * (row.loss <= noise_of(row, rows)), elsewhere, mark
+
     known = [row for row in rows if row.recipe and _alike(recipe, row.steps)]
     if not known:
         return None
-    row = min(known, key=farness)
-    apart = farness(row)[0]
-    moved = math.log10(max(row.loss, LEAST)) + A_BIT * (bits_of(recipe) - bits_of(row.steps))
+    row = min(known, key=preference)
+    apart, noise = farness(row)[0], noise_of(row, rows)
+    within = row.loss <= noise
+    level = max(row.loss, 0.0) + noise if within else row.loss
+    moved = math.log10(max(level, LEAST)) + A_BIT * (bits_of(recipe) - bits_of(row.steps))
     half = NEAR + FAR * apart
     where = "" if row.model_mark == model else f" on {row.model}"
-    source = f"from {name_of(row.steps)}{where}"
-    low = 0.0 if moved - half <= math.log10(LEAST) else 10 ** (moved - half)
+    source = f"from {name_of(row.steps)}{where}" + (", whose loss is within its interval" if within else "")
+    low = 0.0 if within or moved - half <= math.log10(LEAST) else 10 ** (moved - half)
     return Figure(10**moved, low, 10 ** (moved + half), False, source, row.id)
+
+
+def noise_of(row: Evidence, rows: Sequence[Evidence]) -> float:
+    """Half of the 95 % interval of a row's loss; 0 where it is not known."""
+    for base in reversed(rows):
+        if not base.recipe and (base.model_mark, base.data_mark) == (row.model_mark, row.data_mark):
+            half = loss_between(row.kind, base.scores, row.scores)[1]
+            return half if math.isfinite(half) else 0.0
+    return 0.0
 
 
 def kernel_ratio(machine: Machine, bits: int, rows: int) -> float:

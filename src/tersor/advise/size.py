@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from tersor.calibrate.blocks import find_blocks
 from tersor.checkpoint.lazy_model import LazyModel, compute_dtype
 from tersor.checkpoint.source import Checkpoint, torch_dtype
 from tersor.compress.plan import make_plan, with_fitting_layout
@@ -35,6 +36,23 @@ def size_on_disk(checkpoint: Checkpoint, lazy: LazyModel, steps: Sequence[Method
         return checkpoint.size()  # other numbers in the place of the old ones
     job = with_fitting_layout(lazy.module, job_of(Recipe(last), settings_of({})))
     return checkpoint.size() - _replaced(checkpoint, lazy, job) + _packed(lazy, job)
+
+
+def least_on_disk(checkpoint: Checkpoint, lazy: LazyModel) -> int:
+    """Bytes that stay whatever is done to the blocks: those of the tensors outside."""
+    bytes_of = checkpoint.bytes_of_tensors()
+    inside = tuple(f"{unit.name}." for unit in find_blocks(lazy.module) if unit.name)
+    if not inside:  # all of it is one block
+        return 0
+    return sum(bytes_of[key] for name, keys in lazy.keys_of.items() if not name.startswith(inside) for key in keys)
+
+
+def least_in_memory(lazy: LazyModel, packed: dict[str, int]) -> int:
+    """Bytes of the weights alone, no less than which a process holds that runs them: packed layers in their bits without steps,
+    others as stored."""
+    return bytes_in_memory(
+        lazy, packed, min(torch_dtype(lazy.checkpoint.config).itemsize, lazy.dtype.itemsize), steps=0.0
+    )
 
 
 def skeleton(checkpoint: Checkpoint) -> LazyModel:
@@ -74,8 +92,8 @@ def _packed(lazy: LazyModel, job: Job) -> int:
     return total
 
 
-def bytes_in_memory(lazy: LazyModel, packed: dict[str, int], width: int) -> int:
-    """Of all weights as they are loaded: `width` bytes a number, packed layers in their bits."""
+def bytes_in_memory(lazy: LazyModel, packed: dict[str, int], width: int, *, steps: float = 0.3) -> int:
+    """Of all weights as they are loaded: `width` bytes a number, packed layers in their bits and `steps` more."""
     total = 0
     shared: set[int] = set()
     apart = {id(parameter): name for name in packed for parameter in _parameters(lazy, name)}
@@ -85,7 +103,7 @@ def bytes_in_memory(lazy: LazyModel, packed: dict[str, int], width: int) -> int:
         shared.add(id(parameter))
         if id(parameter) in apart:
             bits = packed[apart[id(parameter)]]
-            total += int(parameter.numel() * (bits + 0.3) / 8)
+            total += int(parameter.numel() * (bits + steps) / 8)
         else:
             total += parameter.numel() * width
     return total

@@ -22,13 +22,13 @@ import torch
 from torch import nn
 
 from tersor import models
-from tersor.checkpoint.load import load, load_tokenizer, pick_device
+from tersor.checkpoint.load import load, load_tokenizer
 from tersor.checkpoint.positions import positions_of
 from tersor.checkpoint.source import Checkpoint, resolve
-from tersor.compress.result import peak_memory
 from tersor.data.series_memory import scaled
 from tersor.data.tables import TableConfig, read_series
 from tersor.data.text import read_text
+from tersor.devices import peak_memory, pick_device
 from tersor.errors import TersorError
 from tersor.evaluate.accuracy import read_images
 from tersor.evaluate.interval import half_width

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -108,15 +108,18 @@ def probe_of(batch: Batch, tokens: int = 64) -> Batch:
 
 def to_device(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
     """Tensors on the device, floating ones in the model's dtype."""
+    return each_tensor(batch, lambda value: value.to(device, dtype if value.is_floating_point() else None))
 
-    def move(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.to(device, dtype) if value.is_floating_point() else value.to(device)
+
+def each_tensor(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    """A sample with all its tensors changed, those in tuples and lists too."""
+
+    def changed(value: Any) -> Any:
         if isinstance(value, tuple | list):
-            return type(value)(move(each) for each in value)
-        return value
+            return type(value)(changed(each) for each in value)
+        return change(value) if isinstance(value, Tensor) else value
 
-    return {name: move(value) for name, value in batch.items()}
+    return {name: changed(value) for name, value in batch.items()}
 
 
 def _follows(ids: Tensor, value: Any) -> bool:

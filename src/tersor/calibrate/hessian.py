@@ -17,11 +17,15 @@ from tersor.kernels import gram
 
 
 class Hessian:
-    """The mean over samples. `total` is Σ x xᵀ so far, `matrix` is H; both are [columns, columns]."""
+    """The mean over samples. `total` is Σ x xᵀ so far, `matrix` is H; both are [columns, columns].
+
+    deviation: Σ (x₀ - x) xᵀ, where x₀ are the inputs of the original model; None where they are not compared.
+    """
 
     def __init__(self, columns: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         self._total = torch.zeros(columns, columns, device=device, dtype=torch.float64)
         self._half = False  # whether the part above the diagonal is out of date
+        self.deviation: Tensor | None = None
         self.dtype = dtype  # of the products, and of H
         self.samples = 0
         self.tokens = 0
@@ -46,6 +50,13 @@ class Hessian:
             x = x * weights.sqrt()[:, None]
         self.total += x.t() @ x
 
+    def compare(self, original: Tensor, x: Tensor) -> None:
+        """Take in by how much the original's inputs [tokens, columns] differ from x, which `add` took in."""
+        if self.deviation is None:
+            self.deviation = torch.zeros_like(self._total)
+        x = x.to(self.dtype)
+        self.deviation += (original.to(self.dtype) - x).t() @ x
+
     @property
     def total(self) -> Tensor:
         if self._half:
@@ -59,7 +70,14 @@ class Hessian:
 
     @property
     def matrix(self) -> Tensor:
-        total = self.total
+        return self._mean(self.total)
+
+    @property
+    def mean_deviation(self) -> Tensor | None:
+        """The deviation on the scale of H."""
+        return None if self.deviation is None else self._mean(self.deviation)
+
+    def _mean(self, total: Tensor) -> Tensor:
         found = torch.empty(total.shape, dtype=self.dtype, device=total.device)
         return torch.mul(total, 2 / max(self.samples, 1), out=found)
 

@@ -1,41 +1,17 @@
-"""Several processes on one job: which samples each has, and one set of statistics made from all.
-
-Built on torch.distributed. Every process runs the same code and has a rank. Where no process group was started, there is one
-process of rank 0, and the functions here return what they are given. A process that waits for another that has ended gets a
-LostProcessError.
-"""
+"""Several processes on one calibration: who has which samples, and one set of statistics out of everybody's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TypeVar, cast
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from tersor.calibrate.hessian import Hessian
-from tersor.errors import TersorError
+from tersor.processes import gather, processes, rank, together
 
 T = TypeVar("T")
-
-
-class LostProcessError(TersorError):
-    """Another process of the job is gone."""
-
-
-def processes() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def is_first() -> bool:
-    """Whether this is the process that writes, prints and verifies."""
-    return rank() == 0
 
 
 def share(samples: Sequence[T]) -> list[T]:
@@ -48,48 +24,6 @@ def sample_number(n: int) -> int:
     return n * processes() + rank()
 
 
-def agree(value: T) -> T:
-    """The first process's value, for all."""
-    if processes() == 1:
-        return value
-    box = [value]
-    with _together():
-        dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def once(work: Callable[[], T]) -> T:
-    """Run `work` on the first process only. All get its value, or the TersorError that it raised."""
-    if processes() == 1:
-        return work()
-    result: tuple[T | None, TersorError | None] = (None, None)
-    if is_first():
-        try:
-            result = (work(), None)
-        except TersorError as error:
-            result = (None, error)
-    value, failure = agree(result)
-    if failure is not None:
-        raise failure
-    return cast(T, value)
-
-
-def gather(value: T) -> list[T]:
-    """Every process's value, by rank."""
-    if processes() == 1:
-        return [value]
-    box = [value] * processes()
-    with _together():
-        dist.all_gather_object(box, value)
-    return box
-
-
-def send(tensor: Tensor, source: int) -> None:
-    """Fill `tensor` on every process with what it holds on rank `source`."""
-    with _together():
-        dist.broadcast(tensor, src=source)
-
-
 def combine(hessians: Mapping[str, Hessian], device: torch.device) -> dict[str, Hessian]:
     """The Hessians over all samples, from each process's own. Sums the given totals in place.
 
@@ -99,7 +33,12 @@ def combine(hessians: Mapping[str, Hessian], device: torch.device) -> dict[str, 
     if processes() == 1:
         return dict(hessians)
     first = {id(hessian): n for n, hessian in reversed(list(enumerate(hessians.values())))}
-    everyone = gather([(first[id(h)] if h.tokens else -1, h.samples, h.tokens, h.weight) for h in hessians.values()])
+    everyone = gather(
+        [
+            (first[id(h)] if h.tokens else -1, h.samples, h.tokens, h.weight, h.deviation is not None)
+            for h in hessians.values()
+        ]
+    )
     combined: dict[tuple[int, ...], Hessian] = {}
     taken: set[int] = set()
     result: dict[str, Hessian] = {}
@@ -113,19 +52,13 @@ def combine(hessians: Mapping[str, Hessian], device: torch.device) -> dict[str, 
             whole.weight = sum(each[n][3] for each in everyone)
             taken.add(id(own))
             if whole.tokens:
-                with _together():
+                with together():
                     dist.all_reduce(whole.total)
+                if any(each[n][4] for each in everyone):
+                    part = torch.zeros_like(whole.total) if own.deviation is None else own.deviation
+                    whole.deviation = part.to(device, copy=True)
+                    with together():
+                        dist.all_reduce(whole.deviation)
             combined[key] = whole
         result[name] = combined[key]
     return result
-
-
-@contextmanager
-def _together() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:  # what all backends raise where a connection is lost or a peer does not come
-        raise LostProcessError(
-            f"another process of this job has ended ({str(error).splitlines()[0]}); "
-            "finished blocks are kept, and the same command goes on from there"
-        ) from error

@@ -90,18 +90,21 @@ def gather_hessians(
     *,
     once: bool,
     dtype: torch.dtype = torch.float32,
+    original: Original | None = None,
 ) -> dict[str, Hessian]:
     """The Hessian of each linear map over all calls. Maps that are called with one tensor (queries, keys, values) share one,
     and so do convolutions that read the same windows of it. A map that no call reaches has a Hessian of zeros.
 
     rows: how much an expert's rows count (see `routing.py`). once: no map is called twice in a pass, so a pass may end after the
-    last map. Raises NotFiniteError, naming module and sample, where an input is not finite.
+    last map. original: what the inputs are compared with. Raises NotFiniteError, naming module and sample, where an input is not
+    finite.
     """
     hessians: dict[str, Hessian] = {}
     owner: dict[str, str] = {}  # for each map, the first of those that share its Hessian
     previous: tuple[str, Any] = ("", None)
     reached: set[str] = set()
     together = 1  # how many samples the running call holds
+    theirs: dict[str, list[Tensor]] = {}  # what the original's maps saw in that call
 
     def note(name: str, x: Tensor) -> None:
         nonlocal previous
@@ -113,17 +116,20 @@ def gather_hessians(
         if owner[name] == name:
             matrix, samples = input_matrix(linears[name], x)
             hessians[name].add(matrix, samples if x.dim() > 2 else together, _weights(linears[name], rows))
+            if original is not None and not is_expert(name):
+                exact = theirs[name].pop(0) if theirs.get(name) else matrix
+                hessians[name].compare(exact if exact.shape == matrix.shape else matrix, matrix)
         previous = (name, x)
         reached.add(name)
         if once and len(reached) == len(linears):
             raise _Enough
 
-    with watch_inputs(linears, note):
-        for call in calls:
-            reached.clear()
-            previous, together = ("", None), len(call.numbers)
-            with suppress(_Enough):
-                call.run()
+    for n, call in enumerate(calls):
+        theirs = {} if original is None else original.inputs(linears, n, once=once)
+        reached.clear()
+        previous, together = ("", None), len(call.numbers)
+        with watch_inputs(linears, note), suppress(_Enough):
+            call.run()
     for name, hessian in hessians.items():
         if not bool(torch.isfinite(hessian.total).all()):
             raise NotFiniteError(_where_not_finite(name, linears[name], calls))
@@ -131,6 +137,52 @@ def gather_hessians(
         name: hessians[owner[name]] if name in owner else Hessian(columns_of(module), dtype=dtype)
         for name, module in linears.items()
     }
+
+
+@dataclass(frozen=True)
+class Original:
+    """A block as it was. calls: those of the original model, one beside each call of the compressed one; None where its samples
+    took another path."""
+
+    module: nn.Module
+    weights: Mapping[str, Tensor]
+    calls: Sequence[Call | None]
+
+    def inputs(self, linears: Mapping[str, LinearMap], n: int, *, once: bool) -> dict[str, list[Tensor]]:
+        """What each map sees [tokens, columns] in call n, time after time. Experts are left out: their tokens are others where
+        the router chooses otherwise."""
+        maps = {name: each for name, each in linears.items() if not is_expert(name)}
+        found: dict[str, list[Tensor]] = {}
+        previous: tuple[str, Any] = ("", None)
+
+        def note(name: str, x: Tensor) -> None:
+            nonlocal previous
+            alike = previous[1] is x and window_of(maps[previous[0]]) == window_of(maps[name])
+            # A copy, because a model may go on to change its tensor in place.
+            seen = found[previous[0]][-1] if alike else input_matrix(maps[name], x)[0].clone()
+            found.setdefault(name, []).append(seen)
+            previous = (name, x)
+            if once and len(found) == len(maps):
+                raise _Enough
+
+        call = self.calls[n]
+        if call is not None and maps:
+            with self.weights_in_place(), watch_inputs(maps, note), suppress(_Enough):
+                call.run()
+        return found
+
+    @contextmanager
+    def weights_in_place(self) -> Iterator[None]:
+        """The block computes as it did at first here."""
+        parameters = dict(self.module.named_parameters())
+        now = {name: each.data for name, each in parameters.items()}
+        try:
+            for name, each in parameters.items():
+                each.data = self.weights[name]
+            yield
+        finally:
+            for name, each in parameters.items():
+                each.data = now[name]
 
 
 def gather_means(

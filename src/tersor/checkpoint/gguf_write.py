@@ -31,11 +31,12 @@ from tersor.checkpoint.gguf_read import PLAIN
 from tersor.checkpoint.gguf_tokenizer import tokenizer_metadata
 from tersor.checkpoint.lazy_model import LazyModel
 from tersor.checkpoint.load import load_tokenizer
-from tersor.checkpoint.room import replacing
 from tersor.checkpoint.source import open_checkpoint, torch_dtype
 from tersor.errors import TersorError
+from tersor.files import replacing
 from tersor.formats.gguf_blocks import BLOCK_TYPES, choose_type, pack_blocks
 from tersor.formats.layouts import PACKED_SUFFIXES
+from tersor.progress import Progress
 
 TYPE_OF = {dtype: name for name, dtype in PLAIN.items()}
 
@@ -70,7 +71,7 @@ def export(
     *,
     dtype: str = "auto",
     overwrite: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Exported:
     """Write a model of the LLaMA family (llama, mistral, qwen2, qwen3), original or quantized, as a GGUF file.
 
@@ -144,7 +145,7 @@ def _plan(
     lazy: LazyModel,
     architecture: Architecture,
     dtype: torch.dtype | None,
-    progress: Callable[[str, int, int], None] | None,
+    progress: Progress | None,
 ) -> list[_Entry]:
     """All tensors of the file, after checking names, block types and overflow."""
     config: Any = lazy.module.config

@@ -16,6 +16,7 @@ from tersor.checkpoint.lazy_model import LazyModel, compute_dtype
 from tersor.checkpoint.preprocessing import PREPROCESSOR
 from tersor.checkpoint.published import checkpoint_as
 from tersor.checkpoint.source import Checkpoint, open_checkpoint
+from tersor.devices import pick_device
 from tersor.errors import TersorError
 from tersor.layers.quantized_linear import prepare_layers
 from tersor.untrusted import first_words, pretrained, read_json_object
@@ -143,19 +144,3 @@ def named_tokenizer(name: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     return pretrained(AutoTokenizer, name, "tokenizer")
-
-
-def pick_device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        picked = torch.device(device)
-    except RuntimeError:
-        raise TersorError(f"{device!r} is no device; use auto, cpu, cuda or cuda:N") from None
-    if picked.type not in ("cpu", "cuda"):
-        raise TersorError(f"device {device!r} is none that tersor runs on; use auto, cpu, cuda or cuda:N")
-    if picked.type == "cuda" and not torch.cuda.is_available():
-        raise TersorError(f"device {device}: this machine has no usable CUDA GPU")
-    if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
-        raise TersorError(f"device {device}: this machine has {torch.cuda.device_count()} GPUs, counted from cuda:0")
-    return picked

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tersor import models
+from tersor.checkpoint.disk import disk_errors
 from tersor.errors import TersorError
 from tersor.formats.weight_files import weight_files
 from tersor.layers.exchange import EXCHANGED
@@ -110,8 +111,6 @@ _made: dict[tuple[Any, ...], Path] = {}
 def _converted(
     path: Path, name: str, options: str, stamp: tuple[int, ...], config: Mapping[str, Any] | None = None
 ) -> Path:
-    from tersor.checkpoint.room import disk_errors  # imported here because room.py imports this file
-
     key = (path, name, options, stamp)
     if key not in _made:
         model = models.create(name, **json.loads(options))

@@ -7,7 +7,6 @@ nobody's: they are neither followed nor removed.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -18,10 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
+from tersor.checkpoint.disk import disk_errors
 from tersor.checkpoint.source import JOB_FOLDER, Checkpoint
 from tersor.errors import TersorError
+from tersor.files import umask
 
 RESULT_FILE = "tersor.json"
 RUN_FILE = "tersor-run.json"  # how the job went: times and memory, which differ from run to run
@@ -211,45 +210,3 @@ def write_record(folder: Path, result: Mapping[str, Any]) -> None:
     )
     text = json.dumps({**result, "files": files}, indent=2, ensure_ascii=False) + "\n"
     (folder / RESULT_FILE).write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a file to write, under an unused name. In the end it becomes `path`, which is the old or the new file at any
-    moment."""
-    handle, name = tempfile.mkstemp(prefix=".tersor-", suffix=".partial", dir=path.parent)
-    os.close(handle)
-    partial = Path(name)
-    try:
-        yield partial
-        partial.chmod(0o666 & ~umask())  # a temporary file is its owner's alone
-        settle(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def settle(partial: Path, path: Path) -> None:
-    """Rename a file once it has reached the disk: after a power cut there is the old or the new one, never an empty one."""
-    with partial.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-@contextmanager
-def disk_errors(out: Path) -> Iterator[None]:
-    """A failure to write becomes a TersorError that says what to do."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-        if full:
-            raise TersorError(
-                f"the disk of {out} is full; the finished blocks are kept: make room and give the same command again"
-            ) from None
-        raise TersorError(f"cannot write to {out}: {error}") from None

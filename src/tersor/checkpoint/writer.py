@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tersor.checkpoint.disk import disk_errors
 from tersor.checkpoint.hashes import Seen, block_hash
 from tersor.checkpoint.room import (
     JOURNAL,
@@ -30,19 +31,17 @@ from tersor.checkpoint.room import (
     Inputs,
     block_name,
     check_replaceable,
-    disk_errors,
     is_plain_file,
     own_names,
     read_object,
     record_of,
     remove_own,
-    settle,
     strangers,
-    umask,
 )
 from tersor.checkpoint.source import INDEX, JOB_FOLDER, Checkpoint
 from tersor.checkpoint.splice import Piece, pieces_of, splice
 from tersor.errors import TersorError
+from tersor.files import settle, umask
 
 SINGLE_FILE_LIMIT = 5 * 10**9  # bytes; a larger result keeps one shard per block
 

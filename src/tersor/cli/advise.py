@@ -25,10 +25,10 @@ from tersor.advise.budget import (
 )
 from tersor.advise.evidence import DEFAULT
 from tersor.advise.plans import Figure, Plan, command, reason, recipe_command, recipe_content
-from tersor.checkpoint.room import replacing
 from tersor.cli.options import AsJson, Device, Overwrite
 from tersor.cli.progress import progress_bar
 from tersor.errors import TersorError
+from tersor.files import replacing
 
 NO_PLAN = 1  # exit status
 UNIT = {"text": "token", "image": "picture", "series": "window"}
@@ -171,7 +171,11 @@ def _print(found: Advice, out: Path | None) -> None:
         table.add_row(star, plan.name, *cells)
     if found.plans:
         Console(width=None if Console().is_terminal else 160).print(table)
-        typer.echo("\n*: on the frontier, no other plan is as good in everything; ~: predicted, with its interval")
+        typer.echo("\n*: on the frontier, no other plan is as good in everything")
+        if not all(plan.measured for plan in found.plans):
+            typer.echo(
+                "~: predicted; its interval is a rule of thumb with widths set by hand, not a confidence interval"
+            )
     for plan in found.plans:
         typer.echo(f"\n{plan.name}: {reason(plan, found.plans, bounded_loss=found.budget.loss is not None)}")
         if source := _source(plan):
@@ -185,8 +189,8 @@ def _print(found: Advice, out: Path | None) -> None:
 
 
 def _command(found: Advice, plan: Plan, out: Path | None) -> str:
-    flags = found.settings
-    return command(plan, found.model, flags, recipe_file=str(out or "recipe.yaml"), out="DIR")
+    mine = str(out) if out is not None and plan is found.chosen else None  # the file holds the first plan's recipe
+    return command(plan, found.model, found.settings, recipe_file=mine, out="DIR")
 
 
 def _source(plan: Plan) -> str:

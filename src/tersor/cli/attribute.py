@@ -10,13 +10,14 @@ from typing import Annotated
 
 import typer
 
-from tersor.checkpoint.room import disk_errors, read_object, replacing
-from tersor.cli.harness import refuse
-from tersor.cli.options import AsJson, Device
+from tersor.checkpoint.disk import disk_errors
+from tersor.checkpoint.room import read_object
+from tersor.cli.options import AsJson, Device, refuse
 from tersor.cli.progress import progress_bar
 from tersor.errors import TersorError
 from tersor.evaluate.attribute import BY, state_file
 from tersor.evaluate.attribution import Attribution, Row, Suggestion, cumulative
+from tersor.files import replacing
 from tersor.report.attribution_plot import plot_attribution
 from tersor.report.forecast_plot import check_plot
 from tersor.tasks.attribution import attribution
@@ -48,6 +49,13 @@ def attribute(
         bool,
         typer.Option("--suggest/--no-suggest", help="Quantize again with more bits for these layers, and measure."),
     ] = True,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Hold a block of each language model in memory, not both models. [default: where both do not fit]",
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Write all of it as JSON, and the recipe beside it. A call that was stopped goes on."),
@@ -61,8 +69,7 @@ def attribute(
 
     Each compressed layer is put into the original (alone), and each original layer into the compressed model (restored); the
     change of the divergence is shown with half of its 95 % interval. Blocks come first, then the layers of the costly ones.
-    Then the job is done again with more bits for the most costly layers; that takes as long as the job did. Both models are in
-    memory.
+    Then the job is done again with more bits for the most costly layers; that takes as long as the job did.
 
     Example: `tersor attribute demo-3bit --against demo --out lost.json --plot lost.png`.
     """
@@ -87,6 +94,7 @@ def attribute(
                 state=None if out is None else state_file(out),
                 layers=layers,
                 bits=bits if suggestion else None,
+                stream=stream,
                 dtype=dtype,
                 device=device,
                 progress=progress,

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from tersor.cli.options import AsJson, Device
 from tersor.cli.progress import progress_bar
-from tersor.compress.result import peak_memory
+from tersor.devices import peak_memory
 from tersor.errors import TersorError
 from tersor.runtime import bench as runtime
 from tersor.runtime.bench import Spread, Turn

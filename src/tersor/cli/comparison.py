@@ -6,13 +6,17 @@ import json
 from collections.abc import Callable
 from typing import TypeVar
 
+import typer
+
 from tersor.evaluate.agreement import Agreement
-from tersor.evaluate.divergence import Divergence
+from tersor.evaluate.divergence import Divergence, Passage
 from tersor.evaluate.interval import Estimate
 from tersor.evaluate.similarities import Similarities
 from tersor.tasks.forecast_compared import ForecastsCompared
+from tersor.tasks.graphs_compared import GraphsCompared
 
 T = TypeVar("T")
+COLOURS = (None, "yellow", "bright_red", "magenta")  # of a token by its divergence
 INTERVAL = "± is half of a 95 % interval"
 
 
@@ -41,9 +45,14 @@ def of_texts(found: Divergence, anchor: Divergence | None) -> list[str]:
         lines.append(
             f"  {each.low:.3f} to {each.high:.3f}         {each.tokens:>9,}  {each.kl:>8.4f}  {100 * each.same_top1:>10.1f} %"
         )
-    lines += ["", "most different:"]
-    lines += [f"  {each.kl:.3f} nats in window {each.window}: {json.dumps(each.text)}" for each in found.passages]
+    lines += ["", "most different, the more a token differs the stronger its colour:"]
+    lines += [f'  {each.kl:.3f} nats in window {each.window}: "{_coloured(each)}"' for each in found.passages]
     return lines
+
+
+def _coloured(passage: Passage) -> str:
+    """The text, escaped as in JSON; colours go where the output is no terminal."""
+    return "".join(typer.style(json.dumps(part)[1:-1], fg=COLOURS[level]) for part, _, level in passage.levels())
 
 
 def of_images(found: Agreement, anchor: Agreement | None) -> list[str]:
@@ -86,11 +95,31 @@ def of_forecasts(found: ForecastsCompared, anchor: ForecastsCompared | None) -> 
     ]
 
 
+def of_graphs(found: GraphsCompared, anchor: GraphsCompared | None) -> list[str]:
+    beside = _beside(found, anchor)
+    scale, unit = (1, "") if found.measure == "MAE" else (100, " %")
+    lines = [
+        f"{found.count:,} {found.of}, {found.part} ones; {INTERVAL}",
+        f"{found.measure:<16} {_value(found.score, scale)}{unit}, the original's {_value(found.base_score, scale)}{unit}"
+        + beside(lambda each: f"{_value(each.score, scale)}{unit}"),
+        f"  change         {_value(found.change, scale)}" + beside(lambda each: _value(each.change, scale)),
+    ]
+    if found.same is not None:
+        lines += [
+            f"same answers     {_value(found.same, 100)} %"
+            + beside(lambda each: "" if each.same is None else f"{_value(each.same, 100)} %"),
+            f"  flips          {_flips(found)}" + beside(_flips_short),
+        ]
+    apart = "KL divergence" if found.measure == "accuracy" else "squared change"
+    return [*lines, f"{apart:<16} {_value(found.apart)}" + beside(lambda each: _value(each.apart))]
+
+
 SHOWN: dict[str, Callable[..., list[str]]] = {
     "text": of_texts,
     "images": of_images,
     "sentences": of_sentences,
     "data": of_forecasts,
+    "graph": of_graphs,
 }
 
 
@@ -99,13 +128,17 @@ def _beside(found: T, anchor: T | None) -> Callable[[Callable[[T], str]], str]:
     return lambda figure: "" if anchor is None else f"  [8 bits: {figure(anchor)}]"
 
 
-def _flips(found: Divergence | Agreement) -> str:
+def _flips(found: Divergence | Agreement | GraphsCompared) -> str:
+    assert found.harmful_flips is not None
+    assert found.helpful_flips is not None
     return (
         f"{100 * found.harmful_flips:.2f} % from right to wrong, {100 * found.helpful_flips:.2f} % from wrong to right"
     )
 
 
-def _flips_short(found: Divergence | Agreement) -> str:
+def _flips_short(found: Divergence | Agreement | GraphsCompared) -> str:
+    assert found.harmful_flips is not None
+    assert found.helpful_flips is not None
     return f"{100 * found.harmful_flips:.2f} %, {100 * found.helpful_flips:.2f} %"
 
 

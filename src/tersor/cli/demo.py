@@ -16,10 +16,11 @@ from rich.table import Table
 from tersor.checkpoint.room import check_free
 from tersor.checkpoint.source import JOB_FOLDER, open_checkpoint
 from tersor.cli.options import Samples
-from tersor.cli.progress import Report, progress_bar
+from tersor.cli.progress import progress_bar
 from tersor.compress import GPTQ, RTN, Method, compress
 from tersor.evaluate.inspection import inspect_checkpoint
 from tersor.evaluate.perplexity import perplexity
+from tersor.progress import Progress
 from tersor.report.collect import collect
 from tersor.report.page import check_page, write_page
 from tersor.runtime.generate import stream
@@ -50,7 +51,7 @@ def demo(
     for column in ("", "size on disk", "bits a weight", "perplexity", "seconds"):
         table.add_column(column, justify="right" if column else "left")
 
-    def measure(name: str, model: str | Path, seconds: float | None, progress: Report) -> None:
+    def measure(name: str, model: str | Path, seconds: float | None, progress: Progress) -> None:
         def evaluating(what: str, done: int, total: int) -> None:
             progress(f"{name}: {what}", done, total)
 
@@ -64,7 +65,7 @@ def demo(
             "" if seconds is None else f"{seconds:.1f}",
         )
 
-    def quantize(name: str, method: Method, target: Path, progress: Report) -> None:
+    def quantize(name: str, method: Method, target: Path, progress: Progress) -> None:
         def compressing(what: str, done: int, total: int) -> None:
             progress(f"{name}: {what}", done, total)
 
@@ -94,7 +95,7 @@ def demo(
         console.print(f"\nThe quantized model is in {out}: tersor generate {out} --prompt '...'")
 
 
-def _report(results: Sequence[Path], page: Path, seq_len: int, windows: int, progress: Report) -> str:
+def _report(results: Sequence[Path], page: Path, seq_len: int, windows: int, progress: Progress) -> str:
     """Write the page, and say where it is."""
     if find_spec("plotly") is None:
         return "A page with what was lost, and where, needs plotly: pip install 'tersor[report]'"

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from tersor.cli import comparison
-from tersor.cli.harness import given, refuse, show_harness
-from tersor.cli.options import AsJson, Device, Variant, opened_as
-from tersor.cli.progress import Report, progress_bar
+from tersor.cli.harness import show_harness
+from tersor.cli.options import AsJson, Device, Variant, given, opened_as, refuse
+from tersor.cli.progress import progress_bar
 from tersor.errors import TersorError
 from tersor.evaluate.accuracy import accuracy
 from tersor.evaluate.agreement import agreement
@@ -21,17 +21,20 @@ from tersor.evaluate.divergence import CACHE_SIZE, divergence
 from tersor.evaluate.logit_cache import bytes_in
 from tersor.evaluate.perplexity import perplexity
 from tersor.evaluate.similarities import similarities
+from tersor.progress import Progress
 from tersor.tasks.compared import FORECASTS, Inputs, check_inputs, compared_on
 from tersor.tasks.forecast_compared import forecasts_compared
+from tersor.tasks.graphs_compared import graphs_compared
 
 # What does nothing in a comparison with --against, by what the models are compared on.
 IDLE = {
     "text": ("max_images",),
-    "sentences": ("seq_len", "max_windows", "max_images", "cache", "cache_size"),
-    "images": ("text", "seq_len", "max_windows", "cache", "cache_size"),
-    "data": ("text", "seq_len", "max_images", "cache", "cache_size"),
+    "sentences": ("seq_len", "max_windows", "max_images", "cache", "cache_size", "stream"),
+    "images": ("text", "seq_len", "max_windows", "cache", "cache_size", "stream"),
+    "data": ("text", "seq_len", "max_images", "cache", "cache_size", "stream"),
+    "graph": ("text", "seq_len", "max_windows", "max_images", "cache", "cache_size", "stream"),
 }
-Compare = Callable[[str | Path, Report], Any]  # a model, beside the original
+Compare = Callable[[str | Path, Progress], Any]  # a model, beside the original
 
 
 def evaluate(
@@ -42,7 +45,9 @@ def evaluate(
         Path | None,
         typer.Option(help="Labelled images instead: a folder with one subfolder a class, or a packed .npz."),
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="A table, with --against, for forecasters.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="With --against: a table for forecasters, a graph for graph models.")
+    ] = None,
     against: Annotated[
         str | None, typer.Option(help="The original: how far the predictions are from its own, one by one.")
     ] = None,
@@ -54,6 +59,13 @@ def evaluate(
     ] = None,
     cache_size: Annotated[
         str | None, typer.Option(help="What they may take on disk; the oldest go first. [default: 4GB]")
+    ] = None,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="With --against: hold a block of each language model in memory. [default: where one does not fit]",
+        ),
     ] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens a window.")] = 1024,
     max_windows: Annotated[int | None, typer.Option(help="Evaluate only the first windows.")] = None,
@@ -78,7 +90,8 @@ def evaluate(
     """Perplexity of a language model over windows of a text that do not overlap; accuracy of a classifier with --images.
 
     In each window, tokens 2 to n are predicted. With --against, the model's predictions are compared with the original's: those
-    of a language model, a classifier (--images), a sentence encoder (the lines of --text) or a forecaster (--data).
+    of a language model, a classifier (--images), a sentence encoder (the lines of --text), a forecaster or a graph
+    model (--data).
 
     With --tasks, the model answers tasks of EleutherAI's harness, in windows of its own length or of --seq-len.
 
@@ -90,7 +103,18 @@ def evaluate(
         refuse(
             context,
             "--tasks",
-            ("text", "images", "data", "against", "anchors", "cache", "cache_size", "max_windows", "max_images"),
+            (
+                "text",
+                "images",
+                "data",
+                "against",
+                "anchors",
+                "cache",
+                "cache_size",
+                "stream",
+                "max_windows",
+                "max_images",
+            ),
         )
         length = seq_len if given(context, "seq_len") else None
         show_harness(
@@ -111,24 +135,28 @@ def evaluate(
         refuse(context, f"models that are compared on {how}", IDLE[how])
         size = CACHE_SIZE if cache_size is None else bytes_in(cache_size)
 
-        def compare(each: str | Path, said: Report) -> Any:
+        def compare(each: str | Path, said: Progress) -> Any:
             if how == "images":
                 assert images is not None
                 return agreement(each, against, images, max_images=max_images, progress=said, **place)
             if how == "sentences":
                 return similarities(each, against, source, progress=said, **place)
+            if how == "graph":
+                assert data is not None
+                return graphs_compared(each, against, data, **place)
             if how == "data":
                 assert data is not None
                 most = FORECASTS if max_windows is None else max_windows
                 return forecasts_compared(each, against, data, most=most, **place)
-            sizes: dict[str, Any] = {"seq_len": seq_len, "max_windows": max_windows}
+            sizes: dict[str, Any] = {"seq_len": seq_len, "max_windows": max_windows, "stream": stream}
             return divergence(each, against, source, cache=cache, cache_size=size, progress=said, **sizes, **place)
 
         show = comparison.SHOWN[how]
         _against(model, against, compare, show, anchors=anchors, device=device, as_json=as_json)
         return
-    for name, value in (("--data", data), ("--anchors", anchors), ("--cache", cache), ("--cache-size", cache_size)):
-        if value:
+    alone = {"--data": data, "--cache": cache, "--cache-size": cache_size, "--stream": stream}
+    for name, value in {**alone, "--anchors": anchors or None}.items():
+        if value is not None:
             raise TersorError(f"{name} is for a comparison: give --against the original")
     if images is None:
         refuse(context, "perplexity", ("max_images",))
@@ -141,8 +169,9 @@ def evaluate(
     if as_json:
         typer.echo(json.dumps({"model": model, **found.__dict__}))
     else:
+        half = "" if found.half_width is None else f" ± {found.half_width:.2g}"
         typer.echo(
-            f"perplexity {found.perplexity:.4f} over {found.tokens:,} tokens in {found.windows} windows of {seq_len}"
+            f"perplexity {found.perplexity:.4f}{half} over {found.tokens:,} tokens in {found.windows} windows of {seq_len}"
         )
 
 

@@ -9,8 +9,7 @@ from typing import Annotated
 import typer
 
 from tersor.checkpoint.gguf_write import export as export_gguf
-from tersor.cli.harness import refuse
-from tersor.cli.options import AsJson, Variant, opened_as
+from tersor.cli.options import AsJson, Variant, opened_as, refuse
 from tersor.cli.progress import progress_bar
 from tersor.errors import TersorError
 

@@ -11,11 +11,11 @@ from typing import Annotated
 
 import typer
 
-from tersor.checkpoint.room import replacing
 from tersor.cli.notes import show_notes
 from tersor.cli.options import AsJson, Device
 from tersor.data.tables import TableConfig, read_series, told
 from tersor.errors import TersorError
+from tersor.files import replacing
 from tersor.report.forecast_plot import check_plot, plot_forecast
 from tersor.tasks.forecast_table import Forecast, as_trained, forecast_series, open_model
 

@@ -1,29 +1,14 @@
-"""What `tersor eval --tasks` prints, and the refusal of options that go with another kind of evaluation."""
+"""What `tersor eval --tasks` prints."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 import typer
 
 from tersor.cli.notes import show_notes
 from tersor.cli.progress import progress_bar
-from tersor.errors import TersorError
-
-
-def given(context: typer.Context, option: str) -> bool:
-    """Whether the user gave this option (a parameter's name) on the command line."""
-    source = context.get_parameter_source(option)
-    return source is not None and source.name == "COMMANDLINE"
-
-
-def refuse(context: typer.Context, what: str, options: Iterable[str], way_out: str = "leave it out") -> None:
-    """Raise TersorError where one of the options was given, which do nothing for `what`."""
-    for option in options:
-        if given(context, option):
-            raise TersorError(f"--{option.replace('_', '-')} does nothing for {what}; {way_out}")
 
 
 def show_harness(

@@ -12,7 +12,6 @@ from typing import Any
 
 import typer
 
-from tersor.calibrate.parallel import is_first
 from tersor.cli.progress import progress_bar
 from tersor.cli.summary import print_summary
 from tersor.cli.torchrun import together
@@ -22,6 +21,7 @@ from tersor.compress.recipe import Recipe
 from tersor.compress.settings import Settings, applies, settings_of
 from tersor.errors import TersorError
 from tersor.methods.method import Method
+from tersor.processes import is_first
 
 NUMBERS = (int, float)
 

@@ -19,8 +19,8 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-import tersor
 from tersor.errors import TersorError
+from tersor.version import __version__
 
 # In the order of `tersor --help`. A verb is the function of its name in the module of its name, but for these.
 VERBS = (
@@ -108,7 +108,7 @@ INTERRUPTED = 130  # the exit status that typer makes of Ctrl-C, without a word
 
 def _version(value: bool) -> None:
     if value:
-        typer.echo(f"tersor {tersor.__version__}")
+        typer.echo(f"tersor {__version__}")
         raise typer.Exit
 
 
@@ -169,7 +169,7 @@ def _own_fault(error: Exception, given: Sequence[str]) -> str:
         with tempfile.NamedTemporaryFile(
             "w", prefix="tersor-", suffix=".log", delete=False, encoding="utf-8", errors="backslashreplace"
         ) as file:
-            file.write(f"tersor {tersor.__version__}, Python {sys.version}\n{list(given)}\n\n{details}")
+            file.write(f"tersor {__version__}, Python {sys.version}\n{list(given)}\n\n{details}")
     except OSError:
         return f"{_kind_of(error)}; {advice}"
     return f"{_kind_of(error)}; the details are in {file.name}, and {advice}"

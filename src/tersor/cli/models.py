@@ -8,10 +8,9 @@ from typing import Annotated
 
 import typer
 
-import tersor.models
 from tersor.cli.options import AsJson
 from tersor.errors import TersorError
-from tersor.models import ModelInfo
+from tersor.models import ModelInfo, registry
 
 
 def models(
@@ -26,7 +25,7 @@ def models(
     Without a pattern, one line an architecture; with one, every published variant that matches. `tersor show NAME` tells
     what an architecture is and how it is used.
     """
-    found = tersor.models.list() if pattern is None else tersor.models.list(pattern)
+    found = registry.list_models() if pattern is None else registry.list_models(pattern)
     if not found:
         raise TersorError(f"no model matches {pattern!r}; `tersor models` without a pattern lists all")
     if as_json:

@@ -1,10 +1,13 @@
-"""Options that several commands have, with their help."""
+"""Options that several commands have, with their help, and the refusal of those that do nothing."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated
 
 import typer
+
+from tersor.errors import TersorError
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Samples = Annotated[int, typer.Option(help="Calibration samples.")]
@@ -43,3 +46,16 @@ def opened_as(model: str, variant: str | None) -> str:
     from tersor.checkpoint.published import checkpoint_as
 
     return str(checkpoint_as(model, variant))
+
+
+def given(context: typer.Context, option: str) -> bool:
+    """Whether the user gave this option (a parameter's name) on the command line."""
+    source = context.get_parameter_source(option)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def refuse(context: typer.Context, what: str, options: Iterable[str], way_out: str = "leave it out") -> None:
+    """Raise TersorError where one of the options was given, which do nothing for `what`."""
+    for option in options:
+        if given(context, option):
+            raise TersorError(f"--{option.replace('_', '-')} does nothing for {what}; {way_out}")

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
 
-Report = Callable[[str, int, int], None]
+from tersor.progress import Progress
 
 
 @contextmanager
-def progress_bar(*, quiet: bool = False) -> Iterator[Report]:
+def progress_bar(*, quiet: bool = False) -> Iterator[Progress]:
     """A `progress(what, done, total)` that draws one bar where standard error is a terminal, and prints a report with total 0
     as a line; silent where `quiet`."""
     console = Console(stderr=True)
@@ -22,7 +23,7 @@ def progress_bar(*, quiet: bool = False) -> Iterator[Report]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=True) as bar:
+    with Bars(*columns, console=console, disable=quiet or not console.is_terminal, transient=True) as bar:
         task = bar.add_task("starting", total=None)
 
         def report(what: str, done: int, total: int) -> None:

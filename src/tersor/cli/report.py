@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tersor.cli.harness import refuse
-from tersor.cli.options import Device
+from tersor.cli.options import Device, refuse
 from tersor.cli.progress import progress_bar
 from tersor.errors import TersorError
 
@@ -49,7 +48,7 @@ def report(
 
     Examples: `tersor report demo-4bit --against demo`, `tersor report demo-3bit demo-4bit --against demo --measure`.
     """
-    from tersor.checkpoint.room import replacing
+    from tersor.files import replacing
     from tersor.report.collect import collect
     from tersor.report.page import check_page, write_page
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-import tersor.models
+from tersor import models
 
 
 def show(
@@ -19,13 +19,13 @@ def show(
 
     Example: `tersor show shvit`.
     """
-    info = tersor.models.find(name)
+    info = models.find(name)
     spec = importlib.util.find_spec(info.module)
     assert spec is not None
     assert spec.origin is not None
     source = Path(spec.origin).read_text(encoding="utf-8")
     typer.echo(ast.get_docstring(ast.parse(source)))
-    variants = [each for each in tersor.models.list() if each.system == info.system]
+    variants = [each for each in models.list() if each.system == info.system]
     typer.echo(f"\nTask: {info.task}. Input: {info.input}. Paper: {info.paper}.\n\nVariants:")
     width = max(len(each.name) for each in variants)
     for each in variants:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tersor.calibrate.statistics import is_expert
-from tersor.compress.result import Summary
+from tersor.compress.summary import Summary
 from tersor.formats.layouts import PLAIN
 
 HIDDEN = ("condition",)  # of a row: the report shows it

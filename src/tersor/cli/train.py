@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from torch import nn
 
-import tersor.models
+from tersor import models
 from tersor.checkpoint.load import load
 from tersor.checkpoint.preprocessing import PREPROCESSOR, image_settings
 from tersor.checkpoint.source import open_checkpoint
@@ -26,13 +26,15 @@ from tersor.data.denoising import DenoisingConfig
 from tersor.errors import TersorError
 from tersor.layers.exchange import EXCHANGED
 from tersor.models.config import checked_config
+from tersor.processes import is_first
+from tersor.progress import Progress
 from tersor.tasks import Sets, Task, task_of
 from tersor.tasks.long_range_arena import PREFIX, prepare
 from tersor.train.config import TrainConfig
 from tersor.train.objectives import Objective, answering
 from tersor.train.self_pretraining import self_pretrain
-from tersor.train.trainer import Progress, validate
 from tersor.train.trainer import train as run_training
+from tersor.train.trainer import validate
 from tersor.untrusted import read_json, read_json_object, read_toml, readable
 
 SECTIONS = ("model", "data", "train", "pretrain")
@@ -110,16 +112,15 @@ def _train(
     told["validation"] = result.validation
     if sets.test is not None:
         told["test"] = validate(net, sets.test, objective, batch_size=settings.batch_size)
-    rank = 0
+    first = is_first()
     if torch.distributed.is_initialized():
-        rank = torch.distributed.get_rank()
         torch.distributed.destroy_process_group()
-    if rank == 0:
+    if first:
         _print(told, as_json=as_json)
 
 
 def _task(name: str) -> Task:
-    info = tersor.models.find(name)
+    info = models.find(name)
     return task_of(info.task, info.input)
 
 
@@ -223,7 +224,7 @@ def _saved(what: str, checkpoint: Path | None, overrides: dict[str, Any]) -> nn.
 
 def _registered(name: str) -> bool:
     try:
-        tersor.models.find(name)
+        models.find(name)
     except TersorError:
         return False
     return True
@@ -243,8 +244,8 @@ def _as_it_was_trained(folder: Path) -> dict[str, Any]:
 def _build(name: str, checkpoint: Path | None, overrides: dict[str, Any]) -> nn.Module:
     try:
         if checkpoint is not None:
-            return tersor.models.load(name, checkpoint, **overrides)
-        return tersor.models.create(name, **overrides)
+            return models.load(name, checkpoint, **overrides)
+        return models.create(name, **overrides)
     except (
         TypeError,
         ValueError,

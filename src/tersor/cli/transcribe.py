@@ -14,12 +14,12 @@ import typer
 from tersor.checkpoint.load import load
 from tersor.checkpoint.preprocessing import saved_settings
 from tersor.checkpoint.published import checkpoint_as
-from tersor.checkpoint.room import replacing
 from tersor.checkpoint.source import open_checkpoint
 from tersor.cli.options import Device
 from tersor.cli.progress import progress_bar
 from tersor.data.speech import SUFFIXES, blocks_of_stream
 from tersor.errors import TersorError
+from tersor.files import replacing
 from tersor.models import find
 from tersor.tasks.predict import input_files
 from tersor.tasks.subtitles import FORMATS, as_text

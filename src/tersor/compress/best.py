@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tersor.checkpoint.lazy_model import LazyModel, compute_dtype
-from tersor.checkpoint.load import TOKENIZER_FILES, pick_device
+from tersor.checkpoint.load import TOKENIZER_FILES
 from tersor.checkpoint.positions import positions_of
 from tersor.checkpoint.source import open_checkpoint
 from tersor.compress.forecast import PASSES, products_per_second
 from tersor.compress.recipe import Recipe
 from tersor.compress.settings import Settings
+from tersor.devices import pick_device
 from tersor.errors import TersorError
 from tersor.layers.linear_map import linear_maps, matrix_shape
 from tersor.methods.method import Method

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
-import tersor
 from tersor.compress.plan import Plan
 from tersor.compress.recipe import Recipe
 from tersor.formats.layout import Description, Layout, QuantizationConfig
 from tersor.layers.linear_map import embeddings
 from tersor.methods.method import BlockMethod
+from tersor.version import __version__
 
 
 def quantization_config(
@@ -58,7 +58,7 @@ def quantization_config(
             in_block=[name.removeprefix(f"{unit.name}.") for name in plan.linears[unit.name]],
             head=any(found is head for found in plan.all_linears().values()),
             embeddings=bool(tables),
-            version=tersor.__version__,
+            version=__version__,
         )
     )
 

@@ -16,12 +16,13 @@ from tersor.checkpoint.lazy_model import LazyModel
 from tersor.checkpoint.source import torch_dtype
 from tersor.checkpoint.writer import SINGLE_FILE_LIMIT
 from tersor.compress.plan import Plan
-from tersor.compress.result import peak_memory
+from tersor.devices import peak_memory
 from tersor.layers.linear_map import matrix_shape
 from tersor.methods.block import STATISTICS_MEMORY
 
 PASSES = 3.5  # runs of a block: its call order, its statistics (true-sequential ones stop early), its outputs
 HESSIAN_BYTES = 12  # for each number of a Hessian: its sum in float64, and the mean in float32
+COMPARED = 2  # passes and waiting samples double where the original model runs beside
 SOLVER_COPIES = 6  # of a Hessian and of a weight, held while a layer is solved
 
 
@@ -42,6 +43,7 @@ def forecast(lazy: LazyModel, plan: Plan, batches: Sequence[Batch], device: torc
     """An estimate within a factor of about two. It assumes that every token passes through every layer, and that the largest
     part of the model has been in memory once."""
     tokens = sum(_tokens(batch) for batch in batches)
+    streams = COMPARED if any(method.compares for method in plan.methods.values()) else 1
     work, solving, replaced, packed = 0.0, 0, 0, 0
     original = torch_dtype(lazy.checkpoint.config).itemsize
     widths: Counter[int] = Counter()
@@ -52,7 +54,10 @@ def forecast(lazy: LazyModel, plan: Plan, batches: Sequence[Batch], device: torc
             grids = plan.methods[name].quantization()
             bits, group = (grids.bits, grids.group_size) if grids else (8 * original, -1)
             squares = 0 if isinstance(found, nn.Embedding) else width**2  # an embedding has no Hessian
-            work += (PASSES * tokens * rows * width if squares else 0) + (tokens + rows + width) * squares
+            work += (
+                streams * (PASSES * tokens * rows * width if squares else 0)
+                + (streams * tokens + rows + width) * squares
+            )
             solving = max(solving, SOLVER_COPIES * 4 * (squares + rows * width))
             experts += HESSIAN_BYTES * width**2 if is_expert(name) else 0
             replaced += original * rows * width
@@ -60,7 +65,11 @@ def forecast(lazy: LazyModel, plan: Plan, batches: Sequence[Batch], device: torc
             widths[width] += 1
         solving = max(solving, min(experts, STATISTICS_MEMORY))
     hidden = widths.most_common(1)[0][0]
-    waiting = 2 * tokens * hidden * lazy.dtype.itemsize if activations == "device" or device.type == activations else 0
+    waiting = (
+        2 * streams * tokens * hidden * lazy.dtype.itemsize
+        if activations == "device" or device.type == activations
+        else 0
+    )
     result = lazy.checkpoint.size() - replaced + packed
     return Forecast(
         seconds=work / products_per_second(device, lazy.dtype),

@@ -10,12 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from tersor.calibrate.parallel import processes
 from tersor.compress.driver import compress_module
 from tersor.compress.packed import compress_packed_checkpoint, compress_packed_module
 from tersor.compress.recipe import Recipe, Rule, make_rules
 from tersor.compress.result import Compressed
-from tersor.compress.run_record import keep_run
+from tersor.compress.run_record import run_of, write_run
 from tersor.compress.settings import Job, Settings, job_of, refuse_idle, settings_of
 from tersor.compress.steps import run_steps
 from tersor.compress.stream import compress_checkpoint
@@ -23,6 +22,7 @@ from tersor.compress.target_bits import with_chosen_bits
 from tersor.compress.whole_model import compress_whole_checkpoint, compress_whole_module
 from tersor.errors import TersorError
 from tersor.methods.method import BlockMethod, Method, PackedMethod
+from tersor.processes import is_first, processes
 
 
 def compress(
@@ -71,7 +71,10 @@ def compress(
         result = run_steps(model, steps, asked, run_job)
     else:
         result = run_job(model, job_of(steps[0], asked))
-    return keep_run(result, model, steps, asked)
+    result.run = run_of(result.summary, model, steps, asked)
+    if result.directory is not None and is_first():
+        write_run(result.directory, result.run)
+    return result
 
 
 def _steps(method: Method | Sequence[Method | Recipe], rules: Sequence[Rule | Mapping[str, Any]]) -> list[Recipe]:

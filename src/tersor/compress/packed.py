@@ -22,10 +22,11 @@ from tersor.checkpoint.load import load_tokenizer
 from tersor.checkpoint.room import RESULT_FILE, appearing, check_free, inputs_of, record_of, write_record
 from tersor.checkpoint.source import STEPS, Checkpoint, open_checkpoint
 from tersor.checkpoint.writer import model_fingerprint
-from tersor.compress.result import Compressed, Summary, directory_for
+from tersor.compress.result import Compressed, directory_for
 from tersor.compress.samples import read_samples, samples_by_path
 from tersor.compress.settings import Job, asked_of
 from tersor.compress.stream import record_of_job
+from tersor.compress.summary import Summary
 from tersor.compress.whole_model import check_rules, compared
 from tersor.errors import TersorError
 from tersor.formats.layouts import LAYOUTS, Layout, write

@@ -23,7 +23,8 @@ from tersor.layers.experts import ExpertMap
 from tersor.layers.linear_map import LinearMap, is_conv1d, linear_maps, matrix_shape
 from tersor.layers.quantized_embedding import why_not_packed
 from tersor.layers.routers import ROUTERS, router_maps
-from tersor.methods.method import BlockMethod, Progress
+from tersor.methods.method import BlockMethod
+from tersor.progress import Progress
 
 # Layers that servers split along their inputs, by the names that transformers gives them.
 ROW_PARALLEL = re.compile(r"(^|\.)(o_proj|out_proj|down_proj|c_proj|dense|dense_4h_to_h|fc2|fc_out|w2|wo)(\.\d+)?$")

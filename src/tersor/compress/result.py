@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,41 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from tersor.checkpoint.load import load
+from tersor.compress.run_record import write_run
+from tersor.compress.save import copy_directory, save_module
 from tersor.compress.settings import Job
+from tersor.compress.summary import Summary, loss_of
 from tersor.compress.walk import Prepared
+from tersor.devices import memory_now, peak_memory
 from tersor.formats.packed_weight import PackedWeight
 from tersor.layers.linear_map import LinearMap, matrix_shape
 from tersor.methods.block import LayerReport
-from tersor.methods.method import Report
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a job did. Sizes in bytes, times in seconds."""
-
-    model: str  # its name, or its class where a module was given
-    method: dict[str, Any]  # its options
-    format: str | None  # None: exact numbers, in memory
-    layers: Sequence[Report]
-    left: list[str]  # linear layers that stay as they were
-    seconds: float
-    seconds_per_block: dict[str, float]
-    peak_memory: int
-    bits_per_weight: float
-    quantization: dict[str, Any]  # the `quantization_config` in config.json
-    size_before: int | None = None
-    size_after: int | None = None
-    divergence: float | None = None  # mean KL from the original's predictions on the probe, in nats; None: no classes
-    agreement: float | None = None  # how often both predict the same class of the probe
-    resumed_blocks: int = 0  # finished by an earlier run
-    parameters_before: int | None = None
-    parameters_after: int | None = None
-    sparsity: float | None = None  # share of zeros in the layers that were made sparse
-    steps: Sequence[dict[str, Any]] = ()  # of a recipe of several: the methods, in order
-    memory_per_block: dict[str, int] = field(default_factory=dict)  # bytes held when each block was finished
-
-    def as_dict(self) -> dict[str, Any]:
-        return {**self.__dict__, "layers": [layer.row() for layer in self.layers]}
 
 
 @dataclass
@@ -73,9 +45,6 @@ class Compressed:
 
     def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
         """Write the checkpoint. Raises TersorError where the directory is taken."""
-        from tersor.compress.run_record import write_run
-        from tersor.compress.save import copy_directory, save_module
-
         target = Path(directory).expanduser()
         if self.directory is not None:
             return copy_directory(self.directory, target, overwrite=overwrite)
@@ -141,39 +110,3 @@ def sparsity_of(reports: Sequence[LayerReport], maps: Mapping[str, LinearMap]) -
     shares = {each.name: each.sparsity for each in reports if each.sparsity is not None}
     sizes = {name: rows * columns for name in shares for rows, columns in [matrix_shape(maps[name])]}
     return sum(shares[name] * sizes[name] for name in sizes) / sum(sizes.values()) if sizes else None
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that the GPU's allocator held, or that this process had resident. Linux says it as VmHWM; `ru_maxrss` would
-    count the parent of a spawned process too."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
-    except (OSError, StopIteration, ValueError):
-        pass
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return resident if sys.platform == "darwin" else resident * 1024
-
-
-def memory_now(device: torch.device) -> int:
-    """Bytes that the GPU's allocator holds, or that this process has resident. The peak, where the system says nothing else."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-        return pages * resource.getpagesize()
-    except (OSError, ValueError, IndexError):
-        return peak_memory(device)
-
-
-def loss_of(before: Tensor | None, after: Tensor | None) -> dict[str, Any]:
-    """Divergence and agreement of two outputs [..., classes]. Empty where they cannot be compared."""
-    if before is None or after is None or before.shape != after.shape or before.dim() < 2:
-        return {}
-    after = after.to(before.device)
-    p, q = before.double().log_softmax(-1), after.double().log_softmax(-1)
-    divergence = (p.exp() * (p - q)).sum(-1).mean()
-    agreement = (before.argmax(-1) == after.argmax(-1)).double().mean()
-    return {"divergence": float(divergence), "agreement": float(agreement)}

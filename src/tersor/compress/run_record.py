@@ -19,29 +19,17 @@ from typing import Any
 import torch
 from torch import nn
 
-import tersor
-from tersor.calibrate.parallel import is_first, processes
-from tersor.checkpoint.room import RUN_FILE, disk_errors
+from tersor.checkpoint.disk import disk_errors
+from tersor.checkpoint.room import RUN_FILE
 from tersor.compress.recipe import Recipe, plain_rule
-from tersor.compress.result import Compressed
 from tersor.compress.settings import Settings
+from tersor.compress.summary import Summary
 from tersor.methods.method import BlockMethod, as_words
+from tersor.processes import processes
+from tersor.version import __version__
 
-NOT_GIVEN_AGAIN = (
-    "out",
-    "overwrite",
-    "redo",
-    "tokenizer",
-    "progress",
-)  # not part of a command that makes the result again
-
-
-def keep_run(result: Compressed, model: str | Path | nn.Module, steps: Sequence[Recipe], asked: Settings) -> Compressed:
-    """The result with its run, which is also written into the result's directory."""
-    result.run = run_of(result, model, steps, asked)
-    if result.directory is not None and is_first():
-        write_run(result.directory, result.run)
-    return result
+# Not part of a command that makes the result again.
+NOT_GIVEN_AGAIN = ("out", "overwrite", "redo", "tokenizer", "progress")
 
 
 def write_run(directory: Path, run: Any) -> None:
@@ -51,11 +39,8 @@ def write_run(directory: Path, run: Any) -> None:
         (directory / RUN_FILE).write_text(text, encoding="utf-8")
 
 
-def run_of(
-    result: Compressed, model: str | Path | nn.Module, steps: Sequence[Recipe], asked: Settings
-) -> dict[str, Any]:
+def run_of(summary: Summary, model: str | Path | nn.Module, steps: Sequence[Recipe], asked: Settings) -> dict[str, Any]:
     """What is kept. Times in seconds, sizes in bytes; `blocks` in the order in which they were finished."""
-    summary = result.summary
     device = torch.device(asked.device) if asked.device != "auto" else None
     gpu = torch.cuda.is_available() and (device is None or device.type == "cuda")
     recipe = recipe_of(steps)
@@ -93,7 +78,7 @@ def run_of(
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
         },
-        "versions": {"tersor": tersor.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": {"tersor": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
 
 

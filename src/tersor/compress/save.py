@@ -16,7 +16,7 @@ from tersor import models
 from tersor.checkpoint.quantization_config import parse_config
 from tersor.checkpoint.room import RESULT_FILE, RUN_FILE, Inputs, appearing, write_record
 from tersor.checkpoint.source import STEPS, Checkpoint, torch_dtype
-from tersor.compress.result import Summary
+from tersor.compress.summary import Summary
 from tersor.errors import TersorError
 from tersor.formats.layouts import PLAIN, layout_named, write
 from tersor.layers.exchange import EXCHANGED, exchanged_in

@@ -21,7 +21,6 @@ import torch
 from tersor.calibrate.activations import PLACES
 from tersor.calibrate.batches import Calibration
 from tersor.calibrate.routing import Routing, parse_routing
-from tersor.checkpoint.load import pick_device
 from tersor.compress.conditions import (
     BLOCKS,
     BY_NAME,
@@ -37,10 +36,12 @@ from tersor.compress.conditions import (
     Condition,
 )
 from tersor.compress.recipe import Recipe
+from tersor.devices import pick_device
 from tersor.errors import TersorError
 from tersor.formats.layout import Layout
 from tersor.formats.layouts import layout_named
-from tersor.methods.method import BlockMethod, Method, Progress
+from tersor.methods.method import BlockMethod, Method
+from tersor.progress import Progress, silent
 from tersor.untrusted import check_seed
 
 AUTO = "auto"
@@ -144,7 +145,7 @@ class Settings:
     )
     allow_pickle: bool = setting(False, "Read pickled weights (.bin) too.", only=(BY_NAME,))
     tokenizer: Any = setting(None, "The tokenizer of a text, where the model has none of its own.", typed=object)
-    progress: Progress = setting(lambda what, done, total: None, "Called as progress(what, done, total).", typed=object)
+    progress: Progress = setting(silent, "Called as progress(what, done, total).", typed=object)
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.seq_len < 1:

@@ -21,18 +21,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import tersor
 from tersor.calibrate.batches import fingerprint
-from tersor.calibrate.parallel import processes
-from tersor.checkpoint.room import RESULT_FILE, check_free, disk_errors, inputs_of, read_object, replacing
+from tersor.checkpoint.disk import disk_errors
+from tersor.checkpoint.room import RESULT_FILE, check_free, inputs_of, read_object
 from tersor.checkpoint.source import JOB_FOLDER, Checkpoint, open_checkpoint
 from tersor.checkpoint.writer import model_fingerprint
 from tersor.compress.packed import as_packed_before, check_keeps_zeros
 from tersor.compress.recipe import Recipe
-from tersor.compress.result import Compressed, Summary, directory_for, loss_of
+from tersor.compress.result import Compressed, directory_for
 from tersor.compress.settings import AUTO, Job, Settings, applies, job_of
+from tersor.compress.summary import Summary, loss_of
 from tersor.errors import TersorError
+from tersor.files import replacing
 from tersor.methods.method import BlockMethod, PackedMethod, Report
+from tersor.processes import processes
+from tersor.version import __version__
 
 ASKED, REPORTED = "asked.json", "step-{}.json"
 Run = Callable[[str | Path | nn.Module, Job], Compressed]
@@ -179,7 +182,7 @@ def _asked(source: Checkpoint, steps: Sequence[Recipe], asked: Settings) -> dict
     counts = {name: getattr(asked, name) for name in ("samples", "seq_len", "seed")}
     recipes = [{**step.method.options(), "rules": str(step.rules)} for step in steps]
     facts = {
-        "version": tersor.__version__,
+        "version": __version__,
         "model": model_fingerprint(source),
         "files beside the model": _listing(source.directory, source.other_files()) if source.origin is None else "",
         "steps": recipes,

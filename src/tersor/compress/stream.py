@@ -16,10 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-import tersor
 from tersor.calibrate.batches import Batch, fingerprint, without_cache
 from tersor.calibrate.blocks import units_of
-from tersor.calibrate.parallel import agree, is_first, processes
 from tersor.checkpoint.hashes import Seen
 from tersor.checkpoint.lazy_model import LazyModel, classes_of, compute_dtype, dtypes_to_try
 from tersor.checkpoint.room import RESULT_FILE, inputs_of
@@ -41,6 +39,9 @@ from tersor.formats.layouts import write
 from tersor.layers.linear_map import as_matrix, columns_of, own_layout, set_weight_matrix
 from tersor.methods.block import Block, LayerReport
 from tersor.methods.method import Report
+from tersor.processes import agree, is_first, processes
+from tersor.progress import silent
+from tersor.version import __version__
 
 
 def compress_checkpoint(name: str, job: Job) -> Compressed:
@@ -231,7 +232,7 @@ def record_of_job(job: Job, layout: Layout, marks: dict[str, str], reports: Sequ
     return {
         "method": job.recipe.method.options(),
         "format": layout.name,
-        "version": tersor.__version__,
+        "version": __version__,
         "fingerprint": marks,
         "settings": recorded(job),
         "rules": [plain_rule(rule) for rule in job.recipe.rules],
@@ -244,7 +245,7 @@ def _read_back(written: Checkpoint, probe: Probe, original: LazyModel) -> Tensor
     lazy = LazyModel(written, dtype=original.dtype, device=original.device)
     lazy.load_rest([unit.module for unit in units_of(lazy.module)])
     with without_cache(lazy.module):
-        read = trace(lazy, probe.batch, lambda what, done, total: None).before
+        read = trace(lazy, probe.batch, silent).before
     assert read is not None
     return read
 

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from tersor.calibrate.batches import Batch, call, fingerprint, first_tensor, probe_of, without_cache, without_target
-from tersor.calibrate.parallel import processes
 from tersor.calibrate.statistics import kind_of
 from tersor.checkpoint.lazy_model import LazyModel, compute_dtype, dtypes_to_try
 from tersor.checkpoint.load import load_tokenizer
@@ -48,6 +47,8 @@ from tersor.methods.structure.greenformers import input_hessians, turns
 from tersor.methods.weights.gptq import GPTQ
 from tersor.methods.weights.gptq_solver import factorize
 from tersor.methods.weights.uniform import width_of
+from tersor.processes import processes
+from tersor.progress import silent
 
 BITS = (2, 3, 4, 8)
 FINE = ((2, 32), (3, 32))  # bits and group size that are tried too
@@ -141,7 +142,7 @@ def _earlier(
 
 def _choice(module: nn.Module, job: Job, method: GPTQ, samples: list[Batch], stored: torch.dtype) -> Recipe:
     """The choice for a model in memory. Raises NotFiniteError where the model overflows."""
-    fitting = with_fitting_layout(module, replace(job, progress=lambda what, done, total: None))
+    fitting = with_fitting_layout(module, replace(job, progress=silent))
     module.requires_grad_(False)
     with torch.no_grad(), without_cache(module):
         probe = probe_of(samples[0], TOKENS)
@@ -206,7 +207,7 @@ def _measure(
         for item in items
     ]
     _check_target(job, sum(least) + rest.size, sum(item.numbers for item in items) + rest.numbers)
-    work = Work(samples[:SOLVED_ON], lambda name: True, lambda what, done, total: None)
+    work = Work(samples[:SOLVED_ON], lambda name: True, silent)
     done = 0
     for turn in turns({item.names[0]: layers[item.names[0]] for item in items}):
         hessians = input_hessians(module, {name: layers[name] for name in turn}, work)

@@ -16,7 +16,7 @@ from tersor.calibrate.blocks import Unit, units_of
 from tersor.calibrate.draws import PROBE
 from tersor.calibrate.lockstep import Call, Lockstep, Stop
 from tersor.calibrate.parallel import sample_number, share
-from tersor.calibrate.statistics import kind_of, watch_inputs
+from tersor.calibrate.statistics import Original, kind_of, watch_inputs
 from tersor.compress.in_memory import Source
 from tersor.compress.plan import Plan, without
 from tersor.compress.settings import Job
@@ -25,9 +25,9 @@ from tersor.layers.experts import ExpertMap
 from tersor.layers.linear_map import computes_its_own, packable_maps
 from tersor.layers.quantized_embedding import looks_up, why_not_packed
 from tersor.methods.block import Block
-from tersor.methods.method import Progress
+from tersor.progress import Progress
 
-Compress = Callable[[Unit, Sequence[Call]], Block]
+Compress = Callable[[Unit, Sequence[Call], Original | None], Block]
 
 
 @dataclass
@@ -141,9 +141,9 @@ def walk(source: Source, first: Prepared, job: Job, restore: Callable[[Block], b
     stored = None if job.layout is None else job.layout.stored(source.stored_dtype)
     hessian_dtype = torch.float64 if source.dtype == torch.float64 else torch.float32
 
-    def compressed(unit: Unit, calls: Sequence[Call]) -> Block:
+    def compressed(unit: Unit, calls: Sequence[Call], original: Original | None) -> Block:
         linears = first.plan.linears[unit.name]
-        block = Block(unit.name, unit.module, linears, calls, stored, hessian_dtype, job.routing)
+        block = Block(unit.name, unit.module, linears, calls, stored, hessian_dtype, job.routing, original=original)
         if not restore(block):
             for method, names in first.plan.by_method(block.name).items():
                 method.compress_block(block.part(names))
@@ -160,38 +160,48 @@ def _walk(source: Source, first: Prepared, probe: Probe, job: Job, compressed: C
     together = bundles(mine)
     passing = [joined([mine[n] for n in bundle]) for bundle in together]
     numbers = [tuple(map(sample_number, bundle)) for bundle in together]
+    seeds = [1 + each[0] for each in numbers]
     last = len(passing)  # the probe's pass
+    compares = any(method.compares for method in plan.methods.values())
+    originals = passing if compares else []  # run through the original model beside
     remaining = {name for name, linears in plan.linears.items() if linears and probe.visits[name]}
     total = len(remaining)
     earlier: dict[str, list[Call]] = {}
+    exact: dict[str, list[Call | None]] = {}  # the original's calls beside those
     with Lockstep(
         model,
         probe.units,
-        [*passing, probe.batch],
+        [*passing, probe.batch, *originals],
         lambda batch: call(model, batch),
         job.activations,
-        [*numbers, (sample_number(len(mine)),)],
-        [*(1 + each[0] for each in numbers), PROBE],
+        [*numbers, (sample_number(len(mine)),), *numbers[: len(originals)]],
+        [*seeds, PROBE, *seeds[: len(originals)]],
     ) as passes:
         for stop in passes:
             name = stop.unit.name
             if not remaining:
-                for sample in range(last):
+                for sample in (*range(last), *range(last + 1, last + 1 + len(originals))):
                     passes.give_up(sample)
                 stop.calls = [each for each in stop.calls if each.sample == last]
             source.load(stop.unit.module)
             if name in remaining:
-                calls = [each.again() for each in stop.calls if each.sample != last]
+                calls = [each.again() for each in stop.calls if each.sample < last]
+                if compares:
+                    beside = {each.sample - last - 1: each.again() for each in stop.calls if each.sample > last}
+                    exact.setdefault(name, []).extend(beside.get(each.sample) for each in calls)
                 calls = earlier.pop(name, []) + calls
                 if stop.visit + 1 < probe.visits[name]:
                     earlier[name] = calls
                     stop.run()
                 else:
                     job.progress(f"compressing {name or 'the model'}", total - len(remaining), total)
-                    block = compressed(stop.unit, calls)
+                    original = _original(stop.unit, exact.pop(name)) if compares else None
+                    block = compressed(stop.unit, calls, original)
+                    if original is not None:
+                        _run_originals(stop, original, last)
                     _run_checked(stop)
                     yield block
-                    del block, calls  # so that they are not in memory while the next is solved
+                    del block, calls, original  # so that they are not in memory while the next is solved
                     remaining.discard(name)
                     job.progress(f"compressed {name or 'the model'}", total - len(remaining), total)
             else:
@@ -200,12 +210,25 @@ def _walk(source: Source, first: Prepared, probe: Probe, job: Job, compressed: C
     probe.after = first_tensor(passes.outputs.get(last))
 
 
+def _original(unit: Unit, calls: Sequence[Call | None]) -> Original:
+    """What a block is before it is compressed."""
+    weights = {name: each.detach().clone() for name, each in unit.module.named_parameters()}
+    return Original(unit.module, weights, calls)
+
+
+def _run_originals(stop: Stop, original: Original, last: int) -> None:
+    """Run the calls of the original model's passes, those after the last; the others are left in the stop."""
+    with original.weights_in_place():
+        Stop(stop.unit, stop.visit, [each for each in stop.calls if each.sample > last]).run()
+    stop.calls = [each for each in stop.calls if each.sample <= last]
+
+
 def _walk_without_samples(source: Source, plan: Plan, progress: Progress, compressed: Compress) -> Generator[Block]:
     for n, unit in enumerate(plan.blocks):
         progress(f"compressing {unit.name or 'the model'}", n, len(plan.blocks))
         source.load(unit.module)
         _check_weights(unit)
-        yield compressed(unit, [])
+        yield compressed(unit, [], None)
         source.release(unit.module)
     progress("compressed", len(plan.blocks), len(plan.blocks))
 

@@ -19,10 +19,12 @@ from tersor.checkpoint.preprocessing import PREPROCESSOR, image_settings, prepro
 from tersor.checkpoint.room import check_free, inputs_of
 from tersor.checkpoint.source import open_checkpoint, torch_dtype
 from tersor.compress.first_run import fitted
-from tersor.compress.result import Compressed, Summary, loss_of, peak_memory
+from tersor.compress.result import Compressed
 from tersor.compress.samples import read_samples, samples_by_path
 from tersor.compress.save import save_plain
 from tersor.compress.settings import Job
+from tersor.compress.summary import Summary, loss_of
+from tersor.devices import peak_memory
 from tersor.errors import TersorError
 from tersor.formats.layouts import PLAIN
 from tersor.layers.linear_map import linear_maps

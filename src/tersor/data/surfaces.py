@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from tersor.data.shapes import Mesh, package
 from tersor.errors import TersorError
+from tersor.progress import Progress
 
 Field = Callable[[Tensor], Tensor]  # points (Q, 3) float32 -> (Q,)
 BOUND = 1.005  # half a side of the box, as TripoSG's
@@ -31,9 +32,7 @@ CELLS = 1024  # a billion grid points
 
 
 @torch.no_grad()
-def distance_grid(
-    field: Field, *, cells: int, bound: float = BOUND, progress: Callable[[str, int, int], None] | None = None
-) -> Tensor:
+def distance_grid(field: Field, *, cells: int, bound: float = BOUND, progress: Progress | None = None) -> Tensor:
     """(cells + 1,) * 3 float32 values of the field at the grid's points, x first. `cells` over 32 are halved while even."""
     check_cells(cells)
     sizes = [cells]

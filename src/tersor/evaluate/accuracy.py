@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from tersor.checkpoint.source import open_checkpoint
 from tersor.data.images import ImageConfig, load_images
 from tersor.errors import TersorError
 from tersor.evaluate.measures import class_logits
+from tersor.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def accuracy(
     max_images: int | None = None,
     dtype: str = "auto",
     device: str = "auto",
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Accuracy:
     """model: a name or directory that says how it wants its images, or a module. images: a folder with one subfolder a class or a
     packed .npz (see `tersor.data.images`); for a module, the normalised images [n, 3, H, W] and their labels [n].

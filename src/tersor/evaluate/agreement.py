@@ -5,7 +5,6 @@ Images are independent, so every interval is over images, by Student's t; that o
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from tersor.errors import TersorError
 from tersor.evaluate.accuracy import read_images
 from tersor.evaluate.interval import Estimate, estimate
 from tersor.evaluate.measures import AT_ONCE, class_logits, kl_of
+from tersor.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def agreement(
     max_images: int | None = None,
     dtype: str = "auto",
     device: str = "auto",
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Agreement:
     """model, against: names, directories or modules; one of them is in memory at a time. images: a folder with one subfolder a
     class or a packed .npz, prepared as `against` wants them; for modules the images [n, 3, H, W] and their labels [n].
@@ -97,7 +97,7 @@ def _classes(
     pixels: Tensor,
     dtype: str,
     device: str,
-    progress: Callable[[str, int, int], None] | None,
+    progress: Progress | None,
 ) -> Tensor:
     """Log-probabilities [images, classes] in float64, on the CPU."""
     module = (model if isinstance(model, nn.Module) else load(model, dtype=dtype, device=device)).eval()

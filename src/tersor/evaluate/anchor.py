@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,13 @@ from tersor.checkpoint.source import open_checkpoint
 from tersor.compress.job import compress
 from tersor.errors import TersorError
 from tersor.methods.weights.rtn import RTN
+from tersor.progress import Progress
 
 BITS = 8
 
 
 @contextmanager
-def anchor_of(
-    against: str | Path, *, device: str = "auto", progress: Callable[[str, int, int], None] | None = None
-) -> Iterator[Path]:
+def anchor_of(against: str | Path, *, device: str = "auto", progress: Progress | None = None) -> Iterator[Path]:
     """A directory that holds the original, each row of its layers rounded to 8 bits, for as long as the context lasts. Raises
     TersorError where the original is packed already."""
     if "quantization_config" in open_checkpoint(against).config:

@@ -12,24 +12,26 @@ from __future__ import annotations
 import heapq
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-import tersor
+from tersor.checkpoint.disk import disk_errors
 from tersor.checkpoint.hashes import hash_of_json
-from tersor.checkpoint.room import disk_errors, read_object, replacing
+from tersor.checkpoint.room import read_object
 from tersor.errors import TersorError
 from tersor.evaluate.attribution import Attribution, Row
 from tersor.evaluate.correspondence import Part, exchanged, parts_of
 from tersor.evaluate.interval import half_width
-from tersor.evaluate.measures import Meter
+from tersor.evaluate.measures import Measure, Meter
+from tersor.files import replacing
+from tersor.progress import Progress, silent
+from tersor.version import __version__
 
-Progress = Callable[[str, int, int], None]
 BY = ("layer", "block")
 SHARE = 0.5  # of the time, that measuring all blocks may take
 STATE = "attribution-state"
@@ -83,6 +85,47 @@ def open_state(path: Path | None, fingerprint: str) -> State:
     return State(path, fingerprint, found["flat"], found["measured"])
 
 
+class Exchange(Protocol):
+    """Two models whose parts can be exchanged. at_once: groups that are measured together, where that is cheaper."""
+
+    measure: Measure
+    at_once: int
+
+    def parts(self) -> list[Part]: ...
+
+    def total(self) -> Tensor:
+        """[samples]: the distances of the compressed model."""
+        ...
+
+    def exchanged(self, groups: Sequence[Sequence[str]]) -> list[tuple[Tensor, Tensor]]:
+        """Of each group of modules: the distances of the original with the compressed ones, and of the reverse."""
+        ...
+
+
+class InMemory:
+    """Two modules on one device."""
+
+    at_once = 1
+
+    def __init__(self, model: nn.Module, base: nn.Module, meter: Meter) -> None:
+        self.model, self.base, self.meter, self.measure = model, base, meter, meter.measure
+
+    def parts(self) -> list[Part]:
+        return parts_of(self.base, self.model, self.meter.first_call)
+
+    def total(self) -> Tensor:
+        return self.meter(self.model)
+
+    def exchanged(self, groups: Sequence[Sequence[str]]) -> list[tuple[Tensor, Tensor]]:
+        found = []
+        for names in groups:
+            with exchanged(self.base, self.model, names):
+                alone = self.meter(self.base)
+            with exchanged(self.model, self.base, names):
+                found.append((alone, self.meter(self.model)))
+        return found
+
+
 def attribute(
     model: nn.Module,
     base: nn.Module,
@@ -95,23 +138,44 @@ def attribute(
     fingerprint: str = "",
     progress: Progress | None = None,
 ) -> Attribution:
-    """What each layer (or block) of `model` costs against `base`, which are both on one device.
+    """`attributed` of two modules on one device, which are as before when it returns or raises. meter: from `base`."""
+    return attributed(
+        InMemory(model, base, meter),
+        names=names,
+        by=by,
+        seconds=seconds,
+        state=state,
+        fingerprint=fingerprint,
+        progress=progress,
+    )
 
-    meter: measures distances from `base`. names: what the two are called. seconds: None for as long as it takes; at least one
-    group is measured. state: the file that keeps what was measured, which the caller removes when the result is kept;
-    fingerprint: of the two models. Both modules are as before when it returns or raises.
+
+def attributed(
+    exchange: Exchange,
+    *,
+    names: tuple[str, str] = ("model", "base"),
+    by: str = "layer",
+    seconds: float | None = None,
+    state: Path | None = None,
+    fingerprint: str = "",
+    progress: Progress | None = None,
+) -> Attribution:
+    """What each layer (or block) of the compressed model costs.
+
+    names: what the two models are called. seconds: None for as long as it takes; at least one group is measured. state: the
+    file that keeps what was measured, which the caller removes when the result is kept; fingerprint: of the two models.
     Raises TersorError where the layers do not correspond.
     """
     if by not in BY:
         raise TersorError(f"by {by!r} is not one of {', '.join(BY)}")
     started = time.monotonic()
-    measure = meter.measure
-    parts = parts_of(base, model, meter.first_call)
+    measure = exchange.measure
+    parts = exchange.parts()
     if not parts:
-        raise TersorError(f"{type(base).__name__} has no linear layers that could be compared")
-    asked = {"version": tersor.__version__, "models": fingerprint, "samples": measure.key, "by": by}
+        raise TersorError(f"{names[1]} has no linear layers that could be compared")
+    asked = {"version": __version__, "models": fingerprint, "samples": measure.key, "by": by}
     asked["parts"] = hash_of_json([part.members for part in parts])
-    search = _Search(model, base, meter, open_state(state, hash_of_json(asked)), progress or _silent)
+    search = _Search(exchange, open_state(state, hash_of_json(asked)), progress or silent)
     search.deadline = None if seconds is None else started + seconds
     rows, blocks, left = search.run(parts, by)
     total = search.total()
@@ -131,19 +195,13 @@ def attribute(
     )
 
 
-def _silent(what: str, done: int, total: int) -> None:
-    pass
-
-
 def _by_cost(rows: Sequence[Row]) -> tuple[Row, ...]:
     return tuple(sorted(rows, key=lambda row: -row.cost))
 
 
 @dataclass
 class _Search:
-    model: nn.Module
-    base: nn.Module
-    meter: Meter
+    exchange: Exchange
     state: State
     progress: Progress
     deadline: float | None = None
@@ -162,33 +220,30 @@ class _Search:
         found: dict[str, Row] = {part.name: _row(part, None, None, None) for part in parts if not part.changed}
         self.shown = (0, len(differing) + (by == "layer") * sum(part.changed for part in parts))
 
-        def take(group: Group) -> bool:
-            """Measure a group and queue it; False where the time is over."""
-            if not self._measure(group):
-                return False
-            row = self._row_of(group, whole=group.parts[0].block is not None)
-            if len(group.blocks) <= 1:
-                blocks[group.parts[0].block or group.parts[0].name] = row
-            heapq.heappush(queue, (-row.cost, len(taken), group))
-            taken.append(group)
-            return True
-
-        def take_all(chosen: Sequence[Group]) -> bool:
-            known = [take(group) for group in chosen]  # no stop at one without time: the next may be known already
-            return all(known)
+        def take(chosen: Sequence[Group]) -> bool:
+            """Measure groups and queue them; False where the time does not suffice for all."""
+            done = self._measure(chosen)
+            for group in chosen:
+                if group.key not in self.state.measured:
+                    continue
+                row = self._row_of(group, whole=group.parts[0].block is not None)
+                if len(group.blocks) <= 1:
+                    blocks[group.parts[0].block or group.parts[0].name] = row
+                heapq.heappush(queue, (-row.cost, len(taken), group))
+                taken.append(group)
+            return done
 
         taken: list[Group] = []
-        going = take_all(roots)
+        going = take(roots)
         while going and queue:
             _, _, group = heapq.heappop(queue)
             if len(group.blocks) > 1:
-                going = take_all(_halves([Group(each, (each,)) for each in group.blocks]))
+                going = take(_halves([Group(each, (each,)) for each in group.blocks]))
             elif by == "layer":
-                for part in (part for part in group.parts if part.changed):
-                    if not self._measure(Group((part,))):
-                        going = False
-                        break
-                    found[part.name] = self._row_of(Group((part,)), whole=False)
+                layers = [Group((part,)) for part in group.parts if part.changed]
+                going = self._measure(layers)
+                known = [each for each in layers if each.key in self.state.measured]
+                found |= {each.parts[0].name: self._row_of(each, whole=False) for each in known}
         if by == "block":
             whole = {group.parts[0].block or group.parts[0].name: group for group in groups}
             rows = [
@@ -203,7 +258,7 @@ class _Search:
         """The compressed model's own distances."""
         if "total" not in self.state.measured:
             began = time.monotonic()
-            self.state.measured["total"] = {"total": self.meter(self.model).tolist()}
+            self.state.measured["total"] = {"total": self.exchange.total().tolist()}
             self.slowest = time.monotonic() - began
             self.state.save()
         return torch.tensor(self.state.measured["total"]["total"], dtype=torch.float64)
@@ -215,27 +270,34 @@ class _Search:
             self.state.flat = rest is None or needed <= SHARE * rest
         return self.state.flat
 
-    def _measure(self, group: Group) -> bool:
-        """False where it is not known and the time does not suffice."""
-        if group.key in self.state.measured:
-            return self._show()
-        if self.deadline is not None and self.fresh and time.monotonic() + 2 * self.slowest > self.deadline:
-            return False
-        began = time.monotonic()
-        with exchanged(self.base, self.model, group.members):
-            alone = self.meter(self.base)
-        with exchanged(self.model, self.base, group.members):
-            rest = self.meter(self.model)
-        self.state.measured[group.key] = {"alone": alone.tolist(), "rest": rest.tolist()}
-        self.state.save()
-        self.slowest = max(self.slowest, (time.monotonic() - began) / 2)
-        self.fresh += 1
-        return self._show()
+    def _measure(self, groups: Sequence[Group]) -> bool:
+        """Measure what is not known; False where the time does not suffice for all of it."""
+        known = self.state.measured
+        todo = [group for group in groups if group.key not in known]
+        for _ in range(len(groups) - len(todo)):
+            self._show()
+        while todo and (most := self._affordable()):
+            now, todo = todo[:most], todo[most:]
+            began = time.monotonic()
+            for group, (alone, rest) in zip(now, self.exchange.exchanged([each.members for each in now]), strict=True):
+                known[group.key] = {"alone": alone.tolist(), "rest": rest.tolist()}
+            self.state.save()
+            self.slowest = max(self.slowest, (time.monotonic() - began) / (2 * len(now)))
+            self.fresh += len(now)
+            for _ in now:
+                self._show()
+        return not todo
 
-    def _show(self) -> bool:
+    def _affordable(self) -> int:
+        """Groups that the time suffices for, at most as many as are measured at once; one at least in every call."""
+        if self.deadline is None:
+            return self.exchange.at_once
+        left = int((self.deadline - time.monotonic()) / max(2 * self.slowest, 1e-9))
+        return min(self.exchange.at_once, max(left, 0 if self.fresh else 1))
+
+    def _show(self) -> None:
         self.shown = (self.shown[0] + 1, self.shown[1])
         self.progress("exchanging", min(self.shown), self.shown[1])
-        return True
 
     def _row_of(self, group: Group, *, whole: bool) -> Row:
         known = self.state.measured[group.key]

@@ -8,8 +8,8 @@ channels of one grew as the columns of the other shrank.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,10 @@ from tersor.layers.experts import expert_maps
 from tersor.layers.linear_map import is_linear_map, weight_matrix
 from tersor.methods.method import Work
 from tersor.methods.weights.scale_places import find_places
+from tersor.progress import silent
 
 TERNARY = 1.58
+Loaded = Callable[[str], AbstractContextManager[None]]
 MOVED = 0.02  # mean |log| of a channel's change that rounding does not make
 
 
@@ -40,16 +42,22 @@ class Part:
     changed: bool
 
 
-def parts_of(base: nn.Module, other: nn.Module, batch: Mapping[str, Any] | None = None) -> list[Part]:
+def parts_of(
+    base: nn.Module,
+    other: nn.Module,
+    batch: Mapping[str, Any] | None = None,
+    *,
+    loaded: Loaded = lambda name: nullcontext(),
+) -> list[Part]:
     """The parts in tree order: those that differ, and the linear maps that do not.
 
-    batch: arguments of the model, with which scales that were moved are looked for. Raises TersorError where the layers do
-    not correspond.
+    batch: arguments of the model, with which scales that were moved are looked for. loaded: brings both modules of a name into
+    memory while they are compared, where they are not there. Raises TersorError where the layers do not correspond.
     """
     if type(base) is not type(other):
         raise _unlike(f"one is {type(other).__name__}, the other {type(base).__name__}")
     changed, same = list[str](), list[str]()
-    _walk(base, other, "", changed, same)
+    _walk(base, other, "", changed, same, loaded)
     groups = _groups(base, other, changed, batch)
     blocks = [unit.name for unit in find_blocks(base) if unit.name]
     order = {name: n for n, (name, _) in enumerate(base.named_modules())}
@@ -71,8 +79,13 @@ def exchanged(model: nn.Module, donor: nn.Module, names: Iterable[str]) -> Itera
             model.set_submodule(name, module)
 
 
-def _walk(base: nn.Module, other: nn.Module, name: str, changed: list[str], same: list[str]) -> None:
+def _walk(base: nn.Module, other: nn.Module, name: str, changed: list[str], same: list[str], loaded: Loaded) -> None:
     """Sort the modules below `name` into those that differ and the linear maps that do not."""
+    with loaded(name):
+        _sort(base, other, name, changed, same, loaded)
+
+
+def _sort(base: nn.Module, other: nn.Module, name: str, changed: list[str], same: list[str], loaded: Loaded) -> None:
     _check_sizes(base, other, name)
     if type(base) is not type(other):
         changed.append(name)
@@ -93,7 +106,7 @@ def _walk(base: nn.Module, other: nn.Module, name: str, changed: list[str], same
         changed.append(name)
         return
     for child, module in mine.items():
-        _walk(module, theirs[child], f"{name}.{child}" if name else child, changed, same)
+        _walk(module, theirs[child], f"{name}.{child}" if name else child, changed, same, loaded)
 
 
 def _own(module: nn.Module, *, leaf: bool) -> Mapping[str, Tensor]:
@@ -144,7 +157,7 @@ def _groups(
             name = heads[name]
         return name
 
-    norms = [name for name in changed if _is_norm_like(base.get_submodule(name))]
+    norms = [name for name in changed if is_norm_like(base.get_submodule(name))]
     if norms and batch is not None:
         for source, readers in _places(base, batch):
             mine = [name for name in readers if name in heads]
@@ -158,13 +171,13 @@ def _groups(
     return [tuple(sorted(group, key=lambda name: name in norms)) for group in found.values()]
 
 
-def _is_norm_like(module: nn.Module) -> bool:
+def is_norm_like(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and weight.dim() == 1
 
 
 def _places(base: nn.Module, batch: Mapping[str, Any]) -> list[tuple[str, tuple[str, ...]]]:
-    work = Work([dict(batch)], lambda name: True, lambda what, done, total: None)
+    work = Work([dict(batch)], lambda name: True, silent)
     try:
         places, _ = find_places(base, work, of="attribute", linears=True)
     except TersorError:  # the model has none

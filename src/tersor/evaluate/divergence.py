@@ -8,14 +8,15 @@ For every predicted token, with p of the original and q of the other over the vo
 Tokens of one window are not independent, so every interval is that of the means of windows, by Student's t.
 The noise floor is the same comparison of the original with itself in bfloat16: what is below it cannot be told from rounding.
 
-Models given by name are in memory one after the other: the original's logits of as many windows as the cache has room for wait
-on disk, exactly, while the other model runs.
+Models given by name are in memory one after the other, or a block at a time where one does not fit: the original's logits of as
+many windows as the cache has room for wait on disk, exactly, while the other model runs.
 """
 
 from __future__ import annotations
 
 import math
 import tempfile
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -26,21 +27,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import tersor
-from tersor.checkpoint.load import load, load_tokenizer, pick_device
+from tersor.checkpoint.load import load, load_tokenizer
 from tersor.checkpoint.source import open_checkpoint, resolve
 from tersor.checkpoint.writer import model_fingerprint
+from tersor.devices import pick_device
 from tersor.errors import TersorError
 from tersor.evaluate.interval import Estimate, estimate
 from tersor.evaluate.logit_cache import Kept, LogitCache, opened_folder
 from tersor.evaluate.measures import kl_of
 from tersor.evaluate.perplexity import check_length, check_windows, cut_windows, logits_of, tokens_of
+from tersor.evaluate.streamed import Walked, check_walked, fits, logits_of_windows
+from tersor.progress import Progress, silent
+from tersor.version import __version__
 
 BUCKETS = 5
 OVERLAP = 10  # of the k likeliest tokens
 SHOWN = 3  # passages
 PASSAGE = 24  # tokens
+LEVELS = (0.1, 0.5, 1.5)  # nats of a token, from which it is shown in another colour
 CACHE_SIZE = 4 * 10**9  # bytes on disk
+STREAMED = 4  # windows that run through a model together, of which a block is in memory
+
+Predict = Callable[
+    [Tensor, bool], list[Tensor]
+]  # windows; whether products are in bfloat16 -> logits [tokens - 1, vocabulary] each
 
 
 @dataclass(frozen=True)
@@ -56,11 +66,17 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Passage:
-    """Tokens in a row on which the two differ most."""
+    """Tokens in a row on which the two differ most. parts: the text of each token (empty where a letter goes on in the next),
+    with its own KL."""
 
     text: str
     window: int
     kl: float
+    parts: list[tuple[str, float]] = field(default_factory=list)
+
+    def levels(self) -> list[tuple[str, float, int]]:
+        """Each part with its KL and how many of LEVELS that reaches."""
+        return [(text, kl, bisect_right(LEVELS, kl)) for text, kl in self.parts]
 
 
 @dataclass(frozen=True)
@@ -118,20 +134,24 @@ def divergence(
     device: str = "auto",
     cache: str | Path | None = None,
     cache_size: int = CACHE_SIZE,
-    progress: Callable[[str, int, int], None] | None = None,
+    stream: bool | None = None,
+    progress: Progress | None = None,
 ) -> Divergence:
     """Compare `model` with `against`, the original, on windows of a text.
 
     model, against: names, directories or modules that return `.logits`. Of two names one is in memory at a time. text: as for
     `perplexity`. cache: a folder where the original's logits stay for the next call (None: they go); cache_size: bytes that
-    they may take on disk. Raises TersorError where the vocabularies differ, or the text is shorter than a window.
+    they may take on disk. stream: a block of each named model in memory at a time (None: where the original does not fit).
+    Raises TersorError where the vocabularies differ, or the text is shorter than a window.
     """
     ids, decode = _ids(against, text, tokenizer)
-    said = progress or (lambda what, done, total: None)
+    said = progress or silent
     check = partial(check_windows, tokenizer=tokenizer)
     if isinstance(model, nn.Module) or isinstance(against, nn.Module):
         if cache is not None:
             raise TersorError("a module has no files by which its logits could be found again: leave cache out")
+        if stream:
+            raise TersorError("a module is in memory already: give both models by name, or leave stream out")
         base, other = (
             each.eval() if isinstance(each, nn.Module) else load(each, dtype=dtype, device=device).eval()
             for each in (against, model)
@@ -142,56 +162,75 @@ def divergence(
         check(other, windows)
         kept = _Tokens()
         for number, window in enumerate(windows):
-            _take(kept, _kept(base, window, noise=noise_floor), other, window)
+            (found,) = _kept(partial(_predict, base), window[None], noise=noise_floor)
+            _take(kept, found, _logits(other, window), window)
             said("comparing", number + 1, len(windows))
         return _summarized(kept, seq_len, _passages(kept.kl, windows, decode))
     windows = cut_windows(ids, seq_len=seq_len, max_windows=max_windows)
     open_checkpoint(model)  # says what is wrong with it before the original runs
+    if stream is None:
+        stream = not fits(against, copies=1, dtype=dtype, device=device)
+
+    def opened(name: str | Path) -> Predict:
+        if stream:
+            walked = Walked(open_checkpoint(name), dtype=dtype, device=device)
+            check_walked(walked, windows, tokenizer)
+            return lambda some, rounded: _finite(logits_of_windows(walked, some, rounded=rounded), walked.module)
+        module = load(name, dtype=dtype, device=device).eval()
+        check(module, windows)
+        return partial(_predict, module)
+
     with _cache(against, cache, cache_size, dtype=dtype, device=device) as store:
         kept = _one_after_another(
-            model, against, windows, store, check, noise=noise_floor, dtype=dtype, device=device, progress=said
+            lambda: opened(model),
+            lambda: opened(against),
+            windows,
+            store,
+            noise=noise_floor,
+            at_once=STREAMED if stream else 1,
+            progress=said,
         )
     return _summarized(kept, seq_len, _passages(kept.kl, windows, decode))
 
 
 def _one_after_another(
-    model: str | Path,
-    against: str | Path,
+    other: Callable[[], Predict],
+    base: Callable[[], Predict],
     windows: Tensor,
     store: LogitCache,
-    check: Callable[[nn.Module, Tensor], None],
     *,
     noise: bool,
-    dtype: str,
-    device: str,
-    progress: Callable[[str, int, int], None],
+    at_once: int,
+    progress: Progress,
 ) -> _Tokens:
-    """As many windows at a time as the cache has room for: the original's logits first, then the other's."""
+    """As many windows at a time as the cache has room for: the original's logits first, then the other's. Both are opened when
+    they are needed, and let go. at_once: windows that run together."""
     kept, first = _Tokens(), 0
     while first < len(windows):
-        base: nn.Module | None = None
+        predict: Predict | None = None
         last, used = first, 0
         while last < len(windows) and (used == 0 or used + used // (last - first) <= store.most):
-            window, path = windows[last], store.path_of(windows[last])
-            if store.get(window, noise=noise) is None:
-                if base is None:
-                    base = load(against, dtype=dtype, device=device).eval()
-                    check(base, windows)
-                store.put(window, _kept(base, window, noise=noise))
-            used += path.stat().st_size
-            last += 1
+            some = list(range(last, min(last + at_once, len(windows))))
+            missing = [number for number in some if store.get(windows[number], noise=noise) is None]
+            if missing:
+                predict = predict or base()
+                for number, found in zip(missing, _kept(predict, windows[missing], noise=noise), strict=True):
+                    store.put(windows[number], found)
+            used += sum(store.path_of(windows[number]).stat().st_size for number in some)
+            last += len(some)
             store.trim(keep=frozenset(store.path_of(each) for each in windows[first:last]))
             progress("the original", last, len(windows))
-        del base
-        other = load(model, dtype=dtype, device=device).eval()
-        check(other, windows)
-        for number in range(first, last):
-            found = store.get(windows[number], noise=noise)
-            if found is None:
-                raise TersorError(f"{store.folder} lost logits that were just written: another process uses it")
-            _take(kept, found, other, windows[number])
-            progress("comparing", number + 1, len(windows))
-        del other
+        del predict
+        predict = other()
+        for start in range(first, last, at_once):
+            numbers = range(start, min(start + at_once, last))
+            for number, logits in zip(numbers, predict(windows[start : numbers.stop], False), strict=True):
+                before = store.get(windows[number], noise=noise)
+                if before is None:
+                    raise TersorError(f"{store.folder} lost logits that were just written: another process uses it")
+                _take(kept, before, logits, windows[number])
+                progress("comparing", number + 1, len(windows))
+        del predict
         first = last
     return kept
 
@@ -202,21 +241,23 @@ def _cache(
 ) -> Iterator[LogitCache]:
     """The cache of one original; in a temporary folder where none is given."""
     checkpoint = open_checkpoint(against)
-    facts = [model_fingerprint(checkpoint), dtype, str(pick_device(device)), torch.__version__, tersor.__version__]
+    facts = [model_fingerprint(checkpoint), dtype, str(pick_device(device)), torch.__version__, __version__]
     with tempfile.TemporaryDirectory(prefix="tersor-") as temporary:
         place = Path(temporary) if folder is None else opened_folder(Path(folder))
         yield LogitCache(place, most, " ".join(facts))
 
 
-def _kept(base: nn.Module, window: Tensor, *, noise: bool) -> Kept:
-    logits = _logits(base, window)
-    rounded = kl_of(_distribution(logits), _distribution(_logits(base, window, rounded=True))) if noise else None
-    return Kept(logits, None if rounded is None else rounded.cpu())
+def _kept(predict: Predict, windows: Tensor, *, noise: bool) -> list[Kept]:
+    """What the original says of windows."""
+    found = predict(windows, False)
+    if not noise:
+        return [Kept(logits, None) for logits in found]
+    pairs = zip(found, predict(windows, True), strict=True)
+    return [Kept(p, kl_of(_distribution(p), _distribution(q)).cpu()) for p, q in pairs]
 
 
-def _take(kept: _Tokens, base: Kept, other: nn.Module, window: Tensor) -> None:
-    """Note one window. base: what the original says of it."""
-    logits = _logits(other, window)
+def _take(kept: _Tokens, base: Kept, logits: Tensor, window: Tensor) -> None:
+    """Note one window. base: what the original says of it; logits: what the other does."""
     if base.logits.shape != logits.shape:
         raise TersorError(
             f"the vocabularies differ: {base.logits.shape[-1]} and {logits.shape[-1]} tokens; --against is the model that was "
@@ -247,16 +288,24 @@ def _compare(kept: _Tokens, p: Tensor, q: Tensor, wanted: Tensor) -> None:
         getattr(kept, name).append(values.cpu())
 
 
+def _predict(module: nn.Module, windows: Tensor, rounded: bool) -> list[Tensor]:
+    return [_logits(module, window, rounded=rounded) for window in windows]
+
+
 def _logits(module: nn.Module, window: Tensor, *, rounded: bool = False) -> Tensor:
     """[tokens - 1, vocabulary], of what follows each token. rounded: with products in bfloat16."""
     where = next(module.parameters(), torch.empty(0)).device
     with torch.autocast(where.type, torch.bfloat16, enabled=rounded):
         logits = logits_of(module, window[None].to(where))
-    if not bool(torch.isfinite(logits).all()):
+    return _finite([logits[0, :-1]], module)[0]
+
+
+def _finite(found: list[Tensor], module: nn.Module) -> list[Tensor]:
+    if not all(bool(torch.isfinite(logits).all()) for logits in found):
         raise TersorError(
             f"{type(module).__name__} gives logits that are not finite; nothing can be compared with them"
         )
-    return logits[0, :-1]
+    return found
 
 
 def _distribution(logits: Tensor) -> Tensor:
@@ -324,8 +373,23 @@ def _passages(kl: Sequence[Tensor], windows: Tensor, decode: Callable[[list[int]
         sums = each.unfold(0, width, 1).mean(-1)
         start = int(sums.argmax())
         tokens = windows[number, start + 1 : start + 1 + width].tolist()
-        found.append(Passage(decode(tokens) if decode else " ".join(map(str, tokens)), number, float(sums[start])))
+        said = decode or (lambda ids: " ".join(map(str, ids)))
+        parts = list(zip(_parts(tokens, said), each[start : start + width].tolist(), strict=True))
+        found.append(Passage(said(tokens), number, float(sums[start]), parts))
     return sorted(found, key=lambda each: -each.kl)[:SHOWN]
+
+
+def _parts(tokens: list[int], decode: Callable[[list[int]], str]) -> list[str]:
+    """What each token adds to the text."""
+    parts, before = [], ""
+    for n in range(1, len(tokens) + 1):
+        text = decode(tokens[:n])
+        if text.endswith("\ufffd") and n < len(tokens):  # a letter of several tokens
+            parts.append("")
+            continue
+        parts.append(text[len(before) :])
+        before = text
+    return parts
 
 
 def _ids(

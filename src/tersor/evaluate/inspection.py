@@ -10,7 +10,7 @@ from pathlib import Path
 from tersor.calibrate.blocks import find_units
 from tersor.checkpoint.lazy_model import LazyModel
 from tersor.checkpoint.source import open_checkpoint, torch_dtype
-from tersor.formats.layouts import PACKED_SUFFIXES
+from tersor.evaluate.sizes import bits_of
 from tersor.layers.linear_map import linear_maps, matrix_shape
 
 
@@ -51,7 +51,7 @@ def inspect_checkpoint(model: str | Path) -> Inspection:
     for unit in units:
         if unit.is_block:
             rows = tuple(
-                (name, matrix_shape(m), _bits(lazy, f"{unit.name}.{name}", stored))
+                (name, matrix_shape(m), bits_of(lazy, f"{unit.name}.{name}", stored))
                 for name, m in linear_maps(unit.module).items()
             )
             groups.setdefault((re.sub(r"\.\d+$", "", unit.name), rows), []).append(unit.name)
@@ -77,19 +77,9 @@ def inspect_checkpoint(model: str | Path) -> Inspection:
 def _bits_outside(lazy: LazyModel, unit: str, stored: dict[str, int]) -> float | None:
     """Of all maps of the unit together; None where it has none with a weight of its own."""
     sizes = [
-        (math.prod(matrix_shape(found)), _bits(lazy, name, stored))
+        (math.prod(matrix_shape(found)), bits_of(lazy, name, stored))
         for name, found in lazy.maps.items()
         if name == unit or name.startswith(f"{unit}.")
     ]
     weights = sum(count for count, bits in sizes if bits > 0)
     return sum(count * bits for count, bits in sizes) / weights if weights else None
-
-
-def _bits(lazy: LazyModel, name: str, stored: dict[str, int]) -> float:
-    rows, columns = matrix_shape(lazy.maps[name])
-    if name in lazy.quantized:
-        size = sum(stored.get(f"{stem}.{suffix}", 0) for stem in lazy.quantized[name] for suffix in PACKED_SUFFIXES)
-        return 8 * size / (rows * columns)
-    keys = lazy.keys_of.get(lazy.parameter_of(name), [])
-    weights = lazy.module.get_parameter(lazy.parameter_of(name)).numel()
-    return 8 * sum(stored[key] for key in keys) / weights

@@ -18,9 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from tersor.checkpoint.disk import disk_errors
 from tersor.checkpoint.hashes import bytes_of
-from tersor.checkpoint.room import disk_errors, replacing
 from tersor.errors import TersorError
+from tersor.files import replacing
 
 SUFFIX = ".logits"
 LEVEL = 1

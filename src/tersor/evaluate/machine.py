@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import tersor
+from tersor.devices import pick_device
 from tersor.formats.packing import packed_size
 from tersor.formats.quantized_weight import QuantizedWeight
 from tersor.kernels import cpp
@@ -23,6 +23,7 @@ from tersor.kernels import quantized_matmul_int4 as int4_kernel
 from tersor.kernels import tiled_weight as gpu_kernel
 from tersor.kernels.quantized_matmul import prepare, quantized_matmul
 from tersor.kernels.quantized_matmul_cuda import has_kernel as gpu_has_kernel
+from tersor.version import __version__
 
 FEATURES = {  # torch's names by those that people know
     "AVX2": ("avx2", "fma3"),
@@ -113,7 +114,7 @@ def examine() -> Machine:
         compiler, missing = f"{path}: {version.splitlines()[0]}", None
     except cpp.CompileError as error:
         compiler, missing = None, str(error)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device("auto")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16  # what `tersor.load` chooses for most models
     dense, kernels = _measure(device, dtype)
     return Machine(
@@ -129,7 +130,7 @@ def examine() -> Machine:
         kernel_cache=str(cpp.CACHE),
         kernel_cache_writable=_writable(cpp.CACHE),
         gpus=[_gpu(n) for n in range(torch.cuda.device_count())],
-        versions={"tersor": tersor.__version__, **{name: _version(name) for name in REQUIRED}},
+        versions={"tersor": __version__, **{name: _version(name) for name in REQUIRED}},
         extras={extra: _version(package) for extra, (package, _) in EXTRAS.items()},
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),

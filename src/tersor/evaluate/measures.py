@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ AT_ONCE = 50  # images
 
 @dataclass(frozen=True)
 class Measure:
-    """outputs(module): what it predicts, a tensor [samples, ...] after another. distance: of two such tensors, [samples].
+    """calls: each gives what a module predicts for some of the samples, [samples, ...]. distance: of two such tensors, [samples].
 
     name: KL or MSE. text: what the samples are, in words. key: a hash of them.
     """
@@ -34,8 +35,20 @@ class Measure:
     name: str
     text: str
     key: str
-    outputs: Callable[[nn.Module], Iterator[Tensor]]
+    calls: tuple[Callable[[nn.Module], Tensor], ...]
     distance: Callable[[Tensor, Tensor], Tensor]
+
+    def between(self, p: Tensor, q: Tensor) -> Tensor:
+        """[samples], float64, on the CPU, of the original's predictions p. Raises TersorError where those of the other model
+        are of another shape, or not finite."""
+        if p.shape != q.shape:
+            raise TersorError(
+                f"the models predict unlike things: {q.shape[-1]} and {p.shape[-1]} tokens, classes or columns; "
+                "--against is the model that was compressed"
+            )
+        if not bool(torch.isfinite(q).all()):
+            raise TersorError("the compressed model predicts values that are not finite (NaN or Inf)")
+        return self.distance(p, q.to(p.device)).double().cpu()
 
 
 class Meter:
@@ -47,24 +60,15 @@ class Meter:
         handle = base.register_forward_pre_hook(self._note, with_kwargs=True)
         try:
             with torch.no_grad():
-                self._reference = list(measure.outputs(base))
+                self._reference = [call(base) for call in measure.calls]
         finally:
             handle.remove()
 
     def __call__(self, module: nn.Module) -> Tensor:
-        """[samples], float64, on the CPU. Raises TersorError where the predictions are of another shape, or not finite."""
-        found = []
+        """[samples], float64, on the CPU. Raises TersorError as `Measure.between` does."""
+        pairs = zip(self._reference, self.measure.calls, strict=True)
         with torch.no_grad():
-            for p, q in zip(self._reference, self.measure.outputs(module), strict=True):
-                if p.shape != q.shape:
-                    raise TersorError(
-                        f"the models predict unlike things: {q.shape[-1]} and {p.shape[-1]} tokens, classes or columns; "
-                        "--against is the model that was compressed"
-                    )
-                if not bool(torch.isfinite(q).all()):
-                    raise TersorError(f"{type(module).__name__} predicts values that are not finite (NaN or Inf)")
-                found.append(self.measure.distance(p, q.to(p.device)).double().cpu())
-        return torch.cat(found)
+            return torch.cat([self.measure.between(p, call(module)) for p, call in pairs])
 
     def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The model's first call as named arguments."""
@@ -84,14 +88,19 @@ def text_measure(
     """Next-token distributions on windows of texts. Raises TersorError as `perplexity` does."""
     ids = texts if isinstance(texts, Tensor) else torch.cat([tokens_of(each, tokenizer) for each in texts])
     windows = causal_windows(base, ids, seq_len=seq_len, max_windows=max_windows, tokenizer=tokenizer)
-    told = "tokens" if isinstance(texts, Tensor) else ", ".join(map(str, texts))
+    return windows_measure(windows, "tokens" if isinstance(texts, Tensor) else ", ".join(map(str, texts)))
 
-    def outputs(module: nn.Module) -> Iterator[Tensor]:
-        where = next(module.parameters(), torch.empty(0)).device
-        for window in windows:
-            yield logits_of(module, window[None].to(where))[:, :-1].contiguous()
 
-    return Measure("KL", f"{len(windows)} windows of {seq_len} tokens of {told}", key_of(windows), outputs, _mean_kl)
+def windows_measure(windows: Tensor, told: str, device: torch.device | None = None) -> Measure:
+    """Next-token distributions on windows [windows, tokens]. device: that of the model (None: of its first weight)."""
+
+    def call(window: Tensor, module: nn.Module) -> Tensor:
+        where = device or next(module.parameters(), torch.empty(0)).device
+        return logits_of(module, window[None].to(where))[:, :-1].contiguous()
+
+    count, seq_len = windows.shape
+    calls = tuple(partial(call, window) for window in windows)
+    return Measure("KL", f"{count} windows of {seq_len} tokens of {told}", key_of(windows), calls, _mean_kl)
 
 
 def image_measure(pixels: Tensor, told: str) -> Measure:
@@ -99,12 +108,12 @@ def image_measure(pixels: Tensor, told: str) -> Measure:
     if len(pixels) == 0:
         raise TersorError("there are no images to measure on")
 
-    def outputs(module: nn.Module) -> Iterator[Tensor]:
+    def call(batch: Tensor, module: nn.Module) -> Tensor:
         first = next(module.parameters())
-        for batch in torch.split(pixels, AT_ONCE):
-            yield class_logits(module, batch.to(first.device, first.dtype))
+        return class_logits(module, batch.to(first.device, first.dtype))
 
-    return Measure("KL", f"{len(pixels)} images of {told}", key_of(pixels), outputs, _mean_kl)
+    calls = tuple(partial(call, batch) for batch in torch.split(pixels, AT_ONCE))
+    return Measure("KL", f"{len(pixels)} images of {told}", key_of(pixels), calls, _mean_kl)
 
 
 def class_logits(module: nn.Module, images: Tensor) -> Tensor:

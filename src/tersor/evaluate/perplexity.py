@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from tersor.checkpoint.positions import positions_of
 from tersor.checkpoint.source import resolve
 from tersor.data.text import builtin_text, read_text
 from tersor.errors import TersorError
+from tersor.evaluate.interval import half_width
+from tersor.progress import Progress
 
 _PROBE = 32  # tokens that are run twice, with other tokens in the second half, to see whether the model is causal
 # Of the logits' spread: what other tokens in the same call may change by rounding (experts that are visited with others).
@@ -24,12 +25,14 @@ _TOLERANCE, _TOLERANCE_HALF = 1e-3, 5e-2
 
 @dataclass(frozen=True)
 class Perplexity:
-    """perplexity over `tokens` predicted tokens in `windows` windows of `seq_len` tokens."""
+    """perplexity over `tokens` predicted tokens in `windows` windows of `seq_len` tokens. half_width: of its 95 % interval, over
+    windows and to first order; None of one window."""
 
     perplexity: float
     tokens: int
     windows: int
     seq_len: int
+    half_width: float | None = None
 
     def __float__(self) -> float:
         return self.perplexity
@@ -44,7 +47,7 @@ def perplexity(
     max_windows: int | None = None,
     dtype: str = "auto",
     device: str = "auto",
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Perplexity:
     """The whole text is tokenized as one string and cut into windows of `seq_len` tokens without overlap (what is left over is
     dropped); in each window tokens 2 .. n are predicted. This is the GPTQ paper's protocol, there with 2048 tokens.
@@ -63,17 +66,19 @@ def perplexity(
     ids = text if isinstance(text, Tensor) else tokens_of(text, tokenizer)
     windows = causal_windows(module, ids, seq_len=seq_len, max_windows=max_windows, tokenizer=tokenizer)
     where = next(module.parameters(), torch.empty(0)).device
-    count, total = len(windows), 0.0
+    count, losses = len(windows), list[float]()
     with torch.no_grad():
         for n, window in enumerate(windows):
             inputs = window[None].to(where)
             logits = logits_of(module, inputs)
-            total += float(nn.functional.cross_entropy(logits[0, :-1].float(), inputs[0, 1:], reduction="sum"))
+            losses.append(float(nn.functional.cross_entropy(logits[0, :-1].float(), inputs[0, 1:], reduction="sum")))
             if progress is not None:
                 progress("evaluating", n + 1, count)
     predicted = count * (seq_len - 1)
-    mean = total / predicted
-    return Perplexity(math.exp(mean) if mean < 700 else math.inf, predicted, count, seq_len)
+    mean = sum(losses) / predicted
+    found = math.exp(mean) if mean < 700 else math.inf
+    half = half_width(torch.tensor(losses, dtype=torch.float64) / (seq_len - 1))
+    return Perplexity(found, predicted, count, seq_len, None if half is None else found * half)
 
 
 @torch.no_grad()

@@ -2,13 +2,12 @@
 
 Every line is embedded: the mean of the last hidden states over its tokens, at unit length. Of all pairs of lines the cosines
 are taken, by each model; Spearman's rank correlation of the two lists is 1 where the order is the same. Lines are in many pairs,
-so the interval is that of the jackknife over lines: 1.96 times its standard error.
+so the interval is that of the jackknife over lines.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,8 @@ from tersor.checkpoint.positions import positions_of
 from tersor.checkpoint.source import open_checkpoint
 from tersor.data.text import builtin_text, read_text
 from tersor.errors import TersorError
-from tersor.evaluate.interval import Estimate
+from tersor.evaluate.interval import Estimate, half_width
+from tersor.progress import Progress
 
 LINES = 200  # at most, evenly spread
 FEWEST = 4
@@ -49,7 +49,7 @@ def similarities(
     *,
     dtype: str = "auto",
     device: str = "auto",
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Similarities:
     """text: a file whose lines are embedded, or "builtin" (also None). One model is in memory at a time. Raises TersorError where
     the text has too few lines, or a model gives no hidden states."""
@@ -85,10 +85,8 @@ def compared(p: Tensor, q: Tensor) -> Similarities:
     whole = _of_pairs(a, b)
     rest = torch.arange(n)
     left_out = torch.tensor([_of_pairs(a[k][:, k], b[k][:, k]) for k in (rest[rest != i] for i in range(n))])
-    error = math.sqrt((n - 1) / n * float((left_out - left_out.mean()).square().sum()))
-    return Similarities(
-        n, Estimate(whole, 1.96 * error), float(cosine.mean()), float(cosine.min()), float((a - b).abs().max())
-    )
+    found = Estimate(whole, half_width((n - 1) * left_out))  # pseudo-values vary so: n · whole - (n - 1) · left_out
+    return Similarities(n, found, float(cosine.mean()), float(cosine.min()), float((a - b).abs().max()))
 
 
 def _of_pairs(a: Tensor, b: Tensor) -> float:
@@ -118,7 +116,7 @@ def _embedded(
     lines: Sequence[str],
     dtype: str,
     device: str,
-    progress: Callable[[str, int, int], None] | None,
+    progress: Progress | None,
 ) -> Tensor:
     """[lines, hidden] in float64 on the CPU."""
     module = load(model, dtype=dtype, device=device).eval()

@@ -5,7 +5,9 @@ Headers only; no weights are read.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +68,6 @@ def sizes_of(model: str | Path) -> Sizes:
     everything: dict[str, int] = defaultdict(int)
     packed: dict[str, int] = defaultdict(int)
     seen: set[str] = set()
-    layers: dict[str, float] = {}
     weights = 0
     inputs, outputs = _name_of(lazy.module, "get_input_embeddings"), _name_of(lazy.module, "get_output_embeddings")
     blocks = tuple(f"{unit.name}." for unit in find_units(lazy.module) if unit.is_block)
@@ -77,9 +78,7 @@ def sizes_of(model: str | Path) -> Sizes:
         for key in keys:
             packed[HOLDS.get(key.rpartition(".")[2], "integers with their steps")] += stored[key]
         seen |= set(keys)
-        rows, columns = matrix_shape(lazy.maps[name])
-        weights += rows * columns
-        layers[name] = 8 * sum(stored[key] for key in keys) / (rows * columns)
+        weights += math.prod(matrix_shape(lazy.maps[name]))
     looked_up = 0
     for name, parameter in lazy.module.named_parameters():
         keys = [key for key in lazy.keys_of.get(name, []) if key not in seen]
@@ -93,8 +92,6 @@ def sizes_of(model: str | Path) -> Sizes:
         else:
             role = "linear layers, not packed" if name.startswith(blocks) else "outside the blocks, not packed"
         everything[role] += size
-        if keys and name.endswith(".weight") and owner in lazy.maps and parameter.dim() > 1:
-            layers.setdefault(owner, 8 * size / parameter.numel())
     everything["tensors that the model does not use"] += sum(stored[key] for key in stored if key not in seen)
     own_head = f"{outputs}.weight" in lazy.keys_of or outputs in lazy.quantized
     tied = inputs is not None and outputs is not None and not own_head
@@ -102,8 +99,22 @@ def sizes_of(model: str | Path) -> Sizes:
         owned = [f"{stem}.{suffix}" for stem in lazy.quantized.get(inputs, ()) for suffix in PACKED_SUFFIXES]
         owned += lazy.keys_of.get(f"{inputs}.weight", [])
         looked_up = sum(stored.get(key, 0) for key in owned)
+    layers = {name: bits for name in lazy.maps if (bits := bits_of(lazy, name, stored))}
     experts = any("*" in place_of(name)[1] for name in lazy.maps)
     return Sizes(_parts(everything), _parts(packed), weights, checkpoint.size(), layers, looked_up, experts)
+
+
+def bits_of(lazy: LazyModel, name: str, stored: Mapping[str, int]) -> float:
+    """Bits a weight on disk of a linear map or embedding; an expert's are its stack's; 0 where another one holds its weight.
+
+    stored: bytes of the checkpoint's tensors by name.
+    """
+    if name in lazy.quantized:
+        keys = [f"{stem}.{suffix}" for stem in lazy.quantized[name] for suffix in PACKED_SUFFIXES]
+        return 8 * sum(stored.get(key, 0) for key in keys) / math.prod(matrix_shape(lazy.maps[name]))
+    parameter = lazy.parameter_of(name)
+    size = sum(stored[key] for key in lazy.keys_of.get(parameter, []))
+    return 8 * size / lazy.module.get_parameter(parameter).numel()
 
 
 def _parts(found: dict[str, int]) -> list[Part]:

@@ -17,7 +17,6 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from tersor.checkpoint.load import load
 from tersor.checkpoint.room import record_of
 from tersor.checkpoint.source import STEPS, open_checkpoint
 from tersor.compress.job import compress
@@ -25,10 +24,8 @@ from tersor.compress.settings import IN_PYTHON, Settings
 from tersor.errors import TersorError
 from tersor.evaluate.attribution import Attribution, Row, Suggestion
 from tersor.evaluate.interval import half_width
-from tersor.evaluate.measures import Meter
 from tersor.methods.method import BlockMethod, as_words, from_options
-
-Progress = Callable[[str, int, int], None]
+from tersor.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -65,20 +62,19 @@ def job_behind(model: str | Path) -> Job:
 
 def suggest(
     found: Attribution,
-    meter: Meter,
+    distances: Callable[[Path], Tensor],
     total: Tensor,
     *,
     layers: int = 10,
     bits: int = 8,
     only: Sequence[str] | None = None,
     device: str = "auto",
-    dtype: str = "auto",
     progress: Progress | None = None,
 ) -> Suggestion:
     """Give `bits` to the most costly layers of `found`, whose model and base are names, and measure what comes of it.
 
-    total [samples]: the distances of the compressed model. layers: how many at most; where rows are blocks, whole ones as long as
-    their layers are no more (at least one). only: these layers instead.
+    distances: of a model in a folder, [samples]; total: those of the compressed model. layers: how many at most; where rows are
+    blocks, whole ones as long as their layers are no more (at least one). only: these layers instead.
     Raises TersorError where there is no layer to give more, or the job cannot be done again.
     """
     job = job_behind(found.model)
@@ -91,8 +87,7 @@ def suggest(
         out = Path(folder) / "model"
         more: dict[str, Any] = {} if progress is None else {"progress": progress}
         compress(found.base, job.method, rules=rules, out=out, device=device, **job.settings, **more)
-        module = load(out, dtype=dtype, device=device)
-        after, size = meter(module), open_checkpoint(out).size()
+        after, size = distances(out), open_checkpoint(out).size()
     change = after - total
     return Suggestion(
         layers=tuple(chosen),

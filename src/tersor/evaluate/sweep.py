@@ -25,16 +25,18 @@ from typing import Any, cast
 
 import torch
 
-from tersor.checkpoint.room import disk_errors, read_json, replacing
+from tersor.checkpoint.disk import disk_errors
+from tersor.checkpoint.room import read_json
 from tersor.checkpoint.source import BUILTIN
 from tersor.compress.job import compress
 from tersor.errors import TersorError
 from tersor.evaluate.perplexity import perplexity
 from tersor.evaluate.sweep_recipes import SweepJob
+from tersor.files import replacing
 from tersor.methods.method import from_options
+from tersor.progress import Progress
 from tersor.untrusted import check_at_once, first_words, read_json_object, readable
 
-Progress = Callable[[str, int, int], None]
 TABLE, CSV_TABLE = "sweep.json", "sweep.csv"
 SECONDS_FOR_RAY = 5.0
 

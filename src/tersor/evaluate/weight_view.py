@@ -6,7 +6,6 @@ One block of each model is in memory at a time.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from tersor.checkpoint.lazy_model import LazyModel
 from tersor.checkpoint.source import open_checkpoint
 from tersor.errors import TersorError
 from tersor.layers.linear_map import linear_maps, weight_matrix
+from tersor.progress import Progress, silent
 
 BINS = 61  # odd, so that one bin has 0 in its middle
 MOST = 200  # layers whose histograms are kept
@@ -68,7 +68,7 @@ def layer_views(
     model: str | Path,
     against: str | Path | None = None,
     *,
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> list[LayerView]:
     """Of every linear map in the blocks, in their order. Raises TersorError where the original is another architecture."""
     ours = LazyModel(open_checkpoint(model), dtype=torch.float32)

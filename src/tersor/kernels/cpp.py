@@ -10,13 +10,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+
+from tersor.files import replacing
 
 CACHE = Path.home() / ".cache" / "tersor" / "kernels"
 COMPILERS = ("c++", "g++", "clang++")
@@ -53,15 +54,11 @@ def build(source: Path, flags: Sequence[str], *, cache: Path | None = None) -> P
     except OSError:  # no home directory to write to: build for this process only
         directory = Path(tempfile.mkdtemp(prefix="tersor-"))
     library = directory / library.name
-    handle, name = tempfile.mkstemp(suffix=".so", dir=directory)
-    os.close(handle)
-    try:
-        result = subprocess.run([path, *flags, str(source), "-o", name], capture_output=True, text=True, check=False)
+    with replacing(library) as made:
+        command = [path, *flags, str(source), "-o", str(made)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode != 0:
             raise CompileError(f"{path} {' '.join(flags)} failed: {result.stderr.strip()[:2000]}")
-        os.replace(name, library)
-    finally:
-        Path(name).unlink(missing_ok=True)
     return library
 
 

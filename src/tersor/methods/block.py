@@ -16,7 +16,15 @@ from tersor.calibrate.hessian import Hessian, shrink_towards_mean
 from tersor.calibrate.lockstep import Call
 from tersor.calibrate.parallel import combine
 from tersor.calibrate.routing import Routing, routed
-from tersor.calibrate.statistics import CallOrder, call_order, gather_hessians, gather_means, is_expert, kind_of
+from tersor.calibrate.statistics import (
+    CallOrder,
+    Original,
+    call_order,
+    gather_hessians,
+    gather_means,
+    is_expert,
+    kind_of,
+)
 from tersor.formats.grid import Stored
 from tersor.formats.packed_weight import PackedWeight
 from tersor.layers.experts import ExpertMap
@@ -51,10 +59,12 @@ class LayerReport(Report):
 
 @dataclass(frozen=True)
 class Statistics:
-    """What the calibration says of one map: H, and the number of tokens that it was gathered from."""
+    """What the calibration says of one map."""
 
-    hessian: Tensor
-    tokens: int
+    hessian: Tensor  # H
+    tokens: int  # that it was gathered from
+    # 2/N · Σ (x₀ - x) xᵀ, where x₀ are the original model's inputs; None where it was not asked for or these cannot be compared
+    deviation: Tensor | None = None
 
 
 Solver = Callable[[str], tuple[AnySolution, str]]  # from a map's name to its solution, and a note of what was unusual
@@ -73,6 +83,7 @@ class Block:
     routing: Routing  # which experts the samples visit while statistics are gathered
     packed: dict[str, PackedWeight] = field(default_factory=dict)  # the finished layers, by full name
     reports: list[LayerReport] = field(default_factory=list)
+    original: Original | None = None  # where a method compares with it
 
     def part(self, names: Sequence[str]) -> Block:
         """The same block with only some of its linear maps; results go to the same place."""
@@ -107,7 +118,9 @@ class Block:
     def _statistics(self, names: Sequence[str], layer_means: Mapping[str, Tensor]) -> dict[str, Statistics]:
         maps = {name: self.linears[name] for name in names}
         with routed(self.module, self.routing) as rows:
-            own = gather_hessians(maps, self.calls, rows, once=self.order.once, dtype=self.hessian_dtype)
+            own = gather_hessians(
+                maps, self.calls, rows, once=self.order.once, dtype=self.hessian_dtype, original=self.original
+            )
         gathered = combine(own, self.device)
         experts: dict[str, dict[str, Hessian]] = defaultdict(dict)
         for name in filter(is_expert, names):
@@ -115,9 +128,10 @@ class Block:
         others = {id(each): each for name, each in gathered.items() if not is_expert(name)}
         means = {key: each.matrix for key, each in others.items()}  # maps that share a Hessian share its matrix
         matrices = {name: means[id(each)] for name, each in gathered.items() if not is_expert(name)}
+        apart = {key: each.mean_deviation for key, each in others.items()}
         for kind, mates in experts.items():
             matrices |= shrink_towards_mean(mates, layer_means.get(kind))
-        return {name: Statistics(matrices[name], gathered[name].tokens) for name in names}
+        return {name: Statistics(matrices[name], each.tokens, apart.get(id(each))) for name, each in gathered.items()}
 
     def _turns(self, names: Sequence[str]) -> Iterator[list[str]]:
         turn: list[str] = []

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from tersor.errors import TersorError
+from tersor.progress import Progress
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from tersor.methods.block import Block
 
 # progress(what is being done, steps done, steps in all); a total of 0 makes `what` a line that stays on the screen.
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,11 @@ class BlockMethod(Method):
     def layouts(self) -> tuple[str, ...]:
         """The formats on disk that can hold its result, the usual one first: "safetensors" for plain numbers."""
         raise NotImplementedError
+
+    @property
+    def compares(self) -> bool:
+        """Whether it wants what the original model's layers see, beside what those of the compressed one see."""
+        return False
 
     def compress_block(self, block: Block) -> None:
         """Compress the linear maps of one block: call `block.replace(name, ...)` for each of `block.linears`."""

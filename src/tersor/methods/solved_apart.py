@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tersor.calibrate import parallel
+from tersor import processes
 from tersor.calibrate.statistics import CallOrder
 from tersor.errors import TersorError
 from tersor.methods.solution import AnySolution
@@ -26,7 +26,7 @@ class Solved:
 
 def agree_on_order(block: str, order: CallOrder) -> CallOrder:
     """The first process's order of calls. `once` holds only where it holds on every process."""
-    found = parallel.gather((block, order))
+    found = processes.gather((block, order))
     for rank, (other, _) in enumerate(found):
         if other != found[0][0]:
             raise TersorError(
@@ -50,12 +50,12 @@ def solve_apart(
     costs: Mapping[str, int], solve: Callable[[str], Solved], device: torch.device
 ) -> Iterator[tuple[str, Solved]]:
     """Each name's solution, in the order of `costs`. One process solves it, and all get it."""
-    if parallel.processes() == 1:
+    if processes.processes() == 1:
         yield from ((name, solve(name)) for name in costs)
         return
-    owner = assign(costs, parallel.processes())
-    mine = {name: solve(name) for name in costs if owner[name] == parallel.rank()}
-    outlines = parallel.gather({name: _outline(solved) for name, solved in mine.items()})
+    owner = assign(costs, processes.processes())
+    mine = {name: solve(name) for name in costs if owner[name] == processes.rank()}
+    outlines = processes.gather({name: _outline(solved) for name, solved in mine.items()})
     for name in costs:
         source = owner[name]
         outline, note, seconds = outlines[source][name]
@@ -86,6 +86,6 @@ def _send(outline: Any, solution: AnySolution | None, source: int, device: torch
             own = getattr(solution, name, None)
             empty = torch.empty(value.shape, dtype=value.dtype, device=device)
             values[name] = empty if own is None else own.to(device).contiguous()
-            parallel.send(values[name], source)
+            processes.send(values[name], source)
     sent: AnySolution = replace(outline, **values)
     return sent

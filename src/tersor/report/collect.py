@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import tersor
 from tersor.checkpoint.load import load, load_tokenizer
 from tersor.checkpoint.room import RUN_FILE, read_object, record_of
 from tersor.checkpoint.source import open_checkpoint, resolve
@@ -21,11 +20,12 @@ from tersor.evaluate.loaders import loaders_of
 from tersor.evaluate.perplexity import why_not_causal
 from tersor.evaluate.sizes import sizes_of
 from tersor.evaluate.weight_view import LayerView, layer_views, place_of
+from tersor.progress import Progress, silent
 from tersor.report.data import Compared, Continuation, Layer, Report, Result
 from tersor.report.measure import continuations, measure_speed, prompts_from
 from tersor.untrusted import read_json_object
+from tersor.version import __version__
 
-Progress = Callable[[str, int, int], None]
 KEPT = ("total_kl", "total_half_width", "text", "by", "measure", "samples", "left")  # of an attribution
 
 
@@ -42,7 +42,7 @@ def collect(
     new_tokens: int = 48,
     dtype: str = "auto",
     device: str = "auto",
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> Report:
     """A report on models, each a directory.
 
@@ -99,7 +99,7 @@ def collect(
             "torch": torch.__version__,
         },
         made=datetime.now(UTC).isoformat(timespec="seconds"),
-        version=tersor.__version__,
+        version=__version__,
         notes=notes,
     )
 

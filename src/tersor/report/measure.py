@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import multiprocessing
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tersor.apart import EndedError, apart
 from tersor.checkpoint.load import load_tokenizer
 from tersor.checkpoint.positions import positions_of
 from tersor.checkpoint.source import resolve
-from tersor.compress.result import peak_memory
+from tersor.devices import peak_memory
 from tersor.errors import TersorError
 from tersor.evaluate.bandwidth import memory_bandwidth
 from tersor.evaluate.perplexity import tokens_of
 from tersor.evaluate.sizes import Sizes
+from tersor.progress import Progress
 from tersor.report.data import Speed
 from tersor.runtime import bench
 from tersor.runtime.generate import check_length, end_tokens, load_module, make_engine, stream_tokens
 from tersor.runtime.sampling import Sampling
 
-Progress = Callable[[str, int, int], None]
 PROMPTS, PROMPT_TOKENS = 3, 24  # taken from the text
 TURNS, PREFIX, NEW = 5, 128, 32  # what is timed
 
@@ -73,22 +71,17 @@ def measure_speed(models: Mapping[str, Sizes], dtype: str, device: str, progress
     Raises TersorError where one does not make text.
     """
     found: dict[str, Speed] = {}
-    threads = torch.get_num_threads()
     for n, (name, sizes) in enumerate(models.items()):
         progress(f"{name}: measuring", n, len(models))
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
-            try:
-                found[name] = alone.submit(_speed_of, name, sizes, dtype, device, threads).result()
-            except BrokenProcessPool:
-                raise TersorError(
-                    f"{name} could not be measured: its process ended, maybe for lack of memory"
-                ) from None
+        try:
+            found[name] = apart(_speed_of, name, sizes, dtype, device)
+        except EndedError as error:
+            raise TersorError(f"{name} could not be measured: {error}") from None
     progress("measuring", len(models), len(models))
     return found
 
 
-def _speed_of(name: str, sizes: Sizes, dtype: str, device: str, threads: int) -> Speed:
-    torch.set_num_threads(threads)
+def _speed_of(name: str, sizes: Sizes, dtype: str, device: str) -> Speed:
     module = load_module(name, dtype=dtype, device=device)
     most = positions_of(module)
     prefix = PREFIX if most is None else min(PREFIX, most - NEW)
@@ -115,7 +108,7 @@ def _speed_of(name: str, sizes: Sizes, dtype: str, device: str, threads: int) ->
         weight_bytes=weights,
         bandwidth=bandwidth,
         share=None if weights is None else decode.median * weights / bandwidth,
-        where=torch.cuda.get_device_name(engine.device) if cuda else f"{threads} threads",
+        where=torch.cuda.get_device_name(engine.device) if cuda else f"{torch.get_num_threads()} threads",
     )
 
 

@@ -9,8 +9,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from tersor.checkpoint.room import replacing
 from tersor.errors import TersorError
+from tersor.files import replacing
 from tersor.report.data import ELEMENT, Report, embedded
 from tersor.report.figures import frontier, frontier_figure, loss_of
 from tersor.report.html import Raw, megabytes, number, plot, table, text

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from tersor.evaluate.divergence import LEVELS
 from tersor.evaluate.interval import Estimate
 from tersor.evaluate.loaders import REFUSED, TESTED
 from tersor.report.data import Compared, Layer, Report, Result, shortened
@@ -399,7 +400,7 @@ def _text(report: Report, result: Result) -> str:
             f"Where they differ most on {names[each.text]}",
             ["passage", "KL, nats a token"],
             [
-                (Raw(f"<code>{text(json.dumps(p.text, ensure_ascii=False))}</code>"), number(p.kl))
+                (Raw(f'<code class="passage">{"".join(map(_marked, p.levels()))}</code>'), number(p.kl))
                 for p in each.found.passages
             ],
             numbers=(1,),
@@ -408,8 +409,20 @@ def _text(report: Report, result: Result) -> str:
     )
     return (
         '<h3>What both write</h3><p class="help">Both always take the likeliest token. Struck out: only the original has it; '
-        f"underlined: only the compressed model.</p>{''.join(parts)}<h3>Where predictions differ most</h3>{passages}"
+        f"underlined: only the compressed model.</p>{''.join(parts)}<h3>Where predictions differ most</h3>{_LEGEND}{passages}"
     )
+
+
+_LEGEND = '<p class="help">{}.</p>'.format(
+    ", ".join(f'<span class="kl{n}">from {level:g} nats</span>' for n, level in enumerate(LEVELS, 1))
+)
+
+
+def _marked(part: tuple[str, float, int]) -> str:
+    """A token of a passage, the stronger marked the more predictions differ for it."""
+    said, kl, level = part
+    shown = text(json.dumps(said, ensure_ascii=False)[1:-1])
+    return f'<span class="kl{level}" title="{kl:.2g} nats">{shown}</span>' if level else shown
 
 
 # ---- Job and machine

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from tersor.errors import TersorError
+from tersor.progress import Progress
 from tersor.runtime.engine import Engine
 from tersor.runtime.stepped_module import vocabulary_of
 
-Report = Callable[[str, int, int], None]
 TOKENS = 1 << 24
 
 
@@ -68,7 +68,7 @@ def take_turn(engine: Engine, ids: torch.Tensor, new_tokens: int) -> Turn:
 
 
 def measure(
-    runners: dict[str, Callable[[], Turn]], *, repeats: int, warm_up: int = 1, progress: Report | None = None
+    runners: dict[str, Callable[[], Turn]], *, repeats: int, warm_up: int = 1, progress: Progress | None = None
 ) -> dict[str, list[Turn]]:
     """All runners one after another, `repeats` times, after `warm_up` rounds that do not count."""
     turns: dict[str, list[Turn]] = {name: [] for name in runners}

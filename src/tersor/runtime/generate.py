@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersor.checkpoint.load import check_tokens, load, load_tokenizer, named_tokenizer, pick_device
+from tersor.checkpoint.load import check_tokens, load, load_tokenizer, named_tokenizer
 from tersor.checkpoint.positions import positions_of
 from tersor.checkpoint.published import checkpoint_as, named_by
 from tersor.checkpoint.source import open_checkpoint, torch_dtype
+from tersor.devices import pick_device
 from tersor.errors import TersorError
 from tersor.layers.quantized_linear import prepare_layers
 from tersor.runtime import cached_module, chat_template, llama_cpu, llama_gpu, stepped_module

@@ -29,10 +29,11 @@ from tersor.calibrate.batches import without_cache
 from tersor.checkpoint.load import load
 from tersor.checkpoint.positions import positions_of
 from tersor.checkpoint.preprocessing import class_names, image_settings
-from tersor.checkpoint.room import replacing
 from tersor.checkpoint.source import Checkpoint, open_checkpoint
 from tersor.errors import TersorError
+from tersor.files import replacing
 from tersor.models.registry import find
+from tersor.progress import Progress, silent
 from tersor.runtime.onnx_weights import exportable, pack_four_bits, translations
 from tersor.untrusted import first_words
 
@@ -83,7 +84,7 @@ def export_onnx(
     opset: int = OPSET,
     dequantize: bool = False,
     overwrite: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> OnnxExported:
     """Write the model at `model` to an ONNX file.
 
@@ -95,7 +96,7 @@ def export_onnx(
     _check(path, overwrite, opset)
     checkpoint = open_checkpoint(model)
     _packages()
-    report = progress or (lambda what, done, total: None)
+    report = progress or silent
     report("loading", 0, 3)
     module = load(model, dtype="float32", device="cpu").eval()
     report("exporting", 1, 3)

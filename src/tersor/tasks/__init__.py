@@ -7,6 +7,7 @@ for models that classify points.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
 from pathlib import Path
@@ -17,11 +18,12 @@ from tersor.tasks.task import Prediction, Sets, Task
 __all__ = ["Prediction", "Sets", "Task", "task_named", "task_of", "tasks"]
 
 
-def tasks() -> list[str]:
+@functools.cache
+def tasks() -> tuple[str, ...]:
     """The names of the tasks that can be trained or shown."""
     files = Path(__file__).parent.glob("*.py")
     found = [path.stem for path in files if re.search(r"^TASK\b", path.read_text(encoding="utf-8"), re.MULTILINE)]
-    return sorted(name.replace("_", "-") for name in found)
+    return tuple(sorted(name.replace("_", "-") for name in found))
 
 
 def task_named(name: str) -> Task:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+
+from torch import Tensor
 
 from tersor.checkpoint.load import load
 from tersor.checkpoint.source import open_checkpoint
 from tersor.checkpoint.writer import model_fingerprint
 from tersor.errors import TersorError
-from tersor.evaluate.attribute import Progress, attribute
+from tersor.evaluate.attribute import Exchange, InMemory, attributed
 from tersor.evaluate.attribution import Attribution
 from tersor.evaluate.measures import Meter
+from tersor.evaluate.streamed import Streamed, Walked, fits, walked_measure
 from tersor.evaluate.suggestion import suggest
-from tersor.tasks.compared import Inputs, check_inputs, compared_on, measure_of
+from tersor.progress import Progress
+from tersor.tasks.compared import WINDOWS, Inputs, check_inputs, compared_on, measure_of
+
+Distances = Callable[[Path], Tensor]
 
 
 def attribution(
@@ -27,43 +34,67 @@ def attribution(
     state: Path | None = None,
     layers: int = 10,
     bits: int | None = 8,
+    stream: bool | None = None,
     dtype: str = "auto",
     device: str = "auto",
     progress: Progress | None = None,
 ) -> Attribution:
-    """Load both models, exchange their layers, and try more bits for those that cost most.
+    """Exchange the layers of two models, and try more bits for those that cost most.
 
     inputs: what predictions are compared on. seconds: for the exchanges. layers, bits: what is tried then; bits None: nothing.
+    stream: a block of each in memory, which language models can do (None: where both do not fit).
     Raises TersorError where the two are of unlike kinds, their layers do not correspond, or the inputs do not fit.
     """
     how = compared_on(model, against)
-    if how == "sentences":
-        raise TersorError(
-            f"{model} embeds sentences; layers are attributed for language models, classifiers, forecasters"
-        )
+    if how in ("sentences", "graph"):
+        what = "embeds sentences" if how == "sentences" else "predicts graphs"
+        raise TersorError(f"{model} {what}; layers are attributed for language models, classifiers, forecasters")
     check_inputs(how, inputs)
-    base = load(against, dtype=dtype, device=device).eval()
-    measure = measure_of(against, base, how, inputs)
-    other = load(model, dtype=dtype, device=device).eval()
-    meter = Meter(measure, base)
+    if stream and how != "text":
+        raise TersorError(f"--stream is for language models; {model} is compared on {how}")
+    if stream is None:
+        stream = how == "text" and not fits(against, copies=2, dtype=dtype, device=device)
+    opened = _streamed if stream else _in_memory
+    exchange, distances = opened(model, against, how, inputs, dtype, device)
     both = "".join(model_fingerprint(open_checkpoint(each)) for each in (model, against))
-    found = attribute(
-        other,
-        base,
-        meter,
+    found = attributed(
+        exchange,
         names=(str(model), str(against)),
         by=by,
         seconds=seconds,
         state=state,
-        fingerprint=hashlib.sha256(f"{both}{dtype}{device}".encode()).hexdigest(),
+        fingerprint=hashlib.sha256(f"{both}{dtype}{device}{stream}".encode()).hexdigest(),
         progress=progress,
     )
     if bits is None or found.total_kl == 0:
         return found
-    total = meter(other)
-    del base, other
+    total = exchange.total()
+    del exchange
     try:
-        tried = suggest(found, meter, total, layers=layers, bits=bits, device=device, dtype=dtype, progress=progress)
+        tried = suggest(found, distances, total, layers=layers, bits=bits, device=device, progress=progress)
     except TersorError as error:
         return replace(found, notes=(*found.notes, f"no suggestion: {error}"))
     return replace(found, suggestion=tried)
+
+
+def _in_memory(
+    model: str | Path, against: str | Path, how: str, inputs: Inputs, dtype: str, device: str
+) -> tuple[Exchange, Distances]:
+    """Both models, and how far the model in a folder is from the original's predictions, which stay in memory alone."""
+    base = load(against, dtype=dtype, device=device).eval()
+    meter = Meter(measure_of(against, base, how, inputs), base)
+    other = load(model, dtype=dtype, device=device).eval()
+    return InMemory(other, base, meter), lambda out: meter(load(out, dtype=dtype, device=device))
+
+
+def _streamed(
+    model: str | Path, against: str | Path, how: str, inputs: Inputs, dtype: str, device: str
+) -> tuple[Exchange, Distances]:
+    def walked(name: str | Path) -> Walked:
+        return Walked(open_checkpoint(name), dtype=dtype, device=device)
+
+    base = walked(against)
+    most = inputs.most or WINDOWS
+    measure = walked_measure(base, inputs.text, seq_len=inputs.seq_len, max_windows=most)
+    streamed = Streamed(walked(model), base, measure)
+    return streamed, lambda out: streamed.distances(walked(out))

@@ -1,4 +1,4 @@
-"""On what two models of one kind are compared: a text, sentences, images or a table, by the task that they are for.
+"""On what two models of one kind are compared: a text, sentences, images, a table or a graph, by the task that they are for.
 
 how = compared_on("demo-4bit", "demo")                 # "text"
 measure = measure_of("demo", module, how, inputs)      # for `tersor attribute`
@@ -6,7 +6,6 @@ measure = measure_of("demo", module, how, inputs)      # for `tersor attribute`
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from tersor.tasks.origins import Origin, check_rows, windows_at
 
 WINDOWS = 8  # of a text, where the user does not say
 FORECASTS = 64  # windows of a table
-NEEDED = {"images": "--images DIR", "data": "--data TABLE"}
+NEEDED = {"images": ("images", "--images DIR"), "data": ("data", "--data TABLE"), "graph": ("data", "--data GRAPH")}
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Inputs:
 
 
 def compared_on(model: str | Path, against: str | Path) -> str:
-    """text, sentences, images or data. Raises TersorError where the two are of unlike kinds, or of one that is not compared."""
+    """text, sentences, images, data or graph. Raises TersorError where the kinds are unlike, or one is not compared."""
     mine, theirs = (_kind(open_checkpoint(each), str(each)) for each in (model, against))
     if mine != theirs:
         raise TersorError(
@@ -54,11 +53,12 @@ def compared_on(model: str | Path, against: str | Path) -> str:
 
 def check_inputs(how: str, inputs: Inputs) -> None:
     """Raise TersorError where what the kind of model needs was not given, or something else was."""
-    given = {name for name in NEEDED if getattr(inputs, name) is not None}
-    if how in NEEDED and how not in given:
-        raise TersorError(f"such models are compared on {how}: give {NEEDED[how]}")
-    for name in sorted(given - {how}):
-        raise TersorError(f"--{name} does nothing for models that are compared on {how}; leave it out")
+    given = {name for name in ("images", "data") if getattr(inputs, name) is not None}
+    name, option = NEEDED.get(how, ("", ""))
+    if name and name not in given:
+        raise TersorError(f"such models are compared on {how}: give {option}")
+    for other in sorted(given - {name}):
+        raise TersorError(f"--{other} does nothing for models that are compared on {how}; leave it out")
     if how in NEEDED and inputs.text != ("builtin",):
         raise TersorError(f"--text does nothing for models that are compared on {how}; leave it out")
 
@@ -142,9 +142,5 @@ def table_windows(base: str | Path, data: Path, *, most: int) -> TableWindows:
 def table_measure(base: str | Path, data: Path, *, most: int) -> Measure:
     windows = table_windows(base, data, most=most)
     inputs, _ = windows_at(windows.scaled, windows.origins, windows.opened.look_back)
-
-    def outputs(module: nn.Module) -> Iterator[Tensor]:
-        yield windows.forecasts(module)
-
     told = f"{len(windows.origins)} windows of {windows.horizon} rows of {data}"
-    return Measure("MSE", told, key_of(inputs), outputs, mean_square)
+    return Measure("MSE", told, key_of(inputs), (windows.forecasts,), mean_square)

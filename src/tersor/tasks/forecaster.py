@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from tersor import models
-from tersor.checkpoint.load import load, pick_device
+from tersor.checkpoint.load import load
 from tersor.checkpoint.preprocessing import PREPROCESSOR
 from tersor.checkpoint.source import open_checkpoint
 from tersor.data.series_memory import Memory
 from tersor.data.time_grid import Step, time_marks
+from tersor.devices import pick_device
 from tersor.errors import TersorError
 from tersor.evaluate.yardsticks import repeat_last, ridge, seasonal_naive
 from tersor.untrusted import read_json_object

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tersor.checkpoint.room import replacing
 from tersor.data.arrays import load_arrays
 from tersor.data.images import alpha_cut
 from tersor.data.surfaces import FILES, check_cells, distance_grid, surface_of, write_mesh
 from tersor.errors import TersorError
+from tersor.files import replacing
+from tersor.progress import Progress
 from tersor.tasks.task import Generator, Order, Sets, Task, numbers_of
 from tersor.train.objectives import Batch
 from tersor.train.rectified_flow import FlowConfig, RectifiedFlow
@@ -31,7 +32,6 @@ RESOLUTION = 128  # cells a side
 DROPPED = 0.1  # of the contexts, in training
 ENCODER, EXTRACTOR = "image_encoder_dinov2", "feature_extractor_dinov2"  # folders of the published pipeline
 
-Progress = Callable[[str, int, int], None]
 NEXT_SCALE = "tokens"  # forward's argument by which a next-scale model is told from a flow
 
 

@@ -6,7 +6,7 @@ which are written as .npy. Training data are an .npz with `frames` (N, T, C, H, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tersor.checkpoint.room import replacing
 from tersor.data.arrays import load_arrays
 from tersor.data.clips import from_frames, read_clip, write_clip
 from tersor.data.video_masks import VideoMasks
 from tersor.errors import TersorError
+from tersor.files import replacing
+from tersor.progress import Progress
 from tersor.tasks.task import Generator, Order, Sets, Task, numbers_of
 from tersor.train.diffusion import DiffusionConfig, GaussianDiffusion
 from tersor.train.objectives import Batch
@@ -84,7 +85,7 @@ def load_data(model: Any, data: Path, validation: Path | None, table: Mapping[st
 
 
 @torch.no_grad()
-def sample(generator: Generator, order: Order, progress: Callable[[str, int, int], None]) -> Clip:
+def sample(generator: Generator, order: Order, progress: Progress) -> Clip:
     module = generator.module
     config, like = module.config, numbers_of(module)
     kind = order.out.suffix.lower()

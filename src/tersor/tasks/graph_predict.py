@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from tersor.checkpoint.room import replacing
-from tersor.data.graphs import NODES, PARTS, read_graph
+from tersor.data.graphs import NODES, PARTS, Graph, read_graph
 from tersor.errors import TersorError
+from tersor.files import replacing
 from tersor.tasks import node_classify
 from tersor.tasks.graph_inputs import ManyGraphs, check_sizes, class_names, flat_inputs
 from tersor.tasks.node_classify import NodeClasses, check_features, graph_config, saved_config, settings_of
@@ -77,15 +77,7 @@ def predict(
     if graph.batch is None:
         raise TersorError(f"{path} is one graph, the model predicts many; their nodes need `graph` (batch in an .npz)")
     check_features(settings, graph)
-    first = next(module.parameters())
-    data = ManyGraphs(module, flat_inputs(module, graph), torch.arange(graph.count), torch.zeros(graph.count))
-    results = []
-    for numbers in torch.split(torch.arange(graph.count), BLOCK):
-        batch = data.collate([data[int(number)] for number in numbers])
-        del batch["target"]
-        there = {k: v.to(first.device, first.dtype if v.is_floating_point() else v.dtype) for k, v in batch.items()}
-        results.append(module(**there).float().cpu())
-    logits = torch.cat(results)
+    logits = graph_logits(module, graph)
     names = class_names(labels, logits.shape[1])
     kind = settings.get("target", "numbers")
     file = out / f"{path.stem}_graphs.csv"
@@ -104,4 +96,26 @@ def predict(
     return GraphTable(path, file, graph.count)
 
 
-TASK = Task(graph_prediction, load_data, predict, frozenset({".npz"}), marker=NODES, writes=True, normalises=False)
+def graph_logits(module: nn.Module, graph: Graph) -> Tensor:
+    """[graphs, outputs] of many graphs that were read as the model wants them."""
+    first = next(module.parameters())
+    data = ManyGraphs(module, flat_inputs(module, graph), torch.arange(graph.count), torch.zeros(graph.count))
+    results = []
+    for numbers in torch.split(torch.arange(graph.count), BLOCK):
+        batch = data.collate([data[int(number)] for number in numbers])
+        del batch["target"]
+        there = {k: v.to(first.device, first.dtype if v.is_floating_point() else v.dtype) for k, v in batch.items()}
+        results.append(module(**there).float().cpu())
+    return torch.cat(results)
+
+
+TASK = Task(
+    graph_prediction,
+    load_data,
+    predict,
+    frozenset({".npz"}),
+    marker=NODES,
+    writes=True,
+    normalises=False,
+    evaluated_on="graph",
+)

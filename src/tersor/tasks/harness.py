@@ -10,13 +10,14 @@ import difflib
 import importlib
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tersor.errors import TersorError
+from tersor.progress import Progress
 from tersor.untrusted import first_words
 
 _RESAMPLED = 1000  # times that the harness draws anew for the standard error of metrics that have no formula for it
@@ -61,7 +62,7 @@ def harness(
     chat_template: bool = False,
     dtype: str = "auto",
     device: str = "auto",
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> HarnessResult:
     """Run tasks of the harness (`lm-eval ls tasks` lists them) on a causal language model.
 

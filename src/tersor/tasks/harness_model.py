@@ -32,6 +32,7 @@ from tersor.checkpoint.positions import positions_of
 from tersor.checkpoint.source import open_checkpoint
 from tersor.errors import TersorError
 from tersor.evaluate.perplexity import check_causal, logits_of, why_not_causal
+from tersor.progress import Progress
 from tersor.runtime.engine import Engine
 from tersor.runtime.generate import end_tokens, make_engine
 from tersor.runtime.sampling import Sampling, choose, penalize
@@ -67,7 +68,7 @@ class TersorLM(TemplateLM):  # type: ignore[misc,unused-ignore]
         prefix_token_id: int | None = None,
         dtype: str = "auto",
         device: str = "auto",
-        progress: Callable[[str, int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> None:
         super().__init__()
         self._rows_asked = rows_asked(batch_size)

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersor.checkpoint.room import replacing
 from tersor.data.graphs import NODES, PARTS, Graph, GraphConfig, read_graph
 from tersor.errors import TersorError
+from tersor.files import replacing
 from tersor.models.config import checked_config
 from tersor.tasks.graph_inputs import (
     SampledNodes,
@@ -130,17 +130,22 @@ def _accuracy(graph: Graph, numbers: Tensor, names: list[str]) -> dict[str, floa
     """Of each part of the graph's files; its classes are matched with the model's by name, where both have names."""
     if graph.y.dtype != torch.int64:
         return {}
-    ours = {name: n for n, name in enumerate(names)}
-    y = graph.y
-    if graph.classes:
-        turned = torch.tensor([ours.get(name, -2) for name in graph.classes] + [-1])
-        y = turned[y]
+    y = numbered_as(graph, names)
     right = {}
     for part, nodes in graph.parts.items():
         known = nodes[graph.y[nodes] >= 0]
         if len(known):
             right[part] = float((numbers[known] == y[known]).float().mean())
     return right
+
+
+def numbered_as(graph: Graph, names: list[str]) -> Tensor:
+    """The graph's classes by the numbers of the model's, which are called `names`; -2 where it has none of the name."""
+    if not graph.classes:
+        return graph.y
+    ours = {name: n for n, name in enumerate(names)}
+    turned = torch.tensor([ours.get(name, -2) for name in graph.classes] + [-1])
+    return turned[graph.y]
 
 
 def _one_graph(path: Path, config: GraphConfig) -> Graph:
@@ -172,4 +177,13 @@ def check_features(settings: Mapping[str, Any], graph: Graph) -> None:
         raise TersorError(f"the graph has {graph.x.shape[1]} features a node, the model was trained with {wanted}")
 
 
-TASK = Task(graph_prediction, load_data, predict, frozenset({".npz"}), marker=NODES, writes=True, normalises=False)
+TASK = Task(
+    graph_prediction,
+    load_data,
+    predict,
+    frozenset({".npz"}),
+    marker=NODES,
+    writes=True,
+    normalises=False,
+    evaluated_on="graph",
+)

@@ -11,9 +11,10 @@ from typing import Any
 from torch import nn
 
 from tersor import models
-from tersor.checkpoint.load import load, pick_device
+from tersor.checkpoint.load import load
 from tersor.checkpoint.preprocessing import image_settings, saved_settings
 from tersor.checkpoint.source import open_checkpoint
+from tersor.devices import pick_device
 from tersor.errors import TersorError
 from tersor.tasks import Prediction, Task, task_of
 from tersor.untrusted import readable
@@ -72,7 +73,7 @@ def open_predictor(
     opened = open_checkpoint(model)
     task = _shown(*_task_of(opened.config), out, reference)
     settings = image_settings(opened) if task.normalises else saved_settings(opened)
-    return Predictor(load(model, device=device).eval(), task, settings, _labels_of(opened.config), out, reference)
+    return Predictor(load(model, device=device).eval(), task, settings, labels_of(opened.config), out, reference)
 
 
 def input_files(inputs: Sequence[str], suffixes: frozenset[str], marker: str = "") -> list[Path]:
@@ -171,7 +172,7 @@ def _task_of(config: Mapping[str, Any]) -> tuple[str, str]:
     raise TersorError(f"`tersor predict` does not know what {', '.join(names) or 'this model'} is for")
 
 
-def _labels_of(config: Mapping[str, Any]) -> dict[int, str]:
+def labels_of(config: Mapping[str, Any]) -> dict[int, str]:
     """transformers' `id2label`, or timm's `label_names`."""
     named = config.get("id2label") or dict(enumerate(config.get("label_names") or []))
     return {int(number): str(name) for number, name in named.items()}

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tersor.checkpoint.room import replacing
 from tersor.data.images import SUFFIXES, from_pixels, open_image
 from tersor.data.pictures import PictureConfig, load_pictures
 from tersor.errors import TersorError
 from tersor.evaluate.fidelity import Fidelity, fidelity
+from tersor.files import replacing
 from tersor.models.config import checked_config
 from tersor.tasks.task import Sets, Task
 from tersor.tasks.tiles import in_tiles

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
 
 from tersor import models
-from tersor.checkpoint.load import load, pick_device
+from tersor.checkpoint.load import load
 from tersor.checkpoint.source import resolve
+from tersor.devices import pick_device
 from tersor.errors import TersorError
+from tersor.progress import Progress, silent
 from tersor.tasks import Prediction, Task, task_named, tasks
 from tersor.tasks.task import Generator, Order
 from tersor.untrusted import check_seed, read_json_object, readable
@@ -21,9 +22,7 @@ PUBLISHED = {"TripoSGDiTModel": "triposg", "TripoSGVAEModel": "triposg_vae"}
 GENERATOR, DECODER = "transformer", "vae"  # diffusers' names of a pipeline's folders
 
 
-def sample(
-    model: str, order: Order, *, device: str = "auto", progress: Callable[[str, int, int], None] = lambda *_: None
-) -> Prediction:
+def sample(model: str, order: Order, *, device: str = "auto", progress: Progress = silent) -> Prediction:
     """Makes order.out. model: a directory with config.json, or with the folders transformer/ and vae/ of a pipeline.
 
     What the options and the configs alone decide is refused before the weights are read. Raises TersorError.

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tersor.checkpoint.preprocessing import preprocessor_config
-from tersor.checkpoint.room import replacing
 from tersor.data.images import FILTERS, SUFFIXES, from_pixels, open_image
 from tersor.data.masks import MaskConfig, load_masks, normalised, scaled
 from tersor.errors import TersorError
+from tersor.files import replacing
 from tersor.models.config import checked_config
 from tersor.tasks.task import Sets, Task
 from tersor.train.objectives import segmentation

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from tersor.progress import Progress
 from tersor.train.objectives import Objective
 
 
@@ -81,7 +82,7 @@ def numbers_of(module: nn.Module) -> Tensor:
 class Sample(Protocol):
     """Makes one result and writes it to order.out. progress(what, done, total)."""
 
-    def __call__(self, generator: Generator, order: Order, progress: Callable[[str, int, int], None]) -> Prediction: ...
+    def __call__(self, generator: Generator, order: Order, progress: Progress) -> Prediction: ...
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,8 @@ class Task:
     normalised as the model says; `size` is that of an official checkpoint, which says nothing (None: the architecture's).
     defaults: settings of the training that are the task's own, where the user does not say them.
     sample: None where models of this task make nothing of noise; makes: the endings of the files that it writes.
-    evaluated_on: the option of `tersor eval` that holds what two models are compared on: text, sentences, images or data; empty
-    where they are not compared yet.
+    evaluated_on: the option of `tersor eval` that holds what two models are compared on: text, sentences, images, data or graph
+    (that of `data`); empty where they are not compared yet.
     """
 
     objective: Objective

@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tersor.checkpoint.room import replacing
 from tersor.errors import TersorError
+from tersor.files import replacing
 from tersor.models import config_of
 from tersor.train.log import LOG_FILE
 from tersor.untrusted import first_words, regular_file

@@ -6,7 +6,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from tersor.checkpoint.room import replacing
+from tersor.files import replacing
 
 LOG_FILE = "log.csv"
 COLUMNS = ("step", "epoch", "lr", "loss", "grad_norm", "validation", "seconds")

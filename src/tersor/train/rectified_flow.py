@@ -33,6 +33,7 @@ from torch import Tensor
 
 from tersor.errors import TersorError
 from tersor.layers.checks import at_least, one_of
+from tersor.progress import Progress
 
 # (x (B, N, C), t (B,), context (B, L, D) or None) -> velocity (B, N, C)
 Model = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -93,7 +94,7 @@ class RectifiedFlow:
         steps: int = 50,
         guidance: float = 1.0,
         mu: float | None = None,
-        progress: Callable[[str, int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> Tensor:
         """start: noise, shaped as the result. guidance other than 1 needs a context. progress(what, done, total)."""
         if guidance != 1 and context is None:

@@ -30,9 +30,10 @@ from torch.nn import functional as F
 from tersor.data.denoising import IGNORED_NUMBER, IGNORED_TOKEN, PIXEL_CLASSES, Denoising, DenoisingConfig
 from tersor.errors import TersorError
 from tersor.models import find
+from tersor.progress import Progress
 from tersor.train.config import TrainConfig
 from tersor.train.objectives import Batch
-from tersor.train.trainer import Progress, train
+from tersor.train.trainer import train
 
 
 @dataclass(frozen=True)

@@ -40,16 +40,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from tersor.checkpoint.load import pick_device
+from tersor import processes
 from tersor.data.seeding import mixed_seed
+from tersor.devices import pick_device
 from tersor.errors import TersorError
+from tersor.progress import Progress
 from tersor.train.checkpoint import load_best, load_run, save_model, save_run
 from tersor.train.config import PRECISIONS, TrainConfig, learning_rate
 from tersor.train.log import RunLog
 from tersor.train.objectives import Batch, Objective
 
 FREE_TO_CHANGE = ("save_every", "log_every", "workers", "device")  # of a run that is resumed
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass
@@ -204,7 +205,7 @@ def validate(
     workers: int = 0,
 ) -> dict[str, float]:
     """The mean over all samples of everything that the objective reports, in eval mode; devices share the samples."""
-    rank, world = _ranks()
+    rank, world = processes.rank(), processes.processes()
     if len(data) < world:
         raise TersorError(f"{len(data)} samples are too few to validate on with {world} devices")
     device = next(model.parameters()).device
@@ -271,17 +272,11 @@ def _place(wanted: str) -> tuple[int, int, torch.device]:
     device = pick_device(wanted)
     if dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    rank, world = _ranks()
+    rank, world = processes.rank(), processes.processes()
     if device.type == "cuda" and world > 1:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # torchrun's own way to say it
         torch.cuda.set_device(device)
     return rank, world, device
-
-
-def _ranks() -> tuple[int, int]:
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
 
 
 def _autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
@@ -293,12 +288,12 @@ def _to(batch: Batch, device: torch.device) -> Batch:
 
 
 def _sum(value: Tensor) -> Tensor:
-    if _ranks()[1] > 1:
+    if processes.processes() > 1:
         value = value.clone()
         dist.all_reduce(value)
     return value
 
 
 def _wait() -> None:
-    if _ranks()[1] > 1:
+    if processes.processes() > 1:
         dist.barrier()

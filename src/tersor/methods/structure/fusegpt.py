@@ -49,7 +49,7 @@ from torch.nn import functional as F
 
 from tersor.errors import TersorError
 from tersor.layers.linear_map import is_conv1d, linear_maps, matrix_shape, weight_matrix
-from tersor.methods.method import ModelMethod, Progress, Report, Work, option, register
+from tersor.methods.method import ModelMethod, Report, Work, option, register
 from tersor.methods.structure.block_choice import (
     CHOICE,
     choices,
@@ -60,6 +60,7 @@ from tersor.methods.structure.block_choice import (
 )
 from tersor.methods.structure.block_stack import Calls, Stack, batches_of
 from tersor.methods.structure.fused_linear import MODES, FusedLinear
+from tersor.progress import Progress
 
 LOSSES = ("squared", "channels", "batch")
 

@@ -6,7 +6,7 @@ import itertools
 import json
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from tersor.errors import TersorError
+from tersor.progress import Progress
 from tersor.untrusted import read_json
 
 AXES = ("emb", "heads", "qk", "v", "mlp")
 FULL_BLOCK = 0.0808  # seconds of a full block in the published table; `latency_weight` depends on this scale
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ on ImageNet that the paper reports.
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -131,10 +130,5 @@ class SsmTokenPruning(ModelMethod):
             tokens = patches + classes
             found.append(PrunedLayers(f"layers {done + 1}-{upto}", tokens, tokens / whole))
             seen += tokens * (upto - done)
-            if self.pruning == "snapshot":  # an odd number with the class token
-                kept = math.ceil(patches * self.keep)
-                patches = min(kept + (kept % 2 == 0), patches + 1) - 1
-            else:
-                patches = math.ceil(patches * self.keep)
-            done = upto
+            patches, done = config.kept(patches), upto
         return [*found, PrunedLayers("all layers, mean", round(seen / depth), seen / (depth * whole))]

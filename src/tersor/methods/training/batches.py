@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tersor.calibrate.batches import Batch, without_target
+from tersor.calibrate.batches import Batch, each_tensor, without_target
 from tersor.errors import TersorError
 
 OF_TOKENS = ("input_ids", "attention_mask", "token_type_ids")
@@ -38,13 +38,7 @@ class Drawn:
     @staticmethod
     def cast(batch: Batch) -> Batch:
         """The batch with floating tensors in float32: all models are trained in it."""
-
-        def single(value: Any) -> Any:
-            if isinstance(value, tuple | list):
-                return type(value)(single(each) for each in value)
-            return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-        return {name: single(value) for name, value in batch.items()}
+        return each_tensor(batch, lambda value: value.float() if value.is_floating_point() else value)
 
     def batch(self, step: int) -> Batch:
         count = len(self.samples)

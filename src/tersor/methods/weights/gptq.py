@@ -19,6 +19,7 @@ from tersor.formats.layout import Layout, UniformGrids
 from tersor.layers.linear_map import weight_matrix
 from tersor.methods.block import Block, Statistics
 from tersor.methods.method import BlockMethod, Method, check_options, option, register
+from tersor.methods.weights.asymmetric import asymmetric_target
 from tersor.methods.weights.factors import Factors
 from tersor.methods.weights.gptq_solver import Factor, Solution, solve_factorized
 from tersor.methods.weights.rtn import RTN
@@ -58,6 +59,12 @@ class GPTQ(BlockMethod):
     )
     mse: bool = option(False, "search for the clipping range with the least error in each group")
     weighted: bool = option(False, "the same, with errors counted as the Hessian counts them")
+    asymmetric: float = option(
+        0.0,
+        "how far layers make up for what those before them lost, from 0 to 1 (all of it)",
+        check=lambda v: 0 <= v <= 1,
+        allowed="between 0 and 1",
+    )
     refits: int = option(
         0,
         "how often the steps are fitted to the integers anew, and the integers to the steps",
@@ -69,6 +76,10 @@ class GPTQ(BlockMethod):
         check_options(self)
         if self.mse and self.weighted:
             raise TersorError("mse and weighted are two ways to search for the same ranges: choose one")
+
+    @property
+    def compares(self) -> bool:
+        return self.asymmetric > 0
 
     @classmethod
     def recipes(cls, kind: str) -> Sequence[Sequence[Method]]:
@@ -101,8 +112,13 @@ class GPTQ(BlockMethod):
         self, block: Block, statistics: Mapping[str, Statistics], factors: Factors, name: str
     ) -> tuple[Solution, str]:
         factor, informed = factors.of(statistics[name].hessian)
-        solution = self.solution(weight_matrix(block.linears[name]), factor, block.stored)
+        weight, deviation = weight_matrix(block.linears[name]), statistics[name].deviation
         notes = []
+        if self.compares and deviation is not None:
+            weight = asymmetric_target(weight, deviation, factor, self.asymmetric)
+        elif self.compares and statistics[name].tokens:
+            notes.append("not asymmetric: the original's experts see other tokens")
+        solution = self.solution(weight, factor, block.stored)
         if statistics[name].tokens == 0:
             instead = "solved with the mean of its layer's experts" if informed else "rounded to nearest"
             notes.append(f"no calibration token reached it: {instead}")

@@ -77,6 +77,10 @@ class PlainMambaConfig:
         for layer in self.prune_after:
             one_of("plainmamba", "prune_after", layer, range(1, self.num_layers))
 
+    def kept(self, tokens: int) -> int:
+        """How many of so many tokens stay in a pruning."""
+        return math.ceil(tokens * self.keep)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Walks:
@@ -204,7 +208,7 @@ class PatchEmbed(nn.Module):
 class Backbone(nn.Module):
     def __init__(self, config: PlainMambaConfig) -> None:
         super().__init__()
-        self.side, self.prune_after, self.keep = config.img_size // config.patch_size, config.prune_after, config.keep
+        self.config, self.side = config, config.img_size // config.patch_size
         self.patch_embed = PatchEmbed(config)
         self.pos_embed = nn.Parameter(torch.zeros(1, self.side**2, config.embed_dims))
         (rates,) = linear_rates(config.drop_path_rate, (config.num_layers,))
@@ -223,8 +227,8 @@ class Backbone(nn.Module):
         way = walks(grid, None, x.device)
         for number, layer in enumerate(self.layers, 1):
             x, weight = layer(x, way)
-            if number in self.prune_after:
-                stay = weight.topk(math.ceil(x.shape[1] * self.keep), dim=1).indices.sort(1).values
+            if number in self.config.prune_after:
+                stay = weight.topk(self.config.kept(x.shape[1]), dim=1).indices.sort(1).values
                 x = _rows(x, stay)
                 way = walks(grid, stay if way.places is None else way.places.gather(1, stay), x.device)
         return self.ln1(x), way

@@ -70,6 +70,13 @@ class VimConfig:
         for layer in self.prune_after:
             one_of("vim", "prune_after", layer, range(1, self.depth + 1))
 
+    def kept(self, tokens: int) -> int:
+        """How many of so many tokens stay in a pruning, the class token not counted."""
+        count = math.ceil(tokens * self.keep)
+        if self.pruning == "snapshot":  # an odd number with the class token, which stands in their middle
+            count = min(count + (count % 2 == 0), tokens + 1) - 1
+        return count
+
     @property
     def patches(self) -> int:
         return (self.img_size // self.patch_size) ** 2
@@ -222,10 +229,7 @@ class Vim(nn.Module):
 
     def most_important(self, score: Tensor, at: Tensor) -> Tensor:
         """score (B, N), the class token's place (B, 1) -> (B, k): sorted places of the others that stay."""
-        others = score.shape[1] - 1
-        count = math.ceil(others * self.config.keep)
-        if self.config.pruning == "snapshot":  # an odd number with the class token, which stands in their middle
-            count = min(count + (count % 2 == 0), others + 1) - 1
+        count = self.config.kept(score.shape[1] - 1)
         best = score.scatter(1, at, -math.inf).topk(count, dim=1).indices
         return best.sort(1).values
 

@@ -1,0 +1,90 @@
+"""What the benchmarks share: where data and results are, how fast things are beside each other, and where they were measured."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tersor
+
+DATA = Path(os.environ.get("TERSOR_DATA", Path(__file__).parents[2] / "shared" / "data"))
+RESULTS = Path(__file__).parent / "results"
+
+
+def speed_ratios(tasks: Mapping[str, Callable[[], object]], *, turns: int = 7) -> dict[str, float]:
+    """How many times faster each task is than the first: medians over turns in which all of them run one after the other. CPU
+    time of this process is counted, so that other work on the machine counts less; use one thread."""
+    assert torch.get_num_threads() == 1, "set OMP_NUM_THREADS=1: CPU time counts every thread"
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
+    with torch.no_grad():
+        for turn in range(turns + 1):
+            for name, task in tasks.items():
+                started = time.process_time()
+                task()
+                if turn:  # the first one warms up
+                    seconds[name].append(time.process_time() - started)
+    medians = {name: statistics.median(each) for name, each in seconds.items()}
+    first = next(iter(medians.values()))
+    return {name: first / each for name, each in medians.items()}
+
+
+def gpu_seconds(call: Callable[[], object]) -> float:
+    """On the clock, until the GPU is done."""
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def processor() -> str:
+    described = Path("/proc/cpuinfo")
+    lines = described.read_text().splitlines() if described.exists() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+def versions(*packages: str) -> str:
+    """Of Python, torch, tersor and more."""
+    others = "".join(f", {name} {importlib.metadata.version(name)}" for name in packages)
+    return f"Python {platform.python_version()}, torch {torch.__version__}, tersor {tersor.__version__}{others}"
+
+
+def hardware() -> str:
+    return f"{processor()}, {torch.get_num_threads()} thread(s), {platform.system()}"
+
+
+def machine() -> str:
+    return f"{hardware()}; {versions()}"
+
+
+def gpu(*packages: str) -> str:
+    return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, {versions(*packages)}"
+
+
+def write_table(name: str, text: str) -> None:
+    """Keep a table under its benchmark's name."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.md").write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+
+
+def write_numbers(name: str, content: Mapping[str, Any]) -> None:
+    """Keep the numbers that a table is made of."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def kept_numbers(name: str) -> dict[str, Any]:
+    """What `write_numbers` kept; {} where there is nothing yet."""
+    path = RESULTS / f"{name}.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return found

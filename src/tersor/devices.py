@@ -1,0 +1,53 @@
+"""The device that a user names, and the memory that is held on it."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+from tersor.errors import TersorError
+
+
+def pick_device(device: str) -> torch.device:
+    """auto: the GPU where there is one. Raises TersorError where this machine cannot run on the device."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+    except RuntimeError:
+        raise TersorError(f"{device!r} is no device; use auto, cpu, cuda or cuda:N") from None
+    if picked.type not in ("cpu", "cuda"):
+        raise TersorError(f"device {device!r} is none that tersor runs on; use auto, cpu, cuda or cuda:N")
+    if picked.type == "cuda" and not torch.cuda.is_available():
+        raise TersorError(f"device {device}: this machine has no usable CUDA GPU")
+    if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
+        raise TersorError(f"device {device}: this machine has {torch.cuda.device_count()} GPUs, counted from cuda:0")
+    return picked
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that the GPU's allocator held, or the most that this process had resident. On Linux that is VmHWM: a
+    spawned process inherits its parent's `ru_maxrss`."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration, ValueError):
+        pass
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return resident if sys.platform == "darwin" else resident * 1024
+
+
+def memory_now(device: torch.device) -> int:
+    """Bytes: what the GPU's allocator holds, or what this process has resident; its peak where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        return pages * resource.getpagesize()
+    except (OSError, ValueError, IndexError):
+        return peak_memory(device)
