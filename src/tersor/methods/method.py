@@ -97,7 +97,7 @@ class BlockMethod(Method):
 
     @property
     def compares(self) -> bool:
-        """Whether it wants what the original model's layers see, beside what those of the compressed one see."""
+        """Whether it needs the inputs of the original model's layers too, not only those of the compressed model's."""
         return False
 
     def compress_block(self, block: Block) -> None:
