@@ -18,6 +18,7 @@ from tersor.checkpoint.source import JOB_FOLDER, open_checkpoint
 from tersor.cli.options import Samples
 from tersor.cli.progress import progress_bar
 from tersor.compress import GPTQ, RTN, Method, compress
+from tersor.compress.settings import counting
 from tersor.evaluate.inspection import inspect_checkpoint
 from tersor.evaluate.perplexity import perplexity
 from tersor.progress import Progress
@@ -70,7 +71,8 @@ def demo(
             progress(f"{name}: {what}", done, total)
 
         started = time.perf_counter()
-        compress(MODEL, method, out=target, samples=samples, seq_len=seq_len, progress=compressing)
+        asked = counting({"samples": samples, "seq_len": seq_len}, [method])  # rounding looks at none
+        compress(MODEL, method, out=target, progress=compressing, **asked)
         measure(name, target, time.perf_counter() - started, progress)
 
     console.print(
