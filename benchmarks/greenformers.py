@@ -49,7 +49,8 @@ def rows(name: str, calibration: Any, inputs: dict[str, Any], score: Callable[[n
         told = ", ".join(f"{key} {value:g}" for key, value in choice.items())
         faster = 0.0
         for whiten in (False, True):
-            given = {"calibration": calibration, "samples": 32, "seq_len": 256} if whiten else {}
+            length = {"seq_len": 256} if calibration is None else {}  # of the built-in text
+            given = {"calibration": calibration, "samples": 32, **length} if whiten else {}
             result = tersor.compress(name, Greenformers(**choice, whiten=whiten), **given)
             lower, summary = result.model, result.summary
             share = summary.parameters_after / summary.parameters_before

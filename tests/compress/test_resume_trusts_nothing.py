@@ -41,8 +41,9 @@ def go_on(model: Path, out: Path, **more: Any) -> tuple[int, list[str]]:
         if total == 0 and not what.startswith("forecast"):
             said.append(what)
 
-    more.setdefault("method", GPTQ(group_size=32))
-    return tersor.compress(model, out=out, progress=progress, **ASKED, **more).summary.resumed_blocks, said
+    method = more.pop("method", GPTQ(group_size=32))
+    asked = ASKED if method.needs_samples else {}
+    return tersor.compress(model, method, out=out, progress=progress, **asked, **more).summary.resumed_blocks, said
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +160,7 @@ def test_weights_that_changed_between_two_runs_are_never_mixed(small: Path, tmp_
         start(small, out)
     else:
         with pytest.raises(KeyboardInterrupt):
-            tersor.compress(small, method, out=out, progress=stop_after("all"), **ASKED)
+            tersor.compress(small, method, out=out, progress=stop_after("all"))
     change_a_weight(small)
     before = files_of(out)
     with pytest.raises(
@@ -178,7 +179,7 @@ def test_weights_that_change_while_the_job_runs_are_refused(small: Path, tmp_pat
             changed.append(change_a_weight(small))
 
     with pytest.raises(TersorError, match="the model changed while the job ran"):
-        tersor.compress(small, RTN(group_size=32), out=tmp_path / "out", progress=progress, **ASKED)
+        tersor.compress(small, RTN(group_size=32), out=tmp_path / "out", progress=progress)
 
 
 def test_a_finished_result_is_looked_at_before_a_part_of_it_is_solved_again(

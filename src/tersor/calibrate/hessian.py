@@ -51,7 +51,7 @@ class Hessian:
         self.total += x.t() @ x
 
     def compare(self, original: Tensor, x: Tensor) -> None:
-        """Take in by how much the original's inputs [tokens, columns] differ from x, which `add` took in."""
+        """Add how much the original's inputs [tokens, columns] differ from x, which `add` has taken in."""
         if self.deviation is None:
             self.deviation = torch.zeros_like(self._total)
         x = x.to(self.dtype)
@@ -74,7 +74,7 @@ class Hessian:
 
     @property
     def mean_deviation(self) -> Tensor | None:
-        """The deviation on the scale of H."""
+        """The deviation, scaled like H."""
         return None if self.deviation is None else self._mean(self.deviation)
 
     def _mean(self, total: Tensor) -> Tensor:

@@ -1,12 +1,12 @@
-"""Run a model on many samples side by side, one part of the model at a time, whatever the model's own code does in between.
+"""Run a model on many samples side by side, one part of the model at a time, whatever its own code does in between.
 
 Every sample's forward pass runs in a thread of its own and stops in front of each unit (block, embedding, head, ...). Once all
-have arrived, the unit and all the calls to it are handed to whoever iterates, who may load the unit's weights, gather
+passes have arrived, the caller that iterates gets the unit and all calls to it. It may load the unit's weights, gather
 statistics, replace layers, run the calls and release the weights; then the passes go on with the outputs. Exactly one thread
 runs at any time, so the order of all computation is fixed.
 
-So nothing needs to be known of a model: not which arguments its blocks take (masks, rotary tables, position biases, encoder
-states), what runs between them, or whether a block is used twice.
+So nothing needs to be known of a model: neither which arguments its blocks take (masks, rotary tables, position biases, encoder
+states), nor what runs between them, nor whether a block is used twice.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from tersor.layers.linear_map import is_linear_map
 
 @dataclass
 class Call:
-    """One pass's call to a unit. `run` calls the unit as it is now; `output` is what the pass goes on with.
+    """One pass's call to a unit. `run` calls the unit as it is now; the pass goes on with `output`.
 
-    sample: the number of the pass. numbers: those of the calibration samples that run in it, among all that there are.
-    drawn: where the pass's random numbers stand before the call, from which every run of it starts; after: at the last run's end.
+    sample: the number of the pass. numbers: of its calibration samples, among all samples. drawn: the state of the pass's random
+    numbers before the call; every run starts from it. after: that state at the end of the last run.
     """
 
     sample: int
@@ -56,13 +56,13 @@ class Call:
             self.store.put((self.args, self.kwargs))
 
     def again(self) -> Call:
-        """The same call, for another run after this one has let its inputs go."""
+        """The same call for another run, also after this one has let its inputs go."""
         return Call(self.sample, self.numbers, self.args, self.kwargs, self.forward, self.store, self.drawn)
 
 
 @dataclass
 class Stop:
-    """All passes that wait in front of `unit`; `visit` counts how often the unit has been reached before."""
+    """All passes that wait in front of `unit`. visit: how often the unit was reached before."""
 
     unit: Unit
     visit: int
@@ -75,12 +75,12 @@ class Stop:
             if check is not None:
                 check(call)
             call.store.put(call.output)
-            call.store.get((call.args, call.kwargs))  # the model's code may still hold them: a residual path, say
+            call.store.get((call.args, call.kwargs))  # the model's code may still need them, for a residual path
             call.args, call.kwargs = (), {}
 
 
 class WeightsElsewhereError(RuntimeError):
-    """The model's own code looked at the weights of a unit (for their device, say) while they were not in memory."""
+    """The model's own code looked at the weights of a unit, for example for their device, while they were not in memory."""
 
 
 class _Abandoned(BaseException):
@@ -89,7 +89,7 @@ class _Abandoned(BaseException):
 
 @dataclass
 class _Pass:
-    """One sample's forward pass in its thread. seed: of what it draws."""
+    """One sample's forward pass in its thread. seed: of its random numbers."""
 
     sample: int
     seed: int
@@ -129,9 +129,9 @@ class _Pass:
 class Lockstep:
     """Iterate over the stops of `run(sample)` for every sample; use as a context manager.
 
-    Whoever iterates must set the output of every call of a stop (`stop.run()`) before going on. `outputs[sample]` is what the
-    forward pass returned, for those that ran to their end. numbers: of the calibration samples in each of `samples`, where
-    these are not one each. seeds: of the random numbers that the model draws for each of them.
+    The caller that iterates must set the output of every call of a stop (`stop.run()`) before it goes on. `outputs[sample]` is
+    what a forward pass returned that ran to its end. numbers: of the calibration samples in each of `samples`; by default one
+    each. seeds: of the random numbers that the model draws for each of them.
     """
 
     def __init__(
@@ -186,7 +186,7 @@ class Lockstep:
             waiting = [each for each in self._passes if each.waiting is not None]
             if not waiting:
                 return
-            # Passes that skip a unit run ahead: the unit that comes first in the model is served first.
+            # Passes that skip a unit run ahead. The unit that comes first in the model is served first.
             order = {id(unit): n for n, unit in enumerate(self._units)}
             counts = {each.sample: self._visits.setdefault(_name(each), [0] * len(self._passes)) for each in waiting}
             first = min(waiting, key=lambda e: (counts[e.sample][e.sample], order[id(_unit(e))]))
@@ -219,7 +219,7 @@ class Lockstep:
 
     def _gate(self, unit: Unit) -> Callable[..., Any]:
         forward = unit.module.forward
-        # What hangs on an output head or an embedding (statistics, checks) sees it only where it is called as a module.
+        # Hooks on an output head or an embedding (statistics, checks) see a call only where it is called as a module.
         seen = unit.module if is_linear_map(unit.module) or isinstance(unit.module, nn.Embedding) else forward
 
         def gate(*args: Any, **kwargs: Any) -> Any:
@@ -245,7 +245,7 @@ def _unit(each: _Pass) -> Unit:
 
 
 class _one_thread_for_the_rest:  # noqa: N801
-    """A pass's own thread computes with one core, and leaves the number of cores of this thread as it was."""
+    """Meanwhile new threads compute with one core; this thread keeps its number of cores."""
 
     def __enter__(self) -> None:
         self.threads = torch.get_num_threads()

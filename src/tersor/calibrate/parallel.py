@@ -1,4 +1,4 @@
-"""Several processes on one calibration: who has which samples, and one set of statistics out of everybody's."""
+"""Several processes on one calibration: which samples each has, and one set of statistics made from all."""
 
 from __future__ import annotations
 

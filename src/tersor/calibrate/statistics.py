@@ -104,7 +104,7 @@ def gather_hessians(
     previous: tuple[str, Any] = ("", None)
     reached: set[str] = set()
     together = 1  # how many samples the running call holds
-    theirs: dict[str, list[Tensor]] = {}  # what the original's maps saw in that call
+    theirs: dict[str, list[Tensor]] = {}  # the inputs of the original's maps in that call
 
     def note(name: str, x: Tensor) -> None:
         nonlocal previous
@@ -141,16 +141,16 @@ def gather_hessians(
 
 @dataclass(frozen=True)
 class Original:
-    """A block as it was. calls: those of the original model, one beside each call of the compressed one; None where its samples
-    took another path."""
+    """A block as it was. calls: of the original model, one for each call of the compressed one; None where its samples took
+    another path."""
 
     module: nn.Module
     weights: Mapping[str, Tensor]
     calls: Sequence[Call | None]
 
     def inputs(self, linears: Mapping[str, LinearMap], n: int, *, once: bool) -> dict[str, list[Tensor]]:
-        """What each map sees [tokens, columns] in call n, time after time. Experts are left out: their tokens are others where
-        the router chooses otherwise."""
+        """The inputs of each map [tokens, columns] in call n, in order. Experts are left out, because the router may choose other
+        tokens for them."""
         maps = {name: each for name, each in linears.items() if not is_expert(name)}
         found: dict[str, list[Tensor]] = {}
         previous: tuple[str, Any] = ("", None)
@@ -173,7 +173,7 @@ class Original:
 
     @contextmanager
     def weights_in_place(self) -> Iterator[None]:
-        """The block computes as it did at first here."""
+        """Meanwhile the block computes as it did at first."""
         parameters = dict(self.module.named_parameters())
         now = {name: each.data for name, each in parameters.items()}
         try:

@@ -17,6 +17,7 @@ from tersor.cli.options import AsJson, Samples, print_json
 from tersor.cli.progress import progress_bar
 from tersor.cli.table import print_table
 from tersor.compress import GPTQ, RTN, Method, compress
+from tersor.compress.settings import counting
 from tersor.evaluate.inspection import inspect_checkpoint
 from tersor.evaluate.perplexity import perplexity
 from tersor.progress import Progress
@@ -65,7 +66,8 @@ def demo(
             progress(f"{name}: {what}", done, total)
 
         started = time.perf_counter()
-        compress(MODEL, method, out=target, samples=samples, seq_len=seq_len, progress=compressing)
+        asked = counting({"samples": samples, "seq_len": seq_len}, [method])  # rounding looks at none
+        compress(MODEL, method, out=target, progress=compressing, **asked)
         measure(name, target, time.perf_counter() - started, progress)
 
     said = (

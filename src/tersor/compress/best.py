@@ -1,9 +1,9 @@
-"""`--method best` and `best-fast`: the steps that keep most at a number of bits, as a recipe; and how long they will take.
+"""`--method best` and `best-fast`: the recipes that lose least at a number of bits, and how long they take.
 
     best-fast   gptq (act-order, static groups, ranges by the Hessian), then one pass of `scales`
     best        the same, then `rounding`, then `scales`
 
-At 8 bits there is nothing left to gain, and both are gptq alone. benchmarks/results/ladder.md has what each rung is worth.
+At 8 bits there is nothing left to gain, and both are gptq alone. benchmarks/results/ladder.md shows what each step is worth.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TAKEN = ("bits", "group_size", "sym")  # the options that they leave to the user
 
 
 def best_steps(name: str, options: Mapping[str, Any]) -> list[Recipe]:
-    """The steps of `best` or `best-fast`. options: of bits, group_size and sym, what the user gave. Raises TersorError for
+    """The steps of `best` or `best-fast`. options: those of bits, group_size and sym that the user gave. Raises TersorError for
     another option."""
     for given in options:
         if given not in TAKEN:
@@ -48,7 +48,7 @@ def best_steps(name: str, options: Mapping[str, Any]) -> list[Recipe]:
 
 
 def steps_for(name: str, model: str, options: Mapping[str, Any], asked: Settings) -> list[Recipe]:
-    """The steps for a model given by name, with a line that says them and, for a model of text, about how long they take."""
+    """The steps for a model given by name. A line tells them, and for a model of text about how long they take."""
     checkpoint = open_checkpoint(model, allow_pickle=asked.allow_pickle)
     place = pick_device(asked.device)
     dtype = compute_dtype(checkpoint, place, asked.dtype)
@@ -67,7 +67,7 @@ def steps_for(name: str, model: str, options: Mapping[str, Any], asked: Settings
 
 
 def passes(steps: Sequence[Recipe]) -> float:
-    """Products of every weight with every token in all steps; a gradient counts as two."""
+    """How often all steps multiply every weight with every token. A gradient counts twice."""
     total = 0.0
     for step in steps:
         method = step.method

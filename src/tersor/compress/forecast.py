@@ -22,7 +22,7 @@ from tersor.methods.block import STATISTICS_MEMORY
 
 PASSES = 3.5  # runs of a block: its call order, its statistics (true-sequential ones stop early), its outputs
 HESSIAN_BYTES = 12  # for each number of a Hessian: its sum in float64, and the mean in float32
-COMPARED = 2  # passes and waiting samples double where the original model runs beside
+COMPARED = 2  # where the original model runs too, passes and waiting samples are twice as many
 SOLVER_COPIES = 6  # of a Hessian and of a weight, held while a layer is solved
 
 

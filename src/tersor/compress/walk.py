@@ -163,11 +163,11 @@ def _walk(source: Source, first: Prepared, probe: Probe, job: Job, compressed: C
     seeds = [1 + each[0] for each in numbers]
     last = len(passing)  # the probe's pass
     compares = any(method.compares for method in plan.methods.values())
-    originals = passing if compares else []  # run through the original model beside
+    originals = passing if compares else []  # these also run through the original model
     remaining = {name for name, linears in plan.linears.items() if linears and probe.visits[name]}
     total = len(remaining)
     earlier: dict[str, list[Call]] = {}
-    exact: dict[str, list[Call | None]] = {}  # the original's calls beside those
+    exact: dict[str, list[Call | None]] = {}  # the original's calls, one for each of those
     with Lockstep(
         model,
         probe.units,
@@ -211,13 +211,13 @@ def _walk(source: Source, first: Prepared, probe: Probe, job: Job, compressed: C
 
 
 def _original(unit: Unit, calls: Sequence[Call | None]) -> Original:
-    """What a block is before it is compressed."""
+    """A block as it is before it is compressed."""
     weights = {name: each.detach().clone() for name, each in unit.module.named_parameters()}
     return Original(unit.module, weights, calls)
 
 
 def _run_originals(stop: Stop, original: Original, last: int) -> None:
-    """Run the calls of the original model's passes, those after the last; the others are left in the stop."""
+    """Run the calls of the original model's passes, which come after the last. The other calls stay in the stop."""
     with original.weights_in_place():
         Stop(stop.unit, stop.visit, [each for each in stop.calls if each.sample > last]).run()
     stop.calls = [each for each in stop.calls if each.sample <= last]

@@ -33,7 +33,7 @@ from tersor.methods.method import Report
 from tersor.methods.solution import AnySolution
 from tersor.methods.solved_apart import Solved, agree_on_order, solve_apart
 
-STATISTICS_MEMORY = 8 * 2**30  # bytes of experts' Hessians that are gathered at once
+STATISTICS_MEMORY = 8 * 2**30  # bytes; of the experts' Hessians that are gathered at once
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,11 @@ class LayerReport(Report):
     group_size: int
     error: float  # the method's own measure
     damp: float
-    tokens: int  # that calibrated it
+    tokens: int  # of the samples that reached it
     seconds: float
     note: str = ""  # what was unusual
-    condition: float | None = (
-        None  # a lower bound of the damped Hessian's condition number, where the method factorizes it
-    )
-    sparsity: float | None = None  # share of the weights that are zero, of a method that makes them so
+    condition: float | None = None  # a lower bound of the damped Hessian's condition number; None: not factorized
+    sparsity: float | None = None  # share of the weights that are zero; None: the method does not prune
 
     def row(self) -> dict[str, Any]:
         found = asdict(self)
@@ -61,35 +59,31 @@ class LayerReport(Report):
 
 @dataclass(frozen=True)
 class Statistics:
-    """What the calibration says of one map: H, and of how many tokens; deviation: 2/N · Σ (x₀ - x) xᵀ, where x₀ are the original
-    model's inputs, if these were asked for and can be compared."""
+    """What the calibration says of one map."""
 
-    hessian: Tensor
-    tokens: int
+    hessian: Tensor  # H
+    tokens: int  # that it was gathered from
+    # 2/N · Σ (x₀ - x) xᵀ, where x₀ are the original model's inputs; None where it was not asked for or these cannot be compared
     deviation: Tensor | None = None
 
 
-Solver = Callable[[str], tuple[AnySolution, str]]  # a map's name to its solution and what was unusual
+Solver = Callable[[str], tuple[AnySolution, str]]  # from a map's name to its solution, and a note of what was unusual
 
 
 @dataclass
 class Block:
-    """linears: the maps to compress, by full name; calls: the calibration samples' calls to this block.
-
-    stored: what the file format will keep of a grid (None: everything). routing: which experts the samples visit while
-    statistics are gathered. packed: the finished layers, by full name. original: where a method compares with it.
-    """
+    """A block while it is compressed."""
 
     name: str
     module: nn.Module
-    linears: Mapping[str, LinearMap]
-    calls: Sequence[Call]
-    stored: Stored | None
+    linears: Mapping[str, LinearMap]  # the maps to compress, by full name
+    calls: Sequence[Call]  # of the calibration samples to this block
+    stored: Stored | None  # what the file format will keep of a grid; None: everything
     hessian_dtype: torch.dtype
-    routing: Routing
-    packed: dict[str, PackedWeight] = field(default_factory=dict)
+    routing: Routing  # which experts the samples visit while statistics are gathered
+    packed: dict[str, PackedWeight] = field(default_factory=dict)  # the finished layers, by full name
     reports: list[LayerReport] = field(default_factory=list)
-    original: Original | None = None
+    original: Original | None = None  # where a method compares with it
 
     def part(self, names: Sequence[str]) -> Block:
         """The same block with only some of its linear maps; results go to the same place."""
@@ -104,10 +98,10 @@ class Block:
         return weight_matrix(next(iter(self.linears.values()))).device
 
     def hessians(self, names: Sequence[str]) -> Iterator[dict[str, Statistics]]:
-        """The statistics of the maps, turn by turn, from the block as it is when a turn comes.
+        """The statistics of the maps, turn by turn. Each turn runs the block as it is then, with what was solved before.
 
-        The Hessian of an expert is moved towards the mean of its layer's. More experts than fit the memory set aside for
-        statistics take turns, each with passes of its own.
+        An expert's Hessian is moved towards the mean of its layer's. Experts take several turns where their statistics do not fit
+        into STATISTICS_MEMORY together.
         """
         turns = list(self._turns(names))
         means = self._means(names) if len(turns) > 1 else {}
@@ -153,7 +147,7 @@ class Block:
             yield turn
 
     def solve(self, names: Iterable[str], solver: Solver, group_size: int, tokens: Mapping[str, int]) -> None:
-        """Put solver(name) in the place of each map; where several processes work on the block, each solves some of them."""
+        """Replace each map by solver(name). Where several processes work on the block, each solves some of the maps."""
         shapes = {name: matrix_shape(self.linears[name]) for name in names}
         costs = {name: columns**2 * (rows + columns) for name, (rows, columns) in shapes.items()}
 
@@ -166,7 +160,7 @@ class Block:
             self.replace(name, solved, group_size, tokens=tokens.get(name, 0))
 
     def replace(self, name: str, solved: Solved, group_size: int, *, tokens: int) -> None:
-        """Put a solved weight in the place of the original: packed for the result, dense in the block that runs on."""
+        """Replace a weight by its solution: packed for the result, dense in the block, which goes on running."""
         solution = solved.solution
         set_weight_matrix(self.linears[name], solution.dequantize())
         packed = solution.pack(group_size, self.stored)

@@ -1,4 +1,4 @@
-"""What a compression method is: one frozen dataclass whose fields are its options, and the code that applies it to a block.
+"""What a compression method is: a frozen dataclass whose fields are its options, with the code that applies it.
 
 A method is one file in a folder beside this one (`weights`, `activations`, `structure`, `tokens`, `training`). Register it with
 `@register`; the command line, the docs table and the recipe reader take its options from the dataclass fields, and nothing
@@ -39,12 +39,12 @@ class Report:
 
 @dataclass
 class Work:
-    """What a job gives to `compress_model`. samples: calibration batches, on the model's device; `target` holds labels where
-    the user's data have any, and is no argument of the model; a method that needs no samples has those that the user gave, if
-    any. wanted(name): whether the user asked for this layer."""
+    """What a method gets beside the model."""
 
+    # Calibration batches on the model's device. `target` holds labels, where the data have any; the model does not take it. A
+    # method that needs no samples gets those that the user gave, maybe none.
     samples: Sequence[dict[str, Any]]
-    wanted: Callable[[str], bool]
+    wanted: Callable[[str], bool]  # whether the user asked for the layer of this name
     progress: Progress
     reports: list[Report] = field(default_factory=list)
 
@@ -58,7 +58,7 @@ M = TypeVar("M", bound="type[Method]")
 
 @dataclass(frozen=True)
 class Method:
-    """What all methods have. A method is a `BlockMethod` or a `ModelMethod`; `name` is what the command line takes."""
+    """What all methods have. A method is a `BlockMethod`, a `ModelMethod` or a `PackedMethod`. `name`: on the command line."""
 
     name: ClassVar[str]
     survey_nodes: ClassVar[tuple[str, ...]] = ()  # its places in `tersor catalog`, such as "inference/quantization-ptq"
@@ -68,7 +68,7 @@ class Method:
 
     @property
     def needs_samples(self) -> bool:
-        """Whether it looks at what the model computes."""
+        """Whether it looks at the model's activations or outputs."""
         return True
 
     @property
@@ -78,7 +78,7 @@ class Method:
 
     @classmethod
     def recipes(cls, kind: str) -> Sequence[Sequence[Method]]:
-        """What `tersor advise` considers for models of a kind (text, image or series): recipes of one or several steps."""
+        """The recipes that `tersor advise` tries for models of a kind (text, image or series), each of one or several steps."""
         return ()
 
     def options(self) -> dict[str, Any]:
@@ -97,7 +97,7 @@ class BlockMethod(Method):
 
     @property
     def compares(self) -> bool:
-        """Whether it wants what the original model's layers see, beside what those of the compressed one see."""
+        """Whether it needs the inputs of the original model's layers too, not only those of the compressed model's."""
         return False
 
     def compress_block(self, block: Block) -> None:
@@ -109,7 +109,7 @@ class BlockMethod(Method):
         return None
 
     def without_inputs(self) -> BlockMethod:
-        """The method for a table of which rows are looked up: one that needs no inputs, of which it has none."""
+        """The method to use for an embedding, which has no inputs to calibrate with."""
         raise TersorError(f"method {self.name} does not compress embeddings; leave --embeddings out")
 
     def check_linear(self, name: str, out_features: int, in_features: int, layout: Layout | None) -> None:
@@ -118,13 +118,10 @@ class BlockMethod(Method):
 
 @dataclass(frozen=True)
 class ModelMethod(Method):
-    """Works on the whole model in memory: changes its structure, or has to see everything at once. `keeps_size`: the result
-    takes as many bytes on disk as the original."""
+    """Works on the whole model in memory: changes its structure, or has to see everything at once."""
 
-    keeps_size: ClassVar[bool] = False
-    takes_layers: ClassVar[bool] = (
-        True  # whether it asks `work.wanted`, and so leaves layers alone that the user excludes
-    )
+    keeps_size: ClassVar[bool] = False  # whether the result takes as many bytes on disk as the original
+    takes_layers: ClassVar[bool] = True  # whether it asks `work.wanted`, so that the user can exclude layers
 
     def compress_model(self, model: nn.Module, work: Work) -> nn.Module:
         """The compressed model: `model` changed in place, or another one. Call `work.report(...)` for each part."""
@@ -133,12 +130,12 @@ class ModelMethod(Method):
 
 @dataclass(frozen=True)
 class PackedMethod(Method):
-    """Works on a packed model beside its original, both in memory: it changes integers and steps, and nothing of the file's
-    layout. In a recipe it is a step after one that packs."""
+    """Works on a packed model and its original, both in memory. It changes integers and steps; the file keeps its layout. In a
+    recipe it is a step after one that packs."""
 
     @property
     def moves_integers(self) -> bool:
-        """Whether integers change, with them those of weights that are zero; else steps alone do."""
+        """Whether integers change, also those of weights that are zero. Otherwise only steps change."""
         return False
 
     def tune(self, model: nn.Module, original: nn.Module, work: Work) -> None:
@@ -179,16 +176,19 @@ def option(
     flag: str | None = None,
     word: bool = False,
 ) -> Any:
-    """A field of a method: its default, what `--help` says, what values are allowed, its flag on the command line where that
-    is not simply its name, and whether it takes a word (as well as a number)."""
+    """A field of a method.
+
+    help: what `--help` says. check: whether a value is allowed; allowed: the same in words, for the error. flag: on the command
+    line, where it differs from the field's name. word: whether the option takes a word as well as a number.
+    """
     return field(
         default=default, metadata={"help": help, "check": check, "allowed": allowed, "flag": flag, "word": word}
     )
 
 
 def as_words(each: dataclasses.Field[Any], value: Any) -> list[str]:
-    """An option's value as the command line takes it: its flag and the value, for each of several values. A switch that stands
-    as it does by default needs no word, which is also the only way to say so where it has one flag."""
+    """An option's value as words of a command: its flag and the value, for each of several values. A switch at its default is
+    left out; where it has only one flag, that is the only way to say so."""
     dashed = each.name.replace("_", "-")
     first, _, second = (each.metadata.get("flag") or f"--{dashed}/--no-{dashed}").partition("/")
     if isinstance(value, bool):
@@ -197,7 +197,7 @@ def as_words(each: dataclasses.Field[Any], value: Any) -> list[str]:
 
 
 def check_options(method: Method) -> None:
-    """Every option against its own check. Raises TersorError with the offending value."""
+    """Check every option. Raises TersorError with the offending value."""
     for each in dataclasses.fields(method):
         check, value = each.metadata.get("check"), getattr(method, each.name)
         if not _is_like(value, each.default) and not each.metadata.get("word"):
@@ -205,14 +205,14 @@ def check_options(method: Method) -> None:
             raise TersorError(f"{each.name}={value!r} is not allowed: {allowed}")
         try:
             allowed = check is None or bool(check(value))
-        except (TypeError, ValueError, AttributeError):  # a list where a number belongs
+        except (TypeError, ValueError, AttributeError):  # such as a list in place of a number
             allowed = False
         if not allowed:
             raise TersorError(f"{each.name}={value!r} is not allowed: {each.metadata['allowed']}")
 
 
 def _is_like(value: Any, default: Any) -> bool:
-    """Whether an option's value is of its default's kind; a default of None says nothing."""
+    """Whether an option's value is of the same kind as its default. A default of None allows any kind."""
     if isinstance(default, bool) or isinstance(value, bool):
         return default is None or (isinstance(default, bool) and isinstance(value, bool))
     if isinstance(default, float):

@@ -14,8 +14,7 @@ from tersor.formats.packed_weight import PackedWeight
 
 
 class AnySolution(Protocol):
-    """A frozen dataclass, of which tensors are sent from process to process. Integers on grids are a `Solution` of
-    `weights/gptq_solver.py`."""
+    """A frozen dataclass; its tensors may be sent to other processes. `weights/gptq_solver.py` has one of integers on grids."""
 
     @property
     def error(self) -> float:
@@ -29,7 +28,7 @@ class AnySolution(Protocol):
 
     @property
     def sparsity(self) -> float | None:
-        """Share of the weights that are zero; None where the method makes none so."""
+        """Share of the weights that are zero; None where the method does not prune."""
 
     @property
     def width(self) -> int:
@@ -39,7 +38,7 @@ class AnySolution(Protocol):
         """The weight that a reader of the result gets back, [rows, columns]."""
 
     def pack(self, group_size: int, stored: Stored | None) -> PackedWeight | None:
-        """The weight as it is stored; None where no file format holds it."""
+        """The weight as a file stores it; None where no file format can hold it."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,7 @@ class DenseSolution:
 def dense_solution(
     weight: Tensor, stored: Stored | None, *, error: float, damp: float = 0.0, sparsity: float | None = None
 ) -> DenseSolution:
-    """weight [rows, columns] rounded to what the file holds: the dtype that config.json names, whatever single tensors had."""
+    """weight [rows, columns] in the dtype that config.json names: the file holds all of them in it, whatever single tensors
+    had."""
     kept = weight if stored is None else weight.to(stored.scale_dtype)
     return DenseSolution(kept, error, damp, sparsity)

@@ -1,4 +1,4 @@
-"""The linear maps of a block solved by several processes, each by one of them. With one process, it solves all of them."""
+"""Several processes solve the linear maps of a block, each map by one of them. A single process solves all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tersor.methods.solution import AnySolution
 
 @dataclass(frozen=True)
 class Solved:
-    """note: what was unusual; seconds: of the process that solved it."""
+    """A solved map. note: what was unusual. seconds: that its process took."""
 
     solution: AnySolution
     note: str
@@ -25,7 +25,7 @@ class Solved:
 
 
 def agree_on_order(block: str, order: CallOrder) -> CallOrder:
-    """The first process's order of calls. A map counts as called once a pass only where it is so on every process."""
+    """The first process's order of calls. `once` holds only where it holds on every process."""
     found = processes.gather((block, order))
     for rank, (other, _) in enumerate(found):
         if other != found[0][0]:
@@ -37,7 +37,7 @@ def agree_on_order(block: str, order: CallOrder) -> CallOrder:
 
 
 def assign(costs: Mapping[str, int], workers: int) -> dict[str, int]:
-    """Who does what: the costliest first, each to the worker with the least to do so far."""
+    """{name: worker}. The costliest come first, each to the worker with the least to do so far."""
     load = [0] * workers
     owner: dict[str, int] = {}
     for name in sorted(costs, key=lambda name: -costs[name]):
@@ -49,7 +49,7 @@ def assign(costs: Mapping[str, int], workers: int) -> dict[str, int]:
 def solve_apart(
     costs: Mapping[str, int], solve: Callable[[str], Solved], device: torch.device
 ) -> Iterator[tuple[str, Solved]]:
-    """Each name's solution, in the order of `costs`: found by one process, known to all."""
+    """Each name's solution, in the order of `costs`. One process solves it, and all get it."""
     if processes.processes() == 1:
         yield from ((name, solve(name)) for name in costs)
         return
@@ -65,7 +65,7 @@ def solve_apart(
 
 @dataclass(frozen=True)
 class _Shape:
-    """What stands for a tensor while it is not there."""
+    """Stands for a tensor that has not arrived yet."""
 
     shape: torch.Size
     dtype: torch.dtype

@@ -1,9 +1,9 @@
 """BCT: a whole transformer in small blocks of integers with power-of-two shifts, without data, tuning or retraining.
 
-What it is for: weights and all that is computed between them in 8 bits (or fewer), at once and without a calibration sample, for
-machines that have integers and shifts only. A block of 64 numbers with a shift of its own loses far less than one scale for a
-layer. The integers are computed by this machine's floating-point units, exactly (layers/block_arithmetic.py), so that
-nothing becomes faster here. For small weights alone, GPTQ (`tersor quantize`) loses less.
+What it is for: machines that have only integers and shifts. Weights and everything that is computed between them take 8 bits or
+fewer, at once and without a calibration sample. A block of 64 numbers with a shift of its own loses far less than one scale for
+a layer. Here floating-point units compute the integers, exactly (layers/block_arithmetic.py), so nothing runs faster. If only
+the weights must be small, GPTQ (`tersor quantize`) loses less.
 
     tersor compress bct MODEL --bits 8 --out small
     tersor compress bct MODEL --bits 4 --block 64 --block-rows 16 --out smaller     # N = 1024: 7.98 times
@@ -12,17 +12,23 @@ nothing becomes faster here. For small weights alone, GPTQ (`tersor quantize`) l
 
     e = the largest shift with max|x| 2^e <= 2^(b-1) - 1,  q = round(x 2^e),  x̂ = q 2^-e       (formats/blocks.py)
 
-In blocks are: the weights, tiles of `block` inputs by `block_rows` outputs; embeddings, position tables too; biases, γ and β (8
-bits, or `bits` where that is more); what every linear layer and every product of activations reads, along the axis that is summed
-over, so that a tile's product is one of integers; what GELU and other activation functions read, which are tables; scores,
-with one shift a row, whose exponentials are a table of integers; what norms read, whose sums are those of integers; both
-terms of residual sums and of gates. Shifts of activations are made from the numbers at hand. A number takes b + 8/N bits on
-disk, N = block · block_rows; against 32 bits that is 32/(b + 8/N).
+In blocks are: - weights, in tiles of `block` inputs by `block_rows` outputs; embeddings and position tables; biases, γ and β (8
+bits, or `bits` where
+  that is more);
+- the inputs of every linear layer and of every product of activations, along the axis that is summed over, so that tiles are
+multiplied
+  as integers;
+- the inputs of GELU and other activation functions, which are tables, and of norms, whose sums are sums of integers;
+- scores, with one shift a row; their exponentials are a table of integers;
+- both terms of residual sums and of gates.
 
-No code was published, and the paper gives the idea of each operator; ours are these: numbers are put into blocks where they are
-read, not where they are written, and sums of tiles are floating; the softmax's result has its block's own shift, not b - 1;
-scores that a mask hides are left out of the blocks and become 0. Not in blocks: convolutions, tokens that are bare parameters (a
-vision transformer's class token), what a model does outside its repeated blocks beside layers, and activation functions that
+Shifts of activations are fitted to each input. A number takes b + 8/N bits on disk, N = block · block_rows; compared with 32
+bits that is a factor of 32/(b + 8/N).
+
+No code was published, and the paper gives only the idea of each operator. Our choices: numbers are put into blocks where they
+are read, not where they are written; sums of tiles are floating; the softmax's result has its block's own shift, not b - 1;
+scores that a mask hides are left out of the blocks and become 0. Not in blocks: convolutions, tokens that are bare parameters
+(a vision transformer's class token), operations outside the repeated blocks that are no layers, and activation functions that
 are written out in elementary steps. A head that is tied to the embedding is stored apart from it.
 
 Origin: arXiv 2304.01483 (Dong, Chen, 2023) and its predecessor BBCT, arXiv 2303.09184; no code. Written from a description.
@@ -56,8 +62,8 @@ EPS = ("eps", "variance_epsilon")
 
 @dataclass(frozen=True)
 class BlockPart(Report):
-    """One row. what: "linear", "table", "norm", or "scope", a part whose arithmetic is on blocks. error: ‖x̂ - x‖² / ‖x‖² of the
-    weights."""
+    """One row. what: "linear", "table", "norm", or "scope" for a part whose arithmetic is on blocks. error: ‖x̂ - x‖² / ‖x‖² of
+    the weights."""
 
     what: str
     bits: str
@@ -103,7 +109,7 @@ class BCT(ModelMethod):
 
     @property
     def rows(self) -> int:
-        """Of a tile of weights; 0: all."""
+        """Rows of a tile of weights; 0: all."""
         return self.block_rows if self.block else 0
 
     @torch.no_grad()
@@ -176,7 +182,7 @@ class BCT(ModelMethod):
 
 
 def scopes_of(model: nn.Module) -> list[str]:
-    """The repeated blocks, and the modules around layers outside of these that hold no block: embeddings, a pooler."""
+    """The repeated blocks, and outside them the modules around layers that hold no block: embeddings, a pooler."""
     units = find_units(model)
     blocks = [unit.name for unit in units if unit.is_block]
     found = dict.fromkeys(blocks)
@@ -190,14 +196,14 @@ def scopes_of(model: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def kind_of_norm(module: nn.Module, eps: float) -> bool | None:
-    """Whether it subtracts the mean, asked of the module itself; None where it computes something else."""
+    """Whether a norm subtracts the mean, found by running it; None where it computes something else."""
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     if not isinstance(weight, Tensor) or weight.dim() != 1 or weight.device.type == "meta":
         return None
     x = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)).to(weight) * 2 + 1
     try:
         wanted = module(x).double()
-    except (RuntimeError, TypeError, ValueError, IndexError):  # made for inputs of another form
+    except (RuntimeError, TypeError, ValueError, IndexError):  # the module takes other inputs
         return None
     wide, close = x.double(), torch.finfo(weight.dtype).eps * 32
     for center in (True, False):
@@ -222,5 +228,5 @@ def _why_not(module: Any) -> str | None:
 
 
 def _wants(name: str, module: nn.Module, wanted: Callable[[str], bool]) -> bool:
-    """Whether any layer in a part was asked for."""
+    """Whether the user asked for any layer in a part."""
     return any(wanted(f"{name}.{inner}") for inner in linear_maps(module)) or wanted(name)

@@ -1,8 +1,8 @@
-"""Weights learned block by block so that a quantized block gives what the original one gave.
+"""Learns weights block by block, so that a quantized block computes what the original one did.
 
-The input of a block is what the quantized blocks before it make; its target is the original model's output of that block, on
-exact inputs. The unrounded weights are learned by gradient descent, with every rounding taken for the identity; grids stay as
-they are. The result is taken only where the block's error on all samples is smaller than before.
+A block's input comes from the quantized blocks before it; its target is the original model's output of that block, on exact
+inputs. The unrounded weights learn by gradient descent; the gradient goes straight through every rounding. Grids stay as they
+are. The result is taken only where the block's error on all samples is smaller than before.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tersor.layers.linear_map import weight_matrix
 from tersor.methods.activations.calibrated import CalibratedMap, CalibratedProducts
 
 RATE = 0.02  # of Adam, in steps of a weight's grid
-SAMPLES = 8  # of the batch, that a step looks at
+SAMPLES = 8  # of the batch, in each step
 Part = CalibratedMap | CalibratedProducts
 
 
@@ -62,7 +62,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any], Tensor]
 
 @torch.no_grad()
 def _calls(model: nn.Module, blocks: dict[str, nn.Module], batch: Batch) -> dict[str, Call]:
-    """Arguments and output of each block that gives a tensor and is called once."""
+    """Arguments and output of each block that returns a tensor and is called once."""
     found: dict[str, list[Call | None]] = {}
 
     def note(name: str) -> Any:
@@ -128,7 +128,7 @@ def _learn(
 
 
 def _rows(value: Any, rows: Tensor, size: int) -> Any:
-    """These samples of all tensors that have one row a sample; anything else as it is."""
+    """The rows of these samples, from all tensors with one row per sample; anything else as it is."""
     if isinstance(value, Tensor) and value.dim() > 0 and len(value) == size:
         return value[rows]
     if isinstance(value, tuple | list):

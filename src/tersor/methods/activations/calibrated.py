@@ -1,4 +1,4 @@
-"""Layers while their grids are being found: each grid is fitted when the first batch reaches it, on what earlier layers made.
+"""Layers while their grids are fitted. Each grid is fitted when the first batch reaches it, to the outputs of earlier layers.
 
 A `CalibratedMap` or `CalibratedProducts` wraps a module of the model. With `enabled` off it computes what the module did before.
 """
@@ -20,17 +20,17 @@ from tersor.layers.quantized_products import OperandGrid, QuantizedProducts
 from tersor.layers.straight_through import straight_through
 from tersor.methods.weights.gptq_solver import solve_gptq
 
-Fit = Callable[[Tensor], Grid]  # an input to its grid
-FitPair = Callable[[Tensor, Tensor], tuple[OperandGrid, OperandGrid]]  # the operands of a product to theirs
+Fit = Callable[[Tensor], Grid]  # from an input to its grid
+FitPair = Callable[[Tensor, Tensor], tuple[OperandGrid, OperandGrid]]  # from a product's operands to their grids
 
 
 def rounded_through(x: Tensor, rounded: Tensor) -> Tensor:
-    """rounded; where x has a gradient, it goes on to x as if nothing were rounded."""
+    """The values of `rounded`; the gradient passes to x as if nothing were rounded."""
     return straight_through(rounded, x) if x.requires_grad else rounded
 
 
 def each_operand(fit: Callable[[Tensor], OperandGrid]) -> FitPair:
-    """The grids of two operands that are fitted alone."""
+    """Fits the grids of two operands independently."""
     return lambda a, b: (fit(a), fit(b))
 
 
@@ -45,22 +45,22 @@ class InputGrid:
         if self.found is None:
             with (
                 torch._C.DisableTorchFunction()
-            ):  # a `Products` around this layer shall not see what fitting multiplies
+            ):  # so that a `Products` around this layer does not see the products of fitting
                 self.found = self.fit(x)
         return rounded_through(x, self.found.round(at_least_float32(x)).to(x.dtype))
 
 
 class CalibratedMap(nn.Module):
-    """A linear map on rounded inputs and weights. codes [out, in] and `grid`, scale and zero [out, 1], once it was called."""
+    """A linear map on rounded inputs and weights. After a call it has `codes` [out, in] and `grid`, scale and zero [out, 1]."""
 
     def __init__(self, original: nn.Module, w_bits: int, input: InputGrid) -> None:
         super().__init__()
         self.original, self.w_bits, self.input = original, w_bits, input
         self.enabled, self.reconstruct, self.measure = True, False, False
-        self.learned: Tensor | None = None  # while it is learned: the weight that is rounded [out, in]
+        self.learned: Tensor | None = None  # the weight [out, in] to round, while it learns
         self.codes: Tensor | None = None
         self.grid: Grid | None = None
-        self.error = 0.0  # ‖Q x̂ - W x‖² / ‖W x‖², with x as the layer gets it from the quantized ones before it
+        self.error = 0.0  # ‖Q x̂ - W x‖² / ‖W x‖², with x from the quantized layers before
 
     @property
     def weight(self) -> Tensor:
@@ -107,7 +107,7 @@ class CalibratedMap(nn.Module):
 
 
 class CalibratedProducts(nn.Module):
-    """A module whose products of activations have rounded operands. grids: of both operands of each product, once called."""
+    """A module whose products of activations have rounded operands. grids: for each product, those of both operands."""
 
     def __init__(self, inner: nn.Module, bits: int, fit: FitPair) -> None:
         super().__init__()
@@ -144,10 +144,10 @@ class CalibratedProducts(nn.Module):
 
 
 def reconstructed_codes(W: Tensor, H: Tensor, grid: Grid) -> Tensor:
-    """Codes on `grid` for W [out, in] whose output error dᵀ H d is at most that of rounding, for every row d of W - Q.
+    """Codes on `grid` for W [out, in]: for every row d of W - Q, the output error dᵀ H d is at most that of rounding.
 
-    GPTQ's solution (columns in the order of falling diagonal), and rounding for the rows where that is better. H: Σ x xᵀ
-    [in, in].
+    They are GPTQ's solution (columns in the order of falling diagonal), or rounding for the rows where that is better.
+    H: Σ x xᵀ [in, in].
     """
     assert isinstance(grid.bits, int)
     nearest = grid.quantize(W)
@@ -161,7 +161,7 @@ def reconstructed_codes(W: Tensor, H: Tensor, grid: Grid) -> Tensor:
 
 
 def fit_operand(x: Tensor, *, bits: int) -> Grid | LogGrid:
-    """A logarithmic grid for what a softmax gave, a uniform one for all else."""
+    """A logarithmic grid for the output of a softmax, a uniform one for other operands."""
     return fit_logarithmic(x, bits) if is_softmax(x) else fit_uniform(x, bits)
 
 

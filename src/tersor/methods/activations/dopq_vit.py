@@ -1,15 +1,16 @@
 """DopQ-ViT: RepQ-ViT with a grid for softmax outputs that is fine near 1, and merged scales that outliers do not pull.
 
-What it is for: as RepQuant, a ViT, DeiT or Swin whose matrix products integers are to compute. Which of the two keeps more
-depends on the model: on demo-vit RepQuant does at 4 bits (benchmarks/results/vision.md), so measure both. The saved file is
-smaller by the weights' share; the arithmetic is simulated in floating point, so nothing becomes faster here.
+What it is for: like RepQuant, a ViT, DeiT or Swin whose matrix products are to be computed by integers. Which of the two loses
+less
+depends on the model: on demo-vit at 4 bits RepQuant does (benchmarks/results/vision.md), so measure both. The saved file is
+smaller, because its weights are packed. The arithmetic is simulated in floating point, so nothing runs faster.
 
     tersor compress dopq-vit demo-vit --w-bits 4 --a-bits 4 --calibration cifar10_train.npz --out small
     tersor eval small --images cifar10_test.npz
 
     result = tersor.compress(model, DopQViT(w_bits=3, a_bits=4), calibration=[{"image": x} for x in images])
 
-Yang et al., arXiv 2408.03291. Its procedure is RepQ-ViT's (`methods/activations/repquant.py`), but for two things:
+Yang et al., arXiv 2408.03291. The procedure is RepQ-ViT's (`methods/activations/repquant.py`), except for two things:
 
 - TanQ (`softmax="tangent"`): a softmax output a becomes q = round(tan(k a) / s), a table of 2^b levels that lie closer
   towards 1, where the few numbers are that carry the attention (`formats/tangent_grid.py`). Largest level and k are those
@@ -18,11 +19,11 @@ Yang et al., arXiv 2408.03291. Its procedure is RepQ-ViT's (`methods/activations
   (1/C) Σ |s_i - s~|: their median (of an even number the lower of the two in the middle, so that it is some channel's own), where
   RepQ-ViT takes the mean. The zero point is the median of the channels' zero points too.
 
-`softmax="logarithmic"` with `merge="mean"` is RepQ-ViT. `blocks` adds reconstruction: the weights of one block after the other
-are learned so that the quantized block gives what the original one gave (`methods/activations/block_reconstruction.py`).
-It fits them to the 32 images: on demo-vit that cost 0.4 points at W4A4 and gained 1.7 at W3A4.
+`softmax="logarithmic"` with `merge="mean"` is RepQ-ViT. `blocks` adds reconstruction: block after block, weights learn so that
+the quantized block computes what the original one did (`methods/activations/block_reconstruction.py`). They are fitted to the
+32 images: on demo-vit this cost 0.4 points at W4A4 and gained 1.7 at W3A4.
 
-Origin: no code of the paper was found. Ours are: the form of TanQ, the search for k, the zero point, all of the reconstruction.
+Origin: no code of the paper was found. The form of TanQ, the search for k, the zero point and the reconstruction are our own.
 
 Proven: with RepQ-ViT's two choices put in, RepQ-ViT's golden cases to 5e-7 in float64; the properties of both quantizers (limits,
 order, spacing, thresholds, optimal deviation; nearer to large attention weights than the logarithmic grid, and
@@ -120,7 +121,7 @@ class DopQViT(ModelMethod):
 
 
 def fit_tangent_pair(a: Tensor, b: Tensor, *, bits: int) -> tuple[OperandGrid, OperandGrid]:
-    """Grids of a product's operands: of a softmax output a, the tangent one by which a @ b changes least."""
+    """Grids of a product's operands. A softmax output a gets the tangent grid that changes a @ b least."""
     if not is_softmax(a):
         return fit_operand(a, bits=bits), fit_operand(b, bits=bits)
     exact_a, exact_b = at_least_float32(a.detach()), at_least_float32(b.detach())

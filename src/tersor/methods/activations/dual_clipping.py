@@ -1,8 +1,8 @@
-"""Per-channel dual clipping (RepQuant, arXiv 2402.05628): ranges of activations that are learned, each end by itself.
+"""Per-channel dual clipping (RepQuant, arXiv 2402.05628): the two ends of an activation's range learn separately.
 
-Channel c of x has the range [sigmoid(beta_c) · min_c, sigmoid(alpha_c) · max_c], of which follows its uniform grid. The factors
-are learned by gradient descent, with rounding taken for the identity, to minimise the output error of the layers that read x,
-‖W (x̂ - x)‖² over calibration tokens. This is our reading of the paper, whose code is not public.
+Channel c of x has the range [sigmoid(beta_c) · min_c, sigmoid(alpha_c) · max_c], and the uniform grid of that range. The
+factors learn by gradient descent, straight through the rounding, to minimise the output error of the layers that read x, ‖W (x̂
+- x)‖² over calibration tokens. This is our reading of the paper, whose code is not public.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tersor.formats.activation_grid import grid_of_range
 from tersor.formats.grid import Grid
 
 STEPS, RATE = 100, 0.05  # of Adam
-TOKENS = 1024  # that a step looks at; all of them decide whether the result is taken
+TOKENS = 1024  # in each step; all tokens decide whether the result is taken
 NEAREST, FARTHEST = 0.999, 0.05  # factors that learning may start from
 
 
@@ -24,7 +24,7 @@ def clipped_grid(low: Tensor, high: Tensor, lower: Tensor, upper: Tensor, bits: 
 
 
 def learn_clipping(x: Tensor, weight: Tensor, start: Grid) -> Grid:
-    """The grids with the least error that were found; those of `start` where learning found none with less.
+    """The grids with the least error among `start` and those that learning found.
 
     x [tokens, channels]; weight [outputs, channels] of all layers that read x; start: scale and zero [channels].
     """
@@ -43,7 +43,7 @@ def learn_clipping(x: Tensor, weight: Tensor, start: Grid) -> Grid:
         for _ in range(STEPS):
             grid = clipped_grid(low, high, lower.sigmoid(), upper.sigmoid(), bits)
             loss = output_error(_rounded(some, low * lower.sigmoid(), grid) - some, gram)
-            if float(loss.detach()) < least:  # of a grid that is not a number this is never so
+            if float(loss.detach()) < least:  # never true for a loss that is NaN
                 best, least = Grid(grid.scale.detach(), grid.zero.detach(), bits), float(loss.detach())
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -58,7 +58,7 @@ def output_error(E: Tensor, gram: Tensor) -> Tensor:
 
 
 def _rounded(x: Tensor, low: Tensor, grid: Grid) -> Tensor:
-    """grid.round(x), through which gradients reach x's scale and `low` as if nothing were rounded but only clipped."""
+    """grid.round(x). Gradients reach the scale and `low` as if x were only clipped."""
     assert isinstance(grid.bits, int)
     zero = _straight_through(-low / grid.scale)
     codes = torch.clamp(_straight_through(x / grid.scale) + zero, 0, 2**grid.bits - 1)

@@ -1,9 +1,10 @@
-"""What a mix of convolutions and attention consists of, found by running it once: its layers in order, and where its bridges are.
+"""The parts of a mix of convolutions and attention, found by running it once: its layers in order, and its bridges.
 
 A module that computes a softmax, or a product of two activations, is an attention. The transformer layer around it is the
-nearest module above, held by a list or a sequence, that has linear maps besides the attention's own (its MLP, say). A bridge is
-where the first layer of such a part reads what a convolution outside any gave. The bridge consists of that convolution and of the
-layers of the attention that run before its first product. For MobileViT this gives the layers that Q-HyViT's code lists by hand.
+nearest module above that lies in a list or a sequence and has other linear maps than the attention's (such as an MLP). There is
+a bridge where the first layer of a transformer layer reads the output of a convolution outside all of them. The bridge consists
+of that convolution and of the layers of the attention that run before its first product. For MobileViT these are the layers
+that Q-HyViT's code lists by hand.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 @dataclass(frozen=True)
 class Trace:
-    """What happened in the order of happening: (name, "map"), (name, "product") or (name, "softmax"), by the running module.
+    """What ran, in order: (name, "map"), (name, "product") or (name, "softmax"), by the running module.
 
-    sizes: numbers that a part's operands and output have for one sample; of_image: the layers that read the model's own input.
+    sizes: how many numbers a part's operands and output have for one sample. of_image: the layers that read the model's own
+    input.
     """
 
     events: list[tuple[str, str]]
@@ -35,7 +37,7 @@ class Trace:
     of_image: frozenset[str]
 
     def order(self, names: Iterable[str]) -> list[str]:
-        """These names, each where it first ran; those that did not run are left out."""
+        """These names in the order in which they first ran. Those that did not run are left out."""
         wanted = set(names)
         return [
             name for name in dict.fromkeys(name for name, what in self.events if what != "softmax") if name in wanted
@@ -102,7 +104,7 @@ def trace(model: nn.Module, maps: Iterable[str], probe: Batch) -> Trace:
 
 
 def transformer_layers(model: nn.Module, events: Iterable[tuple[str, str]]) -> list[str]:
-    """The names of the modules around each attention, as this module's first lines say; none for a model that is one."""
+    """The names of the transformer layers around each attention; none where the model itself is one."""
     known = [name for name, what in events if what == "map"]
     found: dict[str, None] = {}
     for site in dict.fromkeys(name for name, what in events if what != "map"):
@@ -124,7 +126,7 @@ def bridges(model: nn.Module, traced: Trace) -> list[list[str]]:
     """The bridges in the order of running, each with the names of its layers."""
     layers = transformer_layers(model, traced.events)
     found: list[list[str]] = []
-    before: str | None = None  # the last layer that ran, where it belongs to no transformer layer
+    before: str | None = None  # the layer that ran last, if it is in no transformer layer
     entry: list[str] = []  # of the bridge that is being crossed
     for name, what in traced.events:
         inside = any(_inside(name, layer) for layer in layers)
@@ -147,9 +149,9 @@ def _inside(name: str, module: str) -> bool:
 
 @torch.no_grad()
 def fold_norms(model: nn.Module, maps: Mapping[str, nn.Module], probe: Batch) -> int:
-    """Move every BatchNorm that alone reads a convolution into it, and say how many those were.
+    """Fold every BatchNorm that is the only reader of a convolution into it. Returns how many.
 
-    The norm stays in its place as the identity. What would change the model's output is left as it was.
+    The norm stays as the identity. A fold that would change the model's output is undone.
     """
     pairs = _normed(model, maps, probe)
     before = first_tensor(call(model, probe))
@@ -158,7 +160,7 @@ def fold_norms(model: nn.Module, maps: Mapping[str, nn.Module], probe: Batch) ->
         return len(pairs)
     _restore(saved)
     folded = 0
-    for pair in pairs:  # somebody else reads one of the convolutions: find out whose
+    for pair in pairs:  # one of the convolutions has another reader: find out which
         saved = _fold([pair])
         if _unchanged(before, first_tensor(call(model, probe))):
             folded += 1
@@ -174,7 +176,7 @@ def _normed(model: nn.Module, maps: Mapping[str, nn.Module], probe: Batch) -> li
 
     def gave(module: nn.Module, _args: Any, output: Tensor) -> None:
         assert isinstance(module, nn.Conv2d)
-        outputs[id(output)] = (module, output)  # kept, so that its id is nobody else's
+        outputs[id(output)] = (module, output)  # kept alive, so that no other tensor gets its id
 
     def reads(module: nn.Module, args: tuple[Any, ...]) -> None:
         assert isinstance(module, nn.BatchNorm2d)
@@ -196,7 +198,7 @@ Saved = list[tuple[nn.Module, str, Tensor | None]]
 
 
 def _fold(pairs: Iterable[tuple[nn.Conv2d, nn.BatchNorm2d]]) -> Saved:
-    """What was there before: (module, its parameter or buffer, the value)."""
+    """Fold, and return what was there before: (module, its parameter or buffer, the value)."""
     saved: Saved = []
 
     def put(module: nn.Module, name: str, value: Tensor) -> None:

@@ -1,12 +1,12 @@
 """Steps of grids found by search: EasyQuant's alternation with the error weighted by squared gradients, as PTQ4ViT does it.
 
-What a layer computes of rounded operands, o^, is compared with what it computes of exact ones, o: the error is
+A layer's output for rounded operands, o^, is compared with its output for exact ones, o. The error is
 
     Σ over samples of the mean over the rest of (g (o - o^))²,       g = ∂ loss / ∂ o,
 
 and a step is a multiple of its first value, I = f · I_0, f = low + i (high - low) / count for i = 0 .. count - 1, so `high`
-itself is never tried (a published slip). The least error wins, the first of equals. The two operands take turns, `rounds` times,
-each searched with the other one's present steps.
+itself is never tried (a slip in the published code). The least error wins; of equal ones the first. The two operands take turns,
+`rounds` times: each is searched with the present steps of the other.
 
 PTQ4ViT: Yuan et al., ECCV 2022, arXiv 2111.12293; EasyQuant: Wu et al., 2020, arXiv 2006.16669.
 """
@@ -26,7 +26,7 @@ from tersor.layers.linear_map import call_with_matrix, weight_matrix
 from tersor.layers.products import Multiply
 from tersor.layers.quantized_map import channel_shares, round_channels
 
-NO_STEP = 2.0**-23  # in the place of a step of 0, of a channel that holds zeros only
+NO_STEP = 2.0**-23  # replaces a step of 0, where a channel holds only zeros
 SPLITS = 20  # 1, 1/2, 1/4, ...: of PTQ4ViT's grid for softmax outputs
 Error = Callable[[Tensor], Tensor]  # of steps
 
@@ -46,7 +46,7 @@ class Search:
 
 @dataclass
 class Record:
-    """One call of a layer or one product in a model: operands (x,) or (a, b), exact output, gradient, and how it is computed."""
+    """One call of a layer, or one product: operands (x,) or (a, b), exact output, its gradient, and how it is computed."""
 
     operands: tuple[Tensor, ...]
     output: Tensor
@@ -58,7 +58,7 @@ class Record:
 
 
 def symmetric_steps(largest: Tensor, bits: int) -> Tensor:
-    """The first steps of a signed grid with the levels -2^(bits-1) .. 2^(bits-1) - 1. largest: of the magnitudes."""
+    """The first steps of a signed grid with the levels -2^(bits-1) .. 2^(bits-1) - 1. largest: the largest magnitudes."""
     return _positive(largest / (2 ** (bits - 1) - 0.5))
 
 
@@ -67,14 +67,14 @@ def symmetric(steps: Tensor, bits: int) -> Grid:
 
 
 def asymmetric(low: Tensor, high: Tensor, bits: int) -> Grid:
-    """The grid of [low, high] with a zero point among its codes: the range is widened to hold 0, where it does not."""
+    """The grid of [low, high], widened to hold 0, so that the zero point is one of its codes."""
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = _positive((high - low) / (2**bits - 1))
     return Grid(scale, torch.round(-low / scale), bits)
 
 
 def overflows(low: Tensor, high: Tensor) -> int:
-    """How many of these ranges would have their zero point outside the codes: those with 0 outside."""
+    """How many of these ranges do not hold 0, so that their zero point would lie outside the codes."""
     return int(((low > 0) | (high < 0)).sum())
 
 
@@ -85,7 +85,7 @@ def _positive(steps: Tensor) -> Tensor:
 def best_steps(first: Tensor, present: Tensor, error: Error, factors: Sequence[float]) -> tuple[Tensor, Tensor]:
     """The steps with the least error and that error. first, present: [rows, parts]; the parts are searched one after another.
 
-    error(steps): one number a row, [rows], or for all rows together, [1].
+    error(steps): one number per row, [rows], or one for all rows together, [1].
     """
     steps = present.clone()
     least = steps.new_full((), float("inf"))
@@ -117,7 +117,7 @@ class MapGrids:
 
 @dataclass
 class MapProblem:
-    """A linear map and what it was called with. input_blocks: of channels that have a step each, where not every channel has."""
+    """A linear map and its calls. input_blocks: blocks of channels with a step each, where not every channel has its own."""
 
     module: nn.Module
     records: list[Record]
@@ -135,7 +135,7 @@ class MapProblem:
         return self.module.groups if isinstance(self.module, nn.Conv2d) else None
 
     def ranges(self, *, channelwise: bool) -> tuple[Tensor, Tensor]:
-        """Least and largest of the inputs, as the steps are: [1, blocks] or [channels, 1]."""
+        """The least and the largest input for each step: [1, blocks] or [channels, 1]."""
         ends = []
         for record in self.records:
             x = record.operands[0]
@@ -171,7 +171,7 @@ class MapProblem:
         return symmetric(_spread(steps, W), self.w_bits).round(W)
 
     def rounded_input(self, x: Tensor, input: Grid | GeluGrid, *, channelwise: bool) -> Tensor:
-        """What the stored weight multiplies."""
+        """The input that the stored weight is multiplied with."""
         if isinstance(input, GeluGrid):
             return input.round(x)
         if channelwise:
@@ -188,7 +188,7 @@ class MapProblem:
         return call_with_matrix(self.module, x, matrix)
 
     def errors(self, inputs: Sequence[Tensor], matrix: Tensor) -> Tensor:
-        """The error of each output, [out], for inputs that are rounded already."""
+        """The error of each output, [out], for rounded inputs."""
         total = torch.zeros(len(self.W), dtype=self.W.dtype, device=self.W.device)
         for record, x in zip(self.records, inputs, strict=True):
             each = record.squared(self.output(x, matrix))
@@ -197,7 +197,7 @@ class MapProblem:
         return total
 
     def quantized(self, grids: MapGrids, x: Tensor) -> Tensor:
-        """What the map gives with both operands rounded."""
+        """The map's output with both operands rounded."""
         W = self.weight_for(grids.input, channelwise=grids.channelwise)
         return self.output(
             self.rounded_input(x, grids.input, channelwise=grids.channelwise), self.rounded_weight(W, grids.weight)
@@ -219,7 +219,7 @@ class MapProblem:
         return replace(present, weight=steps, error=float(least.mean()))
 
     def search_input(self, first: MapGrids, present: MapGrids, factors: Sequence[float]) -> MapGrids:
-        """One factor for all channels, as published, so that their shares stay what they are."""
+        """Search one factor for all channels, as published, so that their shares stay the same."""
         W = self.weight_for(present.input, channelwise=present.channelwise)
         matrix = self.rounded_weight(W, present.weight)
 
@@ -244,20 +244,20 @@ class MapProblem:
 
 
 def _spread(steps: Tensor, W: Tensor) -> Tensor:
-    """Steps of blocks as steps that broadcast against W."""
+    """Steps of blocks, repeated so that they broadcast against W."""
     rows = steps.repeat_interleave(len(W) // len(steps), 0)
     return rows if rows.shape[1] == 1 else rows.repeat_interleave(W.shape[1] // rows.shape[1], 1)
 
 
 @dataclass(frozen=True)
 class ProductGrids:
-    """Of both operands; scale and zero [heads, 1], of a split grid []."""
+    """The grids of both operands. Scale and zero are [heads, 1], those of a split grid []."""
 
     pair: tuple[Grid | SplitGrid, Grid | SplitGrid]
     error: float = float("inf")
 
     def shaped(self) -> tuple[Grid | SplitGrid, Grid | SplitGrid]:
-        """With scale and zero as they broadcast against the operands: [heads, 1, 1] or []."""
+        """The grids with scale and zero in shapes that broadcast against the operands: [heads, 1, 1] or []."""
         first, second = map(_shaped, self.pair)
         return first, second
 
@@ -323,7 +323,7 @@ class ProductProblem:
         return replace(pair(steps), error=float(least.mean()))
 
     def rounds(self, first: Sequence[Grid | SplitGrid], present: ProductGrids, search: Search) -> ProductGrids:
-        """first: the grids of which multiples are tried; a split grid stays what it is."""
+        """The grids after all turns. first: the grids whose multiples are tried; a split grid stays as it is."""
         for _ in range(search.rounds):
             for operand, grid in enumerate(first):
                 if isinstance(grid, Grid):
@@ -331,7 +331,7 @@ class ProductProblem:
         return present
 
     def search_split(self, present: ProductGrids) -> ProductGrids:
-        """The split of a softmax's output, the first operand, among the powers of two: one for all heads."""
+        """Search the split of a softmax's output (the first operand) among the powers of two, one for all heads."""
         best = replace(present, error=float("inf"))
         for n in range(SPLITS):
             split = SplitGrid(torch.full_like(self.records[0].output.new_zeros(()), 2.0**-n), self.bits[0])
@@ -343,5 +343,5 @@ class ProductProblem:
 
 
 def looks_like_gelu(low: Tensor, high: Tensor) -> bool:
-    """Whether numbers of this range can be a GELU's: its minimum is among them, or nearly, and nothing below."""
+    """Whether numbers in this range can come from a GELU: the least is, about, the minimum of GELU."""
     return -GELU_MINIMUM - 1e-3 <= float(low.amin()) <= -0.15 and float(high.amax()) > 0

@@ -1,9 +1,9 @@
-"""Which linear layers read a norm's output and nothing else reads it: found by running the model, whatever its classes.
+"""Finds norms whose output only linear layers read, by running the model, whatever its classes.
 
-Between a norm and the layers that it feeds, models cut, roll and reorder tokens, but leave the channels in their places.
-So every norm is made to give out random numbers of its own, the same for all tokens, and the layers that see exactly these are
-its readers. Then its output is scaled and moved channel by channel, and its readers undo that at their inputs: where the model's
-output stays as it was, nothing else reads the norm (a residual connection, say, or padding that was put behind it).
+Between a norm and the layers that it feeds, models cut, roll and reorder tokens, but leave the channels in their places. So
+every norm is made to output random numbers of its own, the same for all tokens; the layers that see exactly these are its
+readers. Then the norm's output is scaled and shifted channel by channel, and its readers undo that at their inputs. Where the
+model's output stays the same, nothing else reads the norm, such as a residual connection, or padding behind it.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from tersor.layers.linear_map import LinearMap
 
 @dataclass(frozen=True)
 class NormPair:
-    """A norm and the linear layers that alone read its output, all by name."""
+    """A norm and the linear layers that read its output, by name. Nothing else reads it."""
 
     norm: str
     linears: tuple[str, ...]
 
 
 def is_layer_norm(module: nn.Module) -> bool:
-    """A LayerNorm over one axis with both of its parameters, into which a scale and an offset can go."""
+    """Whether it is a LayerNorm over one axis with both parameters, so that it can take a scale and an offset."""
     return (
         isinstance(module, nn.LayerNorm)
         and len(module.normalized_shape) == 1
@@ -69,7 +69,7 @@ def find_norm_pairs(
 def _readers(
     model: nn.Module, norms: Mapping[str, nn.Module], linears: Mapping[str, nn.Module], batch: Batch
 ) -> dict[str, list[str]]:
-    """The linear layers that see a norm's output in every call, by the norm's name."""
+    """{norm: the linear layers that see its output in every call}"""
     random = torch.Generator().manual_seed(0)
     signs = {name: torch.randn(_width(norm), generator=random).to(_weight(norm)) for name, norm in norms.items()}
     seen: dict[str, set[str | None]] = {name: set() for name in linears}

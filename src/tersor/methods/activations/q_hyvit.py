@@ -1,9 +1,9 @@
 """Q-HyViT: weights and activations of mixes of convolution and attention in few bits, from 32 images and without training.
 
-What it is for: MobileViT, EfficientFormer and other hybrids, whose depthwise convolutions, many kinds of norm and few parameters
-make the quantizers of plain vision transformers collapse (RepQ-ViT needs a LayerNorm in front of linear layers). It takes
-plain ViTs and Swins too. The saved file is smaller by the weights' share; the arithmetic is simulated in floating point, so
-nothing becomes faster here.
+What it is for: MobileViT, EfficientFormer and other hybrids, whose depthwise convolutions, many kinds of norm and few
+parameters make the quantizers of plain vision transformers collapse (RepQ-ViT needs a LayerNorm in front of linear layers). It
+takes plain ViTs and Swins too. The saved file is smaller, because its weights are packed. The arithmetic is simulated in
+floating point, so nothing runs faster.
 
     tersor compress q-hyvit mobilevit --w-bits 6 --a-bits 6 --calibration images --out small
     tersor eval small --images images
@@ -16,32 +16,35 @@ Lee et al., IEEE Internet of Things Journal 2024, arXiv 2303.12557. Its code ext
 - A step I is a multiple of max |x| / (2^(b-1) - 1/2), searched among 100 from 0.01 to 1.2; weights and input take turns three
   times. The least error Σ (g (o - o^))² wins, with o a layer's output and g its squared Hessian weight's root
   (`methods/activations/interval_search.py`).
-- Where a convolution hands over to attention is a bridge, found by running the model (`methods/activations/hybrid_parts.py`). The
-  layers of a bridge stay quantized while those behind them are searched, so that these see its error; all others are
-  calibrated with exact inputs. `bridges` may say "all" (every layer sees the error of all before it) or "none".
+- A bridge is where a convolution hands over to attention; it is found by running the model
+(`methods/activations/hybrid_parts.py`). Its
+  layers stay quantized while those behind them are searched, so these see its error. All others are calibrated with exact inputs.
+  `bridges` may be "all" (every layer sees the error of all layers before it) or "none".
 
-Of each layer are chosen, by the same error (`choose`, the default, where the paper says what for and not how; our reading):
+The same error chooses three things for each layer (`choose`, the default; the paper says what is chosen and not how, so this is
+our reading):
 
-- whether the input has one grid or one a channel. Channels' grids s_i cost integers nothing: W_oi s_i / s̃ is what is rounded.
-- whether grids are signed or have a zero point. Ranges are widened to hold 0 then, for a zero point outside the codes would
-  clip everything, which the paper found in bridge blocks; the table says in how many grids ("overflows").
-- whether a linear layer's weight has one step, or one an output.
+- whether the input has one grid, or one per channel. Grids s_i of channels need no other integers: W_oi s_i / s̃ is rounded. -
+whether grids are signed, or have a zero point. With a zero point, ranges are widened to hold 0, because a zero point outside
+the codes
+  would clip everything. The paper found this in bridge blocks; the table says in how many grids ("overflows").
+- whether a linear layer's weight has one step, or one per output.
 
-Without `choose` it is as published: signed grids; a convolution's weight has a step an output, a linear layer's one (qkv: three);
-the inputs of grouped convolutions have a step a channel, all others one; products one a head.
+Without `choose` it is as published: grids are signed. A convolution's weight has a step per output, a linear layer's has one
+(qkv: three). The inputs of grouped convolutions have a step per channel, all others one; products have one per head.
 
-Hessian weights: g is the gradient of -log p(y) for a class y drawn from the exact model's prediction, whose mean square is the
+Hessian weights: g is the gradient of -log p(y) for a class y drawn from the exact model's prediction. The mean of g² is the
 diagonal of the Hessian of the divergence from that prediction (`hessian="fisher"`). The published code differentiates the
-divergence itself (`hessian="kl"`), which is zero, but for rounding errors, as long as no bridge is quantized. Outputs that
-are not classes are weighted by a random direction.
+divergence itself (`hessian="kl"`), which is zero up to rounding errors as long as no bridge is quantized. Outputs that are not
+classes are weighted by a random direction.
 
-`twin` gives PTQ4ViT's grids with two ranges to softmax and GELU outputs (`formats/twin_grid.py`); Q-HyViT switches them off. What
-reads the image has `image_bits`. Elementwise products, as MobileViTV2's attention has, stay in floating point.
+`twin` uses PTQ4ViT's grids with two ranges for softmax and GELU outputs (`formats/twin_grid.py`); Q-HyViT switches them off.
+Layers that read the image have `image_bits`. Elementwise products, as in MobileViTV2's attention, stay in floating point.
 
-Origin: Q-HyViT's code could not be had, PTQ4ViT's has no licence; nothing is taken from either. Not reproduced: the published
-depthwise branch divides its first input step by the weights' number of levels. The published lists of bridges are numbers: those
-of MobileViT-S are our bridges; those of EfficientFormer-L1 (26, 27, 28) would be, in the order of running, the last
-downsampling and the first block of the last stage, where ours are at the reshape to tokens, three blocks later.
+Origin: Q-HyViT's code was not available, and PTQ4ViT's has no licence; nothing is taken from either. Not reproduced: the
+published depthwise branch divides its first input step by the number of levels of the weights. The published lists of bridges
+are numbers. Those of MobileViT-S are our bridges. Those of EfficientFormer-L1 (26, 27, 28) would, in the order of running, be
+the last downsampling and the first block of the last stage; ours are at the reshape to tokens, three blocks later.
 
 Proven: the golden cases of PTQ4ViT's classes with these settings (linear with 8, 6, 4 bits and three blocks, convolution, both
 products, twin grids) to 5e-7 in float64; the bridges of MobileViT-S are those that the published code lists; that the
@@ -79,9 +82,9 @@ from tersor.methods.activations.watched import WatchedMap, WatchedProducts
 from tersor.methods.method import Method, ModelMethod, Report, Work, option, register
 
 BATCH = 4  # images that run through the model together
-MEMORY = 2**30  # bytes of what layers saw that are kept at once
+MEMORY = 2**30  # bytes of records that are kept at once
 BRIDGES, HESSIANS = ("auto", "all", "none"), ("fisher", "kl")
-COARSE = 5  # while kinds of grids are compared, every so-manieth step is tried
+COARSE = 5  # while kinds of grids are compared, only every fifth step is tried
 Part = WatchedMap | WatchedProducts
 
 
@@ -171,7 +174,7 @@ class QHyViT(ModelMethod):
 
 @dataclass
 class Plan:
-    """parts: what is quantized, by name; order: those names as they run; seen: those that stay quantized, the bridges' layers."""
+    """parts: what is quantized, by name. order: these names as they run. seen: those that stay quantized, the bridges' layers."""
 
     parts: dict[str, Part]
     order: list[str]
@@ -181,7 +184,7 @@ class Plan:
     reports: dict[str, QHyViTReport]
 
     def groups(self, samples: int) -> Iterator[list[str]]:
-        """Parts whose records are gathered together: none of a group lies behind a bridge's layer of that group."""
+        """Parts whose records are gathered together. No part of a group lies behind a bridge's layer of the same group."""
         group: list[str] = []
         size = 0
         for name in self.order:
@@ -196,7 +199,7 @@ class Plan:
 
 
 def prepare(model: nn.Module, method: QHyViT, probe: Batch, work: Work) -> Plan:
-    """Fold the norms and put watched parts in the place of the model's own. Raises TersorError where it finds nothing to do."""
+    """Fold the norms, and replace the model's parts by watched ones. Raises TersorError where there is nothing to quantize."""
     left: dict[str, str] = {}
     maps = quantizable_maps(model, work.wanted, left, grouped=True)
     products = product_sites(model, probe, work.wanted, left)
@@ -232,7 +235,7 @@ def prepare(model: nn.Module, method: QHyViT, probe: Batch, work: Work) -> Plan:
 def watch(
     model: nn.Module, parts: Sequence[Part], batches: Sequence[tuple[Batch, Tensor | None]], hessian: str
 ) -> None:
-    """Fill the records of these parts: operands, outputs and gradients for all batches, with their exact predictions."""
+    """Fill the records of these parts: operands, outputs and gradients for all batches. exact: the original's predictions."""
     for part in parts:
         part.watching = True
     for n, (batch, exact) in enumerate(batches):
@@ -248,7 +251,7 @@ def watch(
 
 
 def loss_of(found: Tensor, exact: Tensor, hessian: str, random: torch.Generator) -> Tensor:
-    """What is differentiated; found and exact: predictions, of classes where they are [samples, classes]."""
+    """The loss to differentiate. found, exact: predictions; of classes where they are [samples, classes]."""
     exact = at_least_float32(exact.detach())
     if exact.dim() != 2:
         direction = torch.randn(exact.shape, generator=random).to(found)
@@ -260,7 +263,7 @@ def loss_of(found: Tensor, exact: Tensor, hessian: str, random: torch.Generator)
 
 
 def solve(part: Part, name: str, method: QHyViT, *, bridge: bool) -> QHyViTReport:
-    """Find a part's grids, drop its records, and say what was found."""
+    """Find a part's grids and drop its records. Returns its row."""
     note, calls = "", [part.records] if isinstance(part, WatchedMap) else part.records
     for records in calls:  # of the layer, or of one product
         if not any(bool(record.gradient.any()) for record in records):
@@ -308,7 +311,7 @@ def _solve_map(part: WatchedMap, name: str, method: QHyViT) -> QHyViTReport:
 
 
 def _weight_blocks(problem: MapProblem, name: str, *, rows: bool) -> list[tuple[int, int]]:
-    """The numbers of rows and columns of blocks with a step of their own that are tried."""
+    """The ways to cut a weight into blocks with a step each that are tried: (blocks of rows, blocks of columns)."""
     out = len(problem.W)
     if problem.groups is not None:
         return [(out, 1)]
@@ -330,7 +333,7 @@ def _solve_products(part: WatchedProducts, name: str, method: QHyViT) -> QHyViTR
 
 
 def _first_pair(problem: ProductProblem, method: QHyViT) -> tuple[list[Any], ProductGrids, set[str]]:
-    """The grids of which multiples are tried, those to begin with, and the names of their kinds."""
+    """The grids whose multiples are tried, the grids to begin with, and the names of their kinds."""
     first: list[Any] = [problem.first(operand, zero_point=False) for operand in (0, 1)]
     present, names = ProductGrids((first[0], first[1])), ["signed", "signed"]
     coarse = method.search.factors()[COARSE - 1 :: COARSE] or method.search.factors()
@@ -350,7 +353,7 @@ def _first_pair(problem: ProductProblem, method: QHyViT) -> tuple[list[Any], Pro
 
 
 def finish(model: nn.Module, plan: Plan, work: Work) -> None:
-    """Put the layers as they are stored in the place of the watched ones."""
+    """Replace the watched layers by the stored ones."""
     frozen: Mapping[str, nn.Module] = {}
     maps = {name: part for name, part in plan.parts.items() if isinstance(part, WatchedMap)}
     for name, part in plan.parts.items():

@@ -1,9 +1,9 @@
 """RepQuant: weights and activations of a vision transformer in few bits, from 32 images and without training.
 
-What it is for: a ViT, DeiT or Swin whose matrix products integers are to compute. Not only the weights, but also what every
-layer and both products of the attention multiply are moved to grids of 2^w_bits and 2^a_bits levels. The saved file is
-smaller by the weights' share; the arithmetic is simulated in floating point, so nothing becomes faster here. For smaller
-weights alone, GPTQ (`tersor quantize`) loses less.
+What it is for: a ViT, DeiT or Swin whose matrix products are to be computed by integers. Weights are rounded to grids of
+2^w_bits levels; the inputs of every layer and of both products of the attention to grids of 2^a_bits levels. The saved file is
+smaller, because its weights are packed. The arithmetic is simulated in floating point, so nothing runs faster. If only the
+weights must be small, GPTQ (`tersor quantize`) loses less.
 
     tersor compress repquant demo-vit --w-bits 6 --a-bits 6 --calibration cifar10_train.npz --out small
     tersor eval small --images cifar10_test.npz
@@ -13,24 +13,24 @@ weights alone, GPTQ (`tersor quantize`) loses less.
 The defaults are RepQ-ViT as published (Li, Xiao, Yang, Gu, ICCV 2023, arXiv 2212.08254, whose code is Apache-2.0):
 
 - A uniform grid has x̂ = s (q - z), q = clamp(round(x / s) + z, 0, 2^b - 1), its range chosen among quantiles; softmax outputs
-  have a logarithmic one, D · √2^(-k) (`formats/activation_grid.py`). Weights have one grid an output, activations one in all;
-  what a convolution reads, the image, has always 8 bits.
-- Every grid is fitted when the first batch reaches it, so on what the quantized layers before it made.
-- What a LayerNorm gives to linear layers has channels of very unlike ranges, so it gets one grid a channel (s_i, z_i) at first.
+  have a logarithmic one, D · √2^(-k) (`formats/activation_grid.py`). Weights have one grid per output, activations one in all. A
+  convolution reads the image, which always has 8 bits.
+- Every grid is fitted when the first batch reaches it, so to the outputs of the quantized layers before it.
+- The channels of a LayerNorm's output have very different ranges, so each gets a grid of its own (s_i, z_i) at first.
   Then, with s̃, z̃ their means, r_i = s_i / s̃ and b_i = s̃ (z̃ - z_i), an exact change of variables makes it one grid (s̃, z̃):
   γ_i ← γ_i / r_i, β_i ← β_i / r_i - b_i, W_oi ← W_oi r_i, c ← c + W b. z̃ is a fraction, added after rounding. A second pass
   fits the grids of the changed weights.
 
-Of RepQuant (arXiv 2402.05628), whose code is not public, two additions are options, in our reading of the paper:
+RepQuant (arXiv 2402.05628), whose code is not public, adds two things, which are options here, in our reading of the paper:
 
 - `dual_clipping` learns both ends of each channel's range after a LayerNorm (`methods/activations/dual_clipping.py`).
 - `reconstruct` chooses, in the second pass, the codes of all weights on the same grids so that ‖(Q - W) x̂‖² is small on the
   quantized inputs x̂: by GPTQ's solver, and by rounding for those outputs where that is better.
 
-Where grids go is found by running the model, not by names: LayerNorms and their readers as `norm_pairs.py` says,
-products by `layers/products.py` (PyTorch's fused attention is computed step by step then). The final norm, outside the
-repeated blocks, is not touched. What cannot be quantized is listed with the reason: nn.MultiheadAttention, tied weights, layers
-that no image reaches. The table shows each part's error on the calibration images.
+The places of grids are found by running the model, not by names: `norm_pairs.py` finds LayerNorms and their readers, and
+`layers/products.py` the products (PyTorch's fused attention is then computed step by step). The final norm, outside the
+repeated blocks, is not touched. Parts that cannot be quantized are listed with the reason: nn.MultiheadAttention, tied weights,
+layers that no image reaches. The table shows each part's error on the calibration images.
 
 Proven: the golden cases (grids at 3, 4, 6 and 8 bits; the whole procedure on ViT and DeiT-tiny at 4 and 6 bits) to 5e-7 of what
 the published code computes, in float64; the function is unchanged by the change of variables, on our ViT and on transformers'
@@ -67,7 +67,7 @@ from tersor.methods.activations.dual_clipping import learn_clipping
 from tersor.methods.activations.norm_pairs import NormPair, find_norm_pairs
 from tersor.methods.method import Method, ModelMethod, Report, Work, option, register
 
-CONVOLUTION_BITS = 8  # of what the patch embedding reads: the image
+CONVOLUTION_BITS = 8  # of the image, which the patch embedding reads
 UNREACHED = "no calibration sample reached it"
 
 
@@ -129,7 +129,7 @@ class RepQuant(ModelMethod):
 
 @dataclass
 class Places:
-    """What is quantized, by name, and what is left as it is, with the reason."""
+    """What is quantized, by name; and what is left as it is, each with the reason."""
 
     maps: dict[str, CalibratedMap] = field(default_factory=dict)
     products: dict[str, CalibratedProducts] = field(default_factory=dict)
@@ -169,10 +169,10 @@ def wrap(
     fit_products: FitPair | None = None,
     of: str = "repquant",
 ) -> Places:
-    """Put calibrated layers and products in the place of the model's own. probe: inputs that the model takes, of any size.
+    """Replace the model's layers and products by calibrated ones. probe: inputs for the model, of any size.
 
-    fit_products: how the operands of products get their grids, where it is not RepQ-ViT's way. of: the method that asks. Raises
-    TersorError where there is no LayerNorm that linear layers read.
+    fit_products: fits the grids of a product's operands; None: as RepQ-ViT does. of: the method that asks. Raises TersorError
+    where there is no LayerNorm that linear layers read.
     """
     places = Places()
     maps = quantizable_maps(model, wanted, places.left)
@@ -262,7 +262,7 @@ def product_sites(
 
 
 def _fit_norm_output(x: Tensor, *, bits: int, readers: Sequence[nn.Module] | None) -> Grid:
-    """A grid a channel, scale and zero [channels]. readers: the layers by whose output error the ranges are learned."""
+    """One grid per channel, scale and zero [channels]. readers: layers; the ranges learn from their output error."""
     tokens = at_least_float32(x.flatten(0, -2))
     grid = fit_uniform(tokens, bits, channel=1)
     grid = Grid(grid.scale[0], grid.zero[0], bits)
@@ -274,7 +274,7 @@ def _fit_norm_output(x: Tensor, *, bits: int, readers: Sequence[nn.Module] | Non
 def reparameterize(model: nn.Module, places: Places, centre: Callable[[Tensor], Tensor] = torch.mean) -> None:
     """Give each pair one grid for all channels, by an exact change of variables that leaves the model's function as it is.
 
-    centre: of the channels' scales [channels], and of their zero points, which the one grid gets.
+    centre: from the channels' scales [channels] to the scale of the one grid, and the same for zero points.
     """
     for pair in places.pairs:
         norm, readers = model.get_submodule(pair.norm), [places.maps[name] for name in pair.linears]
@@ -298,7 +298,7 @@ def reparameterize(model: nn.Module, places: Places, centre: Callable[[Tensor], 
 
 
 def fit_weights_again(places: Places, *, reconstruct: bool) -> None:
-    """Let the next call fit the grids of the weights that reparameterization changed, or choose all weights anew."""
+    """Let the next call fit the grids of changed weights again, or choose all weights anew."""
     changed = {name for pair in places.pairs for name in pair.linears}
     for name, each in places.maps.items():
         if reconstruct or name in changed:
@@ -306,7 +306,7 @@ def fit_weights_again(places: Places, *, reconstruct: bool) -> None:
 
 
 def freeze(model: nn.Module, places: Places) -> list[RepQuantReport]:
-    """Put the layers as they are stored in the place of the calibrated ones, and say how each was done."""
+    """Replace the calibrated layers by the stored ones. Returns a row for each."""
     reports = []
     normed = {name for pair in places.pairs for name in pair.linears}
     for name, products in places.products.items():

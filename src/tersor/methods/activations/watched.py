@@ -1,7 +1,7 @@
-"""Layers and products that keep what passed through them, and its gradient, until their grids are searched.
+"""Layers and products that record their operands, outputs and gradients, until their grids are searched.
 
-A `WatchedMap` or `WatchedProducts` wraps a module of the model. It computes what the module did before, or, once it has grids and
-`quantized` is set, what they make of it.
+A `WatchedMap` or `WatchedProducts` wraps a module of the model. It computes what the module did, or, once it has grids and
+`quantized` is set, the same with rounded operands.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tersor.methods.activations.interval_search import (
 
 
 def keep(operands: tuple[Tensor, ...], output: Tensor, multiply: Multiply | None, kept: list[Record]) -> Tensor:
-    """The output to go on with; a record of the call gets its gradient when the loss is differentiated."""
+    """Record a call; returns the output to go on with. The record gets its gradient when the loss is differentiated."""
     exact = tuple(at_least_float32(each.detach()).clone() for each in operands)
     record = Record(exact, at_least_float32(output.detach()).clone(), torch.zeros_like(output), multiply)
     record.gradient = at_least_float32(record.gradient)
@@ -111,7 +111,7 @@ class WatchedProducts(nn.Module):
 
     def problems(self) -> list[ProductProblem]:
         made = [ProductProblem(each, (self.bits, self.bits)) for each in self.records]
-        if len({each.heads for each in made}) > 1:  # one number of grids for all that the module multiplies
+        if len({each.heads for each in made}) > 1:  # all products of the module must have the same number of grids
             for each in made:
                 each.heads = 1
         return made
@@ -141,7 +141,7 @@ class WatchedProducts(nn.Module):
             return self.inner(*args, **kwargs)
 
     def error(self) -> float:
-        """Of the product that changed most, ‖o^ - o‖² / ‖o‖² over the records."""
+        """‖o^ - o‖² / ‖o‖² over the records, of the product that changed most."""
         found = []
         for problem, grids in zip(self.problems(), self.grids, strict=True):
             found.append(_share([(problem.quantized(grids, each), each.output) for each in problem.records]))
@@ -155,6 +155,6 @@ class WatchedProducts(nn.Module):
 
 
 def _share(pairs: list[tuple[Tensor, Tensor]]) -> float:
-    """Squared differences over squared values, of (found, wanted)."""
+    """Σ (found - wanted)² / Σ wanted² over the pairs (found, wanted)."""
     wanted = sum(float(each.square().sum()) for _, each in pairs)
     return sum(float((found - each).square().sum()) for found, each in pairs) / max(wanted, 1e-30)

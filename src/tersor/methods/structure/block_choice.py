@@ -5,7 +5,7 @@
                       influence is 1 minus this); all blocks to remove are chosen at once, as published
     perplexity        the model's loss on the samples' own tokens without a block (SLEB, arXiv 2402.09025)
 
-The first and the last are computed again after every removal, as published. Similarities are over hidden states before the
+As published, the first and the last are computed again after every removal. Similarities are of hidden states before the
 model's last norm.
 """
 
@@ -27,20 +27,20 @@ from tersor.methods.structure.block_stack import Calls, Stack
 
 CHOICES = ("macro-influence", "block-influence", "perplexity")
 CHOICE = f"{', '.join(CHOICES)}, or numbers of blocks such as 3,4 (the first is 0)"
-SHARE = 0.25  # of the blocks that go where no number is given, as published by FuseGPT
+SHARE = 0.25  # of the blocks to remove where no number is given, as published by FuseGPT
 
 
 @dataclass(frozen=True)
 class Choice:
-    """place: of the block, now; score: how little it matters, the higher the less (a similarity, or minus the loss); none where
-    the user named it."""
+    """A block to remove. place: its number now. score: the higher, the less it matters (a similarity, or minus the loss); None
+    where the user named the block."""
 
     place: int
     score: float | None
 
 
 def is_choice(value: str | int) -> bool:
-    """A way to choose, or numbers of blocks with commas between."""
+    """Whether it is a way to choose, or numbers of blocks with commas between."""
     return value in CHOICES or (
         all(n.isdecimal() for n in _words(value)) and len(set(_words(value))) == len(_words(value))
     )
@@ -51,8 +51,8 @@ def is_amount(value: float | None) -> bool:
 
 
 def how_many(blocks: float | None, choose: str | int, stack: Stack) -> int:
-    """The number of blocks to remove. blocks: a number, or below 1 a share. Raises TersorError where none would stay, or where
-    `choose` names another number of them."""
+    """The number of blocks to remove. blocks: a number, or below 1 a share. Raises TersorError where no block would stay, or
+    where `choose` names more or fewer blocks."""
     named = None if choose in CHOICES else len(_words(choose))
     asked = blocks if blocks is not None else named or SHARE
     count = math.ceil(asked * len(stack)) if asked < 1 else int(asked)
@@ -71,10 +71,11 @@ def choices(
     recorded: Sequence[Calls],
     kept: Sequence[nn.Module],
 ) -> Iterator[Choice]:
-    """The blocks to remove, one after another; each has to be removed before the next is asked for.
+    """Yields the blocks to remove. The caller removes each before it asks for the next.
 
-    choose: a name in CHOICES, or numbers of blocks in the original. batches, recorded: what to score on, and how it enters the
-    stack. kept: blocks that stay. Raises TersorError where the numbers do not fit, or no block may go.
+    choose: a name in CHOICES, or numbers of blocks in the original. batches: to score on; recorded: the same as they enter the
+    stack.
+    kept: blocks that stay. Raises TersorError where the numbers do not fit, or no block may go.
     """
     planned: list[tuple[nn.Module, float | None]] = []
     if choose not in CHOICES:
@@ -103,7 +104,7 @@ def choices(
 
 
 def kept_blocks(stack: Stack, work: Work) -> list[nn.Module]:
-    """Blocks with a layer that the user leaves out."""
+    """Blocks with a layer that the user excluded."""
     return [
         block
         for name, block in zip(stack.names, stack.blocks, strict=True)
@@ -116,7 +117,7 @@ def macro_influence(stack: Stack, recorded: Sequence[Calls]) -> Tensor:
     """[blocks], float64: the mean cosine similarity of the last hidden states with and without each block."""
     found = torch.zeros(len(stack), dtype=torch.float64)
     for calls in recorded:
-        inputs = list(_inputs(stack, calls))  # of every block, and the output of the last
+        inputs = list(_inputs(stack, calls))  # the input of every block, and the output of the last
         for n in range(len(stack)):
             without = stack.run(calls, range(n + 1, len(stack)), inputs[n])
             found[n] += _similarity(inputs[-1], without) / len(recorded)
@@ -136,8 +137,8 @@ def block_influence(stack: Stack, recorded: Sequence[Calls]) -> Tensor:
 
 @torch.no_grad()
 def losses_without(stack: Stack, batches: Sequence[Batch]) -> Tensor:
-    """[blocks], float64: the mean negative log-likelihood of the samples' next tokens when the model runs without each block.
-    Raises TersorError where the model is none that predicts tokens."""
+    """[blocks], float64: the mean negative log-likelihood of the samples' next tokens without each block. Raises TersorError
+    where the model does not predict tokens."""
     found = torch.zeros(len(stack), dtype=torch.float64)
     for n in range(len(stack)):
         tokens = 0
@@ -161,7 +162,7 @@ def _inputs(stack: Stack, calls: Calls) -> Iterator[Tensor]:
 
 
 def _similarity(a: Tensor, b: Tensor) -> float:
-    """Over the last axis, on average."""
+    """The mean cosine similarity over the last axis."""
     return float(F.cosine_similarity(a, b, dim=-1).mean())
 
 

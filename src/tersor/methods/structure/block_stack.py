@@ -1,4 +1,4 @@
-"""The stack of equal blocks of a transformers model: run it in part, take blocks out, and let the config say so."""
+"""The stack of equal blocks of a transformers model: run a part of it, remove blocks, and adapt the config."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from tersor.errors import TersorError
 from tersor.methods.method import Work
 from tersor.methods.training.batches import joined, shapes_of
 
-NUMBERS = ("layer_idx", "layer_id", "layer_number")  # attributes by which blocks know their place
+NUMBERS = ("layer_idx", "layer_id", "layer_number")  # attributes that hold a block's number
 
 
 @dataclass
 class Calls:
-    """How a batch enters the stack. hidden: what the first block gets, [samples, tokens, hidden]; others[b]: what block b gets
-    beside its hidden states, by position and by name."""
+    """How a batch enters the stack. hidden: the first block's input, [samples, tokens, hidden]. others[b]: the other arguments of
+    block b, by position and by name."""
 
     hidden: Tensor
     others: list[tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 class Stack:
-    """blocks: those that are left, names: what they were called in the original. Both shrink as blocks are removed; the model is
-    changed at once, its config by `finish`."""
+    """The blocks that are left, with their names in the original. A removal changes the model at once; `finish` changes its
+    config."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -54,7 +54,7 @@ class Stack:
 
     @torch.no_grad()
     def record(self, batches: Sequence[Batch]) -> list[Calls]:
-        """What each block gets when the model runs on each batch."""
+        """Run the model on each batch, and record the inputs of every block."""
         with without_cache(self.model):
             return [self._record(batch) for batch in batches]
 
@@ -80,7 +80,7 @@ class Stack:
         return Calls(first[0], others)
 
     def run(self, calls: Calls, blocks: Sequence[int], hidden: Tensor) -> Tensor:
-        """The hidden states after some blocks, one after another."""
+        """The hidden states after running these blocks one after another."""
         for n in blocks:
             args, kwargs = calls.others[n]
             output = self.blocks[n](hidden, *args, **kwargs)
@@ -89,7 +89,7 @@ class Stack:
 
     @contextmanager
     def without(self, n: int) -> Iterator[None]:
-        """The model as if block n were not there."""
+        """Meanwhile the model runs without block n."""
 
         def skip(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             hidden = args[0] if args else kwargs["hidden_states"]
@@ -102,7 +102,7 @@ class Stack:
             handle.remove()
 
     def remove(self, n: int, recorded: Sequence[Calls] = ()) -> None:
-        """Take block n out of the model, and out of what was recorded of batches."""
+        """Remove block n from the model, and from the records of batches."""
         del self.blocks[n], self.names[n]
         for calls in recorded:
             del calls.others[n]
@@ -114,11 +114,11 @@ class Stack:
                         setattr(module, name, place)
         for key, value in vars(self.config).items():
             if "layer" in key and isinstance(value, list) and len(value) == len(self) + 1:
-                del value[n]  # one entry a layer, such as layer_types
+                del value[n]  # lists with an entry per layer, such as layer_types
         self.config.num_hidden_layers = len(self)
 
     def check(self) -> None:
-        """Raise TersorError where transformers would build another model from the config than the one that is left."""
+        """Raise TersorError where transformers would build a different model from the config."""
         root: Any = self.model
         kind = type(self.model).__name__
         try:
@@ -135,7 +135,7 @@ class Stack:
 
 
 def batches_of(work: Work, size: int, *, labelled: bool = False) -> list[Batch]:
-    """The samples, `size` at a time, with their labels (`target`) where `labelled`; those of one batch are equally long."""
+    """The samples, `size` at a time; those of a batch have one length. labelled: with their labels (`target`)."""
     found: dict[Any, list[Batch]] = {}
     for sample in work.samples if labelled else map(without_target, work.samples):
         found.setdefault(shapes_of(sample), []).append(sample)
@@ -154,7 +154,7 @@ def _config_beside(model: nn.Module, path: str) -> Any:
 
 
 def _plain_attributes(blocks: nn.Module) -> dict[str, dict[str, Any]]:
-    """Numbers, switches and words by which equally shaped modules compute differently."""
+    """Numbers, switches and words that let modules of equal shape compute differently."""
     return {
         name: {
             key: value

@@ -1,7 +1,8 @@
-"""Remove whole blocks of a transformer, those that matter least; nothing is trained.
+"""Remove the blocks of a transformer that matter least; nothing is trained.
 
-What it is for: the plainest way to a faster model, for it saves time and memory on every device, with cache and without;
-and the baseline of `fusegpt`, which keeps what the removed blocks knew. Quality falls fast: see benchmarks/results/fusion.md.
+What it is for: the plainest way to a faster model. It saves time and memory on every device, with cache and without. It is also
+the baseline of `fusegpt`, which lets other blocks learn from the removed ones. Quality falls fast: see
+benchmarks/results/fusion.md.
 
     tersor compress drop-blocks demo --blocks 1 --out shorter
     tersor compress drop-blocks demo --blocks 0.25 --choose perplexity --out shorter
@@ -36,7 +37,7 @@ from tersor.methods.structure.block_stack import Stack, batches_of
 
 @dataclass(frozen=True)
 class DroppedBlock(Report):
-    """name: in the original; score: how little it mattered, in the measure that chose it."""
+    """One removed block, by its name in the original. score: how little it mattered, by the measure that chose it."""
 
     score: float | None
 

@@ -1,13 +1,14 @@
-"""DSFormer: weights as a small dense matrix times a sparse one, learned through the choice of what is sparse (arXiv 2312.13211).
+"""DSFormer: weights as a sparse matrix times a small dense one, trained together with the choice of what is sparse (arXiv
+2312.13211).
 
-What it is for: a transformer of a half to a quarter of the numbers, where low rank loses too much: each output is a combination
-of a few of the layer's k basis vectors, a different few for each, instead of all outputs sharing one small space.
+What it is for: a transformer with a half to a quarter of the numbers, where low rank loses too much. Each output combines a few
+of the layer's k basis vectors, each output different ones; with low rank all outputs share one small space.
 
     tersor compress dsformer demo --ratio 2 --samples 64 --seq-len 128 --out smaller
 
     result = tersor.compress("demo", DSFormer(ratio=2.8, epochs=5), samples=64, seq_len=128)
 
-Each linear map of the model's blocks, seen as blocks W [p, q] (one, the whole weight, unless `rows` and `columns` say otherwise):
+Each linear map of the model's blocks is cut into parts W [p, q]; by default there is one, the whole weight (`rows`, `columns`):
 
     W ≈ S D        D [k, q] of unit rows, S [p, k] with s numbers in every row           layers/dense_sparse.py
     size           k q + s p (1 + ⌈log2 k⌉ / 32) instead of p q; k is the largest for which that is p q / ratio at most
@@ -18,18 +19,18 @@ Each linear map of the model's blocks, seen as blocks W [p, q] (one, the whole w
                    gradient of S, so that others can enter (straight through). D, Z, biases and all else learn together by
                    AdamW, with warm-up and linear decay; what is chosen stays in the last fifth of the steps
 
-Loss: `distill`, the KL divergence from the original's predictions for a model with `logits`, else the mean squared error
-of its first output relative to the output; `task`, cross entropy with `target` (whole numbers), mean absolute error (others),
-or of the next tokens of a language model. Padding does not count.
+Loss `distill`: the KL divergence from the original's predictions for a model with `logits`, else the mean squared error of its
+first output relative to the output. Loss `task`: cross entropy with `target` where this is whole numbers, else mean absolute
+error; for a language model the cross entropy of the next tokens. Padding does not count.
 
 Embeddings, norms, output heads, convolutions and layers whose weight is shared stay as they are.
 
-Origin: no code was published, and only the abstract could be read. Ours are: the form of blocks, the matching pursuit, unit
+Origin: no code was published, and only the abstract could be read. Our own: the form of blocks, the matching pursuit, unit
 basis vectors, latent coefficients without weight decay, freezing, the rates. Of equal entries the first is kept.
 
-What it does not give is speed where few tokens run at once: on a CPU at 2.8x a layer is slower than the dense one for a single
-token whatever its shape; wide inputs gain from 16 or 64 tokens on, square layers at 256, and layers of more outputs than inputs
-not even there (benchmarks/results/dense_sparse.md).
+It is not faster where few tokens run at once. On a CPU at 2.8x, a layer of any shape is slower than the dense one for a single
+token. Layers with wide inputs gain from 16 or 64 tokens on, square layers at 256, and layers with more outputs than inputs not
+even there (benchmarks/results/dense_sparse.md).
 
 Proven: the property checks (exact where it can be, nested, better than low rank of equal size on a union of subspaces, gradients,
 supports that are learned beat supports that are fixed, size by the formula) and results saved and loaded equal. Not
@@ -61,15 +62,15 @@ from tersor.methods.structure.greenformers import input_hessians
 from tersor.methods.structure.sparse_coding import learn, project, support
 
 DAMP = 0.01  # of the mean diagonal of Σ x xᵀ
-FROZEN = 0.2  # of the steps, at the end, in which the choice stays
+FROZEN = 0.2  # of the steps: the last ones, in which the choice stays
 WARM_UP = 0.1  # of the steps
 LOSSES = ("distill", "task")
 
 
 @dataclass(frozen=True)
 class Sparsified(Report):
-    """One layer. basis: k; nonzeros: s; ratio: its weight's size before over now; lost: the share of its weight's squares
-    (weighted: of its outputs') that the start lost."""
+    """One layer. basis: k. nonzeros: s. ratio: its weight's size before, divided by the size now. lost: the share of the
+    squares of its weight (weighted: of its outputs) that the start lost."""
 
     outputs: int
     inputs: int
@@ -128,7 +129,7 @@ class DSFormer(ModelMethod):
         dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         dtype = next(model.parameters()).dtype
         if dtype.itemsize < torch.float32.itemsize:
-            model.float()  # steps of training are lost in 16 bits
+            model.float()  # in 16 bits, small steps of training are lost
         teacher = copy.deepcopy(model).eval().requires_grad_(False) if self.epochs else None
         hessians: Mapping[str, Tensor] = {}
         with torch.no_grad():
@@ -146,7 +147,7 @@ class DSFormer(ModelMethod):
             trained = model.get_submodule(name)
             assert isinstance(trained, StraightThroughFactors)
             model.set_submodule(name, trained.exported(layer))
-        for name, parameter in model.named_parameters():  # not buffers, which may be finer than the weights
+        for name, parameter in model.named_parameters():  # not buffers, which may have more precision than the weights
             parameter.data = parameter.data.to(dtypes.get(name, dtype))
         return model
 
@@ -166,12 +167,12 @@ class DSFormer(ModelMethod):
     def _start(
         self, layer: nn.Module, p: int, q: int, k: int, s: int, H: Tensor | None, chance: torch.Generator
     ) -> tuple[StraightThroughFactors, float]:
-        """The factors to train, and what they lose. H: Σ x xᵀ of the layer's inputs, where they count."""
+        """The factors to train, and what they lose. H: Σ x xᵀ of the layer's inputs, where outputs are fitted."""
         W = split_blocks(weight_matrix(layer).double(), p, q)
         weighted, back = W, None
         if H is not None:
             root, back = roots(H, q)
-            parts = torch.arange(len(W)) % len(root)  # the block's place in its row of blocks
+            parts = torch.arange(len(W)) % len(root)  # the number of each block within its row of blocks
             weighted, back = W @ root[parts], back[parts]
         S, D = learn(weighted, k, s, self.rounds, chance)
         lost = float((weighted - S @ D).square().sum() / weighted.square().sum().clamp(min=1e-300))
@@ -183,9 +184,10 @@ class DSFormer(ModelMethod):
 
 
 class StraightThroughFactors(nn.Module):
-    """The layer while it learns: W = S D, where S is the entries of the latent Z that count, and all of Z gets the gradient of S.
+    """The layer while it learns: W = S D. S holds the entries of the latent Z that count; all of Z gets the gradient of S.
 
-    latent: Z [blocks, p, k]; basis: D [blocks, k, q]; support: where set, the entries that count, [blocks, p, k].
+    latent: Z [blocks, p, k]. basis: D [blocks, k, q]. support: the entries that count, [blocks, p, k]; None while they may
+    change.
     """
 
     def __init__(self, layer: nn.Module, S: Tensor, D: Tensor, nonzeros: int) -> None:
@@ -198,7 +200,7 @@ class StraightThroughFactors(nn.Module):
         self.support: Tensor | None = None
 
     def sparse(self) -> Tensor:
-        """S [blocks, p, k], with gradients for all of Z, or, where the support is set, for its entries."""
+        """S [blocks, p, k]. Its gradients go to all of Z, or, where the support is set, to the entries of that."""
         if self.support is not None:
             return self.latent * self.support
         return straight_through(project(self.latent, self.basis, self.nonzeros), self.latent)
@@ -208,7 +210,7 @@ class StraightThroughFactors(nn.Module):
 
     @torch.no_grad()
     def exported(self, layer: nn.Module) -> DenseSparse:
-        """The layer to save, in the place of the original."""
+        """The layer to save in place of the original."""
         S = self.sparse()
         described = {"rows": S.shape[1], "columns": self.basis.shape[2], "basis": S.shape[2], "nonzeros": self.nonzeros}
         made = DenseSparse.in_place_of(layer, **described)
@@ -218,7 +220,7 @@ class StraightThroughFactors(nn.Module):
 
 
 def train(model: nn.Module, teacher: nn.Module, method: DSFormer, work: Work) -> None:
-    """Train all of a model, its latent coefficients (where it has any) at their own rate, to give what the teacher gives."""
+    """Train the whole model to compute what the teacher does. Latent coefficients have a rate of their own."""
     batches = batches_of(work, method.batch_size, labelled=True)
     latents = {id(m.latent): m.latent for m in model.modules() if isinstance(m, StraightThroughFactors)}
     learned = {id(p): p.requires_grad for p in model.parameters()}
@@ -257,15 +259,15 @@ def train(model: nn.Module, teacher: nn.Module, method: DSFormer, work: Work) ->
 
 @torch.no_grad()
 def freeze(model: nn.Module) -> None:
-    """From now on the entries that count stay the same."""
+    """Fix the entries that count."""
     for module in model.modules():
         if isinstance(module, StraightThroughFactors):
             module.support = support(module.latent, module.basis, module.nonzeros)
 
 
 def loss_of(model: nn.Module, teacher: nn.Module, batch: Batch, kind: str) -> Tensor:
-    """The loss on a batch (`target` holds labels, where there are any), by the module's docstring. Raises TersorError where the
-    task cannot be told."""
+    """The loss on a batch, as the module's docstring says; `target` holds labels, where there are any. Raises TersorError where
+    the task is not known."""
     inputs = {name: value for name, value in batch.items() if name != "target"}
     made = call(model, inputs)
     output, predicts = first_tensor(made), isinstance(getattr(made, "logits", None), Tensor)
@@ -297,8 +299,8 @@ def loss_of(model: nn.Module, teacher: nn.Module, batch: Batch, kind: str) -> Te
 
 
 def sparsifiable(model: nn.Module, work: Work) -> dict[str, nn.Module]:
-    """The linear maps of the model's repeated blocks, of all of it where nothing is repeated. Raises TersorError where there are
-    none."""
+    """The linear maps of the model's repeated blocks; of the whole model where nothing is repeated. Raises TersorError where
+    there are none."""
     shared, found = shared_layers(model), {}
     for unit in find_blocks(model):
         for inside, layer in linear_maps(unit.module).items():
@@ -312,7 +314,7 @@ def sparsifiable(model: nn.Module, work: Work) -> dict[str, nn.Module]:
 
 
 def size_ratio(p: int, q: int, k: int, s: int) -> float:
-    """The numbers of a dense block [p, q] over those of its factors, places of ⌈log2 k⌉ bits counted as shares of 32."""
+    """The size of a dense block [p, q] divided by that of its factors. A place of ⌈log2 k⌉ bits counts as that share of 32."""
     return p * q / (k * q + s * p * (1 + index_bits(k) / 32))
 
 

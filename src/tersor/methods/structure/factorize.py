@@ -1,4 +1,4 @@
-"""Linear maps and convolutions as products of two of lower rank: the published function, its rank rule and its solvers.
+"""Linear maps and convolutions as products of two with lower rank: the published function, its rank rule, its solvers.
 
 Greenformers (Cahyawijaya, arXiv 2108.10808). A weight seen as the matrix W [out, in] (of a convolution: in · kernel) becomes
 D E with E [r, in] and D [out, r]. `greenformers.py` is the method that chooses ranks and uses calibration samples.
@@ -38,15 +38,17 @@ def factorize(
 ) -> nn.Module:
     """Replace layers of `model` by LED and CED modules, in place, and return it: the published `auto_fact`.
 
-    rank: below 1 a share of the rank at which nothing is saved, else a rank (`rank_of`). solver: "svd", "snmf", "nmf", or
-    "random" (the published default), which begins anew: nothing of the old weight or bias is kept. num_iter: of snmf and nmf.
-    submodules: take the layers inside these and these themselves. Without them, as published, all but the direct children of
-    `model` are taken. deepcopy: change a copy. fact_led_unit: go into LED and CED units as well.
+    rank: below 1 a share of the rank at which nothing is saved, else a rank (`rank_of`).
+    solver: "svd", "snmf", "nmf", or "random" (the published default), which keeps nothing of the old weight or bias.
+    num_iter: of snmf and nmf.
+    submodules: take these and the layers inside them. By default, as published, all but the direct children of `model`.
+    deepcopy: change a copy.
+    fact_led_unit: go into LED and CED units too.
 
-    Only the exact classes Linear, Conv1d, Conv2d, Conv3d and transformers' Conv1D are taken. A layer that would not become
-    smaller is kept with a warning, as published; so is one whose weight is shared, where the published code loses the tie. svd
-    is exact, the published one randomized. In a grouped convolution all groups share a factor, as published, which is no
-    approximation of it. Raises TersorError on bad arguments.
+    Only the exact classes Linear, Conv1d, Conv2d, Conv3d and transformers' Conv1D are taken. As published, a layer that would
+    not become smaller is kept with a warning. A layer whose weight is shared is kept too; the published code loses the tie. svd
+    is exact; the published one is randomized. In a grouped convolution all groups share a factor, as published, although this
+    does not approximate it. Raises TersorError on bad arguments.
     """
     _check(rank, solver, num_iter)
     if deepcopy:
@@ -70,7 +72,7 @@ def factorize(
 
 
 def is_factorizable(module: nn.Module) -> bool:
-    """Subclasses are not: what they compute is their own."""
+    """Whether it is one of the exact classes; subclasses may compute something else."""
     return type(module) in (nn.Linear, *CONVOLUTIONS) or is_conv1d(module)
 
 
@@ -94,7 +96,7 @@ def rank_within(outputs: int, inputs: int, rank: float, multiple: int = 1) -> in
 
 
 def shared_layers(model: nn.Module) -> set[str]:
-    """Names of layers that share their weight with another module, or stand in several places themselves."""
+    """Names of layers that share their weight with another module, or are used in several places."""
     everything = list(model.named_modules(remove_duplicate=False))
     owners = Counter(id(p) for _, module in everything for p in module._parameters.values() if p is not None)
     return {name for name, module in everything if is_factorizable(module) and owners[id(module.weight)] > 1}
@@ -111,14 +113,16 @@ class Factors:
 def svd(W: Tensor, rank: int, H: Tensor | None = None) -> Factors:
     """The best factors of a rank: E = Dᵀ W, with D the leading left singular vectors of W H^½.
 
-    Without H (a multiple of Σ x xᵀ) they minimise ‖W - D E‖ (Eckart and Young), with it ‖(W - D E) X‖, the error of the outputs
-    for the inputs X that H is of. This is the optimum that SVD-LLM (arXiv 2403.07378) reaches by a Cholesky factor L of H as
+    Without H they minimise ‖W - D E‖ (Eckart and Young). With H, a multiple of Σ x xᵀ, they minimise ‖(W - D E) X‖, the error
+    of the outputs for the inputs x. This is the optimum that SVD-LLM (arXiv 2403.07378) reaches by a Cholesky factor L of H as
     (W L)_r L⁻¹; as a projection it needs no inverse, and H may be singular. Computed in float64: with W = Q R, the vectors are
     Q times the eigenvectors of R H Rᵀ.
     """
     W = W.double()
     Q, R = torch.linalg.qr(W)
-    _, vectors = torch.linalg.eigh(R @ R.t() if H is None else R @ H.double() @ R.t())  # the largest last
+    _, vectors = torch.linalg.eigh(
+        R @ R.t() if H is None else R @ H.double() @ R.t()
+    )  # ascending: the largest come last
     D = Q @ vectors[:, -rank:].flip(1)
     return Factors(D.t() @ W, D)
 
@@ -167,7 +171,7 @@ def solve(name: str, layer: nn.Module, rank: int, solver: str, num_iter: int, H:
 
 
 def low_rank_layer(layer: nn.Module, rank: int, factors: Factors | None = None) -> nn.Module:
-    """The LED or CED that takes a layer's place: with these factors and the layer's own bias, or freshly initialised."""
+    """The LED or CED to put in place of a layer: with these factors and the layer's bias, or freshly initialised."""
     unit: LED | CED
     if isinstance(layer, CONVOLUTIONS):
         unit = CED.in_place_of(layer, rank)

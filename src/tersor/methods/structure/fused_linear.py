@@ -1,15 +1,15 @@
-"""A linear map into which others' weights are fused by learned coefficients (FuseGPT, arXiv 2411.14507); for training only.
+"""A linear map that takes up others' weights by learned coefficients (FuseGPT, arXiv 2411.14507); for training only.
 
     y = x Wᵀ_eff + b_eff        W_eff = W + B A + Σ_j C_j * F_j  (entry by entry)        b_eff = b + c * b_fused
 
-W [out, in] and the fused F_j [out, in] stay as they are. A [128, in] and B [out, 128] change W; what is taken from F_j says C_j:
+W [out, in] and the fused F_j [out, in] stay as they are. A [128, in] and B [out, 128] change W. C_j weighs the entries of F_j:
 
     lora      C_j = P_j R_j, P_j [out, r], R_j [r, in]      keys coef_list.j.0, coef_list.j.1
     matrix    C_j [out, in]                                 key coef_list.j
     vector    C_j [out, 1], for all entries of a row        key coef_list.j
 
-All start so that W_eff = W. Where a bias is fused after another, the one before becomes part of b, so that fusing never changes
-what is computed; the published code forgets it.
+All start so that W_eff = W. When another bias is fused, the one before becomes part of b, so that fusing never changes the
+output; the published code forgets it.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ BASE_RANK = 128  # of B A, as published
 
 
 class FusedLinear(nn.Module):
-    """In the place of nn.Linear or transformers' Conv1D, x [..., in] -> [..., out], until it is folded.
+    """In place of nn.Linear or transformers' Conv1D, x [..., in] -> [..., out], until it is folded.
 
-    mode: one of MODES. rank: r. chance: where A and R_j are drawn from.
+    mode: one of MODES. rank: r. chance: the generator that A and R_j are drawn from.
     """
 
     def __init__(self, linear: nn.Module, *, mode: str, rank: int, chance: torch.Generator) -> None:
@@ -45,7 +45,7 @@ class FusedLinear(nn.Module):
         self.fuse_coef_b: nn.Parameter | None = None
 
     def fuse(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Let another map's weight [out, in] and bias [out] be learned from; what is computed stays as it is."""
+        """Add another map's weight [out, in] and bias [out] to learn from. The output stays the same."""
         self.fused.append(weight.detach())
         if self.mode == "lora":
             self.coef_list.append(nn.ParameterList([self._zeros(self.rank), self._drawn(self.rank)]))  # type: ignore[operator]
@@ -78,7 +78,7 @@ class FusedLinear(nn.Module):
 
     @torch.no_grad()
     def folded(self) -> nn.Module:
-        """The plain map that this one replaced, with what was learned."""
+        """The plain map that this one replaced, with the learned weight."""
         linear = self.replaced[0]
         set_weight_matrix(linear, self.effective_weight())
         bias = self.effective_bias()
@@ -90,7 +90,7 @@ class FusedLinear(nn.Module):
         return nn.Parameter(self.weight.new_zeros(self.weight.shape[0], columns))
 
     def _drawn(self, rows: int) -> nn.Parameter:
-        """Uniform within ±1/√in, as Kaiming's with a = √5."""
+        """Uniform numbers within ±1/√in, as Kaiming initialisation with a = √5."""
         columns = self.weight.shape[1]
         values = torch.rand(rows, columns, generator=self.chance, dtype=torch.float64).mul(2).sub(1) / columns**0.5
         return nn.Parameter(values.to(self.weight))

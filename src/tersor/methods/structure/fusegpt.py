@@ -1,7 +1,7 @@
 """FuseGPT: remove whole blocks of a language model and let their neighbours learn from them (Pei et al., arXiv 2411.14507).
 
-What it is for: a model of fewer layers, faster on every device and smaller in weights and cache, that has lost less than by
-removal alone. The result is a plain model that transformers loads and every other method takes.
+What it is for: a model with fewer layers, which is faster on every device and has fewer weights and a smaller cache. It loses
+less than by removal alone. The result is a plain model that transformers loads and every other method takes.
 
     tersor compress fusegpt demo --blocks 1 --samples 64 --seq-len 256 --out shorter
     tersor quantize shorter --bits 4 --group-size 32 --out shorter-4bit
@@ -16,19 +16,20 @@ For each block to remove:
        the rate `coef_lr` for coefficients and `base_lr` for the low-rank change of the weights, the norms and the biases,
        both falling to 0 by a cosine
 
-and in the end every fused map is folded into a plain one. Loss of the group's output Y and the output T before, [n, tokens, d]:
+In the end every fused map is folded into a plain one. The loss compares the group's output Y with the output T before, [n,
+tokens, d]:
 
     squared    mean over tokens of ‖Y - T‖² / ‖T‖², so that no token counts more for being large (the default)
     channels   mean over tokens of KL(softmax(T) ‖ softmax(Y)), over the d channels
     batch      the published one: the same, but over the n samples of a batch, divided by n. A batch of one has no loss,
                so it needs `batch_size` 2 or more and samples of one length
 
-`choose` can be another measure, or numbers of blocks, as in `drop-blocks`, which removes and does not fuse.
+`choose` can be another measure, or numbers of blocks, as in `drop-blocks`, which only removes.
 
-Origin: JarvisPei/FuseGPT at 3f2f0d0 (MIT). What differs: the loss by default; dropout is off while the group learns; biases are
-folded too, which the published export drops, and a bias that was fused earlier is kept; the first `influence_batches`
-batches choose blocks as published, but the group is cut to what is left of the stack; learning is in float32, whatever
-the model's dtype. The special handling of 13B models (coefficients merged after four fusions) is left out.
+Origin: JarvisPei/FuseGPT at 3f2f0d0 (MIT). What differs: the default loss; dropout is off while the group learns; biases are
+folded too (the published export drops them), and a bias that was fused earlier is kept; the group is cut to what is left of the
+stack; learning is in float32, whatever the model's dtype. As published, the first `influence_batches` batches choose blocks.
+The special handling of 13B models (coefficients merged after four fusions) is left out.
 
 Proven: the published code's similarities, fused maps, losses, gradients and a whole training of 20 epochs; fusing alone equals
 removal; folding keeps the outputs; GPT-2 and LLaMA load in transformers. Measured on demo: benchmarks/results/fusion.md.
@@ -66,12 +67,11 @@ LOSSES = ("squared", "channels", "batch")
 
 @dataclass(frozen=True)
 class FusedBlock(Report):
-    """One removed block. name: in the original; score: how little it mattered, in the measure that chose it; group: how many
-    blocks learned from it; before, after: the loss of their output, on average over the samples."""
+    """One removed block, by its name in the original."""
 
-    score: float | None
-    group: int
-    before: float
+    score: float | None  # how little it mattered, by the measure that chose it
+    group: int  # how many blocks learned from it
+    before: float  # the mean loss of their output before they learned
     after: float
 
 
@@ -168,14 +168,14 @@ class FuseGPT(ModelMethod):
         stack.check()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(learned[name])
-        for parameter in model.parameters():  # not buffers, which may be finer than the weights
+        for parameter in model.parameters():  # not buffers, which may have more precision than the weights
             parameter.data = parameter.data.to(dtype)
         return model
 
 
 def group_around(fused: int, size: int, count: int) -> range:
-    """The blocks that learn together when block `fused` of `count` goes: as published, `size` around it, moved to the inside at
-    both ends of the stack; all where the stack has not as many."""
+    """The blocks that learn together when block `fused` of `count` goes. As published these are `size` blocks around it, shifted
+    inwards at both ends of the stack; all blocks, where there are fewer."""
     if count <= size:
         return range(count)
     before, reach = 1 if fused == 0 else fused - 1, size // 2 - 1
@@ -187,7 +187,7 @@ def group_around(fused: int, size: int, count: int) -> range:
 
 
 def alike_maps(stack: Stack) -> list[str]:
-    """The names of the linear maps in each block. Raises TersorError where blocks differ in them."""
+    """The names of the linear maps in a block. Raises TersorError where blocks have different ones."""
     shapes = [
         {n: matrix_shape(m) for n, m in linear_maps(block).items() if isinstance(m, nn.Linear) or is_conv1d(m)}
         for block in stack.blocks
@@ -201,7 +201,7 @@ def alike_maps(stack: Stack) -> list[str]:
 def fuse(
     source: nn.Module, into: nn.Module, maps: Sequence[str], mode: str, rank: int, chance: torch.Generator
 ) -> None:
-    """Fuse the linear maps of one block into those of another, which computes as before until it learns."""
+    """Fuse the linear maps of one block into those of another. The other computes the same until it learns."""
     for name in maps:
         given, taking = source.get_submodule(name), into.get_submodule(name)
         if not isinstance(taking, FusedLinear):
@@ -214,7 +214,7 @@ def fuse(
 
 
 def fold(block: nn.Module) -> None:
-    """Put plain maps in the places of the fused ones; the block computes the same."""
+    """Replace the fused maps by plain ones; the block computes the same."""
     for name, module in list(block.named_modules()):
         if isinstance(module, FusedLinear):
             block.set_submodule(name, module.folded())
@@ -222,8 +222,8 @@ def fold(block: nn.Module) -> None:
 
 @dataclass
 class Lesson:
-    """What a group of blocks is to learn, batch by batch. group: its blocks, after one has gone; inputs, targets: hidden states
-    that enter it, and that left it before."""
+    """What a group of blocks learns, batch by batch. group: its blocks, without the removed one. inputs: hidden states that
+    enter the group. targets: hidden states that left it before the removal."""
 
     group: range
     recorded: Sequence[Calls]
@@ -240,7 +240,7 @@ class Lesson:
         return sum(float(self.loss(stack, n)) for n in range(len(self.inputs))) / len(self.inputs)
 
     def learn(self, stack: Stack, epochs: int, coef_lr: float, base_lr: float, what: str, progress: Progress) -> None:
-        """Adam over all batches in their order, `epochs` times, both rates falling to 0 by a cosine."""
+        """Learn by Adam, `epochs` times over all batches in order. Both rates fall to 0 by a cosine."""
         coefficients, others = trained_parameters([stack.blocks[n] for n in self.group])
         groups = [{"params": coefficients, "lr": coef_lr}, {"params": others, "lr": base_lr}]
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-8)
@@ -258,15 +258,15 @@ class Lesson:
 
 @torch.no_grad()
 def lesson_of(stack: Stack, recorded: Sequence[Calls], group: range, kind: str) -> Lesson:
-    """From the stack before a block of the group goes."""
+    """The lesson of a group, made before a block of it is removed."""
     inputs = [stack.run(calls, range(group.start), calls.hidden) for calls in recorded]
     targets = [stack.run(calls, group, hidden) for calls, hidden in zip(recorded, inputs, strict=True)]
     return Lesson(range(group.start, group.stop - 1), recorded, inputs, targets, kind)
 
 
 def trained_parameters(blocks: Sequence[nn.Module]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Coefficients; and the low-rank parts and biases of fused maps with the vectors (norms) beside them. They get gradients from
-    now on. A map that is not fused stays as it is."""
+    """The coefficients; and the low-rank parts and biases of fused maps, with vectors outside them (norms). They get gradients
+    from now on. A map that is not fused stays as it is."""
     coefficients, others = [], []
     for module in (module for block in blocks for module in block.modules()):
         if isinstance(module, FusedLinear):
@@ -281,7 +281,7 @@ def trained_parameters(blocks: Sequence[nn.Module]) -> tuple[list[nn.Parameter],
 
 
 def divergence(target: Tensor, output: Tensor, kind: str) -> Tensor:
-    """How far output [n, tokens, d] is from target, as the loss of this name (see the module's docstring), a scalar."""
+    """The loss of this kind between output and target [n, tokens, d], a scalar; see the module's docstring."""
     if kind == "squared":
         return ((output - target).square().sum(-1) / target.square().sum(-1)).mean()
     axis = 0 if kind == "batch" else -1

@@ -1,8 +1,9 @@
-"""Greenformers: linear maps and convolutions factorized into two of lower rank (Cahyawijaya, arXiv 2108.10808).
+"""Greenformers: linear maps and convolutions factorized into two with lower rank (Cahyawijaya, arXiv 2108.10808).
 
-What it is for: a model with fewer weights and fewer operations that runs on any device, at any precision, without special
-kernels; and a small start for training on. The result is a plain model that the other methods take: quantize it
-afterwards. Without training on, a trained model loses much at ranks that save much (see the measured numbers below).
+What it is for: a model with fewer weights and fewer operations, which runs on any device, at any precision, without special
+kernels. It
+can also be the start of further training: without that, a trained model loses much at ranks that save much (see the measured
+numbers below). The result is a plain model that the other methods take, so it can be quantized afterwards.
 
     tersor compress greenformers demo --rank 0.75 --whiten --multiple 32 --out smaller
     tersor quantize smaller --group-size 32 --out smaller-4bit
@@ -17,24 +18,24 @@ A weight seen as the matrix W [out, in] becomes D E, of r (in + out) instead of 
 
 How the ranks are chosen, one of:
 
-    rank     from 1 on a rank; below 1 a share of the rank at which nothing is saved, in · out / (in + out), as published; but
-             `in` of a convolution is here in · kernel, while `factorize` counts, as published, the channels alone, which
-             leaves rank 2 at most to a patch embedding of 3 channels
+    rank     from 1 on a rank; below 1 a share of the rank at which nothing is saved, in · out / (in + out), as published. But
+             for a convolution `in` is in · kernel here. `factorize` counts only the channels, as published, which leaves at
+             most rank 2 to a patch embedding of 3 channels
     energy   the smallest rank that keeps this share of the squared singular values of W, layer by layer
     budget   the ranks at which the model keeps this share of its parameters and loses the least energy, each layer's being
              1 in all; chosen greedily by energy per parameter, which is optimal but for the last step
 
-`whiten` fits D and E to what a layer computes instead of to its weights: with H = Σ x xᵀ over calibration samples they
-minimise ‖(W - D E) X‖, the error of the outputs for the samples' inputs X, which is never larger than that of plain SVD. It
-is the optimum of SVD-LLM (arXiv 2403.07378), reached by a projection instead of the inverse of a Cholesky factor, so that
-few samples are enough. The ranks stay those that the weights alone give.
+`whiten` fits D and E to a layer's outputs instead of its weights. With H = Σ x xᵀ over calibration samples they minimise ‖(W -
+D E) X‖, the error of the outputs for the samples' inputs X. It is never larger than by plain SVD. This is the optimum of
+SVD-LLM (arXiv 2403.07378), but reached by a projection instead of the inverse of a Cholesky factor, so few samples are enough.
+The weights alone decide the ranks.
 
 Solvers: svd (exact); snmf and nmf, semi-non-negative and non-negative factorization (nmf needs weights >= 0, which trained
 layers hardly have); random begins anew, for training from scratch.
 
-Taken are the exact classes Linear, Conv1d, Conv2d, Conv3d and transformers' Conv1D. Left as they are: layers that would not
-become smaller; direct children of the model (stems and output heads, as published) unless `head`; layers whose weight is
-shared, such as an output head tied to the embedding; grouped convolutions; routers, and experts that lie in one parameter.
+It takes the exact classes Linear, Conv1d, Conv2d, Conv3d and transformers' Conv1D. It leaves: layers that would not become
+smaller; direct children of the model (stems and output heads, as published) unless `head`; layers whose weight is shared, such
+as an output head tied to the embedding; grouped convolutions; routers, and experts that lie in one parameter.
 
 Origin: SamuelCahyawijaya/greenformer at 154ca1f (MIT). There the default solver is random, an unknown one counts as
 random, svd is randomized, a grouped convolution gets one factor for all groups, and ties are lost. `factorize` differs in
@@ -80,8 +81,8 @@ from tersor.methods.structure.factorize import (
 
 @dataclass(frozen=True)
 class Factorized(Report):
-    """How one layer fared. rank: 0 where it was kept; lost: the share of the energy of its weight (whitened: of its outputs
-    for the samples) that is gone; parameters: of its weight now."""
+    """One layer. rank: 0 where it was kept. lost: the share of its weight's energy (whitened: of its outputs for the samples)
+    that is gone. parameters: of its weight now."""
 
     outputs: int
     inputs: int
@@ -172,7 +173,7 @@ class Greenformers(ModelMethod):
         return model
 
     def _replace(self, model: nn.Module, name: str, rank: int, H: Tensor | None) -> Factorized:
-        """Put the low-rank layer in a layer's place. H: Σ x xᵀ of its inputs, where they count."""
+        """Replace a layer by one with low rank. H: Σ x xᵀ of its inputs, where outputs are fitted."""
         layer, note = model.get_submodule(name), ""
         if self.whiten and H is None:
             note = "no sample reached it" if is_linear_map(layer) else type(layer).__name__
@@ -187,7 +188,7 @@ class Greenformers(ModelMethod):
         return Factorized(name, rows, columns, rank, lost, rank * (rows + columns), note)
 
     def _layers(self, model: nn.Module, work: Work) -> tuple[dict[str, nn.Module], dict[str, str]]:
-        """The layers to factorize, and why others of their kinds are kept."""
+        """The layers to factorize; and others of their kinds, each with the reason why it is kept."""
         shared = shared_layers(model)
         layers: dict[str, nn.Module] = {}
         kept: dict[str, str] = {}
@@ -238,7 +239,7 @@ class Greenformers(ModelMethod):
 
 
 def spectrum(W: Tensor) -> Tensor:
-    """The share of each direction in ‖W‖², the largest first."""
+    """The share of each singular direction in ‖W‖², the largest first."""
     energies: Tensor = torch.linalg.svdvals(W.double()).square()
     return energies / energies.sum().clamp(min=1e-300)
 
@@ -259,10 +260,10 @@ def ranks_by_budget(
 ) -> tuple[dict[str, int], int]:
     """Ranks (0: kept) that save at least `to_save` parameters at the least lost energy, and how many they save.
 
-    A layer [out, in] at rank r saves out · in - r (out + in) and loses the sum of its spectrum past r. From one rank to the next
-    lower one that is ever more energy for equally many parameters; the first step, from dense to low rank, is as large as makes
-    it the cheapest. All layers' steps are taken in order of energy per parameter until enough is saved, so that what they save
-    cannot be saved at less energy; what the last step saves beyond `to_save` its layer gets back.
+    A layer [out, in] at rank r saves out · in - r (out + in) and loses the sum of its spectrum past r. Each lower rank saves
+    the same number of parameters for more energy. The first step, from dense to low rank, has the size with the least energy
+    per parameter. The steps of all layers are taken in order of energy per parameter until enough is saved; then nothing saves
+    as much at less energy. What the last step saves beyond `to_save` is given back to its layer.
     """
     steps: list[tuple[float, str, int, int]] = []  # (energy per parameter, layer, rank after it, parameters it saves)
     for name, (rows, columns) in shapes.items():
@@ -276,7 +277,7 @@ def ranks_by_budget(
         price = float(prices[first - 1])
         steps.append((price, name, first, int(saved[first - 1])))
         for rank in range(first - 1, 0, -1):
-            price = max(price, float(energies[rank]) / a_rank)  # never below the step before, whatever the rounding
+            price = max(price, float(energies[rank]) / a_rank)  # never below the step before, even by rounding
             steps.append((price, name, rank, a_rank))
     chosen, total = dict.fromkeys(shapes, 0), 0
     for _, name, rank, saves in sorted(steps, key=lambda step: (step[0], step[1], -step[2])):
@@ -291,12 +292,12 @@ def ranks_by_budget(
 
 
 def _energy(matrix: Tensor, H: Tensor | None) -> float:
-    """‖matrix‖², or ‖matrix X‖² for the inputs X that H = X Xᵀ is of."""
+    """‖matrix‖²; with H = X Xᵀ, ‖matrix X‖²."""
     return float((matrix if H is None else matrix @ H).mul(matrix).sum())
 
 
 def _outside_units(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module by name, but for what is inside low-rank layers."""
+    """Every module by name, without those inside low-rank layers."""
     yield path, module
     if not isinstance(module, LED | CED):
         for key, child in module.named_children():
@@ -304,7 +305,7 @@ def _outside_units(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Modul
 
 
 def turns(layers: Mapping[str, nn.Module]) -> Iterator[list[str]]:
-    """Layers whose statistics fit together into the memory set aside for them."""
+    """Groups of layers whose statistics fit into memory together."""
     turn: list[str] = []
     size = 0
     for name, layer in layers.items():

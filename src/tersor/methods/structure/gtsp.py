@@ -2,8 +2,8 @@
 
 Paper: Liu et al., "Exploring Sparsity in Graph Transformers", 2023.
 
-What it is for: a trained GraphGPS that needs fewer operations, or fewer weights. It trains on while it prunes, so it needs
-graphs with their targets, as batches of the model's own inputs:
+What it is for: a trained GraphGPS that is to take fewer operations, or fewer weights. The model goes on training while it is
+pruned, so the method needs graphs with their targets, as batches of the model's own inputs:
 
     batches = [{"x": x, "edge_index": edges, "edge_attr": kinds, "batch": graph_of_node, "target": y}, ...]
     result = tersor.compress(model, GTSP(tokens=0.5, heads=0.5, epochs=20), calibration=batches, format=None)
@@ -71,13 +71,12 @@ SHARE: dict[str, Any] = {"check": lambda v: 0 < v <= 1, "allowed": "above 0, at 
 
 @dataclass(frozen=True)
 class PrunedLayer(Report):
-    """heads: left; tokens: share of the nodes that attention sees; density: of the weights in the layer; operations: of its
-    share of the unpruned layer's, on the samples."""
+    """One layer."""
 
-    heads: int
-    tokens: float
-    density: float
-    operations: float
+    heads: int  # that are left
+    tokens: float  # the share of the nodes that attention sees
+    density: float  # the share of the weights that are not 0
+    operations: float  # on the samples, as a share of the unpruned layer's
 
 
 @register
@@ -165,7 +164,8 @@ class GTSP(ModelMethod):
         work.report(PrunedLayer(name, attention.heads, tokens, density, operations))
 
     def _attention(self, original: nn.Module, density: float) -> PrunedGraphAttention:
-        """What takes the place of attention, GraphGPS' own or pruned before, with its weights. density: 0 for no heads."""
+        """The pruned attention, with the weights of the original, which may have been pruned before. density: of heads; 0 for
+        none."""
         heads: int = original.heads  # type: ignore[assignment]
         width = matrix_shape(original.get_submodule("out_proj"))[1]
         made = PrunedGraphAttention.in_place_of(
@@ -181,7 +181,7 @@ class GTSP(ModelMethod):
         return made.train(original.training)
 
     def _without_attention(self, model: nn.Module, names: Sequence[str], lesson: Lesson, work: Work) -> set[str]:
-        """Take the attention out of as many layers as asked, those first that the loss misses least."""
+        """Take the attention out of as many layers as asked; first from those where the loss rises least."""
         gone: set[str] = set()
         while len(gone) < len(names) - round(self.attention_layers * len(names)):
             losses = {}
@@ -224,7 +224,7 @@ class GTSP(ModelMethod):
 
 
 class Pruner:
-    """The masks of the weights and the heads that are alive, while a model trains."""
+    """The masks of weights, and the heads that are alive, while a model trains."""
 
     def __init__(
         self,
@@ -250,7 +250,7 @@ class Pruner:
         self._apply()
 
     def watching(self) -> Any:
-        """While it is entered, the outputs of attention and their gradients are kept."""
+        """Meanwhile the outputs of attention and their gradients are recorded."""
         hooks = [
             self.model.get_submodule(name).register_forward_hook(
                 lambda _m, _i, output, name=name: self._keep(name, output)
@@ -300,7 +300,7 @@ class Pruner:
             projection.view(3, len(alive), -1).mul_(alive[None, :, None].to(projection))
 
     def take_heads_out(self) -> None:
-        """Replace each attention by one of its alive heads only, which computes the same."""
+        """Replace each attention by one that has only the heads that are alive. It computes the same."""
         for name, alive in self.alive.items():
             attention = self.model.get_submodule(name)
             assert isinstance(attention, PrunedGraphAttention)
@@ -335,7 +335,7 @@ class Lesson:
 
 
 class _Removing:
-    """Removes hooks in the end."""
+    """Removes hooks at the end of a context."""
 
     def __init__(self, hooks: Sequence[Any]) -> None:
         self.hooks = hooks
@@ -350,8 +350,8 @@ class _Removing:
 
 @torch.no_grad()
 def with_heads(attention: PrunedGraphAttention, alive: Tensor) -> PrunedGraphAttention:
-    """The attention of its alive heads. The others' rows of the projection must be 0 but for the biases: such a head gives its
-    value's bias whatever it sees, which becomes part of the last bias."""
+    """The attention with only the heads that are alive. The rows of the others in the projection must be 0, except their
+    biases. Such a head always outputs the bias of its value, which becomes part of the last bias."""
     made = PrunedGraphAttention(
         attention.in_proj.weight.shape[1],
         int(alive.sum()),
@@ -384,7 +384,7 @@ def attention_names(model: nn.Module, work: Work) -> list[str]:
     for name, layer in model.get_submodule("layers").named_children():
         attention = getattr(layer, "self_attn", None)
         if isinstance(attention, PrunedGraphAttention) and attention.heads == 0:
-            continue  # pruned before
+            continue  # its attention was removed before
         if not isinstance(getattr(attention, "in_proj", None), nn.Linear):
             kind = type(attention).__name__
             raise TersorError(
@@ -398,7 +398,7 @@ def attention_names(model: nn.Module, work: Work) -> list[str]:
 
 
 def prunable(module: nn.Module, inside: str, work: Work) -> dict[str, nn.Parameter]:
-    """The weights of the linear maps whose names begin with `inside`, but for the scores of nodes."""
+    """The weights of the linear maps whose names begin with `inside`, without the maps that score nodes."""
     return {
         name: each.weight  # type: ignore[misc]
         for name, each in linear_maps(module).items()
@@ -408,7 +408,7 @@ def prunable(module: nn.Module, inside: str, work: Work) -> dict[str, nn.Paramet
 
 @torch.no_grad()
 def layer_operations(model: nn.Module, samples: Sequence[Batch]) -> dict[str, float]:
-    """Operations of each layer on all samples, two for each product of a weight that is not 0 and of attention, by name."""
+    """Operations of each layer on all samples: two for each product with a weight that is not 0, and for each of attention."""
     totals: dict[str, float] = {}
     layers = dict(model.get_submodule("layers").named_children())
     hooks = []
@@ -439,7 +439,7 @@ def layer_operations(model: nn.Module, samples: Sequence[Batch]) -> dict[str, fl
 
 
 def attention_operations(attention: nn.Module, nodes: Tensor) -> int:
-    """Of GraphGPS' attention or a pruned one, for graphs of these numbers of nodes [G]."""
+    """Operations of an attention, pruned or not, for graphs with these numbers of nodes [G]."""
     if getattr(attention, "heads", 0) == 0:
         return 0
     products, seen = 0, nodes

@@ -1,5 +1,5 @@
-"""Which weights and heads live: GTSP's schedules (Liu et al., "Exploring Sparsity in Graph Transformers", 2023; weights: GraNet,
-arXiv 2106.10404).
+"""Which weights and heads stay alive: GTSP's schedules (Liu et al., "Exploring Sparsity in Graph Transformers", 2023; weights:
+GraNet, arXiv 2106.10404).
 
 Weights, at every update:  a) all over the model the smallest |w| go until the density that a cubic curve prescribes;
 b) in each tensor a share of those alive with the least |w| goes; c) as many come back where the gradient is largest, at 0.
@@ -24,8 +24,8 @@ Masks = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Curve:
-    """density(step) falls from `first` to `last` as 1 - (1 - u)³ over the updates between `start` and `end` (in steps); there is
-    one every `frequency` steps."""
+    """density(step) falls from `first` to `last` as 1 - (1 - u)³, from step `start` to step `end`. There is an update every
+    `frequency` steps."""
 
     first: float
     last: float
@@ -34,7 +34,7 @@ class Curve:
     frequency: int
 
     def updates(self) -> range:
-        """The numbers of the updates at which the density falls: step / frequency."""
+        """The updates at which the density falls, numbered step / frequency."""
         return range(self.start // self.frequency, self.end // self.frequency)
 
     def density(self, step: int) -> float | None:
@@ -43,12 +43,12 @@ class Curve:
         if step % self.frequency or update not in inside:
             return None
         u = (update - inside.start) / len(inside)
-        # As published, digit for digit: a rounding decides how many weights stay.
+        # Exactly as published, because rounding decides how many weights stay.
         return 1 - ((1 - self.first) + (self.first - self.last) * (1 - (1 - u) ** 3))
 
 
 def prune_globally(weights: Mapping[str, Tensor], density: float) -> Masks:
-    """a) Masks of the |w| above the ⌊n · density⌋-th largest of all n; strictly, as published, so that one fewer survives."""
+    """a) Masks of the |w| above the ⌊n · density⌋-th largest of all n. Strictly above, as published, so one fewer survives."""
     sizes = torch.cat([w.detach().abs().flatten() for w in weights.values()])
     kept = int(len(sizes) * density)
     if kept == 0:
@@ -58,7 +58,7 @@ def prune_globally(weights: Mapping[str, Tensor], density: float) -> Masks:
 
 
 def prune_uniformly(weights: Mapping[str, Tensor], density: float) -> Masks:
-    """The same tensor by tensor, where the threshold itself survives."""
+    """The same for each tensor by itself; here the threshold itself survives."""
     masks = {}
     for name, w in weights.items():
         sizes, kept = w.detach().abs(), int(w.numel() * density)
@@ -90,15 +90,15 @@ def update_weights(
     density: float | None,
     rate: float,
 ) -> tuple[Masks, Masks]:
-    """One update: the masks after a), and after c). density: None where a) is not due. `weights` are set to 0 where they are
-    masked after each."""
+    """One update: the masks after a), and after c). Masked `weights` are set to 0 after each. density: None where a) is not
+    due."""
     if density is not None and way != "dst":
         masks = (prune_uniformly if way == "uniform" else prune_globally)(weights, density)
         apply_masks(weights, masks)
     grown = masks
     if way in ("granet", "dst"):
         grown = {name: die_and_grow(w, gradients[name], masks[name], rate) for name, w in weights.items()}
-        apply_masks(weights, {name: grown[name] & masks[name] for name in grown})  # what comes back starts at 0
+        apply_masks(weights, {name: grown[name] & masks[name] for name in grown})  # weights that come back start at 0
     return masks, grown
 
 

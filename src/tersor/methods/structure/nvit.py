@@ -1,30 +1,29 @@
-"""Global structural pruning of a ViT until it is as fast as wanted: NViT (Yang et al., CVPR 2023, arXiv 2110.04869).
+"""NViT: global structural pruning of a ViT until it is as fast as asked (Yang et al., CVPR 2023, arXiv 2110.04869).
 
     tersor compress nvit demo-vit --latency-target 0.7 --calibration cifar10_train_512.npz --samples 512 \\
         --finetune-steps 100 --out pruned
     tersor eval pruned --images cifar10_test_1000.npz
 
 Five kinds of units compete in one list: channels of the embedding, heads, query/key channels, value channels (one index in all
-heads of a block), hidden units of the MLPs. Their worth (nvit_saliency.py) is the squared first-order change of the
-loss, less what a unit of the kind costs in time. Every `interval` batches the groups of units that are worth least, all
-over the model, are set to zero; between, AdamW mends the rest. It stops when the latency, estimated from a table, has
-fallen to `latency_target` of the unpruned model's, and takes the zeros out: the result is the model `nvit`
-(models/vision/nvit.py), which computes what the zeroed one did.
+heads of a block), hidden units of the MLPs. A unit's value (nvit_saliency.py) is the squared first-order change of the loss,
+minus the time that a unit of its kind costs. Every `interval` batches, the groups of units with the least value in the whole
+model are set to zero; in between, AdamW trains the rest. Pruning stops when the latency, estimated from a table, has fallen to
+`latency_target` of the unpruned model's. Then the zeros are taken out: the result is the model `nvit` (models/vision/nvit.py),
+which computes what the zeroed one did.
 
 The table is measured on the device at the start (blocks of a grid of widths, interpolated), or read from a file
 (`nvit_latency.LatencyTable.save`). It is scaled so that a full block takes 0.0808 s, as in the published table. The published
-`latency_weight` is 5e-4, beside a loss that is multiplied by 1e5; beside ours it would decide alone which units go, so the
+`latency_weight` is 5e-4, with a loss that is multiplied by 1e5. With our loss it alone would decide which units go, so the
 default is 2e-5 (benchmarks/results/pruning.md has both).
 
 Loss: cross entropy with the labels of the calibration images (`target`), or with the unpruned model's decision where they
 have none, plus `kd_weight` times the KL divergence from the unpruned model's prediction. Images are mirrored and shifted at
 random. `finetune_steps` more steps of the same loss follow after the pruning, the rate falling to 0.
 
-What differs from the published recipe, which trains for weeks of GPU time: the weight of the distillation (1e5 there, by a
-loss that is not normalised), no CNN teacher, both heads of DeiT trained by their mean, and far fewer steps by default (100
-batches of 512 images for each 32 units there). The published average of the embedding's sums is over 12 blocks; here over
-as many as there are. A few hundred images are no training set; what they give on demo-vit is in
-benchmarks/results/pruning.md.
+What differs from the published recipe, which trains for weeks of GPU time: the weight of the distillation (1e5 there, for a
+loss that is not normalised); no CNN teacher; both heads of DeiT are trained by their mean; by default far fewer steps (there
+100 batches of 512 images for each 32 units). The published average of the embedding's sums is over 12 blocks; here it is over
+as many as there are. A few hundred images are no training set; benchmarks/results/pruning.md shows what they do on demo-vit.
 
 It takes ViT and DeiT, with or without a distillation token; training is in float32.
 """
@@ -52,7 +51,7 @@ from tersor.models.loading import load_state
 
 @dataclass(frozen=True)
 class PrunedBlock(Report):
-    """Widths that are left; the embedding's is the same in all blocks."""
+    """One block. widths: what is left; the embedding's width is the same in all blocks."""
 
     widths: list[int]
 
@@ -136,7 +135,7 @@ class NViTPruning(ModelMethod):
         optimizer = torch.optim.AdamW(student.parameters(), lr=self.lr)
         criteria: list[Tensor] | None = None
         groups = [math.ceil(gate.numel() / units.GROUP[kind]) for kind, gate in _with_kinds(gates) if kind not in fixed]
-        most, steps, share = sum(groups) * units.GROUP_OPTION, 0, 1.0  # in the end the threshold reaches every group
+        most, steps, share = sum(groups) * units.GROUP_OPTION, 0, 1.0  # the threshold reaches every group in the end
         while share > self.latency_target:
             if (steps - 1) * self.prune_per_step > most:
                 raise TersorError(f"latency_target={self.latency_target}: nothing is left to prune at {share:.2f}")
@@ -166,7 +165,7 @@ class NViTPruning(ModelMethod):
         return gates
 
     def _check_target(self, gates: units.Gates, table: LatencyTable, full: float) -> None:
-        """Raise TersorError where the target lies below what one group of every kind takes."""
+        """Raise TersorError where the target is below the latency of one group of every kind."""
         least = []
         for kind, gate in _with_kinds(gates):
             kept = gate.numel() if kind in _words(self.fixed) else (gate.numel() - 1) % units.GROUP[kind] + 1
@@ -179,7 +178,7 @@ class NViTPruning(ModelMethod):
 
 
 class Data:
-    """Batches at random from the samples, and the loss on one."""
+    """Random batches of the samples, and the loss on a batch."""
 
     def __init__(self, work: Work, teacher: nn.Module, method: NViTPruning) -> None:
         found = [batch.get("image", next(iter(batch.get("args", ())), None)) for batch in work.samples]
@@ -211,7 +210,7 @@ class Data:
 
 
 def full_width(model: nn.Module) -> Any:
-    """A ViT as the model `nvit` at full width, in eval mode (both heads of DeiT count by their mean)."""
+    """A ViT as the model `nvit` at full width, in eval mode. The output is the mean of both heads of a DeiT."""
     config = models.config_of(model)
     depth, width = config["depth"], config["embed_dim"] // config["num_heads"]
     same = ("img_size", "patch_size", "in_chans", "num_classes", "embed_dim", "qkv_bias", "norm_eps", "distilled")
@@ -230,7 +229,7 @@ def full_width(model: nn.Module) -> Any:
 
 
 def dense(student: Any, gates: units.Gates) -> nn.Module:
-    """The model without the units whose gates are closed; it computes what `student` does while they are zero."""
+    """The model without the units whose gates are closed. It computes what `student` does with these units at zero."""
     changed, tensors = units.dense_parts(student, gates)
     config = models.config_of(student) | changed
     pruned: nn.Module = models.create(config.pop("tersor_model"), **config)
@@ -239,7 +238,7 @@ def dense(student: Any, gates: units.Gates) -> nn.Module:
 
 
 def train(model: nn.Module, data: Data, method: NViTPruning, work: Work) -> None:
-    """`finetune_steps` steps of AdamW with a rate that falls to 0 by a cosine."""
+    """Train for `finetune_steps` steps of AdamW, with a rate that falls to 0 by a cosine."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=method.lr)
     for step in range(method.finetune_steps):
         rate = method.lr * (1 + math.cos(math.pi * step / method.finetune_steps)) / 2

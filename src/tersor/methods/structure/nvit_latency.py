@@ -1,4 +1,4 @@
-"""How long a transformer block takes, by its five widths: a table, and how to measure one."""
+"""A table of how long a transformer block takes, by its five widths; and its measurement."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tersor.progress import Progress
 from tersor.untrusted import read_json
 
 AXES = ("emb", "heads", "qk", "v", "mlp")
-FULL_BLOCK = 0.0808  # seconds that the published table gives to a full block: the scale of its weight against saliency
+FULL_BLOCK = 0.0808  # seconds of a full block in the published table; `latency_weight` depends on this scale
 
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """grid: the points of each axis, rising, in the order of AXES; seconds: [len of each], for one block."""
+    """grid: the points of each axis, rising, in the order of AXES. seconds: of one block, with an axis for each."""
 
     grid: tuple[tuple[int, ...], ...]
     seconds: torch.Tensor
@@ -38,7 +38,7 @@ class LatencyTable:
                 raise TersorError(f"the latency table's {name} must be rising numbers, not {list(points)}")
 
     def at(self, widths: Sequence[int]) -> float:
-        """Multilinear between the points, and the nearest outside. widths: emb, heads, qk, v, mlp."""
+        """Seconds: multilinear between the points; outside them those of the nearest. widths: emb, heads, qk, v, mlp."""
         values = self.seconds
         for points, width in zip(self.grid, widths, strict=True):
             right = min(max(bisect_right(points, width), 1), len(points) - 1)
@@ -103,10 +103,10 @@ def grid_of(full: Sequence[int]) -> tuple[tuple[int, ...], ...]:
 def measure_table(
     full: Sequence[int], tokens: int, device: torch.device, progress: Progress, *, batch: int = 8, turns: int = 5
 ) -> LatencyTable:
-    """Time blocks of many widths on this device; both halves of a block are timed alone and added.
+    """Time blocks of many widths on this device. The two halves of a block are timed separately and added.
 
-    Of each half the fastest of `turns` runs counts, so that other jobs disturb little. The times are scaled so that the block
-    of full widths takes FULL_BLOCK seconds.
+    For each half the fastest of `turns` runs counts, so that other processes disturb little. The times are scaled so that the
+    block of full widths takes FULL_BLOCK seconds.
     """
     grid = grid_of(full)
     emb, heads, qk, v, mlp = grid

@@ -1,8 +1,8 @@
-"""Which units of a vision transformer matter least: the arithmetic of NViT's global structural pruning (arXiv 2110.04869).
+"""The arithmetic of NViT's global structural pruning: which units of a vision transformer matter least (arXiv 2110.04869).
 
-Works on the model `nvit` at full width, whose pruned units are zeroed. Units lie in lists: 0 are the D channels of the
-embedding; then for each block its heads, its query/key channels (one index in all heads), its value channels, and its
-MLP's hidden units. A gate per unit is True while it is there.
+It works on the model `nvit` at full width, whose pruned units are zeroed. Units lie in lists. List 0 has the D channels of the
+embedding; then come, for each block, its heads, its query/key channels (one index in all heads), its value channels, and its
+MLP's hidden units. Each unit has a gate, which is True while the unit is there.
 
     g_u = sum of parameter * gradient over the unit's parameters / divisor        first-order change of the loss
     criterion = g_u^2                                                             the Gauss-Newton form of second order
@@ -21,9 +21,9 @@ from tersor.methods.structure.nvit_latency import LatencyTable
 
 KINDS = ("emb", "head", "qk", "v", "mlp")
 GROUP = {"emb": 16, "head": 2, "qk": 8, "v": 8, "mlp": 16}
-LEAST = {"emb": 0, "head": 2, "qk": 8, "v": 8, "mlp": 16}  # below or at this width, less of it saves nothing
+LEAST = {"emb": 0, "head": 2, "qk": 8, "v": 8, "mlp": 16}  # from this width on, pruning more saves no time
 FIXED = 1e5  # criterion of a unit that must not be pruned
-GROUP_OPTION = 16  # in the published index arithmetic, whatever the groups are
+GROUP_OPTION = 16  # a constant of the published index arithmetic, whatever the size of groups
 Model = Any  # tersor.models' nvit
 Gates = list[Tensor]
 
@@ -37,7 +37,7 @@ def block_of(index: int) -> int:
 
 
 def open_gates(model: Model) -> Gates:
-    """All units there: bool, one tensor a list, on the model's device."""
+    """Gates for all units, open: one bool tensor per list, on the model's device."""
     config, device = model.config, model.pos_embed.device
     widths = [config.embed_dim]
     for each in zip(config.heads, config.qk, config.v, config.mlp, strict=True):
@@ -46,7 +46,7 @@ def open_gates(model: Model) -> Gates:
 
 
 def unit_sums(model: Model, of: Callable[[nn.Parameter], Tensor]) -> list[Tensor]:
-    """For every unit, of(parameter) summed over the parameters that the criterion looks at, before the divisors."""
+    """For every unit, the sum of of(parameter) over the parameters in its criterion, before dividing."""
     config = model.config
     emb = of(model.patch_embed.proj.weight).flatten(1).sum(1) + of(model.patch_embed.proj.bias)
     lists = []
@@ -67,7 +67,7 @@ def unit_sums(model: Model, of: Callable[[nn.Parameter], Tensor]) -> list[Tensor
 
 
 def criteria_of(model: Model, fixed: Sequence[str] = ()) -> list[Tensor]:
-    """The criterion of every unit from the gradients that the last batch left in the parameters."""
+    """The criterion of every unit, from the gradients of the last batch."""
     divisor = {"emb": len(model.blocks), "head": 12, "qk": 2, "v": 2, "mlp": 1}
     found = []
     for index, total in enumerate(unit_sums(model, _change)):
@@ -93,12 +93,12 @@ def widths_of(gates: Gates) -> list[list[int]]:
 
 
 def latency(gates: Gates, table: LatencyTable, *, emb: int | None = None) -> float:
-    """Seconds of all blocks. emb: another width of the embedding than that of the gates."""
+    """Seconds of all blocks. emb: the width of the embedding; by default that of the gates."""
     return sum(table.at([widths[0] if emb is None else emb, *widths[1:]]) for widths in widths_of(gates))
 
 
 def seconds_saved(gates: Gates, table: LatencyTable) -> list[float]:
-    """What one unit less of each list saves; of the embedding, in all blocks together."""
+    """The seconds that one unit less of each list saves; for the embedding, in all blocks together."""
     saved = [0.0] * len(gates)
     for n, widths in enumerate(widths_of(gates)):
         whole = table.at(widths)
@@ -128,8 +128,8 @@ def prune_step(
     weight: float,
     fixed: Sequence[str] = (),
 ) -> tuple[Gates, float]:
-    """The gates after one global step, and the threshold. steps_done: earlier steps, which together aim at steps_done * per_step
-    pruned units, at most `most`. One group of every list survives."""
+    """The gates after one global step, and the threshold. steps_done: how many steps came before; together they aim at
+    steps_done * per_step pruned units, at most `most`. One group of every list survives."""
     saved = seconds_saved(gates, table)
     grouped = []
     for index, (values, gate) in enumerate(zip(criteria, gates, strict=True)):
@@ -142,7 +142,7 @@ def prune_step(
     threshold = everything[max(n, 0)]
     after = [gate.clone() for gate in gates]
     for index, (gate, (values, members)) in enumerate(zip(after, grouped, strict=True)):
-        if kind_of(index) in fixed:  # their groups only count in the order
+        if kind_of(index) in fixed:  # their groups only take places in the order
             continue
         for value, chosen in list(zip(values, members, strict=True))[:-1]:
             if value <= threshold:
@@ -152,7 +152,7 @@ def prune_step(
 
 @torch.no_grad()
 def zero_pruned(model: Model, gates: Gates) -> None:
-    """Set to zero every parameter of the units whose gates are closed."""
+    """Set the parameters of the units whose gates are closed to zero."""
     config = model.config
     emb = ~gates[0]
     for token in (model.cls_token, model.dist_token, model.pos_embed):
@@ -188,7 +188,7 @@ def zero_pruned(model: Model, gates: Gates) -> None:
 
 
 def dense_parts(model: Model, gates: Gates) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What the model `nvit` without the pruned units consists of: the entries of its config that change, and its tensors."""
+    """The model `nvit` without the pruned units: the entries of its config that change, and its tensors."""
     config = model.config
     emb, blocks = gates[0], widths_of(gates)
     changed: dict[str, Any] = {

@@ -11,15 +11,15 @@ from torch import Tensor
 
 from tersor.layers.dense_sparse import largest
 
-MOST_ROUNDS = 8  # of a pursuit: more numbers than this are chosen several at a time
-RIDGE = 1e-9  # of the largest diagonal entry, so that alike basis vectors can be told apart by rounding at least
+MOST_ROUNDS = 8  # of a pursuit; more numbers than this are chosen several at a time
+RIDGE = 1e-9  # of the largest diagonal entry, so that systems with equal basis vectors can be solved
 
 
 def code(W: Tensor, D: Tensor, s: int) -> Tensor:
     """S [b, p, k] with s numbers in every row that bring S D close to W [b, p, q]: orthogonal matching pursuit.
 
-    In each round the basis vectors most like what is left of a row join it (one, or s / 8 where s is above 8), and the row's
-    numbers are fitted anew by least squares. Of equal ones the first joins.
+    In each round, the basis vectors most similar to the rest of a row are added (one, or s / 8 where s is above 8), and all
+    numbers of the row are fitted again by least squares. Of equal ones the first is added.
     """
     b, p, _ = W.shape
     k = D.shape[1]
@@ -56,7 +56,8 @@ def fit_rows(gram: Tensor, target: Tensor, chosen: Tensor, count: int) -> Tensor
 
 
 def fit_basis(W: Tensor, S: Tensor, D: Tensor) -> Tensor:
-    """D [b, k, q] of unit rows with the least ‖W - S D‖. A vector that no row uses becomes the row of W that is fitted worst."""
+    """D [b, k, q] with unit rows and the least ‖W - S D‖. A vector that no row uses becomes the row of W with the largest
+    error."""
     gram = S.mT @ S
     ridge = RIDGE * gram.diagonal(dim1=-2, dim2=-1).amax(-1).clamp(min=1e-30)
     eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
@@ -72,8 +73,8 @@ def fit_basis(W: Tensor, S: Tensor, D: Tensor) -> Tensor:
 
 
 def learn(W: Tensor, k: int, s: int, rounds: int, chance: torch.Generator) -> tuple[Tensor, Tensor]:
-    """S [b, p, k] and D [b, k, q] for W [b, p, q], k at most p, in float64: from k random rows, coding and fitting the basis by
-    turns. The best of all rounds."""
+    """S [b, p, k] and D [b, k, q] for W [b, p, q], k at most p, in float64. It starts from k random rows, then codes and fits
+    the basis in turn. Returns the best of all rounds."""
     W = W.double()
     b, p, q = W.shape
     order = torch.stack([torch.randperm(p, generator=chance)[:k] for _ in range(b)])
@@ -96,7 +97,7 @@ def learn(W: Tensor, k: int, s: int, rounds: int, chance: torch.Generator) -> tu
 
 
 def support(Z: Tensor, D: Tensor, s: int) -> Tensor:
-    """The s entries of every row of Z [b, p, k] that weigh most, |z| times the length of their basis vector, so that the scale
+    """The s entries of every row of Z [b, p, k] with the largest |z| times the length of its basis vector, so that the scale
     that S and D share does not matter: bool [b, p, k]. Of equal ones the first count."""
     places = largest((Z.abs() * D.norm(dim=-1)[:, None]).detach(), s)
     return torch.zeros_like(Z, dtype=torch.bool).scatter(-1, places, True)

@@ -4,12 +4,12 @@
     tersor compress ats demo-vit --ats-blocks 2-5 --num-tokens 0.5 --out cheaper
     tersor eval cheaper --images cifar10_test_1000.npz
 
-Nothing is trained and no weight changes: the result is the model `ats` (models/vision/ats.py, where the formulas are) with the
-ViT's weights. How many tokens stay is decided for every image anew; with `--calibration` the report says how many they
-were on those images. `num_tokens` bounds them.
+Nothing is trained and no weight changes: the result is the model `ats` (models/vision/ats.py has the formulas) with the ViT's
+weights. Every image keeps another number of tokens; `num_tokens` bounds it. With `--calibration` the report says how many
+tokens those images kept.
 
-It takes ViT and DeiT without a distillation token. The result can be quantized: `tersor quantize cheaper --calibration ...`.
-Leave `qkv` out of `--include`, or name it in `--exclude`, and a block stays an ordinary one.
+It takes ViT and DeiT without a distillation token. The result can be quantized: `tersor quantize cheaper --calibration ...`. A
+block whose `qkv` is excluded (by `--include` or `--exclude`) stays an ordinary one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RANGE = re.compile(r"(\d+)(?:(-)(\d*))?")
 
 @dataclass(frozen=True)
 class SampledBlock(Report):
-    """most: tokens that the block can leave, with the class token; tokens: how many it did on the samples, on average."""
+    """most: tokens that the block keeps at most, with the class token. tokens: that it kept on the samples, on average."""
 
     most: int
     tokens: float | None
@@ -103,7 +103,7 @@ class AdaptiveTokenSampling(ModelMethod):
         return compressed
 
     def blocks(self, depth: int) -> list[int]:
-        """The numbers that `ats_blocks` stands for. Raises TersorError where a model of `depth` blocks lacks one."""
+        """The block numbers in `ats_blocks`. Raises TersorError where a model of `depth` blocks lacks one."""
         found: set[int] = set()
         for part in self.ats_blocks.split(","):
             match = RANGE.fullmatch(part.strip())

@@ -3,16 +3,17 @@
     tersor compress ssm-token-pruning VIM --prune-after 10,20 --keep 0.8 --out pruned
     tersor train pruned --data pictures --lr 5e-6 --epochs 30 --out tuned       # the paper trains on for 30 epochs
 
-After each named layer the share `keep` of its patches stays: those whose scans say most, max(0, y) summed over channels and
-directions. Later scans are aligned: a dropped token no longer feeds the state, which goes on decaying over its place
-(layers/aligned_scan.py has the recurrence). The class token of Vim always stays. No weight changes, and none is added: the
-result is the same architecture with `prune_after` and `keep` in its config.
+After each named layer the share `keep` of the patches stays: those with the largest scan outputs, max(0, y) summed over
+channels and directions. Later scans are aligned: a dropped token no longer feeds the state, but the state still decays over its
+place (layers/aligned_scan.py has the recurrence). The class token of Vim always stays. No weight changes, and none is added:
+the result is the same architecture with `prune_after` and `keep` in its config.
 
-What one image costs is nearly proportional to its tokens, so the report says how many each part of the model has, and their
-share of what the unpruned model would have. `pruning=snapshot` does for Vim what the released, unfinished code does.
+The cost of an image is nearly proportional to its tokens, so the report says how many each part of the model has, and their
+share of the unpruned model's. For Vim, `pruning=snapshot` does what the released, unfinished code does.
 
-Origin: the paper, and ZLKong/ToP-ViM at b5bc231. Which step a place without a token decays with was not published; ours is
-that of the next kept token (models/vision/vim.py). benchmarks/results/ssm_token_pruning.md has the speed, and a Vim trained
+Origin: the paper, and ZLKong/ToP-ViM at b5bc231. The paper does not say by which step a place without a token decays; here it
+is the step of the next kept token (models/vision/vim.py). benchmarks/results/ssm_token_pruning.md has the speed, and a Vim
+trained
 here: the kept tokens were worth more than random ones, but alignment made no difference beyond chance. Not proven: the accuracy
 on ImageNet that the paper reports.
 """
@@ -36,7 +37,8 @@ DEPTH = {"vim": "depth", "plainmamba": "num_layers"}  # system: the field of its
 
 @dataclass(frozen=True)
 class PrunedLayers(Report):
-    """Layers between two prunings. tokens: in each of them, for an image of the model's size; share: of the unpruned."""
+    """Layers between two prunings. tokens: of each of these layers, for an image of the model's size. share: of the unpruned
+    model's."""
 
     tokens: int
     share: float
@@ -48,7 +50,7 @@ class PrunedLayers(Report):
 @register
 @dataclass(frozen=True)
 class SsmTokenPruning(ModelMethod):
-    """Drop the tokens that a state-space vision model's scans say least about; no training, no calibration."""
+    """Drop the tokens with the smallest scan outputs in a state-space vision model; no training, no calibration."""
 
     name: ClassVar[str] = "ssm-token-pruning"
     survey_nodes: ClassVar[tuple[str, ...]] = (
@@ -103,7 +105,7 @@ class SsmTokenPruning(ModelMethod):
         return found
 
     def layers(self, depth: int) -> list[int]:
-        """The layers that `prune_after` stands for. Raises TersorError where a model of `depth` layers lacks one."""
+        """The layer numbers in `prune_after`. Raises TersorError where a model of `depth` layers lacks one."""
         if not self.prune_after:
             if depth < 2:
                 raise TersorError(f"the model has {depth} layer: no later one would have fewer tokens")
@@ -118,7 +120,8 @@ class SsmTokenPruning(ModelMethod):
         return chosen
 
     def counted(self, layers: list[int], depth: int, pruned: Any) -> list[PrunedLayers]:
-        """How many tokens the layers have, for an image of the model's own size, and of all layers together the mean share."""
+        """How many tokens the layers have, for an image of the model's own size; and in the last row the mean share of all
+        layers."""
         config, classes = pruned.config, int(hasattr(pruned, "cls_token"))
         patches = (config.img_size // config.patch_size) ** 2
         whole, found, done = patches + classes, [], 0

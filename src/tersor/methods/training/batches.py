@@ -1,4 +1,4 @@
-"""Training batches from calibration samples: a pass over all in an order of its own, and then the next."""
+"""Training batches from calibration samples, in epochs: each is a pass over all samples in an order of its own."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ OF_TOKENS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 class Drawn:
-    """`batch(step)` is a function of the step alone, so that a training can go on from any. No labels.
+    """`batch(step)` depends on the step alone, so that a training can go on from any step. Labels are left out.
 
-    Samples of one shape are put together as they are; texts of several lengths are filled up behind with token 0, which
-    `attention_mask` hides. Raises TersorError where there are no samples, or others differ in shape.
+    Samples of one shape are put together as they are. Texts of several lengths are padded at the end with token 0, which
+    `attention_mask` hides. Raises TersorError where there are no samples, or where other samples differ in shape.
     """
 
     def __init__(self, samples: Sequence[Batch], size: int, seed: int) -> None:
@@ -37,7 +37,7 @@ class Drawn:
 
     @staticmethod
     def cast(batch: Batch) -> Batch:
-        """Floating tensors in float32, in which all are trained."""
+        """The batch with floating tensors in float32: all models are trained in it."""
         return each_tensor(batch, lambda value: value.float() if value.is_floating_point() else value)
 
     def batch(self, step: int) -> Batch:
@@ -48,7 +48,7 @@ class Drawn:
 
 
 def order_of(epoch: int, count: int, seed: int) -> list[int]:
-    """In which order an epoch takes `count` samples: another in each epoch, the same in every run."""
+    """The order in which an epoch takes `count` samples. Each epoch has another; every run has the same."""
     chance = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order: list[int] = torch.randperm(count, generator=chance).tolist()
     return order

@@ -56,9 +56,9 @@ def learn(
 ) -> float:
     """Tensors learn by Adam; they end in the best state of all epochs, or as they were where none was better. Returns its loss.
 
-    groups: the tensors, each group with its rate. steps: the samples of each step, as `drawn` gives them. offsets: those of the
-    tensors that stay within [-1, 1]. backward: makes the gradients, given the step's number and its samples. judge: the loss on
-    the samples kept apart; start: what it is now.
+    groups: the tensors, each group with its rate. steps: the samples of each step, from `drawn`. offsets: tensors among them
+    that are kept within [-1, 1]. backward: makes the gradients, given the step's number and its samples. judge: returns the
+    loss on the samples kept apart. start: that loss before the first step.
     """
     groups = [(tensors, lr) for tensors, lr in groups if tensors]
     learning = [each for tensors, _ in groups for each in tensors]
@@ -81,7 +81,7 @@ def learn(
 
 
 def as_batches(samples: Sequence[Batch]) -> list[tuple[Batch, float]]:
-    """Samples that can run together as one, and the weight of each part."""
+    """The samples as batches: one where they can run together, else one each. Each comes with its weight in the mean."""
     if len({shapes_of(each) for each in samples}) == 1:
         return [(joined(samples), 1.0)]
     return [(each, 1 / len(samples)) for each in samples]

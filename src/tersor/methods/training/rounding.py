@@ -1,30 +1,30 @@
 """Rounding learned block by block: integers of a packed model move by one where a block comes closer to the original's.
 
 What it is for: a step after `gptq` and before `scales`, which gains most at 2 bits. GPTQ looks at one layer at a time and
-decides each integer once; here the layers of a block learn together what each other's errors ask for.
+decides each integer once. Here the layers of a block learn together, so that each makes up for the others' errors.
 
     steps: [{method: gptq, bits: 2}, {method: rounding}, {method: scales}]
 
     tersor compress rounding PACKED --original MODEL --calibration text.txt --out out
 
-Block by block, with q_0 and s_0 as the step before left them, x̂ the samples' inputs to the block in the packed model whose blocks
-before it are done, and y the original's output of the same block on its own inputs:
+Block by block. q_0 and s_0 are integers and steps as the step before left them. x̂ are the block's inputs in the packed model,
+where the blocks before it are done. y is the output of the same block in the original model:
 
     W = s_0 exp(r) (round(q_0 + v) - z)       v [out, in] from 0, within [-1, 1]; r [out, groups] from 0
-    loss = ‖block(x̂; W) - y‖² / ‖y‖²          over the samples, by Adam, rounding taken for the identity (straight through)
+    loss = ‖block(x̂; W) - y‖² / ‖y‖²          over the samples, by Adam; the gradient goes straight through the rounding
 
-`travel` is what an offset could move by, were its gradient of one sign in all steps; an integer moves from a half on.
+`travel` is how far an offset moves if its gradient has one sign in all steps. An offset of a half moves an integer.
 
-The inputs are the packed model's and the target is the original's, so that a block also makes up for what the blocks before it
-lost. The levels stay those that a layer uses, so ternary weights stay ternary. Every eighth sample is kept apart: a block keeps
-the best of its epochs by its error on these, or its start; and all of it is undone where the whole model's loss on them (that
-of `scales`) did not fall.
+The inputs are the packed model's and the target is the original's, so a block also makes up for what the blocks before it lost.
+A layer keeps to the levels that it uses, so ternary weights stay ternary. Every eighth sample is kept apart. By its error on
+these a block keeps the best of its epochs, or its start. In the end everything is undone unless the whole model's loss on them
+(that of `scales`) fell.
 
-It does not follow a sparse step, whose zeros would be lost. float16 computes in float32 here, for the gradients.
+It cannot follow a sparse step, whose zeros would be lost. float16 models are tuned in float32, for the gradients.
 
-What differs from AutoRound (arXiv 2309.05516): the start is GPTQ's integers, not plain rounding; integers may move by one, not
-only to the other neighbour of the weight; Adam in the place of the sign of the gradient; the target is the original's output on
-exact inputs. As there, each weight has an offset that learns, and the ranges learn with it.
+What differs from AutoRound (arXiv 2309.05516): it starts from GPTQ's integers, not from plain rounding. Integers may move by
+one, not only to the other neighbour of the weight. Adam replaces the sign of the gradient. The target is the original's output
+on exact inputs. As there, each weight has an offset that learns, and the ranges learn too.
 
 Origin: no code was read. Proven: integers move by at most one within their levels; errors on samples kept apart never rise; the
 numbers in the file are those that were tuned. Measured: benchmarks/results/ladder.md.
@@ -53,12 +53,11 @@ from tersor.methods.training.tuned_weight import TunedWeight, learning
 
 @dataclass(frozen=True)
 class RoundedBlock(Report):
-    """One block: ‖block(x̂) - y‖² / ‖y‖² on the samples kept apart, before and after, and the share of its integers that
-    moved; or, under `(all)`, the loss of the whole model on these."""
+    """One block; or the whole model, under the name `(all)`."""
 
-    before: float
+    before: float  # ‖block(x̂) - y‖² / ‖y‖² on the samples kept apart; of the whole model, its loss on them
     after: float
-    moved: float | None = None
+    moved: float | None = None  # the share of integers that moved
     note: str = ""
 
 

@@ -1,7 +1,8 @@
-"""Scales tuned end to end: those of a packed model learn to give what the original gives (EfficientQAT, arXiv 2407.11062).
+"""Scales tuned end to end: the steps of a packed model learn so that it predicts what the original does (EfficientQAT, arXiv
+2407.11062).
 
-What it is for: the last step after `gptq`, which looks at one layer at a time. Here all layers are tuned together on what the
-model says in the end. The file keeps its format and its size; any reader takes it. It gains most at 2 bits.
+What it is for: the last step after `gptq`. GPTQ looks at one layer at a time; here all layers are tuned together on the model's
+output. The file keeps its format and its size, and any reader takes it. It gains most at 2 bits.
 
     tersor compress recipe steps.yaml demo --calibration text.txt --out out      # steps: [{method: gptq, ...}, {method: scales}]
     tersor compress scales PACKED --original MODEL --calibration text.txt --out out
@@ -12,20 +13,20 @@ model says in the end. The file keeps its format and its size; any reader takes 
     loss                           KL(original || packed), mean over tokens, where the model has `logits`; else the squared error
                                    of its first output relative to the output
 
-With `--integers` they move too, each by one at most, as in `rounding` but for the final loss; that takes 12 bytes more a weight.
-`travel` is what an offset could move by, were its gradient of one sign in all steps (it moves an integer from a half on).
+With `--integers` integers move too, each by one at most, as in `rounding` but by the final loss; this takes 12 more bytes per
+weight. `travel` is how far an offset moves if its gradient has one sign in all steps. An offset of a half moves an integer.
 
-Every forward pass uses the steps as the file will hold them (float16 or the model's own dtype); the gradient goes through that
-rounding. The rate rises over the first twentieth of the steps, and falls as half a cosine. Every eighth sample is kept apart:
-the loss on these is taken at the start and after every epoch, and the best state is kept, so the result is never worse there
-than the start; where no epoch was better, all epochs run once more at a quarter of the rates, which finer grids may ask for.
-Inside blocks activations are computed again for the gradient (`--no-checkpoint`: kept, which is faster and takes more memory),
-so that memory is bounded by both models, one block's activations and the logits.
+Every forward pass uses the steps as the file will hold them (float16 or the model's own dtype); the gradient goes straight
+through that rounding. The rate rises over the first twentieth of the steps, and falls as half a cosine. Every eighth sample is
+kept apart. The loss on these is taken at the start and after every epoch, and the best state is kept, so the result is never
+worse there than the start. Where no epoch was better, all epochs run once more at a quarter of the rates: finer grids may need
+that. Activations inside blocks are computed again for the gradient, so memory holds both models, one block's activations and
+the logits. With `--no-checkpoint` they are kept, which is faster and takes more memory.
 
-After a sparse step integers stay, or zeros would be lost. float16 computes in float32 here, for the gradients.
+After a sparse step integers stay, because zeros would be lost. float16 models are tuned in float32, for the gradients.
 
-What differs from EfficientQAT's second phase: the target is the original's predictions, not the text, so a text that the model
-was never trained on does not teach it that text; steps move in proportion to their size.
+What differs from EfficientQAT's second phase: the target is the original's predictions instead of the text, so the model does not
+learn a text that it was never trained on. Steps move in proportion to their size.
 
 Proven: without `--integers` only scales change, with it integers by one at most; the loss on samples kept apart never rises;
 the file's numbers are those that were tuned; saved and loaded equal. Measured: benchmarks/results/ladder.md.
@@ -55,12 +56,11 @@ SHARES = (1.0, 0.25)  # of the rates, tried in turn until the samples kept apart
 
 @dataclass(frozen=True)
 class TunedSteps(Report):
-    """One layer: by how much its steps changed, as the mean of |s / s_0 - 1|, and the share of its integers that moved; or,
-    under `(all)`, the loss on the samples kept apart before and after."""
+    """One layer; or the whole model, under the name `(all)`."""
 
-    change: float | None
-    moved: float | None
-    before: float | None = None
+    change: float | None  # of a layer's steps: the mean of |s / s_0 - 1|
+    moved: float | None  # the share of a layer's integers that moved
+    before: float | None = None  # the model's loss on the samples kept apart
     after: float | None = None
     note: str = ""
 
@@ -134,7 +134,7 @@ class Scales(PackedMethod):
 
     @staticmethod
     def _backward(model: nn.Module, original: nn.Module, samples: list[dict[str, Any]]) -> float:
-        """Gradients of the mean over the samples, and its value."""
+        """Make the gradients of the mean loss over the samples; returns that loss."""
         total = 0.0
         for batch, weight in as_batches(samples):
             loss = divergence(model, original, [batch]) * weight
@@ -145,7 +145,7 @@ class Scales(PackedMethod):
 
 @contextmanager
 def checkpointed(blocks: list[nn.Module]) -> Iterator[None]:
-    """These forget their activations and compute them again for the gradient."""
+    """Meanwhile these blocks forget their activations and compute them again for the gradient."""
     with ExitStack() as stack:
         for block in blocks:
             _wrap(block, stack)

@@ -1,9 +1,10 @@
-"""What the layers of a transformer compute on one batch, and the means to put another model's signals in their place.
+"""Records what the layers of a transformer compute on one batch, and can replace it by another model's signals.
 
-`find_places` runs the model once and finds, by watching and not by names: the repeated blocks; each attention (a product of
-activations, a softmax of it, a second product); the linear layers that its queries and keys, and its values, come from; the
-layer that reads its context; the first norm after that one. `run` runs the model, or another of the same structure, and
-returns the `Signals`; with an intervention some of them are replaced by a teacher's while the model runs.
+`find_places` runs the model once and watches it; names do not matter. It finds the repeated blocks, and each attention: a
+product of activations, a softmax of it, a second product. For each attention it finds the linear layers that queries and keys,
+and values, come from, the layer that reads the context, and the first norm after that one. `run` runs the model, or another of
+the same structure, and returns the `Signals`. With an intervention some of them are replaced by a teacher's while the model
+runs.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ SOFTMAX = (torch.softmax, Tensor.softmax, nn.functional.softmax)
 
 @dataclass
 class Signals:
-    """Of every block: hidden (and before all, what the first one reads), attended. Of every attention: the rest.
+    """What one run computed. hidden starts with the input of the first block; then hidden and attended have one entry per
+    block, the others one per attention.
 
     hidden, attended [B, N, D]: attended is what the first norm after the attention's last layer gives. scores before the softmax,
     maps after it [B, heads, N, N]; contexts map · v [B, heads, N, d]; outputs of the layer that reads the context. output: what
@@ -47,8 +49,8 @@ class Signals:
 
 @dataclass(frozen=True)
 class AttentionPlace:
-    """The parts around one attention, by name. queries, values: for each layer that queries and keys, or values, come from,
-    which of its outputs they are, bool [out]. sites: the innermost modules that compute its two products."""
+    """The parts around one attention, by name. queries: the layers that queries and keys come from, each with a mask [out] of the
+    outputs that these are; values likewise. sites: the innermost modules that compute the two products."""
 
     queries: dict[str, Tensor]
     values: dict[str, Tensor]
@@ -66,8 +68,8 @@ class Places:
 class Watch(TorchFunctionMode):
     """Sees all attentions while it is active, in the order in which they run.
 
-    on_map(scores, map), on_context(context) give what is used in the place of the map, of the context;
-    on_operands(first, second, where), of each of an attention's products, only looks; `place` says where one is when it runs.
+    on_map(scores, map) and on_context(context) return what is used instead of the map and of the context. on_operands(first,
+    second, where) is called for each product of an attention and only looks. place: says where in the model a product runs.
     """
 
     def __init__(
@@ -79,8 +81,8 @@ class Watch(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.on_map, self.on_context, self.on_operands, self.place = on_map, on_context, on_operands, place
-        self.first: tuple[Tensor, Tensor, str] | None = None  # of the last product, if no softmax came after it
-        self.shape = torch.Size()  # of what it gave
+        self.first: tuple[Tensor, Tensor, str] | None = None  # the last product, as long as no softmax has followed
+        self.shape = torch.Size()  # of its result
         self.map: torch.Size | None = None  # the shape of a map that waits for its product
 
     def __torch_function__(
@@ -108,11 +110,11 @@ class Watch(TorchFunctionMode):
 
 def find_places(model: nn.Module, probe: Batch) -> Places:
     """Raises TersorError where no attention is found, or a layer of one runs several times."""
-    called: list[str] = []  # the linear layers and norms, in the order in which they ran
+    called: list[str] = []  # linear layers and norms, in the order of running
     running: list[str] = []
-    leaves: dict[str, Tensor] = {}  # what linear layers gave, each cut off from what it was made of
+    leaves: dict[str, Tensor] = {}  # outputs of linear layers, each detached from its input
     sites: list[str] = []
-    operands: list[Tensor] = []  # of each attention q, kᵀ, map, v
+    operands: list[Tensor] = []  # for each attention q, kᵀ, map, v
     place_of: list[int] = []  # how many of `called` had run when an attention was complete
     maps = linear_maps(model)
 
@@ -171,7 +173,7 @@ def find_places(model: nn.Module, probe: Batch) -> Places:
 
 
 def _sources(operands: Sequence[Tensor], leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The layers whose output reaches the operands with no other layer between, and which of their outputs do."""
+    """The layers whose outputs reach the operands directly, without another layer between, and which of their outputs do."""
     if not any(each.requires_grad for each in operands):
         return {}
     generator = torch.Generator().manual_seed(0)
@@ -192,7 +194,7 @@ def _sources(operands: Sequence[Tensor], leaves: dict[str, Tensor]) -> dict[str,
 
 @dataclass(frozen=True)
 class Parts:
-    """A model's modules at its places: they stay the same when wrappers change the names."""
+    """A model's modules at its places. Wrappers may change names; the modules stay the same."""
 
     model: nn.Module
     blocks: list[nn.Module]
@@ -212,10 +214,10 @@ def parts_of(model: nn.Module, places: Places) -> Parts:
 
 
 def run(parts: Parts, batch: Batch, *, kind: Intervention = "", teacher: Signals | None = None) -> Signals:
-    """What the model computes; with `kind` set, from the teacher's maps, contexts or outputs instead of its own.
+    """Run the model and return its signals. kind: use the teacher's maps, contexts or outputs in place of the model's own.
 
-    The model's own are computed and returned all the same. What an intervention makes useless learns nothing from it: the
-    hidden states get no gradient through queries and keys ("map"), nor through values ("context", "output").
+    The model's own are still computed and returned. What an intervention makes useless gets no gradient: the hidden states get
+    none through queries and keys ("map"), and none through values either ("context", "output").
     """
     signals = Signals()
 
@@ -256,7 +258,7 @@ def run(parts: Parts, batch: Batch, *, kind: Intervention = "", teacher: Signals
 
 
 def _cut_off(*sources: dict[nn.Module, Tensor]) -> list[Any]:
-    """Stop the gradient at what these layers read, as far as it comes from the outputs named."""
+    """Stop the gradient at the inputs of these layers, where it comes from the given outputs."""
     masks: dict[nn.Module, Tensor] = {}
     for each in sources:
         for module, mask in each.items():

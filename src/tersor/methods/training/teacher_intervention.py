@@ -1,20 +1,21 @@
 """Teacher Intervention: quantization-aware training of a transformer at two bits (Kim et al., EACL 2023, arXiv 2302.11812).
 
-What it is for: weights so coarse (ternary, 2 bits) that rounding after training, GPTQ too, destroys the model. It is trained to
-compute what the original computes, with inputs alone, no labels. The saved file holds packed weights. The arithmetic is
-simulated in floating point, so nothing becomes faster here. From 4 bits on, GPTQ (`tersor quantize`) is quicker and enough.
+What it is for: weights so coarse (ternary, 2 bits) that rounding after training, even GPTQ, destroys the model. The quantized
+model is trained to compute what the original computes, from inputs alone, without labels. The saved file holds packed weights.
+The arithmetic is simulated in floating point, so nothing runs faster. From 4 bits on, GPTQ (`tersor quantize`) is quicker and
+good enough.
 
     tersor compress teacher-intervention MODEL --calibration text.txt --samples 512 --seq-len 64 \\
         --steps 600 --lr 1e-4 --keep run --out small           # Ctrl-C, and the same command goes on
 
     result = tersor.compress(model, TeacherIntervention(steps=600, lr=1e-4), calibration=texts)
 
-Every forward pass rounds (formats/clipped_grid.py): weights to a sign(w), with one a for a layer and one a row of the word
-embedding, or with `weights=2..8` to min-max grids; what linear layers and both products of the attention read to 8 bits, with
-a scale of the batch at hand. Gradients go straight through. In the first `intervention_steps`, the student's layers work with the
-teacher's signals, so that errors do not pile up from layer to layer:
+Every forward pass rounds (formats/clipped_grid.py). Weights become a sign(w), with one a per layer and one per row of the word
+embedding, or with `weights=2..8` numbers on min-max grids. The inputs of linear layers and of both products of the attention
+are rounded to 8 bits, with a scale fitted to each batch. Gradients go straight through. In the first `intervention_steps` the
+student's layers work with the teacher's signals, so that errors do not pile up from layer to layer:
 
-    output    what the attention's last layer gives, before residual and norm
+    output    the output of the attention's last layer, before residual and norm
     context   map · v
     map       softmax(q kᵀ / √d), which is then rounded as the student's own would be
     gradual   output for a sixth of these steps, context for the next sixth, then map (the paper's)
@@ -22,13 +23,14 @@ teacher's signals, so that errors do not pile up from layer to layer:
     stochastic  one of the three at random each step
     none      plain quantization-aware training
 
-Meanwhile hidden states get no gradient through queries and keys, nor (context, output) through values. The loss, always:
+Meanwhile hidden states get no gradient through queries and keys, and with context or output none through values. The loss is
+always:
 
     soft cross entropy of the logits + Σ MSE(hidden states; embedding and each block) + Σ MSE(output of the norm after each
     attention) + Σ MSE(scores before the softmax; those of at most -100, masked ones, count as 0)
 
-BertAdam (train/bert_adam.py), each phase with a warm-up over its first tenth and a linear fall to 0, as two runs. Defaults are
-the published ones, but for `steps` (there 3 epochs of GLUE) and `batch_size` (there 16 or 32); few steps need a larger `lr`.
+The optimizer is BertAdam (train/bert_adam.py). Each phase has a warm-up over its first tenth and a linear fall to 0. Defaults
+are the published ones, except `steps` (there 3 epochs of GLUE) and `batch_size` (there 16 or 32). Few steps need a larger `lr`.
 
 Attentions are found by running the model (methods/training/signals.py). Quantized: linear layers in blocks and those outside
 that do not make the logits (BERT's pooler), the table of the input embeddings unless it is tied. Not quantized: convolutions,
@@ -76,15 +78,15 @@ from tersor.train.checkpoint import load_run, save_run
 
 SCHEDULES = ("gradual", "inverted", "stochastic", "output", "context", "map", "none")
 KINDS: tuple[Intervention, ...] = ("output", "context", "map")
-MASKED = -100.0  # scores at or below belong to positions that a mask hides
+MASKED = -100.0  # scores at or below it belong to positions that a mask hides
 SAVE_EVERY = 100  # steps, with `keep`
 Losses = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class TrainedPart(Report):
-    """One row: a layer, its bits as in W2A8, and ‖Ŵ - W‖² / ‖W‖² of the trained weight; or a phase of the training with the
-    loss at its start and end."""
+    """One row: a layer, with its bits (as in W2A8) and ‖Ŵ - W‖² / ‖W‖² of the trained weight; or a phase of the training, with
+    the losses at its start and end."""
 
     bits: str
     error: float
@@ -168,7 +170,7 @@ class TeacherIntervention(ModelMethod):
         return student.model.eval().requires_grad_(False)
 
     def kind(self, step: int) -> Intervention:
-        """What is replaced in a step, from 0; "" in the second phase."""
+        """Which signals a step (from 0) replaces; "" in the second phase."""
         total = self.first_phase
         if step >= total:
             return ""
@@ -184,7 +186,7 @@ class TeacherIntervention(ModelMethod):
 
 @dataclass
 class Student:
-    """A model whose layers round as they are trained. layers: the rounding ones by the names that they had in the original."""
+    """A model whose layers round while they are trained. layers: these, by their names in the original."""
 
     model: nn.Module
     parts: Parts
@@ -196,7 +198,7 @@ class Student:
 def prepare(
     model: nn.Module, method: TeacherIntervention, probe: dict[str, Any], wanted: Callable[[str], bool]
 ) -> Student:
-    """Put rounding layers in their places. model: float32, changed in place. probe: inputs that it takes."""
+    """Replace layers by rounding ones, in place. model: in float32. probe: inputs for it."""
     try:
         places, why = find_places(model, probe), ""
     except TersorError as error:
@@ -233,12 +235,12 @@ def prepare(
 def layers_to_round(
     model: nn.Module, probe: dict[str, Any], wanted: Callable[[str], bool]
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The layers to quantize by name, and those left as they are, with the reason."""
+    """The layers to quantize, by name; and those that are left as they are, each with the reason."""
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     blocks = find_blocks(model)
     inside = {id(module) for unit in blocks for module in unit.module.modules()}
     found, left = _candidates(model, wanted, uses)
-    widths: dict[str, int] = {}  # of what layers outside the blocks give
+    widths: dict[str, int] = {}  # of the outputs of layers outside the blocks
     late: set[str] = set()  # those that ran after the first block
     looked_up: set[str] = set()  # tables in which the tokens of input_ids were looked up
     started: list[bool] = []
@@ -307,7 +309,8 @@ def logits_of(output: Any) -> Tensor | None:
 
 
 def losses(student: Signals, teacher: Signals) -> Losses:
-    """output (cross entropy of logits), hidden, attended, scores, and their sum, total; the teacher's signals are targets."""
+    """The losses output (cross entropy of logits), hidden, attended and scores, and their sum total. Targets are the
+    teacher's."""
     zero = student.hidden[0].new_zeros(()) if student.hidden else torch.zeros(())
 
     def apart(mine: list[Tensor], wanted: list[Tensor]) -> Tensor:
@@ -326,7 +329,7 @@ def losses(student: Signals, teacher: Signals) -> Losses:
 
 
 def output_loss(student: Any, teacher: Any) -> Tensor:
-    """Soft cross entropy of logits, MSE of a single number, the sum of the MSE of all tensors where a model has no logits."""
+    """Soft cross entropy of logits; MSE where they are a single number. Without logits, the sum of the MSE of all tensors."""
     mine, wanted = logits_of(student), logits_of(teacher)
     if mine is None or wanted is None:
         pairs = list(zip(_tensors(student), _tensors(teacher), strict=True))
@@ -360,7 +363,7 @@ def train(
     rows: list[TrainedPart] = []
     first = last = math.nan
     started = done
-    # Models of transformers have dropout in training mode alone; ours may give other outputs in it.
+    # Training mode only adds dropout to models of transformers; it may change the outputs of ours.
     student.model.train(method.dropout and hasattr(getattr(student.model, "config", None), "model_type"))
 
     def save() -> None:
@@ -385,7 +388,7 @@ def train(
             if done % SAVE_EVERY == 0 or done == method.steps:
                 save()
     except KeyboardInterrupt:
-        if optimizer.whole:  # else the weights are half changed, and what was saved last stands
+        if optimizer.whole:  # else the weights are half changed: keep what was saved last
             done = started + optimizer.taken
             save()
         raise
@@ -405,7 +408,7 @@ def train_step(
     step: int,
     phase: tuple[int, int],
 ) -> float:
-    """One step of BertAdam; the total loss before it. phase: its first step, and the one after its last."""
+    """One step of BertAdam. Returns the total loss before it. phase: the phase's first step, and the one after its last."""
     kind = method.kind(step)
     for group in optimizer.param_groups:
         group["lr"] = method.lr * warm_and_linear(step - phase[0], phase[1] - phase[0])
@@ -429,7 +432,7 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def freeze(student: Student, method: TeacherIntervention, dtypes: dict[str, torch.dtype]) -> list[TrainedPart]:
-    """Put the layers as they are stored in the place of the trained ones, all else back into its dtype; rows of how it went."""
+    """Replace the trained layers by packed ones, and put all else back into its dtype. Returns a row for each layer."""
     names = {id(module): name for name, module in student.model.named_modules()}
     rows = []
     for name, layer in student.layers.items():

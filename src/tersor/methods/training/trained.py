@@ -1,4 +1,4 @@
-"""Layers while they are trained: weights in full precision, of which every forward pass uses the quantized ones."""
+"""Layers while they are trained: they hold weights in full precision, and every forward pass quantizes them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class TrainedMap(nn.Module):
 
     @torch.no_grad()
     def freeze(self, dtype: torch.dtype) -> DynamicMap:
-        """The layer as it is stored. dtype: of its bias, and of what code that looks at `weight` sees."""
+        """The layer as it is stored. dtype: of its bias and of its `weight`."""
         bias = getattr(self.original, "bias", None)
         W = at_least_float32(weight_matrix(self.original))
         found = codes_of(W, self.weights, self.clip, self.over)

@@ -1,8 +1,8 @@
-"""A packed layer's weight while it learns: its steps, and by how much its integers move, in full precision.
+"""A packed layer's weight while it learns: the steps, and the offsets of the integers, in full precision.
 
     W[o, i] = s[o, g] (q[o, i] - z[o, g])        s = s_0 exp(r) in the file's dtype, q = round(q_0 + v) within the levels in use
 
-r [out, groups] and v [out, in] learn; both roundings let the gradient through. What is computed is what the file will hold.
+r [out, groups] and v [out, in] learn; the gradient passes through both roundings. A forward pass uses W as the file will hold it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tersor.layers.straight_through import straight_through
 
 
 class TunedWeight:
-    """log_step: r [out, groups]; offset: v [out, in], where the integers move too.
+    """log_step: r [out, groups]. offset: v [out, in]; None where the integers do not move.
 
     least, largest: the codes that the layer uses, so that ternary levels stay ternary.
     """
@@ -67,7 +67,7 @@ class TunedWeight:
 
     @torch.no_grad()
     def weight(self) -> QuantizedWeight:
-        """As the file holds it."""
+        """The weight as the file holds it."""
         scales = self.steps().to(self.packed.scales.dtype).t().contiguous()
         qweight = self.packed.qweight
         if self.offset is not None:
@@ -75,13 +75,13 @@ class TunedWeight:
         return replace(self.packed, qweight=qweight, scales=scales)
 
     def moved(self) -> int:
-        """How many integers are others than at the start."""
+        """How many integers differ from the start."""
         return int((self.integers() != self.codes).sum())
 
 
 @contextmanager
 def learning(weights: Iterable[TunedWeight]) -> Iterator[None]:
-    """The layers compute with the weights that learn, and then take what these have become."""
+    """Meanwhile the layers compute with the learning weights; in the end they keep what was learned."""
     held = list(weights)
     for each in held:
         each.layer.forward = each.forward  # type: ignore[method-assign]
@@ -96,7 +96,7 @@ def learning(weights: Iterable[TunedWeight]) -> Iterator[None]:
 
 @contextmanager
 def requiring(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """These tensors gather gradients."""
+    """Meanwhile these tensors gather gradients."""
     for each in parameters:
         each.requires_grad_(True)
     try:

@@ -1,19 +1,18 @@
-"""Asymmetric calibration: the weights whose outputs on the compressed model's inputs come closest to the original's.
+"""Asymmetric calibration: weights whose outputs, on the compressed model's inputs, come closest to the original's outputs.
 
-GPTQ solves a layer so that it gives on the inputs x that the compressed layers before it make what the original weights give on
-these same inputs. What those layers lost stays lost. Here the target is what the original gives on its own inputs x₀:
+GPTQ compares a solved layer with the original weights on the same inputs x, which come from the compressed layers before it.
+What those layers lost stays lost. Here the target is the original layer's output on its own inputs x₀:
 
     min ‖W X₀ - Q X‖² + λ ‖W - Q‖²         λ = damp · mean(diag H), as GPTQ damps
     = min tr (Q - W*) (H + λ I) (Q - W*)ᵀ + const
     W* = W + W D (H + λ I)⁻¹               H = 2/N · X Xᵀ,  D = 2/N · (X₀ - X) Xᵀ
 
-so GPTQ's own solver, given W* for W, finds the integers: with the same factor, the same damping, and grids fitted to W*. Where
-the inputs are equal, D is 0 and the result GPTQ's, bit for bit. A part of the correction, `W + share · W D (H + λ I)⁻¹`, aims at
-what the original gives on inputs between both: all of it can follow the calibration samples too closely.
+So GPTQ's own solver finds the integers when it is given W* for W: with the same factor, the same damping, and grids fitted to
+W*. Where the inputs are equal, D is 0 and the result is GPTQ's, bit for bit. The full correction can follow the calibration
+samples too closely. A share of it, `W + share · W D (H + λ I)⁻¹`, aims at the original's outputs on inputs between both.
 
-The objective is that of GPTAQ (arXiv 2504.02692), Qronos (arXiv 2505.11695) and their kin. GPTAQ lets only columns that come
-later make up for a column's deviation; here all do, which is the least of the objective before anything is rounded. No code was
-read.
+GPTAQ (arXiv 2504.02692), Qronos (arXiv 2505.11695) and similar methods have the same objective. In GPTAQ only later columns
+make up for a column's deviation. Here all do, which is the minimum of the objective before rounding. No code was read.
 """
 
 from __future__ import annotations

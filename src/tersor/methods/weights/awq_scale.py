@@ -9,20 +9,22 @@ model takes it.
 
     tersor.compress("demo", [AWQScale(bits=3), RTN(bits=3)])
 
-Give both steps the same bits, group size and symmetry. For every place (`scale_places.py`: what feeds a group of linear layers,
-and these), with a_i = mean |x_i| [channels] over all tokens of the samples and W [out, channels] of each reader:
+Give both steps the same bits, group size and symmetry. A place (`scale_places.py`) is a source of activations and the linear
+layers that read it. For each place, with a_i = mean |x_i| [channels] over all tokens of the samples and W [out, channels] of
+each reader:
 
     s(α) = aᵅ / sqrt(max aᵅ · min aᵅ)            α = 0, 1/grid, ..., (grid - 1)/grid;   aᵅ at least 1e-4
     error(α) = Σ over readers ‖(Q(W diag(s)) diag(1/s) - W) X‖²    the least is taken; Q rounds to `bits` in groups
     W ← W diag(s), the source's output ← diag(1/s) of it
 
-The error is computed as tr(E H Eᵀ) with H = Σ x xᵀ, so on all tokens. α = 0 changes nothing, so no place gets worse than plain
+The error is computed on all tokens, as tr(E H Eᵀ) with H = Σ x xᵀ. α = 0 changes nothing, so no place gets worse than by plain
 rounding of its own layers.
 
-Origin: mit-han-lab/llm-awq (MIT), not copied. There the error is that of the whole attention or MLP behind the layers, here that
-of the layers themselves; clipping, its second half, is not done here (`mse` of rtn searches for ranges by the weights alone).
-The pair v -> o is scaled where both are equally wide, so not with grouped queries; a place is skipped where its norm is read by
-something else, or a layer's weight is tied. Weights are rounded to the model's dtype in the end, in bfloat16 visibly.
+Origin: mit-han-lab/llm-awq (MIT), not copied. There the error is that of the whole attention or MLP behind the layers, here
+that of the layers themselves; clipping, its second half, is not done here (`mse` of rtn searches for ranges by the weights
+alone). The pair v -> o is scaled where both have the same width, so not with grouped queries. A place is skipped where
+something else reads its norm, or a layer's weight is tied. In the end weights are rounded to the model's dtype; in bfloat16
+this can be seen.
 
 Proven: equal outputs to 1e-5 in float32 on LLaMA, Gemma, GPT-2, OPT and a ViT; the error against its definition; the choice is
 the best of the grid; saved results load in transformers. Measured: benchmarks/results/scaling.md. Not proven: the paper's tables.
@@ -50,13 +52,12 @@ SMALLEST = 1e-4  # of aᵅ
 
 @dataclass(frozen=True)
 class ScaledPlace(Report):
-    """name: the source; readers: its layers; alpha: what was chosen, None where nothing was done for the reason in note;
-    plain, scaled: ‖(Q - W) X‖² / ‖W X‖² of the readers together, rounded as they were and as they are."""
+    """One place, by the name of its source."""
 
-    readers: str
-    alpha: float | None
-    plain: float | None
-    scaled: float | None
+    readers: str  # the layers that read it
+    alpha: float | None  # that was chosen; None where nothing was done, with the reason in `note`
+    plain: float | None  # ‖(Q - W) X‖² / ‖W X‖² of the readers together, rounded without scales
+    scaled: float | None  # and with them
     note: str = ""
 
 
@@ -133,7 +134,7 @@ class AWQScale(ModelMethod):
             yield n / self.grid, s / (s.max() * s.min()).sqrt()
 
     def error(self, W: Tensor, H: Tensor, s: Tensor) -> float:
-        """tr(E H Eᵀ) of the error E that rounding makes in W [out, channels] when its columns are scaled by s."""
+        """tr(E H Eᵀ), where E is the error of rounding W [out, channels] with its columns scaled by s."""
         rounded = solve_rtn(W * s, bits=self.bits, group_size=self.group_size, sym=self.sym).dequantize() / s
         E = rounded - W
         return float((E @ H).mul(E).sum())

@@ -1,4 +1,4 @@
-"""The factor of the Hessian that was asked for last, which the maps that share it ask for one after another."""
+"""Keeps the factor of the last Hessian, because maps that share a Hessian ask for it one after another."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ class Factors:
         self.last: tuple[Tensor, Factor, bool] | None = None
 
     def of(self, hessian: Tensor) -> tuple[Factor, bool]:
-        """And whether the Hessian says anything: one of zeros stands for a map that no token reached, which is rounded."""
+        """The factor, and whether the Hessian says anything. It is zero for a map that no token reached, which is then just
+        rounded."""
         if self.last is None or self.last[0] is not hessian:
-            self.last = None  # a large one is let go before the next is made
+            self.last = None  # let go before the next is made: it may be large
             informed = bool(hessian.any())
             H = (
                 hessian.to(self.device)

@@ -1,7 +1,7 @@
 """GPTQ: one-shot weight quantization with second-order information (Frantar et al., ICLR 2023, arXiv 2210.17323).
 
-Layer by layer, columns are rounded one after another and the error of each is made up for by those that remain, weighted by the
-inverse Hessian of the layer's inputs. See `gptq_solver.py` for the mathematics.
+Layer by layer, columns are rounded one after another. The columns that remain make up for the error of each, weighted by the
+inverse Hessian of the layer's inputs. `gptq_solver.py` has the mathematics.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class GPTQ(BlockMethod):
         return [[each] for each in (cls(bits=8), cls(bits=8, group_size=-1), *few)]
 
     def without_inputs(self) -> RTN:
-        """Rounding to nearest on the same grids: nothing is multiplied with an embedding, so there is no Hessian."""
+        """Rounding to nearest on the same grids: an embedding has no inputs, so there is no Hessian."""
         return RTN(bits=self.bits, group_size=self.group_size, sym=self.sym, mse=self.mse or self.weighted)
 
     def check_linear(self, name: str, out_features: int, in_features: int, layout: Layout | None) -> None:
@@ -129,7 +129,7 @@ class GPTQ(BlockMethod):
         return solution, "; ".join(notes)
 
     def solution(self, weight: Tensor, factor: Factor, stored: Stored | None) -> Solution:
-        """A weight [out, in] solved with the factor of its inputs' Hessian, on grids as the file keeps them."""
+        """Solve a weight [out, in]. factor: of its inputs' Hessian. stored: what the file keeps of a grid."""
         return solve_factorized(
             weight,
             factor,

@@ -3,15 +3,14 @@
 minimise ‖W X - Q X‖² over Q on a per-row grid, given H = 2/N · X Xᵀ (Frantar, Ashkboos, Hoefler, Alistarh: "GPTQ", ICLR 2023,
 algorithm 1). Rows are independent, so everything below is vectorized over them. W, Q [rows, columns]; H [columns, columns].
 
-The paper works with U, the upper Cholesky factor of the inverse, H⁻¹ = Uᵀ U, and lets every solved block change all columns
-that remain. Here H is not inverted: with R upper triangular and H = R Rᵀ (a Cholesky factorization from the last row up),
-U = R⁻¹, and a block B of columns can be brought up to date when its turn comes, from the errors D = W - Q of all columns S
-before it:
+The paper works with U, the upper Cholesky factor of the inverse, H⁻¹ = Uᵀ U, and every solved block changes all columns that
+remain. Here H is not inverted. With R upper triangular and H = R Rᵀ (a Cholesky factorization from the last row up), U = R⁻¹. A
+block B of columns is brought up to date when its turn comes, from the errors D = W - Q of all columns S before it:
 
     W_B ← W_B + D_S R_SB R_BB⁻¹
 
-which is where min ‖D R‖ over the columns that remain puts it. Within the block the paper's own steps follow, with
-U_BB = R_BB⁻¹. So one factorization is all that a layer costs beside its matmuls, and fewer digits are lost.
+This value of W_B minimises ‖D R‖ over the columns that remain. Within the block the paper's own steps follow, with U_BB =
+R_BB⁻¹. So a layer costs one factorization beside its matmuls, and fewer digits are lost than by inverting.
 """
 
 from __future__ import annotations
@@ -30,34 +29,31 @@ from tersor.kernels import gptq_block
 from tersor.methods.weights.refit import column_weights, refit_scales
 from tersor.methods.weights.sparsity import Pruner, zeros_in
 
-BLOCK_SIZE = 128  # columns that are brought up to date together
+BLOCK_SIZE = 128  # columns that are brought up to date at once
 DAMPING_STEPS = (1, 10, 100, 1000)  # multiples of `damp` that are tried in turn where H is not positive definite
 
 
 @dataclass(frozen=True)
 class Solution:
-    """codes [rows, columns]; scales, zeros [rows, groups]; g_idx [columns], the group of every original column.
+    """A solved weight.
 
-    error: Σ (w - q)² / (2 U_ii²) with w as it was when its turn came, which equals ½ Σ_rows dᵀ (H + damp·I) d with d = W - Q.
-    damp: the fraction of the mean diagonal that was added to it in the end. in_float64: whether H could be inverted in this
-    precision only. condition: as in `Factor`; None where no H was factorized. sparsity: the share of zeros, where the method
-    makes weights so.
+    error: Σ (w - q)² / (2 U_ii²) with w as it was at its turn. This equals ½ Σ_rows dᵀ (H + damp·I) d with d = W - Q.
     """
 
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor
-    g_idx: Tensor
+    codes: Tensor  # [rows, columns]
+    scales: Tensor  # [rows, groups]
+    zeros: Tensor  # [rows, groups]
+    g_idx: Tensor  # [columns], the group of every original column
     bits: Bits
     error: float
-    damp: float
-    in_float64: bool = False
-    condition: float | None = None
-    sparsity: float | None = None
+    damp: float  # the fraction of the mean diagonal that was added to the diagonal in the end
+    in_float64: bool = False  # whether H could be factorized only in this precision
+    condition: float | None = None  # as in `Factor`; None where no H was factorized
+    sparsity: float | None = None  # the share of zeros; None where the method does not prune
 
     @property
     def width(self) -> int:
-        """Bits that a code takes in a file."""
+        """Bits of a code in a file."""
         return 2 if self.bits == "ternary" else self.bits
 
     def dequantize(self) -> Tensor:
@@ -65,8 +61,8 @@ class Solution:
         return dequantize(self.codes, self.scales[:, self.g_idx], self.zeros[:, self.g_idx], self.bits)
 
     def pack(self, group_size: int, stored: Stored | None) -> QuantizedWeight | None:
-        """The packed weight. Symmetric ternary levels -s, 0, s are 2-bit codes 1, 2, 3: the zero point of all symmetric grids.
-        None for ternary levels of two magnitudes, which no file format holds."""
+        """The packed weight. Symmetric ternary levels -s, 0, s become the 2-bit codes 1, 2, 3, with the zero point of all
+        symmetric grids. None for ternary levels of two magnitudes, which no file format holds."""
         if self.bits == "ternary" and not torch.equal(self.scales, -self.zeros):
             return None
         scales = self.scales if stored is None else self.scales.to(stored.scale_dtype)
@@ -80,17 +76,13 @@ class Solution:
 
 @dataclass(frozen=True)
 class Factor:
-    """What the solutions of all maps with one Hessian have in common.
+    """What the solutions of all maps with one Hessian share."""
 
-    dead [columns]: inputs that were always zero. order [columns]: the columns in the order of solving. R [columns, columns]:
-    upper triangular, H + damp · mean(diag H) · I = R Rᵀ, rows and columns in that order. in_float64: it took float64 to find.
-    """
-
-    dead: Tensor
-    order: Tensor
-    R: Tensor
+    dead: Tensor  # [columns], inputs that were always zero
+    order: Tensor  # [columns], the columns in the order of solving
+    R: Tensor  # [columns, columns], upper triangular: H + damp · mean(diag H) · I = R Rᵀ, rows and columns in that order
     damp: float
-    in_float64: bool
+    in_float64: bool  # whether it took float64 to find R
 
     @property
     def condition(self) -> float:
@@ -150,16 +142,16 @@ def solve_factorized(
 ) -> Solution:
     """As `solve_gptq`, for one of several layers that share their Hessian.
 
-    weighted: the search for ranges counts a column's errors as the Hessian does. refits: how often the steps are fitted to the
-    integers anew, and the integers to the steps. grid: the rows' grids, where they are not to be fitted here (with
-    group_size=-1). pruner: chooses weights that become zero (with the columns in their own order).
+    weighted: the search for ranges weighs a column's errors by the Hessian. refits: how often steps are fitted to the integers
+    again, and integers to the steps. grid: of the rows, where it is not to be fitted here (with group_size=-1). pruner: chooses
+    weights that become zero (with the columns in their own order).
     """
     R, order = factor.R, factor.order
     W = weight.detach().to(R.device, R.dtype, copy=True)
     columns = W.shape[1]
     size = columns if group_size == -1 else group_size
     if weighted:
-        W.masked_fill_(factor.dead, 0)  # they shall not decide a range
+        W.masked_fill_(factor.dead, 0)  # so that they do not decide a range
     weights = column_weights(R, order).masked_fill(factor.dead, 0) if weighted else None
 
     def fit(x: Tensor, where: Tensor | slice) -> Grid:
@@ -171,7 +163,7 @@ def solve_factorized(
         (grid or fit(W, slice(None))) if group_size == -1 else None
     )  # before dead columns are zeroed, as in the reference
     W.masked_fill_(factor.dead, 0)
-    groups = natural_groups(columns, group_size, W.device)  # of every column, in the order of solving
+    groups = natural_groups(columns, group_size, W.device)  # the group of every column, in the order of solving
     scales = W.new_empty(len(W), -(-columns // size))
     zeros = torch.empty_like(scales)
     if whole is not None:
@@ -230,8 +222,8 @@ def _solve(
 ) -> tuple[Tensor, Tensor]:
     """The integers [rows, columns] and each row's loss. W: its columns in the order of solving. inverses: of R's diagonal blocks.
 
-    fit(columns, first): finds the grid of the group that begins at a column when its turn comes, and puts it into scales and
-    zeros; without, they are all there, or the kernel finds them.
+    fit(columns, first): fits the grid of the group that begins at a column, at its turn, and puts it into scales and zeros. None:
+    these are given, or the kernel fits them.
     """
     columns, block_size = W.shape[1], len(inverses[0])
     D = torch.empty_like(W)
@@ -248,8 +240,8 @@ def _solve(
         U = inverses[n] if reach == end else _inverse(R[upto, upto])
         now = torch.addmm(W[:, upto], D[:, :start] @ R[:start, upto], U) if start else W[:, upto]
         for first in starting:
-            # A group is fitted on W as the blocks before this one left it, not this block's own columns. That is how the
-            # reference does it, and it makes every grid of the block known before its columns are solved.
+            # A group is fitted to W as the blocks before this one left it, before this block's own columns change it. The
+            # reference does the same. So every grid of the block is known before its columns are solved.
             assert fit is not None
             _store(scales, zeros, first // size, fit(now[:, first - start : first - start + size], first))
         now, U = now[:, :width], U[:width, :width]
@@ -274,7 +266,7 @@ def _refitted(
     bits: Bits,
     stored: Stored | None,
 ) -> Tensor:
-    """Steps that fit the integers best, as the file will hold them. All in the order of solving."""
+    """Steps that fit the integers best, in the precision of the file. All columns are in the order of solving."""
     middle = 1 if bits == "ternary" else zeros[:, groups]
     return as_stored(refit_scales(W, codes.to(W.dtype) - middle, scales, groups, R), stored)
 
@@ -311,10 +303,10 @@ def solve_block(
 
 
 def _inverse(R: Tensor) -> Tensor:
-    """Of an upper triangular matrix, or of each of several [..., n, n]."""
+    """The inverse of upper triangular matrices [..., n, n]."""
     identity = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device).expand(R.shape)
     inverse: Tensor = torch.linalg.solve_triangular(R, identity, upper=True)
-    return inverse.contiguous()  # torch.linalg gives columns that lie together
+    return inverse.contiguous()  # torch.linalg returns columns that lie together
 
 
 def inverse_diagonal_blocks(R: Tensor, size: int) -> list[Tensor]:
@@ -334,7 +326,7 @@ def solve_rtn(
     clip_search: ClipSearch | None = None,
     stored: Stored | None = None,
 ) -> Solution:
-    """Round to nearest on the same grids: the yardstick that every method has to beat. Error is ½ ‖W - Q‖²."""
+    """Round to nearest on the same grids: the baseline that every method has to beat. The error is ½ ‖W - Q‖²."""
     W = weight.detach()
     columns = W.shape[1]
     size = columns if group_size == -1 else group_size

@@ -2,7 +2,8 @@
 
     tersor compress magnitude demo --sparsity 0.3 --out demo-sparse
 
-It needs no samples. Unstructured: from all weights of a layer together; in the pattern n:m, from every m consecutive inputs.
+It needs no samples. Unstructured, the smallest of all weights of a layer go; in a pattern n:m, those of every m consecutive
+inputs.
 
 Proven: the pattern and the count are exact; what stays is untouched. Measured: benchmarks/results/sparsity.md.
 """

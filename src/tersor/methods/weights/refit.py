@@ -1,14 +1,14 @@
-"""Better grids for GPTQ by what the Hessian says: which columns count, and which steps fit the chosen integers best.
+"""Better grids for GPTQ, from the Hessian: how much each column counts, and which steps fit the chosen integers best.
 
-`column_weights`: what one unit of squared error in a column costs, when its turn comes and all later columns can still make up
-for it: R_jj² = 1 / (H⁻¹)_jj of the columns from j on (H = R Rᵀ, upper triangular). GPTQ's own loss is ½ Σ_j e_j² R_jj² with the
-rounding errors e_j, so a range that is searched with these weights is the one that its loss asks for.
+`column_weights`: the cost of one unit of squared error in a column at its turn, when all later columns can still make up for
+it. It is R_jj² = 1 / (H⁻¹)_jj over the columns from j on (H = R Rᵀ, upper triangular). GPTQ's own loss is ½ Σ_j e_j² R_jj² with
+the rounding errors e_j, so a search with these weights finds the range that minimizes it.
 
-`refit_scales`: with the integers L = codes - zero fixed, ‖(W - s L) X‖² is a quadratic form in a row's steps s, one a group:
+`refit_scales`: with the integers L = codes - zero fixed, ‖(W - s L) X‖² is quadratic in a row's steps s, one per group:
 
     A_gg' = L_g H_gg' L_g'ᵀ,   b_g = L_g (H Wᵀ)_g,   (A + ridge) s = b + ridge · s_old
 
-solved for all rows at once. The solver then finds integers for the new steps, and keeps of each row what has the lesser loss.
+It is solved for all rows at once. The solver then finds integers for the new steps, and keeps the better solution of each row.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-NUMBERS = 1 << 26  # of the projected integers that are in memory at once
-RIDGE = 1e-4  # of the mean diagonal of A: holds the step of a group in place whose integers are all 0
+NUMBERS = 1 << 26  # projected integers in memory at once
+RIDGE = 1e-4  # of the mean diagonal of A; it keeps the step of a group whose integers are all 0
 
 
 def column_weights(R: Tensor, order: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ def refit_scales(W: Tensor, L: Tensor, scales: Tensor, groups_of: Tensor, R: Ten
 
 
 def _refit(W: Tensor, L: Tensor, scales: Tensor, parts: tuple[Tensor, ...], half: Tensor) -> Tensor:
-    """Of some rows. half, and the same in `parts`, one a group: H = half halfᵀ."""
+    """The same for some rows. half: H = half halfᵀ. parts: its rows, group by group."""
     sizes = [len(part) for part in parts]
     projected = torch.stack([mine @ part for mine, part in zip(torch.split(L, sizes, 1), parts, strict=True)], 1)
     target = (W @ half)[:, :, None]  # [rows, columns, 1]

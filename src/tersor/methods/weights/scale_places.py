@@ -1,15 +1,15 @@
-"""Where a scale of the channels can go from linear layers into what feeds them, without changing what the model computes.
+"""Places where channels can be scaled in linear layers, and scaled back before them, without changing what the model computes.
 
-A place is a source and its readers. Dividing channel i of the source's output by s_i > 0, and multiplying column i of every
-reader's weight by s_i, is exact where nothing else reads the source:
+A place is a source and its readers. Channel i of the source's output is divided by s_i > 0, and column i of every reader's
+weight is multiplied by s_i. This is exact where nothing else reads the source:
 
     norm -> linear layers          γ ← γ / s, β ← β / s            W ← W diag(s)
     linear layer -> linear layer   W' ← diag(1/s) W', b' ← b' / s  W ← W diag(s)
 
-The second kind has something between the two that is linear in every channel by itself: attention between v and o, the product
-with the gate between up and down, a ReLU. Places are found by running the model, not by names: norms and their readers as
-`activations/norm_pairs.py` says; two linear layers by scaling the first's output by powers of two, which floating point does
-exactly, and looking whether the second's input follows and the block's output stays when that is undone.
+In the second kind, what lies between the two layers scales each channel by itself: attention between v and o, the product with
+the gate between up and down, a ReLU. Places are found by running the model, not by names. `activations/norm_pairs.py` finds
+norms and their readers. Two linear layers are tested: the first's output is scaled by powers of two, which is exact in floating
+point; the second's input must follow, and the block's output must stay when the input is scaled back.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from tersor.layers.linear_map import computes_its_own, is_linear_map, matrix_sha
 from tersor.methods.activations.norm_pairs import find_norm_pairs
 from tersor.methods.method import Work
 
-CANDIDATES = 8  # layers called last before one, that may be its source
-TOLERANCE = 1e-5  # relative; powers of two leave no error, so more means another function
+CANDIDATES = 8  # layers called just before one, which are tested as its source
+TOLERANCE = 1e-5  # relative; powers of two make no error, so a larger difference is no place
 
 
 @dataclass(frozen=True)
 class Place:
-    """A source of activations and the linear layers that alone read them, by name."""
+    """A source of activations, and the linear layers that read them, by name. Nothing else reads them."""
 
     source: str
     readers: tuple[str, ...]
@@ -44,7 +44,7 @@ class Place:
 
 @torch.no_grad()
 def find_places(model: nn.Module, work: Work, *, of: str, linears: bool) -> tuple[list[Place], dict[str, str]]:
-    """All places in the blocks whose layers are wanted, and why other norms are none. linears: linear layers as sources too.
+    """All places in the blocks, and for other norms the reason why they are none. linears: linear layers may be sources too.
 
     of: the method that asks. Raises TersorError where there is no place.
     """
@@ -81,9 +81,9 @@ def _is_scalable(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def gain_of(module: nn.Module) -> int | None:
-    """What a norm adds to its weight before it multiplies with it: 0, or 1 as Gemma's do; None where the module is no norm.
+    """What a norm adds to its weight before it multiplies by it: 0, or 1 in Gemma's. None where the module is no norm.
 
-    That is seen from what it computes: with that sum and the bias scaled channel by channel, so has to be the output.
+    It is tested: when that sum and the bias are scaled channel by channel, the output must be scaled alike.
     """
     parameters = dict(module.named_parameters())
     weight, bias = parameters.get("weight"), parameters.get("bias")
@@ -110,7 +110,7 @@ def gain_of(module: nn.Module) -> int | None:
 
 
 def _output(module: nn.Module, x: Tensor) -> Tensor | None:
-    """What a module makes of x; None where it does not take such an input."""
+    """The module's output for x; None where it does not take such an input."""
     try:
         y = module(x)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
@@ -130,7 +130,7 @@ def _kept(*tensors: Tensor | None) -> Iterator[None]:
 
 
 def _linear_places(model: nn.Module, maps: Mapping[str, nn.Module], batch: Batch, taken: set[str]) -> list[Place]:
-    """Pairs of linear layers, a source and its one reader. taken: layers that have a source already."""
+    """Places of two linear layers: a source and its only reader. taken: layers that have a source already."""
     found = []
     paths = {id(each): name for name, each in maps.items()}
     for block, (args, kwargs) in _calls(model, batch).items():
@@ -158,10 +158,10 @@ def _linear_places(model: nn.Module, maps: Mapping[str, nn.Module], batch: Batch
 
 
 def _noting(name: str, order: list[str], inputs: dict[str, Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    """A hook that notes when a layer was called, and with what."""
+    """A hook that notes the order of calls, and each layer's input."""
 
     def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        if args:  # else it is called by keyword, and never a place
+        if args:  # a layer that is called by keyword is no place
             order.append(name)
             inputs[name] = args[0]
 
@@ -169,7 +169,7 @@ def _noting(name: str, order: list[str], inputs: dict[str, Tensor]) -> Callable[
 
 
 def _calls(model: nn.Module, batch: Batch) -> dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]]:
-    """What every block is called with, the first time."""
+    """The arguments of the first call of every block."""
     found: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -191,7 +191,7 @@ def _follows(
     x: Tensor,
     reference: Tensor,
 ) -> bool:
-    """Whether x, the reader's input, has the source's channels for its own, and the block reads them nowhere else."""
+    """Whether the channels of x, the reader's input, are the source's, and the block reads these nowhere else."""
     s = torch.exp2(torch.randint(-3, 4, (x.shape[-1],), generator=torch.Generator().manual_seed(0))).to(x)
     seen: list[Tensor] = []
 
@@ -235,7 +235,7 @@ class Sizes:
 
 @torch.no_grad()
 def sizes_of(model: nn.Module, places: Sequence[Place], work: Work) -> dict[Place, Sizes]:
-    """The sizes in float32 of what the samples bring to each place; without those that no sample reaches."""
+    """The sizes of the samples' activations at each place, in float32. Places that no sample reaches are left out."""
     found: dict[Place, Sizes] = {}
 
     def note(place: Place) -> Any:

@@ -9,16 +9,16 @@ architecture and computes the same. Before weights alone are rounded, `awq-scale
 
     tersor.compress("demo", [SmoothQuant(alpha=0.5), RTN(bits=8)])
 
-For every place (`scale_places.py`: what feeds a group of linear layers, and these), with the largest |x_j| over all tokens of
-the samples and the largest |W_j| in column j over all readers:
+A place (`scale_places.py`) is a source of activations and the linear layers that read it. For each place, with max|x_j| over all
+tokens of the samples and max|W_j| in column j over all readers:
 
     s_j = max|x_j|ᵅ / max|W_j|^(1-α), at least 1e-5        x ← x / s,  W ← W diag(s)
 
 α = 0.5 makes both equally hard to round; 0.75 and more suit models with stronger outliers. A channel without activations or
 without weights keeps s_j = 1.
 
-Origin: mit-han-lab/smoothquant (MIT), not copied. There norms alone are sources, as here with `linears` off; v -> o and
-up -> down are scaled where they are equally wide and what is between is linear in each channel.
+Origin: mit-han-lab/smoothquant (MIT), not copied. There only norms are sources, as here with `--norms-only`. v -> o and up ->
+down are scaled where both have the same width and what lies between scales each channel by itself.
 
 Proven: the formula, and equal ranges of x and W at α = 0.5; equal outputs to 1e-5 in float32 on LLaMA, Gemma, GPT-2, OPT and a
 ViT; saved results load in transformers. Not proven: the paper's W8A8 tables.
@@ -36,16 +36,15 @@ from tersor.layers.linear_map import weight_matrix
 from tersor.methods.method import ModelMethod, Report, Work, option, register
 from tersor.methods.weights.scale_places import find_places, fold, sizes_of
 
-SMALLEST = 1e-5  # of a scale, and of a column's largest weight
+SMALLEST = 1e-5  # a lower bound of scales, and of a column's largest weight
 
 
 @dataclass(frozen=True)
 class SmoothedPlace(Report):
-    """name: the source; readers: its layers, none where nothing was done for the reason in note; before, after: the largest
-    activation of all channels over the median channel's."""
+    """One place, by the name of its source."""
 
-    readers: str
-    before: float | None
+    readers: str  # the layers that read it; none where nothing was done, with the reason in `note`
+    before: float | None  # the largest activation of all channels, divided by the median channel's
     after: float | None
     note: str = ""
 

@@ -1,11 +1,12 @@
 """SparseGPT for one weight matrix: remove weights column after column, letting the columns that remain make up for it.
 
 minimise ‖W X - Ŵ X‖² over the weights that stay, given H = 2/N · X Xᵀ (Frantar, Alistarh: "SparseGPT", ICML 2023, algorithm 1).
-W, Ŵ [rows, columns]; H [columns, columns]. The mathematics is GPTQ's (`gptq_solver.py`), with zero for the level of a weight
-that goes and, where nothing is rounded, its own value for that of one that stays. With U the upper Cholesky factor of H⁻¹, a
-weight w_ij costs w_ij² / U_jj² when column j has its turn, U_jj² being the j-th diagonal entry of the inverse of H over the
-columns from j on. Of each block of columns the cheapest go: over all rows, or in every group of a pattern n:m, when the first
-column of the block or of the group has its turn.
+W, Ŵ [rows, columns]; H [columns, columns]. The mathematics is GPTQ's (`gptq_solver.py`). A weight that goes gets the level
+zero; one that stays is rounded, or keeps its value where nothing is rounded. With U the upper Cholesky factor of H⁻¹, removing
+w_ij costs w_ij² / U_jj² when column j has its turn. U_jj² is the j-th diagonal entry of the inverse of H over the columns from
+j on. The cheapest
+weights go: of a block of columns over all rows, chosen at its first column; or of every group of a pattern n:m, chosen at the
+group's first column.
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ def solve_sparse(
 
 
 def prune_block(W: Tensor, U: Tensor, pruner: Pruner, errors: Tensor, *, first: int) -> Tensor:
-    """The columns of one block [rows, width] as they are in the end; `first` is the number of its first column. Adds to errors
-    [rows]."""
+    """The columns of one block [rows, width] after pruning. Adds to errors [rows]. first: the number of the block's first
+    column."""
     W, costs = W.clone(), U.diagonal().square()
     kept = torch.empty_like(W)
     gone = torch.zeros_like(W, dtype=torch.bool)

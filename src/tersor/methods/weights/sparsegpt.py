@@ -1,20 +1,20 @@
 """SparseGPT: one-shot pruning with second-order information (Frantar, Alistarh, ICML 2023, arXiv 2301.00774).
 
-What it is for: half of the weights of a large language model are removed at little loss, without training; in the pattern 2:4,
-which GPUs multiply faster; and with `bits`, what stays is quantized in the same pass, so that each makes up for the other's
-error.
+What it is for: it removes half of the weights of a large language model at little loss, without training; if asked in the
+pattern 2:4, which GPUs multiply faster. With `bits` it also quantizes the weights that stay, in the same pass, so that pruning
+and rounding make up for each other's errors.
 
     tersor compress sparsegpt demo --sparsity 0.5 --out demo-sparse
     tersor compress sparsegpt demo --pattern 2:4 --bits 4 --out demo-2:4-4bit
 
-Layer by layer, GPTQ's statistics and solver. In blocks of 128 columns, the weights with the least w² / U_jj² go, and the columns
-that remain make up for each (`sparse_solver.py`). Without bits the result is the model's own checkpoint with zeros in it: it
-takes as much disk (compressed-tensors 0.20 no longer reads sparse files), and engines gain only where they know the pattern.
-With bits it is a quantized checkpoint like any other; a zero is stored exactly.
+It uses GPTQ's statistics and solver, layer by layer. In blocks of 128 columns, the weights with the least w² / U_jj² go, and
+the columns that remain make up for each (`sparse_solver.py`). Without bits the result is the model's own checkpoint with zeros
+in it. It takes as much disk (compressed-tensors 0.20 no longer reads sparse files), and engines gain only where they know the
+pattern. With bits it is a quantized checkpoint like any other; a zero is stored exactly.
 
-Origin: IST-DASLab/sparsegpt (Apache-2.0), not copied. There exactly one weight more than asked goes in each block, the
-quantizer is fitted to the whole row, and all layers of a block are pruned before any sees the others' effect (its option
-`true_sequential` aside); here the count is exact, `group_size` is GPTQ's, and later layers of a block see what earlier ones give.
+Origin: IST-DASLab/sparsegpt (Apache-2.0), not copied. There, one weight more than asked goes in each block, the quantizer is
+fitted to the whole row, and all layers of a block are pruned on the original block's inputs (except with its option
+`true_sequential`). Here the count is exact, `group_size` is GPTQ's, and later layers of a block see the outputs of pruned ones.
 
 Proven: the pattern and the count are exact; the update of one removed weight is the optimal one; with sparsity 0 the result is
 GPTQ's bit for bit; saved results load in transformers. Measured: benchmarks/results/sparsity.md.

@@ -1,4 +1,4 @@
-"""What the pruning methods share: their options and checks, and which weights a pattern of zeros removes.
+"""What the pruning methods share: options, checks, and the choice of the weights to remove.
 
 Unstructured zeros may be anywhere; a pattern n:m keeps n of every m consecutive inputs, as hardware asks for (2:4).
 """
@@ -33,14 +33,14 @@ class Pruner:
     pattern: str = UNSTRUCTURED
 
     def step(self, width: int) -> int:
-        """How many columns of a block of `width` are chosen from together."""
+        """How many columns of a block of `width` a choice covers."""
         kept = PATTERNS[self.pattern]
         return width if kept is None else kept[1]
 
     def removed(self, scores: Tensor, first: int = 0) -> Tensor:
-        """Which weights go, bool [rows, n]. scores [rows, n]: of the n columns from `first` on, in whole groups of a pattern.
+        """Which weights go, bool [rows, n]. scores [rows, n]: of the n columns from `first` on; with a pattern, whole groups.
 
-        Unstructured: from all rows together, such that of the columns up to each call's last the asked share is removed.
+        Unstructured, all rows are chosen from together, so many that the asked share of all columns so far is removed.
         """
         kept, (rows, columns) = PATTERNS[self.pattern], scores.shape
         if kept is not None:
@@ -52,7 +52,7 @@ class Pruner:
 
 @dataclass(frozen=True)
 class Pruning(BlockMethod):
-    """A method that makes weights zero: its options, and what they ask of a layer."""
+    """A method that makes weights zero."""
 
     sparsity: float = option(HALF, SPARSITY_HELP, check=lambda v: is_sparsity(v) and v > 0, allowed="above 0, below 1")
     pattern: str = option(

@@ -1,4 +1,4 @@
-"""What all methods with grids of 2 to 8 bits share: the checks of bits and groups, and what they are called."""
+"""What all methods with grids of 2 to 8 bits share: the help texts and checks of bits and groups."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def width_of(bits: Bits) -> int:
 def check_grid(
     name: str, bits: Bits, group_size: int, sym: bool, out_features: int, in_features: int, layout: Layout | None
 ) -> None:
-    """Raise TersorError where a layer's shape does not go with the groups, or the file format with the layer."""
+    """Raise TersorError where groups do not fit a layer's shape, or the file format cannot hold the layer."""
     if group_size > 0 and in_features % group_size:
         fitting = [size for size in (16, 32, 64, 128, 256, 512, 1024) if in_features % size == 0]
         sizes = ", ".join(map(str, [*fitting, -1]))

@@ -1,16 +1,17 @@
 """Wanda: pruning by weights and activations (Sun, Liu, Bair, Kolter, ICLR 2024, arXiv 2306.11695).
 
-What it is for: a quick way to remove weights that keeps the others as they are. Compare it with `sparsegpt`, which changes them
-and mostly loses less at high sparsity.
+What it is for: a quick way to remove weights; the others stay as they are. `sparsegpt` changes the others, and mostly loses
+less at high sparsity.
 
     tersor compress wanda demo --sparsity 0.5 --out demo-sparse
 
 A weight's score is |W_ij| · ‖X_j‖₂, with the norm of its input over all tokens of the samples. In every row, that is for every
 output, the lowest go; in the pattern n:m, those of every m consecutive inputs.
 
-Origin: locuslab/wanda (MIT), not copied. All layers of a block are scored on the inputs that the original block gives them, as
-there; but where the statistics of a block's experts do not fit into memory together, those of a later turn are taken when the
-layers of the turns before are pruned.
+Origin: locuslab/wanda (MIT), not copied. As there, all layers of a block are scored on their inputs in the original block.
+There is one
+exception: experts whose statistics do not fit into memory together take turns, and a later turn sees the layers that were pruned
+before.
 
 Proven: the pattern and the count of every row are exact; what stays is untouched; saved results load in transformers. Measured:
 benchmarks/results/sparsity.md.
