@@ -34,7 +34,7 @@ from tersor.errors import TersorError
 from tersor.evaluate.interval import Estimate, estimate
 from tersor.evaluate.logit_cache import Kept, LogitCache, opened_folder
 from tersor.evaluate.measures import kl_of
-from tersor.evaluate.perplexity import check_length, check_windows, cut_windows, logits_of, tokens_of
+from tersor.evaluate.perplexity import check_length, check_windows, cut_windows, logits_of, needed, tokens_of
 
 BUCKETS = 5
 OVERLAP = 10  # of the k likeliest tokens
@@ -126,7 +126,7 @@ def divergence(
     `perplexity`. cache: a folder where the original's logits stay for the next call (None: they go); cache_size: bytes that
     they may take on disk. Raises TersorError where the vocabularies differ, or the text is shorter than a window.
     """
-    ids, decode = _ids(against, text, tokenizer)
+    ids, decode = _ids(against, text, tokenizer, needed(seq_len, max_windows))
     said = progress or (lambda what, done, total: None)
     check = partial(check_windows, tokenizer=tokenizer)
     if isinstance(model, nn.Module) or isinstance(against, nn.Module):
@@ -329,7 +329,7 @@ def _passages(kl: Sequence[Tensor], windows: Tensor, decode: Callable[[list[int]
 
 
 def _ids(
-    model: str | Path | nn.Module, text: str | Path | Tensor | None, tokenizer: Any
+    model: str | Path | nn.Module, text: str | Path | Tensor | None, tokenizer: Any, at_least: int | None
 ) -> tuple[Tensor, Callable[[list[int]], str] | None]:
     if isinstance(text, Tensor):
         return text, tokenizer.decode if tokenizer is not None else None
@@ -337,4 +337,4 @@ def _ids(
         tokenizer = load_tokenizer(resolve(model))
     if tokenizer is None:
         raise TersorError("the original has no tokenizer: give token ids as a tensor")
-    return tokens_of(text, tokenizer), tokenizer.decode
+    return tokens_of(text, tokenizer, at_least=at_least), tokenizer.decode
