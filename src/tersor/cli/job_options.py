@@ -20,7 +20,7 @@ from tersor.compress import compress
 from tersor.compress.best import steps_for
 from tersor.compress.recipe import Recipe
 from tersor.compress.settings import Settings, applies, settings_of
-from tersor.errors import TersorError
+from tersor.errors import FinishedError, TersorError
 from tersor.methods.method import Method
 
 NUMBERS = (int, float)
@@ -60,7 +60,12 @@ def run_job(model: str, out: Path, steps: Sequence[Recipe], settings: Mapping[st
         together(settings.get("device", "auto")) as device,
         progress_bar(quiet=as_json or not is_first()) as progress,
     ):
-        result = compress(model, steps, out=out, progress=progress, **{**settings, "device": device})
+        try:
+            result = compress(model, steps, out=out, progress=progress, **{**settings, "device": device})
+        except FinishedError as finished:
+            if is_first():
+                typer.echo(json.dumps({"out": str(out), "finished_before": True}) if as_json else str(finished))
+            return
         if not is_first():
             return
     if as_json:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import signal
 import sys
 import tempfile
 import traceback
@@ -20,6 +21,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import tersor
+from tersor.cli.options import Verb
 from tersor.errors import TersorError
 
 # In the order of `tersor --help`. A verb is the function of its name in the module of its name, but for these.
@@ -49,6 +51,7 @@ VERBS = (
     "backtest",
     "sample",
 )
+AT_ONCE = ("models", "show", "catalog")  # verbs that need not wait for PyTorch
 FUNCTIONS = {"eval": "evaluate"}  # `eval` is a name of Python's
 
 
@@ -65,12 +68,14 @@ class LazyVerbs(TyperGroup):
             return None
         if self._listing:
             return TyperCommand(cmd_name, help=_summary(cmd_name))
+        if cmd_name not in AT_ONCE and sys.stderr.isatty():
+            typer.echo("loading PyTorch and transformers ...", err=True)  # which takes seconds
         name = FUNCTIONS.get(cmd_name, cmd_name)
         verb = getattr(importlib.import_module(f"tersor.cli.{name}"), name)
         if isinstance(verb, typer.Typer):
             return typer.main.get_command(verb)
         alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
-        alone.command(cmd_name)(verb)
+        alone.command(cmd_name, cls=Verb)(verb)
         return typer.main.get_command(alone)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
@@ -104,6 +109,8 @@ app = typer.Typer(
 BAD_INPUT = 2
 OWN_FAULT = 70  # what sysexits.h calls an internal software error
 INTERRUPTED = 130  # the exit status that typer makes of Ctrl-C, without a word
+TERMINATED = 128 + signal.SIGTERM
+GOING_ON = ("quantize", "compress", "sweep", "advise", "train")  # verbs that keep what they have finished
 
 
 def _version(value: bool) -> None:
@@ -129,6 +136,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     and status 70, and its traceback goes to a file."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     shown = "--traceback" in takewhile(lambda each: each.startswith("-"), given)
+    if arguments is None:  # this is the whole process: what it has in temporary files goes with it
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(TERMINATED))
     try:
         app(args=given)
     except TersorError as error:
@@ -136,10 +145,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             traceback.print_exc()
         _fail(str(error))
     except (KeyboardInterrupt, SystemExit) as ended:
-        if isinstance(ended, SystemExit) and ended.code != INTERRUPTED:
+        status = ended.code if isinstance(ended, SystemExit) else INTERRUPTED
+        if status not in (INTERRUPTED, TERMINATED):
             raise
-        typer.echo("interrupted; what is finished is kept, and the same command goes on from there", err=True)
-        sys.exit(INTERRUPTED)
+        goes_on = next((each for each in given if not each.startswith("-")), "") in GOING_ON
+        way = ": give the same command again, and it goes on from what is finished" if goes_on else ""
+        typer.echo(f"interrupted{way}", err=True)
+        sys.exit(status)
     except BrokenPipeError:
         sys.exit(0)
     except Exception as error:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
+
+from tersor.untrusted import check_number
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Samples = Annotated[int, typer.Option(help="Calibration samples.")]
@@ -15,7 +18,6 @@ Variant = Annotated[
     str | None,
     typer.Option("--as", help="Which model of `tersor models` a published weight file is, such as shvit_s1."),
 ]
-AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read pickled weights (.bin) too.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in --out.")]
 SummaryAsJson = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")]
 Tokenizer = Annotated[
@@ -34,6 +36,15 @@ RepetitionPenalty = Annotated[
 SamplingSeed = Annotated[int, typer.Option("--seed", help="Seed of the sampling.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+class Verb(TyperCommand):
+    """A command whose whole numbers fit in 64 bits."""
+
+    def invoke(self, ctx: Any) -> Any:
+        for name, value in ctx.params.items():
+            check_number(f"--{name.replace('_', '-')}", value)
+        return super().invoke(ctx)
 
 
 def opened_as(model: str, variant: str | None) -> str:

@@ -6,23 +6,27 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+MEMORY = 3600.0  # seconds of which the speed is taken: a block can take minutes
 Report = Callable[[str, int, int], None]
 
 
 @contextmanager
 def progress_bar(*, quiet: bool = False) -> Iterator[Report]:
-    """A `progress(what, done, total)` that draws one bar where standard error is a terminal, and prints a report with total 0
-    as a line; silent where `quiet`."""
+    """A `progress(what, done, total)` that draws one bar where standard error is a terminal, with what remains of the steps in
+    `total`, and prints a report with total 0 as a line; silent where `quiet`."""
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=True) as bar:
+    hidden = quiet or not console.is_terminal
+    with Progress(*columns, console=console, disable=hidden, transient=True, speed_estimate_period=MEMORY) as bar:
         task = bar.add_task("starting", total=None)
 
         def report(what: str, done: int, total: int) -> None:
@@ -30,6 +34,8 @@ def progress_bar(*, quiet: bool = False) -> Iterator[Report]:
                 if not quiet:
                     console.print(what, highlight=False, soft_wrap=True)
                 return
+            if done < bar.tasks[0].completed:  # another kind of steps, of another speed
+                bar.reset(task)
             bar.update(task, description=what, completed=done, total=total)
 
         yield report

@@ -21,21 +21,34 @@ from torch import nn
 
 import tersor
 from tersor.calibrate.parallel import is_first, processes
-from tersor.checkpoint.room import RUN_FILE, disk_errors
+from tersor.checkpoint.room import RUN_FILE, disk_errors, read_object, record_of
+from tersor.checkpoint.source import JOB_FOLDER
 from tersor.compress.recipe import Recipe
 from tersor.compress.result import Compressed
 from tersor.compress.settings import Settings
+from tersor.errors import FinishedError
 from tersor.methods.method import BlockMethod
 
 NOT_GIVEN_AGAIN = ("out", "overwrite", "redo", "tokenizer", "progress")  # what a command that makes it anew leaves out
 
 
-def keep_run(result: Compressed, model: str | Path | nn.Module, steps: Sequence[Recipe], asked: Settings) -> Compressed:
-    """The result with its run; where it lies in a directory, the run is written there."""
-    result.run = run_of(result, model, steps, asked)
+def keep_run(
+    result: Compressed, model: str | Path | nn.Module, steps: Sequence[Recipe], asked: Settings, mark: str | None
+) -> Compressed:
+    """The result with its run; where it lies in a directory, the run is written there. mark: of all that decides the result."""
+    result.run = {**run_of(result, model, steps, asked), "asked": mark}
     if result.directory is not None and is_first():
         write_run(result.directory, result.run)
     return result
+
+
+def check_unfinished(out: Path, mark: str) -> None:
+    """Raise FinishedError where `out` holds the whole result of the job with this mark."""
+    record, run = record_of(out) or {}, read_object(out / RUN_FILE) or {}
+    files = record.get("files")
+    whole = isinstance(files, list) and all(isinstance(name, str) and (out / name).is_file() for name in files)
+    if whole and run.get("asked") == mark and not (out / JOB_FOLDER).exists():
+        raise FinishedError(f"{out} holds the finished result of this very command; --overwrite makes it again")
 
 
 def write_run(directory: Path, run: Any) -> None:

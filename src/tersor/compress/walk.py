@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -133,12 +134,14 @@ def _watching_linear_maps(unit: Unit, called: set[str]) -> Iterator[None]:
             handle.remove()
 
 
-def walk(source: Source, first: Prepared, job: Job, restore: Callable[[Block], bool]) -> Generator[Block]:
+def walk(
+    source: Source, first: Prepared, job: Job, restore: Callable[[Block], bool], scratch: Path | None = None
+) -> Generator[Block]:
     """Compress every planned block and give it out, finished; in the end the probe knows what the compressed model computes.
 
-    restore: puts back a block that an earlier run finished; False where none did. A block that the model uses more than once
-    is compressed at its last use, from the samples of all uses. Where several processes walk together, each runs its share
-    of the samples.
+    restore: puts back a block that an earlier run finished; False where none did. scratch: a folder for activations. A block
+    that the model uses more than once is compressed at its last use, from the samples of all uses. Where several processes walk
+    together, each runs its share of the samples.
     """
     stored = None if job.layout is None else Stored(job.layout.scale_dtype or source.stored_dtype, job.layout.min_zero)
     hessian_dtype = torch.float64 if source.dtype == torch.float64 else torch.float32
@@ -153,10 +156,12 @@ def walk(source: Source, first: Prepared, job: Job, restore: Callable[[Block], b
 
     if first.probe is None:
         return _walk_without_samples(source, first.plan, job.progress, compressed)
-    return _walk(source, first, first.probe, job, compressed)
+    return _walk(source, first, first.probe, job, compressed, scratch)
 
 
-def _walk(source: Source, first: Prepared, probe: Probe, job: Job, compressed: Compress) -> Generator[Block]:
+def _walk(
+    source: Source, first: Prepared, probe: Probe, job: Job, compressed: Compress, scratch: Path | None
+) -> Generator[Block]:
     model, plan = source.module, first.plan
     mine = share(first.batches)
     together = bundles(mine)
@@ -174,6 +179,7 @@ def _walk(source: Source, first: Prepared, probe: Probe, job: Job, compressed: C
         job.activations,
         [*numbers, (sample_number(len(mine)),)],
         [*(1 + each[0] for each in numbers), PROBE],
+        scratch,
     ) as passes:
         for stop in passes:
             name = stop.unit.name

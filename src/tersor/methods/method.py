@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from tersor.errors import TersorError
+from tersor.untrusted import check_number
 
 if TYPE_CHECKING:
     from torch import nn
@@ -177,6 +178,7 @@ def check_options(method: Method) -> None:
     """Called from `__post_init__`: every option against its own check. Raises TersorError with the offending value."""
     for each in dataclasses.fields(method):
         check, value = each.metadata.get("check"), getattr(method, each.name)
+        check_number(each.name, value)
         if not _is_like(value, each.default) and not each.metadata.get("word"):
             allowed = each.metadata.get("allowed") or f"a value such as {each.default!r}"
             raise TersorError(f"{each.name}={value!r} is not allowed: {allowed}")
