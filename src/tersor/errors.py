@@ -8,6 +8,10 @@ class TersorError(Exception):
     """
 
 
+class FinishedError(TersorError):
+    """The very job was finished before: there is nothing to do. The command line says so and exits with status 0."""
+
+
 class BrokenWeightError(TersorError):
     """A weight of the model holds NaN or Inf: no way around it, whatever else could be done without."""
 

@@ -34,7 +34,7 @@ PATTERN_LENGTH = 4096
 LAYERS_AT_LEAST = 256  # so many layers a config may name whatever the file holds: layers may share their weights
 SIZE_AT_LEAST = 1 << 20
 LABELS = EXPERTS = 1 << 20
-SEEDS = range(-(2**63), 2**64)  # what torch's generators take
+NUMBERS = range(-(2**63), 2**64)  # counts, and the seeds that torch's generators take
 
 _LAYERS = re.compile(r"(^depths?|layers?|blocks?|block_count|stages)$")
 _EXPERTS = re.compile(r"experts?$")
@@ -265,8 +265,13 @@ def _short(number: float) -> str:
 
 
 def check_seed(seed: int) -> None:
-    if seed not in SEEDS:
-        raise TersorError(f"the seed {_short(seed)} does not fit in 64 bits")
+    check_number("the seed", seed)
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise TersorError for a whole number that no program takes."""
+    if isinstance(value, int) and value not in NUMBERS:
+        raise TersorError(f"{name} {_short(value)} does not fit in 64 bits")
 
 
 def check_at_once(what: str, number: int) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import io
+import re
 import subprocess
 import sys
+import time
 
 import pytest
 import typer
 
-from tersor.cli.main import FUNCTIONS, VERBS, app
+from tersor.cli.main import FUNCTIONS, VERBS, app, main
+from tersor.cli.progress import progress_bar
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["models", "shvit*"]])
@@ -26,6 +30,34 @@ print([name for name in ("torch", "transformers", "numpy") if name in sys.module
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_is_told_what_takes_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    for verb in ("inspect", "models"):
+        with pytest.raises(SystemExit):
+            main([verb, "--help"])
+        said = terminal.getvalue()
+        assert said == "loading PyTorch and transformers ...\n"  # by inspect, and by models no more
+
+
+def test_progress_says_what_remains(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    with progress_bar() as progress:
+        for what, steps in (("checking the model", 9), ("compressing", 4)):
+            for done in range(steps):
+                progress(what, done, steps)
+                time.sleep(0.02)
+            time.sleep(0.3)  # it is drawn ten times a second
+    plain = re.sub(r"\x1b\[[0-9;?]*\w", "", terminal.getvalue())
+    assert re.search(r"compressing \S+ 3/4 0:00:0\d left 0:00:0\d", plain)
 
 
 def test_every_verb_is_listed_with_the_first_line_of_its_own_help() -> None:

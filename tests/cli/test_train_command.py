@@ -48,6 +48,17 @@ def test_trains_a_forecaster_that_loads_again(tmp_path: Path, series: Path, caps
     assert model(torch.zeros(1, 8, 2)).shape == (1, 4, 2)
 
 
+def test_a_table_with_gaps_names_what_training_takes(
+    tmp_path: Path, series: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = series.read_text().splitlines()
+    series.write_text("\n".join(["a,b", *lines[:50], "2.5,", *lines[51:]]) + "\n")
+    same = ["itransformer", "--data", str(series), "--out", str(tmp_path / "run"), *SMALL, "--set", "model.pred_len=4"]
+    assert "--set data.fill=... previous|linear|zero says how to fill them" in failure(capsys, *same, *QUICK)
+    assert not (tmp_path / "run").exists()
+    run(*same, *QUICK, "--set", "data.fill=linear")
+
+
 def test_a_folder_of_the_architecture_s_name_changes_nothing(
     tmp_path: Path, series: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

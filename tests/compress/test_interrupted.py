@@ -22,8 +22,8 @@ from tersor import GPTQ
 ARGUMENTS = ("--samples", "4", "--seq-len", "128", "--bits", "4", "--seed", "3")
 
 
-def start(out: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tersor", "quantize", "demo", "--out", str(out), *ARGUMENTS]
+def start(out: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tersor", "quantize", "demo", "--out", str(out), *ARGUMENTS, *more]
     heeds_ctrl_c = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which shells take from what runs behind them
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heeds_ctrl_c)
 
@@ -53,7 +53,7 @@ def test_ctrl_c_keeps_finished_blocks_and_the_same_command_goes_on(
     assert process.returncode == 130, errors
     assert printed == ""
     assert errors.strip().splitlines()[1:] == [  # after the forecast
-        "interrupted; what is finished is kept, and the same command goes on from there"
+        "interrupted: give the same command again, and it goes on from what is finished"
     ]
     assert not (out / "config.json").exists()
     with pytest.raises(tersor.TersorError, match="unfinished job"):
@@ -69,11 +69,16 @@ def test_ctrl_c_keeps_finished_blocks_and_the_same_command_goes_on(
 @pytest.mark.slow
 def test_a_job_killed_again_and_again_comes_to_the_same_bytes(tmp_path: Path, uninterrupted: dict[str, bytes]) -> None:
     out = tmp_path / "out"
-    for blocks in (1, 3, 5):
-        process = start(out)
+    for blocks, how in ((1, signal.SIGTERM), (3, signal.SIGKILL), (5, signal.SIGKILL)):
+        process = start(out, "--activations", "disk")
         wait_for_block(process, out, blocks)
-        process.kill()
-        process.communicate()
+        assert list(out.glob(".tersor-job/.tmp-activations-*/*.pt"))
+        process.send_signal(how)
+        _, errors = process.communicate()
+        if how == signal.SIGTERM:
+            assert process.returncode == 128 + signal.SIGTERM
+            assert errors.splitlines()[-1].startswith("interrupted: give the same command again")
+            assert not list(out.glob(".tersor-job/.tmp*"))
     tersor.compress("demo", GPTQ(bits=4), out=out, samples=4, seq_len=128, seed=3)
     assert files_of(out) == uninterrupted
 
@@ -161,7 +166,7 @@ def test_a_full_disk_is_an_error_in_one_line_and_the_job_goes_on_with_more_room(
         ran = tersor_command(*command)
         assert ran.status == 2
         (_, said) = ran.err.splitlines()  # after the forecast
-        assert "is full; the finished blocks are kept" in said
+        assert "is full; make room and give the same command again" in said
         assert not (disk / "out" / "config.json").exists()
         subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
         ran = tersor_command(*command, "--json")

@@ -165,16 +165,16 @@ def test_rules_go_with_a_step(images: list[dict[str, torch.Tensor]]) -> None:
 def test_images_that_changed_are_not_taken_for_the_old_ones(tmp_path: Path) -> None:
     from tersor.checkpoint.source import open_checkpoint
     from tersor.compress.settings import settings_of
-    from tersor.compress.steps import _asked
+    from tersor.compress.steps import asked_for
 
     (tmp_path / "images" / "cat").mkdir(parents=True)
     picture = tmp_path / "images" / "cat" / "0.png"
     picture.write_bytes(b"one")
     steps, asked = [Recipe(from_options("ats", {}))], settings_of({"calibration": str(tmp_path / "images")})
-    before = _asked(open_checkpoint("demo-vit"), steps, asked)
-    assert before == _asked(open_checkpoint("demo-vit"), steps, asked)
+    before = asked_for(open_checkpoint("demo-vit"), steps, asked)
+    assert before == asked_for(open_checkpoint("demo-vit"), steps, asked)
     picture.write_bytes(b"another")
-    assert before != _asked(open_checkpoint("demo-vit"), steps, asked)
+    assert before != asked_for(open_checkpoint("demo-vit"), steps, asked)
 
 
 def test_what_is_refused_leaves_nothing_to_go_on_with(tmp_path: Path) -> None:

@@ -362,6 +362,15 @@ def test_processes_that_build_at_the_same_time_all_get_the_library(tmp_path: Pat
     assert len(list(cache.iterdir())) == 1
 
 
+def test_a_library_that_was_cut_off_is_built_again(tmp_path: Path) -> None:
+    source, cache = tmp_path / "answer.cpp", tmp_path / "cache"
+    source.write_text('extern "C" int answer() { return 42; }')
+    library = cpp.build(source, (), cache=cache)
+    whole = library.read_bytes()
+    library.write_bytes(whole[: len(whole) // 2])
+    assert cpp.build(source, (), cache=cache).read_bytes() == whole
+
+
 def test_describe_names_the_implementation_in_use() -> None:
     name, _ = cpu.choose()
     assert str(name) in cpu.describe()

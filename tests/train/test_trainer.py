@@ -90,6 +90,17 @@ def test_a_run_goes_on_with_its_own_settings_only(tmp_path: Path) -> None:
         toy(tmp_path, max_steps=3)
 
 
+def test_a_run_that_fails_in_its_first_step_does_not_block_its_folder(tmp_path: Path) -> None:
+    def failing(model: nn.Module, batch: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    model, config = tersor.models.create("itransformer", **MODEL), TrainConfig(max_steps=2, batch_size=8, device="cpu")
+    with pytest.raises(RuntimeError):
+        train(model, waves(), objective=failing, out=tmp_path, config=config)  # type: ignore[arg-type]
+    smaller = replace(config, batch_size=4)
+    assert train(model, waves(), objective=forecasting, out=tmp_path, config=smaller).steps == 2
+
+
 def test_accumulated_parts_are_one_batch(tmp_path: Path) -> None:
     for parts in (1, 4):
         toy(tmp_path / str(parts), max_steps=5, accumulate=parts, dropout=0.0)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 PLACES = ("device", "cpu", "disk")
+NAME = ".tmp-activations-"
 SMALLEST = 4096  # elements; smaller tensors stay where they are
 
 
@@ -34,11 +35,12 @@ class _Away:
 class Activations:
     """`put` sends the large floating tensors of a nested structure away, `get` brings them back."""
 
-    def __init__(self, place: str) -> None:
+    def __init__(self, place: str, folder: Path | None = None) -> None:
+        """folder: where those on disk lie, in a folder of their own; None: where the system has its temporary files."""
         self.place = place
         self._away: dict[int, _Away] = {}
         self._numbers = itertools.count()
-        self._folder = tempfile.TemporaryDirectory(prefix="tersor-activations-") if place == "disk" else None
+        self._folder = tempfile.TemporaryDirectory(prefix=NAME, dir=folder) if place == "disk" else None
 
     def put(self, values: Any) -> None:
         for tensor in self._movable(values):

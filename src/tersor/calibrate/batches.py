@@ -12,11 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tersor.data.long_text import LONG, pieces, text_length
 from tersor.data.text import builtin_text, hub_text, read_text
 from tersor.errors import TersorError
 
 Batch = dict[str, Any]
 SAMPLES_OF_A_SHORT_TEXT = 4096  # so many may be drawn from any text, although some are then alike
+BYTES_A_TOKEN = 8  # read of a long text for each token; twice as many where they are too few
+MARGIN = 16  # tokens at both ends of a piece that are not used: words cut in two, and what a tokenizer adds
 TOKENS_AT_ONCE = 8192  # run through a block together, on a GPU
 Calibration = str | Path | Sequence[str] | Iterable[Any] | None
 
@@ -27,12 +30,15 @@ def make_batches(
     """Samples from whatever the user gave.
 
     A text ("builtin", None, "hf:NAME" or a file's path) is tokenized as one string and cut into `samples` equal parts; from
-    each a window of `seq_len` tokens is drawn at a random place. In a list of strings each is one sample, cut at `seq_len`
-    tokens. Anything else is taken as the model's own inputs: dictionaries (of tensors, arrays or lists of numbers; tokens
-    without a batch axis get one), tensors (the first argument) or tuples (the arguments). At most `samples` are used.
+    each a window of `seq_len` tokens is drawn at a random place (of a long file only these places are read). In a list of
+    strings each is one sample, cut at `seq_len` tokens. Anything else is taken as the model's own inputs: dictionaries (of
+    tensors, arrays or lists of numbers; tokens without a batch axis get one), tensors (the first argument) or tuples (the
+    arguments). At most `samples` are used.
     """
     length = min(seq_len, max_positions or seq_len)
     if calibration is None or isinstance(calibration, str | Path):
+        if (path := _long_file(calibration)) is not None:
+            return _windows_of_file(tokenizer, path, samples=samples, length=length, seed=seed)
         text, origin = _text_of(calibration)
         return _windows(_tokenize(tokenizer, text), origin, samples=samples, length=length, seed=seed)
     given = list(calibration)[:samples]
@@ -132,6 +138,33 @@ def _text_of(calibration: str | Path | None) -> tuple[str, str]:
     if isinstance(calibration, str) and calibration.startswith("hf:"):
         return hub_text(calibration.removeprefix("hf:")), calibration
     return read_text(calibration), str(calibration)
+
+
+def _long_file(calibration: str | Path | None) -> Path | None:
+    """The file, where it is one that is not read whole."""
+    if calibration is None or calibration == "builtin" or str(calibration).startswith("hf:"):
+        return None
+    path = Path(calibration).expanduser()
+    return path if path.is_file() and text_length(path) > LONG else None
+
+
+def _windows_of_file(tokenizer: Any, path: Path, *, samples: int, length: int, seed: int) -> list[Batch]:
+    """As `_windows` of the whole text, but for the places, which are drawn in bytes."""
+    chance = torch.rand(samples, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    wanted, total = length + 2 * MARGIN, text_length(path)
+    size = BYTES_A_TOKEN * wanted
+    while size < total:
+        places = ((torch.arange(samples) + chance) / samples * (total - size)).long()
+        found: list[Batch] = []
+        for text in pieces(path, places.tolist(), size):
+            tokens = _tokenize(tokenizer, text)
+            if len(tokens) < wanted:
+                break
+            found.append({"input_ids": tokens[MARGIN : MARGIN + length][None].clone()})
+        if len(found) == samples:
+            return found
+        size *= 2
+    return _windows(_tokenize(tokenizer, read_text(path)), str(path), samples=samples, length=length, seed=seed)
 
 
 def _tokenize(tokenizer: Any, text: str) -> Tensor:

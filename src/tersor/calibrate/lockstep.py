@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -131,7 +132,8 @@ class Lockstep:
 
     The caller that iterates must set the output of every call of a stop (`stop.run()`) before it goes on. `outputs[sample]` is
     what a forward pass returned that ran to its end. numbers: of the calibration samples in each of `samples`; by default one
-    each. seeds: of the random numbers that the model draws for each of them.
+    each. seeds: of the random numbers that the model draws for each of them. scratch: a folder for activations that wait on
+    disk.
     """
 
     def __init__(
@@ -143,8 +145,9 @@ class Lockstep:
         activations: str = "device",
         numbers: Sequence[tuple[int, ...]] | None = None,
         seeds: Sequence[int] | None = None,
+        scratch: Path | None = None,
     ) -> None:
-        self._store = Activations(activations)
+        self._store = Activations(activations, scratch)
         self._numbers = numbers or [(n,) for n in range(len(samples))]
         self._units, self._forward = list(units), forward
         self._passes = [_Pass(n, PROBE if seeds is None else seeds[n]) for n in range(len(samples))]

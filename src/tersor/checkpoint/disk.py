@@ -20,7 +20,5 @@ def disk_errors(out: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
         if full:
-            raise TersorError(
-                f"the disk of {out} is full; the finished blocks are kept: make room and give the same command again"
-            ) from None
+            raise TersorError(f"the disk of {out} is full; make room and give the same command again") from None
         raise TersorError(f"cannot write to {out}: {error}") from None

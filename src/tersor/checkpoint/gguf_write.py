@@ -82,7 +82,9 @@ def export(
     gguf, target = gguf_package(), Path(out).expanduser()
     if target.suffix != ".gguf":
         raise TersorError(f"{target} does not end in .gguf, by which readers know the format")
-    if target.exists() and (target.is_dir() or not overwrite):
+    if target.is_dir():
+        raise TersorError(f"{target} is a folder; give a file")
+    if target.exists() and not overwrite:
         raise TersorError(f"{target} exists; give another file or --overwrite")
     checkpoint = open_checkpoint(model)
     if checkpoint.gguf is not None:

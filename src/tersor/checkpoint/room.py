@@ -7,13 +7,14 @@ nobody's: they are neither followed nor removed.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import stat
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tersor.files import umask
 RESULT_FILE = "tersor.json"
 RUN_FILE = "tersor-run.json"  # how the job went: times and memory, which differ from run to run
 JOURNAL = f"{JOB_FOLDER}/journal.json"
+SCRATCH = ".tmp"  # how names begin in the job's folder that mean nothing once the job has ended
 OWN_IN_JOB = (JOURNAL, f"{JOB_FOLDER}/partial", f"{JOB_FOLDER}/rest.safetensors")
 
 Inputs = Mapping[str, Path]  # what a job reads: {what it is, such as "model": where it lies}
@@ -94,15 +96,15 @@ def strangers(out: Path, own: Collection[str]) -> Iterator[str]:
                 name = prefix + entry.name
                 if entry.is_dir(follow_symlinks=False) and name in ways:
                     yield from search(Path(entry.path), f"{name}/")
-                elif not (entry.is_file(follow_symlinks=False) and (name in own or _is_scratch(name))):
+                elif not (entry.is_file(follow_symlinks=False) and name in own) and not _is_scratch(name, entry):
                     yield name
 
     yield from search(out, "")
 
 
-def _is_scratch(name: str) -> bool:
-    """Whether safetensors was writing this file when a job was killed: it gives unfinished files names of its own."""
-    return name.startswith(f"{JOB_FOLDER}/.tmp")
+def _is_scratch(name: str, entry: os.DirEntry[str]) -> bool:
+    """What a killed job leaves: files that safetensors began under names of its own, activations that waited on disk."""
+    return name.startswith(f"{JOB_FOLDER}/{SCRATCH}") and not entry.is_symlink()
 
 
 def _parents(name: str) -> list[str]:
@@ -121,7 +123,11 @@ def remove_own(out: Path, own: Collection[str], *, keep: Collection[str] = ()) -
                 clear(path, f"{name}/")
                 if not any(path.iterdir()):
                     path.rmdir()
-            elif entry.is_file(follow_symlinks=False) and name not in keep and (name in own or _is_scratch(name)):
+            elif entry.is_dir(follow_symlinks=False) and _is_scratch(name, entry):
+                shutil.rmtree(path)
+            elif (
+                entry.is_file(follow_symlinks=False) and name not in keep and (name in own or _is_scratch(name, entry))
+            ):
                 path.unlink()
 
     clear(out, "")
@@ -197,10 +203,47 @@ def appearing(target: Path, *, overwrite: bool, inputs: Inputs | None = None) ->
             if real.is_dir():
                 remove_own(real, own_names(real))
                 real.rmdir()
-            partial.chmod(0o777 & ~umask())  # a temporary directory is its owner's alone
+            _open_to_others(partial)
             partial.rename(real)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _open_to_others(folder: Path) -> None:
+    """As far as the user's mask allows: temporary directories, and what safetensors writes, are for their owner alone."""
+    mask = umask()
+    for path in (folder, *folder.rglob("*")):
+        if not path.is_symlink():
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
+@contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """Hold the output directory: a second job on it is refused. The lock ends with the process, however that ends.
+
+    A directory that is not there is made, and removed again where nothing came into it. Where the disk knows no locks, there is
+    none.
+    """
+    if os.path.lexists(out) and not out.is_dir():
+        yield  # whoever writes says what is wrong
+        return
+    made = [path for path in (out, *out.parents) if not path.exists()]
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        lock = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TersorError(f"another job is writing to {out}: let it finish, or give another --out") from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(lock)
+        with suppress(OSError):
+            for path in made:
+                path.rmdir()
 
 
 def write_record(folder: Path, result: Mapping[str, Any]) -> None:

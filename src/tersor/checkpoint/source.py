@@ -291,7 +291,8 @@ def _shards(directory: Path, config: dict[str, Any], allow_pickle: bool) -> dict
         first = chosen.index or chosen.files[0]
         raise TersorError(
             f"{directory} holds only pickled weights ({first.name}), which can run code when opened; "
-            "--allow-pickle reads them without running any, or save the model as safetensors first"
+            "`tersor quantize` and `tersor compress` read them without running any with --allow-pickle, tersor.load with "
+            "allow_pickle=True; or save the model as safetensors first"
         )
     weight_map = {} if chosen.index is None else _read_index(chosen.index)
     paths = chosen.files if chosen.index is None else sorted({inside(directory, name) for name in weight_map.values()})

@@ -28,6 +28,7 @@ from tersor.checkpoint.room import (
     OWN_IN_JOB,
     RESULT_FILE,
     RUN_FILE,
+    SCRATCH,
     Inputs,
     block_name,
     check_replaceable,
@@ -40,7 +41,7 @@ from tersor.checkpoint.room import (
 )
 from tersor.checkpoint.source import INDEX, JOB_FOLDER, Checkpoint
 from tersor.checkpoint.splice import Piece, pieces_of, splice
-from tersor.errors import TersorError
+from tersor.errors import FinishedError, TersorError
 from tersor.files import settle, umask
 
 SINGLE_FILE_LIMIT = 5 * 10**9  # bytes; a larger result keeps one shard per block
@@ -97,7 +98,7 @@ class ResultWriter:
             if not self.out.exists() or all(path == self.folder for path in self.out.iterdir()):
                 return False
             if finished:
-                raise TersorError(
+                raise FinishedError(
                     f"{self.out} holds the finished result of this very command; --redo '*' or --overwrite makes it again"
                 )
             raise TersorError(f"{self.out} exists and is not empty; give another directory or --overwrite")
@@ -183,10 +184,12 @@ class ResultWriter:
         self.tell(f"{block or 'the model'} in {self.folder} is not what was written there, and is solved again")
 
     def _remove_half_written(self) -> None:
-        """Remove files that a killed run was writing: safetensors gives unfinished files names of its own."""
-        for path in self.folder.glob(".tmp*"):
+        """Remove what a killed run was writing, and the activations that it had put on disk."""
+        for path in self.folder.glob(f"{SCRATCH}*"):
             if is_plain_file(path):
                 path.unlink()
+            elif path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
 
     def _own(self) -> set[str]:
         """The files in `out` that are tersor's, by its records and by what this job writes.

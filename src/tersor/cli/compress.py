@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from tersor.cli.job_options import run_job, split, with_options
-from tersor.cli.options import Layers, SummaryAsJson, Variant, opened_as
+from tersor.cli.options import Layers, SummaryAsJson, Variant, Verb, opened_as
 from tersor.compress.recipe import Recipe, read_steps
 from tersor.methods.method import Method, from_options, methods
 
@@ -89,5 +89,5 @@ def _recipe(
 
 
 for _name, _kind in METHODS.items():
-    compress.command(_name)(_command(_name, _kind))
-compress.command("recipe")(with_options(_recipe, METHODS, method_options=False))
+    compress.command(_name, cls=Verb)(_command(_name, _kind))
+compress.command("recipe", cls=Verb)(with_options(_recipe, METHODS, method_options=False))

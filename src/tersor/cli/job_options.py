@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from tersor.compress import compress
 from tersor.compress.best import steps_for
 from tersor.compress.recipe import Recipe
 from tersor.compress.settings import Settings, applies, settings_of
-from tersor.errors import TersorError
+from tersor.errors import FinishedError, TersorError
 from tersor.methods.method import Method
 from tersor.processes import is_first
 
@@ -69,7 +70,12 @@ def run_job(
         together(settings.get("device", "auto")) as device,
         progress_bar(quiet=as_json or not is_first()) as progress,
     ):
-        result = compress(model, steps, out=out, progress=progress, **{**settings, "device": device})
+        try:
+            result = compress(model, steps, out=out, progress=progress, **{**settings, "device": device})
+        except FinishedError as finished:
+            if is_first():
+                typer.echo(json.dumps({"out": str(out), "finished_before": True}) if as_json else str(finished))
+            return
         if not is_first():
             return
     if as_json:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import signal
 import sys
 import tempfile
 import traceback
@@ -19,6 +20,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from tersor.cli.options import Verb
 from tersor.cli.quiet import add_quiet
 from tersor.errors import TersorError
 from tersor.version import __version__
@@ -50,6 +52,7 @@ VERBS = (
     "backtest",
     "sample",
 )
+AT_ONCE = ("models", "show", "catalog")  # verbs that need not wait for PyTorch
 FUNCTIONS = {"eval": "evaluate"}  # `eval` is a name of Python's
 BRIEF = ("catalog", "inspect", "models", "show", "doctor")  # say nothing on the way, so they have no --quiet
 
@@ -67,11 +70,13 @@ class LazyVerbs(TyperGroup):
             return None
         if self._listing:
             return TyperCommand(cmd_name, help=_summary(cmd_name))
+        if cmd_name not in AT_ONCE and sys.stderr.isatty():
+            typer.echo("loading PyTorch and transformers ...", err=True)  # which takes seconds
         name = FUNCTIONS.get(cmd_name, cmd_name)
         verb = getattr(importlib.import_module(f"tersor.cli.{name}"), name)
         if not isinstance(verb, typer.Typer):
             alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
-            alone.command(cmd_name)(verb)
+            alone.command(cmd_name, cls=Verb)(verb)
             verb = alone
         command = typer.main.get_command(verb)
         if cmd_name not in BRIEF:
@@ -114,6 +119,8 @@ app = typer.Typer(
 BAD_INPUT = 2
 OWN_FAULT = 70  # what sysexits.h calls an internal software error
 INTERRUPTED = 130  # typer's exit status after Ctrl-C; it prints nothing
+TERMINATED = 128 + signal.SIGTERM
+GOING_ON = ("quantize", "compress", "sweep", "advise", "train")  # verbs that keep what they have finished
 
 
 def _version(value: bool) -> None:
@@ -139,6 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     and status 70, and its traceback goes to a file."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     shown = "--traceback" in takewhile(lambda each: each.startswith("-"), given)
+    if arguments is None:  # this is the whole process: what it has in temporary files goes with it
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(TERMINATED))
     try:
         app(args=given, prog_name="tersor")
     except TersorError as error:
@@ -146,10 +155,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             traceback.print_exc()
         _fail(str(error))
     except (KeyboardInterrupt, SystemExit) as ended:
-        if isinstance(ended, SystemExit) and ended.code != INTERRUPTED:
+        status = ended.code if isinstance(ended, SystemExit) else INTERRUPTED
+        if status not in (INTERRUPTED, TERMINATED):
             raise
-        typer.echo("interrupted; what is finished is kept, and the same command goes on from there", err=True)
-        sys.exit(INTERRUPTED)
+        goes_on = next((each for each in given if not each.startswith("-")), "") in GOING_ON
+        way = ": give the same command again, and it goes on from what is finished" if goes_on else ""
+        typer.echo(f"interrupted{way}", err=True)
+        sys.exit(status)
     except BrokenPipeError:
         sys.exit(0)
     except Exception as error:

@@ -8,8 +8,10 @@ from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from tersor.errors import TersorError
+from tersor.untrusted import check_number
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Samples = Annotated[int, typer.Option(help="Calibration samples.")]
@@ -20,7 +22,6 @@ Variant = Annotated[
     str | None,
     typer.Option("--as", help="Which model of `tersor models` a published weight file is, such as shvit_s1."),
 ]
-AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read pickled weights (.bin) too.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in --out.")]
 SummaryAsJson = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")]
 Layers = Annotated[bool, typer.Option("--layers", help="Show every layer, however many there are.")]
@@ -54,6 +55,15 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Verb(TyperCommand):
+    """A command whose whole numbers fit in 64 bits."""
+
+    def invoke(self, ctx: Any) -> Any:
+        for name, value in ctx.params.items():
+            check_number(f"--{name.replace('_', '-')}", value)
+        return super().invoke(ctx)
 
 
 def opened_as(model: str, variant: str | None) -> str:

@@ -6,17 +6,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
 from tersor.cli.quiet import is_quiet
 from tersor.progress import Progress
 
+MEMORY = 3600.0  # seconds of which the speed is taken: a block can take minutes
+
 
 @contextmanager
 def progress_bar(*, quiet: bool = False) -> Iterator[Progress]:
-    """A `progress(what, done, total)` that draws one bar where standard error is a terminal. With total 0 it prints `what` as a
-    line. quiet, or --quiet: it does neither."""
+    """A `progress(what, done, total)` that draws one bar where standard error is a terminal, with what remains of the steps in
+    `total`. With total 0 it prints `what` as a line. quiet, or --quiet: it does neither."""
     quiet = quiet or is_quiet()
     console = Console(stderr=True)
     columns = (
@@ -24,8 +26,11 @@ def progress_bar(*, quiet: bool = False) -> Iterator[Progress]:
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
     )
-    with Bars(*columns, console=console, disable=quiet or not console.is_terminal, transient=True) as bar:
+    hidden = quiet or not console.is_terminal
+    with Bars(*columns, console=console, disable=hidden, transient=True, speed_estimate_period=MEMORY) as bar:
         task = bar.add_task("starting", total=None)
 
         def report(what: str, done: int, total: int) -> None:
@@ -33,6 +38,8 @@ def progress_bar(*, quiet: bool = False) -> Iterator[Progress]:
                 if not quiet:
                     console.print(what, highlight=False, soft_wrap=True)
                 return
+            if done < bar.tasks[0].completed:  # another kind of steps, of another speed
+                bar.reset(task)
             bar.update(task, description=what, completed=done, total=total)
 
         yield report

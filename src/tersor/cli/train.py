@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +20,7 @@ from torch import nn
 from tersor import models
 from tersor.checkpoint.load import load
 from tersor.checkpoint.preprocessing import PREPROCESSOR, image_settings
+from tersor.checkpoint.room import alone_in
 from tersor.checkpoint.source import open_checkpoint
 from tersor.cli.notes import show_notes
 from tersor.cli.options import print_json
@@ -90,7 +93,8 @@ def _train(
     defaults = {} if task is None else task.defaults
     settings = checked_config(TrainConfig, {**defaults, **tables["train"]}, "train")
     torch.manual_seed(settings.seed)
-    with progress_bar(quiet=as_json) as progress:
+    first = os.environ.get("RANK", "0") == "0"  # of those that torchrun started
+    with alone_in(out) if first else nullcontext(), progress_bar(quiet=as_json) as progress:
         net, sets, objective = (
             _long_range(what, model, data, validation, checkpoint, out, settings, tables, progress)
             if task is None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ class Sink:
     """Where finished blocks go."""
 
     job: Job
+    scratch: Path | None = None  # a folder for activations that wait on disk, once the sink has started
 
     def __init__(self, device: torch.device) -> None:
         self.tally = Tally(device)
@@ -76,7 +78,8 @@ def compress_blocks(source: Source, sink: Sink, job: Job) -> Compressed:
         source.load_rest([unit.module for unit in units_of(module)])
         first = prepare(source, plan, job, batches, probe)
         sink.start(first)
-        with closing(walk(source, first, job, sink.restore)) as blocks:  # an error in the loop ends the walk's threads
+        # An error in the loop ends the walk's threads.
+        with closing(walk(source, first, job, sink.restore, sink.scratch)) as blocks:
             for block in blocks:
                 sink.write(block)
                 del block  # else it stays in memory while the next is solved

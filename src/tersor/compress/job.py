@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import inspect
+import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from tersor.checkpoint.room import alone_in
+from tersor.checkpoint.source import open_checkpoint
 from tersor.compress.driver import compress_module
 from tersor.compress.packed import compress_packed_checkpoint, compress_packed_module
 from tersor.compress.recipe import Recipe, Rule, make_rules
 from tersor.compress.result import Compressed
-from tersor.compress.run_record import run_of, write_run
+from tersor.compress.run_record import check_unfinished, run_of, write_run
 from tersor.compress.settings import Job, Settings, job_of, refuse_idle, settings_of
-from tersor.compress.steps import run_steps
+from tersor.compress.steps import asked_for, run_steps
 from tersor.compress.stream import compress_checkpoint
 from tersor.compress.target_bits import with_chosen_bits
 from tersor.compress.whole_model import compress_whole_checkpoint, compress_whole_module
 from tersor.errors import TersorError
 from tersor.methods.method import BlockMethod, Method, PackedMethod
-from tersor.processes import is_first, processes
+from tersor.processes import is_first, once, processes
 
 
 def compress(
@@ -62,19 +67,30 @@ def compress(
     progress: called as progress(what, done, total).
     samples, seq_len, seed, device, dtype, out, overwrite, tokenizer: as `tersor quantize --help` says (`settings.py`).
 
-    Raises TersorError on bad input before anything is written, also for a setting that would do nothing. An interrupted job goes
-    on when it is called again with the same arguments and `out`.
+    Raises TersorError on bad input before anything is written, also for a setting that would do nothing, and where another job
+    writes to `out`. An interrupted job goes on when it is called again with the same arguments and `out`; for a finished one
+    that is a FinishedError.
     """
     asked, steps = settings_of(settings), _steps(method, rules)
     refuse_idle(asked, [each for step in steps for each in step.methods], by_name=not isinstance(model, nn.Module))
-    if len(steps) > 1:
-        result = run_steps(model, steps, asked, run_job)
-    else:
-        result = run_job(model, job_of(steps[0], asked))
-    result.run = run_of(result.summary, model, steps, asked)
-    if result.directory is not None and is_first():
-        write_run(result.directory, result.run)
-    return result
+    with ExitStack() as stack:
+        mark = None
+        if asked.out is not None:
+            lock = alone_in(asked.out)
+            once(lambda: stack.enter_context(lock))
+            source = open_checkpoint(str(model), allow_pickle=asked.allow_pickle)
+            said = json.dumps(asked_for(source, steps, asked), sort_keys=True)
+            mark = hashlib.sha256(said.encode()).hexdigest()
+            if not asked.overwrite and not asked.redo:
+                check_unfinished(asked.out, mark)
+        if len(steps) > 1:
+            result = run_steps(model, steps, asked, run_job)
+        else:
+            result = run_job(model, job_of(steps[0], asked))
+        result.run = {**run_of(result.summary, model, steps, asked), "asked": mark}
+        if result.directory is not None and is_first():
+            write_run(result.directory, result.run)
+        return result
 
 
 def _steps(method: Method | Sequence[Method | Recipe], rules: Sequence[Rule | Mapping[str, Any]]) -> list[Recipe]:

@@ -20,16 +20,27 @@ import torch
 from torch import nn
 
 from tersor.checkpoint.disk import disk_errors
-from tersor.checkpoint.room import RUN_FILE
+from tersor.checkpoint.room import RUN_FILE, read_object, record_of
+from tersor.checkpoint.source import JOB_FOLDER
 from tersor.compress.recipe import Recipe, plain_rule
 from tersor.compress.settings import Settings
 from tersor.compress.summary import Summary
+from tersor.errors import FinishedError
 from tersor.methods.method import BlockMethod, as_words
 from tersor.processes import processes
 from tersor.version import __version__
 
 # Not part of a command that makes the result again.
 NOT_GIVEN_AGAIN = ("out", "overwrite", "redo", "tokenizer", "progress")
+
+
+def check_unfinished(out: Path, mark: str) -> None:
+    """Raise FinishedError where `out` holds the whole result of the job with this mark."""
+    record, run = record_of(out) or {}, read_object(out / RUN_FILE) or {}
+    files = record.get("files")
+    whole = isinstance(files, list) and all(isinstance(name, str) and (out / name).is_file() for name in files)
+    if whole and run.get("asked") == mark and not (out / JOB_FOLDER).exists():
+        raise FinishedError(f"{out} holds the finished result of this very command; --overwrite makes it again")
 
 
 def write_run(directory: Path, run: Any) -> None:

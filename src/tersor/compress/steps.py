@@ -99,7 +99,7 @@ def _on_disk(name: str, steps: Sequence[Recipe], asked: Settings, run: Run) -> C
     out, temporary = directory_for(asked.out)
     source = open_checkpoint(name, allow_pickle=asked.allow_pickle)
     folder = out.parent / f".tersor-steps-{out.name}"
-    started, said = time.perf_counter(), _asked(source, steps, asked)
+    started, said = time.perf_counter(), asked_for(source, steps, asked)
     inputs = inputs_of(source, calibration=asked.calibration)
     for what, path in inputs.items():
         if path.resolve().is_relative_to(folder.resolve()):
@@ -162,12 +162,13 @@ def _job(steps: Sequence[Recipe], n: int, asked: Settings, *, by_name: bool = Tr
     return job_of(steps[n], replace(asked, **idle), history=history)
 
 
-def _asked(source: Checkpoint, steps: Sequence[Recipe], asked: Settings) -> dict[str, Any]:
-    """What decides the results between the steps, for JSON."""
+def asked_for(source: Checkpoint, steps: Sequence[Recipe], asked: Settings) -> dict[str, Any]:
+    """What decides the results of a job, and those between its steps, for JSON."""
     given = asked.calibration
     path = Path(given).expanduser() if isinstance(given, str | Path) else None
     if path is not None and path.is_file():
-        samples: str = hashlib.sha256(path.read_bytes()).hexdigest()
+        with path.open("rb") as file:
+            samples: str = hashlib.file_digest(file, "sha256").hexdigest()
     elif path is not None and path.is_dir():
         samples = _listing(path, (each for each in path.rglob("*") if each.is_file()))
     elif given is None or isinstance(given, str | Path):
@@ -187,6 +188,7 @@ def _asked(source: Checkpoint, steps: Sequence[Recipe], asked: Settings) -> dict
         "files beside the model": _listing(source.directory, source.other_files()) if source.origin is None else "",
         "steps": recipes,
         "calibration": samples,
+        "original": str(asked.original) if isinstance(asked.original, str | Path) else None,
     }
     said: dict[str, Any] = json.loads(json.dumps({**facts, **counts, **settings}))
     return said

@@ -120,6 +120,7 @@ class Files(Sink):
         again = _blocks_to_redo(plan, job.redo)
         self.started = True
         self.writer.start(self.marks, overwrite=job.overwrite, redo=bool(job.redo))
+        self.scratch = self.writer.folder if self.writer.folder.is_dir() else None  # another machine's disk may lack it
         if job.redo:
             names = {
                 block: {name: self._published(name) for name in each} for block, each in plan.linears.items() if each

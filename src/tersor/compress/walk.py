@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -132,11 +133,14 @@ def _watching_linear_maps(unit: Unit, called: set[str]) -> Iterator[None]:
             handle.remove()
 
 
-def walk(source: Source, first: Prepared, job: Job, restore: Callable[[Block], bool]) -> Generator[Block]:
+def walk(
+    source: Source, first: Prepared, job: Job, restore: Callable[[Block], bool], scratch: Path | None = None
+) -> Generator[Block]:
     """Compress every planned block, and yield it when it is finished. At the end the probe holds the compressed model's output.
 
     A block that the model uses more than once is compressed at its last use, with the calls of all uses. Several processes that
     walk together run a share of the samples each. restore: puts back a block that an earlier run finished; False where none did.
+    scratch: a folder for activations.
     """
     stored = None if job.layout is None else job.layout.stored(source.stored_dtype)
     hessian_dtype = torch.float64 if source.dtype == torch.float64 else torch.float32
@@ -151,10 +155,12 @@ def walk(source: Source, first: Prepared, job: Job, restore: Callable[[Block], b
 
     if first.probe is None:
         return _walk_without_samples(source, first.plan, job.progress, compressed)
-    return _walk(source, first, first.probe, job, compressed)
+    return _walk(source, first, first.probe, job, compressed, scratch)
 
 
-def _walk(source: Source, first: Prepared, probe: Probe, job: Job, compressed: Compress) -> Generator[Block]:
+def _walk(
+    source: Source, first: Prepared, probe: Probe, job: Job, compressed: Compress, scratch: Path | None
+) -> Generator[Block]:
     model, plan = source.module, first.plan
     mine = share(first.batches)
     together = bundles(mine)
@@ -176,6 +182,7 @@ def _walk(source: Source, first: Prepared, probe: Probe, job: Job, compressed: C
         job.activations,
         [*numbers, (sample_number(len(mine)),), *numbers[: len(originals)]],
         [*seeds, PROBE, *seeds[: len(originals)]],
+        scratch,
     ) as passes:
         for stop in passes:
             name = stop.unit.name

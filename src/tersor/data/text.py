@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tersor.byte_tokenizer import ByteTokenizer
+from tersor.data.long_text import LONG, pieces, text_length
 from tersor.errors import TersorError
 from tersor.untrusted import pretrained, read_bytes, readable
 
@@ -62,6 +63,15 @@ def builtin_text(part: str) -> str:
         raise ValueError(f"part {part!r} is neither 'calibration' nor 'evaluation'")
     names = sorted(topics)
     return "\n\n".join(topics[name].strip() for n, name in enumerate(names) if (n % 3 == 2) == (part == "evaluation"))
+
+
+def beginning(path: str | Path, size: int) -> tuple[str, bool]:
+    """The first `size` bytes of a text file, and whether that is all of it: a text that is not long is given whole."""
+    path = Path(path).expanduser()
+    if not path.is_file() or (length := text_length(path)) <= max(size, LONG):
+        return read_text(path), True
+    (text,) = pieces(path, [0], min(size, length))
+    return text, False
 
 
 def read_text(path: str | Path) -> str:

@@ -35,7 +35,7 @@ from tersor.errors import TersorError
 from tersor.evaluate.interval import Estimate, estimate
 from tersor.evaluate.logit_cache import Kept, LogitCache, opened_folder
 from tersor.evaluate.measures import kl_of
-from tersor.evaluate.perplexity import check_length, check_windows, cut_windows, logits_of, tokens_of
+from tersor.evaluate.perplexity import check_length, check_windows, cut_windows, logits_of, needed, tokens_of
 from tersor.evaluate.streamed import Walked, check_walked, fits, logits_of_windows
 from tersor.progress import Progress, silent
 from tersor.version import __version__
@@ -145,7 +145,7 @@ def divergence(
     Raises TersorError where the vocabularies differ, or the text is shorter than a window.
     """
     model, against = (each if isinstance(each, nn.Module) else open_checkpoint(each) for each in (model, against))
-    ids, decode = _ids(against, text, tokenizer)
+    ids, decode = _ids(against, text, tokenizer, needed(seq_len, max_windows))
     said = progress or silent
     check = partial(check_windows, tokenizer=tokenizer)
     if isinstance(model, nn.Module) or isinstance(against, nn.Module):
@@ -392,7 +392,7 @@ def _parts(tokens: list[int], decode: Callable[[list[int]], str]) -> list[str]:
 
 
 def _ids(
-    model: Checkpoint | nn.Module, text: str | Path | Tensor | None, tokenizer: Any
+    model: Checkpoint | nn.Module, text: str | Path | Tensor | None, tokenizer: Any, at_least: int | None
 ) -> tuple[Tensor, Callable[[list[int]], str] | None]:
     if isinstance(text, Tensor):
         return text, tokenizer.decode if tokenizer is not None else None
@@ -400,4 +400,4 @@ def _ids(
         tokenizer = load_tokenizer(model.directory)
     if tokenizer is None:
         raise TersorError("the original has no tokenizer: give token ids as a tensor")
-    return tokens_of(text, tokenizer), tokenizer.decode
+    return tokens_of(text, tokenizer, at_least=at_least), tokenizer.decode

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tersor.checkpoint.hashes import bytes_of
 from tersor.errors import TersorError
-from tersor.evaluate.perplexity import causal_windows, logits_of, tokens_of
+from tersor.evaluate.perplexity import causal_windows, logits_of, needed, tokens_of
 
 ROWS = 64  # tokens whose distributions are in memory in float64 at once
 AT_ONCE = 50  # images
@@ -85,7 +85,8 @@ def text_measure(
     max_windows: int | None,
 ) -> Measure:
     """Next-token distributions on windows of texts. Raises TersorError as `perplexity` does."""
-    ids = texts if isinstance(texts, Tensor) else torch.cat([tokens_of(each, tokenizer) for each in texts])
+    most = needed(seq_len, max_windows)
+    ids = texts if isinstance(texts, Tensor) else torch.cat([tokens_of(t, tokenizer, at_least=most) for t in texts])
     windows = causal_windows(base, ids, seq_len=seq_len, max_windows=max_windows, tokenizer=tokenizer)
     return windows_measure(windows, "tokens" if isinstance(texts, Tensor) else ", ".join(map(str, texts)))
 

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tersor.calibrate.batches import BYTES_A_TOKEN, MARGIN
 from tersor.checkpoint.load import check_tokens, load, load_tokenizer
 from tersor.checkpoint.positions import positions_of
 from tersor.checkpoint.source import Openable, open_checkpoint
-from tersor.data.text import builtin_text, read_text
+from tersor.data.text import beginning, builtin_text, read_text
 from tersor.errors import TersorError
 from tersor.evaluate.interval import estimate
 from tersor.progress import Progress
@@ -62,7 +63,7 @@ def perplexity(
         if not isinstance(text, Tensor) and tokenizer is None:
             tokenizer = load_tokenizer(checkpoint.directory)
         module = load(checkpoint, dtype=dtype, device=device)
-    ids = text if isinstance(text, Tensor) else tokens_of(text, tokenizer)
+    ids = text if isinstance(text, Tensor) else tokens_of(text, tokenizer, at_least=needed(seq_len, max_windows))
     windows = causal_windows(module, ids, seq_len=seq_len, max_windows=max_windows, tokenizer=tokenizer)
     where = next(module.parameters(), torch.empty(0)).device
     count, losses = len(windows), list[float]()
@@ -92,6 +93,11 @@ def causal_windows(
     windows = cut_windows(ids, seq_len=seq_len, max_windows=max_windows)
     check_windows(module, windows, tokenizer)
     return windows
+
+
+def needed(seq_len: int, max_windows: int | None) -> int | None:
+    """How many tokens the windows hold; None where they are all that a text has."""
+    return None if max_windows is None else max_windows * seq_len
 
 
 def check_length(module: nn.Module, seq_len: int) -> None:
@@ -181,11 +187,26 @@ def check_causal(module: nn.Module, window: Tensor, largest: int) -> None:
         )
 
 
-def tokens_of(text: str | Path | None, tokenizer: Any) -> Tensor:
+def tokens_of(text: str | Path | None, tokenizer: Any, *, at_least: int | None = None) -> Tensor:
+    """The tokens of a text. at_least: of a long file only so much is read that there are so many, where it has them."""
     if tokenizer is None:
         raise TersorError(
             "the model has no tokenizer: give token ids as a tensor, or images to a classifier (--images)"
         )
-    content = builtin_text("evaluation") if text is None or text == "builtin" else read_text(text)
-    ids: Tensor = tokenizer(content, return_tensors="pt", verbose=False)["input_ids"][0]
+
+    def tokenized(content: str) -> Tensor:
+        ids: Tensor = tokenizer(content, return_tensors="pt", verbose=False)["input_ids"][0]
+        return ids
+
+    if text is None or text == "builtin":
+        return tokenized(builtin_text("evaluation"))
+    if at_least is None:
+        return tokenized(read_text(text))
+    size, whole = BYTES_A_TOKEN * (max(at_least, 1) + MARGIN), False
+    while not whole:
+        content, whole = beginning(text, size)
+        ids = tokenized(content)
+        if len(ids) >= at_least + MARGIN:  # the last ones are of a word that is cut off
+            break
+        size *= 2
     return ids

@@ -1,7 +1,8 @@
 """Compiles a C++ file of this package into a shared library, once per machine, with the machine's own compiler.
 
 The source has a plain C interface and is called through ctypes: no torch headers are needed and one build serves every
-version of torch. The library is kept in the user's cache directory under a hash of source, compiler and flags. It gets its name
+version of torch. The library is kept in the user's cache directory under a hash of source, compiler and flags, and one of its own
+bytes: a file that a full disk or a power cut left truncated, whose use would end in a bus error, is built again. It gets its name
 when it is complete, so processes that build at the same time all end up with a whole file.
 """
 
@@ -10,14 +11,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-
-from tersor.files import replacing
 
 CACHE = Path.home() / ".cache" / "tersor" / "kernels"
 COMPILERS = ("c++", "g++", "clang++")
@@ -46,20 +46,30 @@ def build(source: Path, flags: Sequence[str], *, cache: Path | None = None) -> P
     flags = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", *flags)
     key = hashlib.sha256("\0".join([source.read_text(), path, version, *flags]).encode()).hexdigest()[:24]
     directory = CACHE if cache is None else cache
-    library = directory / f"{source.stem}-{key}.so"
-    if library.exists():
-        return library
+    stem = f"{source.stem}-{key}"
+    for library in directory.glob(f"{stem}-*.so"):
+        if library.name == _named(stem, library):
+            return library
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(suffix=".so", dir=directory)
     except OSError:  # no home directory to write to: build for this process only
         directory = Path(tempfile.mkdtemp(prefix="tersor-"))
-    library = directory / library.name
-    with replacing(library) as made:
-        command = [path, *flags, str(source), "-o", str(made)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        handle, name = tempfile.mkstemp(suffix=".so", dir=directory)
+    os.close(handle)
+    try:
+        result = subprocess.run([path, *flags, str(source), "-o", name], capture_output=True, text=True, check=False)
         if result.returncode != 0:
             raise CompileError(f"{path} {' '.join(flags)} failed: {result.stderr.strip()[:2000]}")
+        library = directory / _named(stem, Path(name))
+        os.replace(name, library)
+    finally:
+        Path(name).unlink(missing_ok=True)
     return library
+
+
+def _named(stem: str, library: Path) -> str:
+    return f"{stem}-{hashlib.sha256(library.read_bytes()).hexdigest()[:24]}.so"
 
 
 def load(source: Path, flags: Sequence[str]) -> ctypes.CDLL:

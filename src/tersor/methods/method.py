@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from tersor.errors import TersorError
 from tersor.progress import Progress
+from tersor.untrusted import check_number
 
 if TYPE_CHECKING:
     from torch import nn
@@ -200,6 +201,7 @@ def check_options(method: Method) -> None:
     """Check every option. Raises TersorError with the offending value."""
     for each in dataclasses.fields(method):
         check, value = each.metadata.get("check"), getattr(method, each.name)
+        check_number(each.name, value)
         if not _is_like(value, each.default) and not each.metadata.get("word"):
             allowed = each.metadata.get("allowed") or f"a value such as {each.default!r}"
             raise TersorError(f"{each.name}={value!r} is not allowed: {allowed}")

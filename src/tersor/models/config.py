@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from tersor.errors import TersorError
+from tersor.untrusted import check_number
 
 Config = TypeVar("Config")
 
@@ -34,6 +35,7 @@ def checked_config(config_class: type[Config], values: Mapping[str, Any], sectio
         if each.name not in values:
             continue
         value, default = values[each.name], each.default
+        check_number(f"{section}.{each.name}", value)
         wanted: Any = type(default)
         if isinstance(default, float):
             wanted = (int, float)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tersor.train.objectives import forecasting
 
 PATIENCE = 3  # validations without a new best, where the user does not say
 OF_TABLE = ("time", "target", "id", "fill")
+OPTION = re.compile(rf"--({'|'.join(OF_TABLE)})\b")
 
 
 def load_data(model: Any, data: Path, validation: Path | None, table: Mapping[str, Any]) -> Sets:
@@ -28,7 +30,10 @@ def load_data(model: Any, data: Path, validation: Path | None, table: Mapping[st
         raise TersorError("a series has a validation part of its own; leave --validation out")
     config = _config(model, {name: value for name, value in table.items() if name not in OF_TABLE})
     columns = {name: value for name, value in table.items() if name in OF_TABLE}
-    series = read_series(data, checked_config(TableConfig, columns, "data"))
+    try:
+        series = read_series(data, checked_config(TableConfig, columns, "data"))
+    except TersorError as error:  # which names options of `tersor forecast`: here they are entries of the table `data`
+        raise TersorError(OPTION.sub(r"--set data.\1=...", str(error))) from None
     if config.start and not series.step.dated:
         series = with_start(series, config.start, Step(max(1, round(config.step_hours * 3600)), "s"))
     variates = getattr(model.config, "enc_in", len(series.names))

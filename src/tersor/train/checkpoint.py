@@ -56,7 +56,8 @@ def save_run(folder: Path, run: dict[str, Any], parts: dict[str, Any], settings:
 
 
 def load_run(folder: Path, parts: dict[str, Any], settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Load the state of `parts`, and return what save_run was given as `run`; {} where no run is in the folder."""
+    """Load the state of `parts`, and return what save_run was given as `run`; {} where no run is in the folder, or one that did
+    not come to the end of its first step: that may be given anything else."""
     if not (folder / RUN_FILE).exists():
         if (folder / MODEL_FILE).exists():
             raise TersorError(f"{folder} holds a model that no training left there; choose another folder")
@@ -70,6 +71,8 @@ def load_run(folder: Path, parts: dict[str, Any], settings: dict[str, Any], devi
         state = torch.load(file, map_location=device, weights_only=True)
     except Exception as error:  # bytes that are no pickle raise errors of any kind
         raise TersorError(f"{file} is no run that can go on: {first_words(error)}; choose another folder") from error
+    if _is_at_its_start(state):
+        return {}
     _check_run(file, state, parts)
     for name, value in settings.items():
         before = state["settings"].get(name)
@@ -82,6 +85,11 @@ def load_run(folder: Path, parts: dict[str, Any], settings: dict[str, Any], devi
         raise TersorError(f"{file} does not fit this training: {first_words(error)}; choose another folder") from error
     run: dict[str, Any] = state["run"]
     return run
+
+
+def _is_at_its_start(state: Any) -> bool:
+    run = state.get("run") if isinstance(state, dict) else None
+    return isinstance(run, dict) and run.keys() == RUN_NUMBERS.keys() and run["step"] == 0
 
 
 def load_best(model: nn.Module, folder: Path, device: torch.device) -> None:
