@@ -26,6 +26,16 @@ def test_causal_models_are_not(name: str) -> None:
     assert tersor.perplexity(build(name), TOKENS, seq_len=32).perplexity > 1
 
 
+def test_its_interval_is_over_windows() -> None:
+    model = build("llama")
+    parts = [tersor.perplexity(model, window, seq_len=16).perplexity for window in TOKENS.view(4, 16)]
+    losses = torch.tensor(parts, dtype=torch.float64).log()
+    found = tersor.perplexity(model, TOKENS, seq_len=16)
+    assert found.perplexity == pytest.approx(float(losses.mean().exp()))
+    assert found.half_width == pytest.approx(found.perplexity * 3.1824 * float(losses.std()) / 2, rel=1e-4)
+    assert tersor.perplexity(model, TOKENS[:16], seq_len=16).half_width is None
+
+
 def test_a_decoder_class_that_sees_all_tokens_is_found_by_trying() -> None:
     from transformers import BertConfig, BertLMHeadModel
 

@@ -254,12 +254,14 @@ class _Session:
         """Why formulae alone say that no recipe keeps the budget; empty where one may."""
         asked = Budget(disk=self.budget.disk, memory=self.budget.memory)
         floor = least_on_disk(self.checkpoint, self.lazy)
-        weights = "its weights alone"
+        weights = "no less than its weights"
         plans = [replace(whole, memory=_least(least_in_memory(self.lazy, {}), weights))]
         for each in candidates:
             size = sizes[each.name]
             disk = (
-                _least(floor, "what is outside of the blocks alone") if size is None else _exact(size, measured=False)
+                _least(floor, "no less than what is outside of the blocks")
+                if size is None
+                else _exact(size, measured=False)
             )
             held = least_in_memory(self.lazy, packed_maps(self.lazy, each.steps)) if size is not None else floor
             plans.append(Plan(each.name, each.recipe, disk=disk, memory=_least(held, weights)))
