@@ -118,6 +118,7 @@ def gather_hessians(
             hessians[name].add(matrix, samples if x.dim() > 2 else together, _weights(linears[name], rows))
             if original is not None and not is_expert(name):
                 exact = theirs[name].pop(0) if theirs.get(name) else matrix
+                # Where a model dropped other tokens, rows do not correspond, and count as equal.
                 hessians[name].compare(exact if exact.shape == matrix.shape else matrix, matrix)
         previous = (name, x)
         reached.add(name)

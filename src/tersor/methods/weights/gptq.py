@@ -61,7 +61,7 @@ class GPTQ(BlockMethod):
     weighted: bool = option(False, "the same, with errors counted as the Hessian counts them")
     asymmetric: float = option(
         0.0,
-        "how far layers make up for what those before them lost, from 0 to 1 (all of it)",
+        "how much of what the layers before it lost each layer makes up for, from 0 to 1 (all)",
         check=lambda v: 0 <= v <= 1,
         allowed="between 0 and 1",
     )

@@ -1,0 +1,124 @@
+"""What asymmetric calibration is worth: WikiText-2 perplexity of the built-in model by the share of the correction.
+
+    TERSOR_DATA=../shared/data python benchmarks/asymmetric.py             prints the table
+    ... --write                  keeps it in benchmarks/results/asymmetric.md and .json
+    ... --only 3 2               measures these numbers of bits
+    ... --quick                  few samples and windows, 3 bits: whether it runs, not what it is worth
+
+Everything else is as in the first rung of `ladder.py`. With --write every row is kept at once, and a row that is kept is not
+measured again: a run that is stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from quality import CALIBRATION, EVALUATION, MODEL, RESULTS, SEQ_LEN, machine, perplexity
+
+import tersor
+from tersor.compress import GPTQ, compress
+from tersor.formats.grid import Bits
+
+BITS: tuple[Bits, ...] = (3, 2, 4, "ternary")
+GROUPS = (128, -1)
+SHARES = (0.0, 0.5, 1.0, 0.25)
+
+
+@dataclass(frozen=True)
+class Row:
+    bits: str
+    group_size: int
+    share: float
+    perplexity: float
+    seconds: float  # to quantize
+
+
+def measure(bits: Bits, group_size: int, share: float, arguments: argparse.Namespace) -> Row:
+    method = GPTQ(bits=bits, group_size=group_size, desc_act=True, static_groups=True, weighted=True, asymmetric=share)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "model"
+        done = compress(
+            MODEL, method, calibration=CALIBRATION, samples=arguments.samples, seq_len=arguments.seq_len, out=out
+        )
+        return Row(str(bits), group_size, share, perplexity(out, arguments.windows), done.summary.seconds)
+
+
+def table(rows: list[Row]) -> str:
+    shares = sorted(SHARES)
+    lines = [f"| bits | group | {' | '.join(f'{share:g}' for share in shares)} |", "| --- " * 2 + "| ---: " * 4 + "|"]
+    found = {(row.bits, row.group_size, row.share): f"{row.perplexity:.2f}" for row in rows}
+    for bits, group in dict.fromkeys((row.bits, row.group_size) for row in rows):
+        cells = " | ".join(found.get((bits, group, share), "") for share in shares)
+        lines.append(f"| {bits} | {'row' if group == -1 else group} | {cells} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--samples", type=int, default=64, help="calibration samples")
+    parser.add_argument("--seq-len", type=int, default=512, help="tokens of these")
+    parser.add_argument("--windows", type=int, default=60, help="evaluation windows of 1024 tokens")
+    parser.add_argument("--only", nargs="*", default=[], help="numbers of bits")
+    parser.add_argument("--quick", action="store_true", help="whether it runs")
+    parser.add_argument("--write", action="store_true", help="keep the result in benchmarks/results/")
+    arguments = parser.parse_args()
+    for path in (CALIBRATION, EVALUATION):
+        if not path.is_file():
+            sys.exit(f"no {path}: set TERSOR_DATA to the folder that holds text/{path.name}")
+    if arguments.quick and arguments.write:
+        sys.exit("--quick measures nothing that is worth keeping: leave --write out")
+    if arguments.quick:
+        arguments.samples, arguments.seq_len, arguments.windows, arguments.only = 4, 64, 1, ["3"]
+    rows = kept(arguments) if arguments.write else []
+    known = {(row.bits, row.group_size, row.share) for row in rows}
+    for group in GROUPS:
+        for bits in BITS:
+            if arguments.only and str(bits) not in arguments.only:
+                continue
+            for share in (each for each in SHARES if (str(bits), group, each) not in known):
+                rows.append(measure(bits, group, share, arguments))
+                print(rows[-1], file=sys.stderr, flush=True)
+                if arguments.write:
+                    write(rows, arguments)
+    print(table(rows))
+
+
+def kept(arguments: argparse.Namespace) -> list[Row]:
+    """The rows of an earlier run with the same settings."""
+    path = RESULTS / "asymmetric.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"settings": None}
+    return [Row(**row) for row in found["rows"]] if found["settings"] == settings(arguments) else []
+
+
+def settings(arguments: argparse.Namespace) -> str:
+    return f"--samples {arguments.samples} --seq-len {arguments.seq_len} --windows {arguments.windows}"
+
+
+def write(rows: list[Row], arguments: argparse.Namespace) -> None:
+    versions = f"tersor {tersor.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
+    command = f"python benchmarks/asymmetric.py {settings(arguments)} --write"
+    text = f"""# What asymmetric calibration is worth
+
+The built-in model `demo` with symmetric levels, GPTQ with act-order, static groups and ranges by the Hessian: perplexity on
+WikiText-2 (test split, the first {arguments.windows} windows of {SEQ_LEN} tokens) by `--asymmetric`, the share of the correction.
+Calibrated on {arguments.samples} samples of {arguments.seq_len} tokens of English books; one draw.
+
+{table(rows)}
+
+Command: `{command}`. {machine()}; {versions}.
+"""
+    (RESULTS / "asymmetric.md").write_text(text, encoding="utf-8")
+    content = {"settings": settings(arguments), "machine": machine(), "versions": versions}
+    content["rows"] = [asdict(row) for row in rows]  # type: ignore[assignment]
+    (RESULTS / "asymmetric.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
