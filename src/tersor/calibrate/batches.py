@@ -134,7 +134,7 @@ def _text_of(calibration: str | Path | None) -> tuple[str, str]:
 def _tokenize(tokenizer: Any, text: str) -> Tensor:
     if tokenizer is None:
         raise TersorError(
-            "the model has no tokenizer, so text cannot calibrate it: give --calibration images (a folder of classes, a packed .npz), "
+            "the model has no tokenizer, so text cannot calibrate it: give --calibration a folder of images or an .npz, "
             "or in Python its own inputs as an iterable of dictionaries"
         )
     ids: Tensor = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
