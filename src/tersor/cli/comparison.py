@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
+from tersor.cli.table import wrapped
 from tersor.evaluate.agreement import Agreement
 from tersor.evaluate.divergence import Divergence
 from tersor.evaluate.interval import Estimate
@@ -13,6 +15,7 @@ from tersor.evaluate.similarities import Similarities
 from tersor.tasks.forecast_compared import ForecastsCompared
 
 T = TypeVar("T")
+BESIDE = "  [8 bits: "  # what the anchor's figure begins with
 INTERVAL = "± is half of a 95 % interval"
 
 
@@ -96,7 +99,14 @@ SHOWN: dict[str, Callable[..., list[str]]] = {
 
 def _beside(found: T, anchor: T | None) -> Callable[[Callable[[T], str]], str]:
     """What a line ends with: the same figure of the anchor."""
-    return lambda figure: "" if anchor is None else f"  [8 bits: {figure(anchor)}]"
+    return lambda figure: "" if anchor is None else f"{BESIDE}{figure(anchor)}]"
+
+
+def folded(lines: Iterable[str]) -> list[str]:
+    """The lines in the width of the terminal; where one is too wide, the anchor's figure goes below."""
+    width = shutil.get_terminal_size().columns
+    short = [line if len(line) <= width else line.replace(BESIDE, f"\n    {BESIDE.strip()} ") for line in lines]
+    return wrapped(part for line in short for part in line.split("\n"))
 
 
 def _flips(found: Divergence | Agreement) -> str:

@@ -13,7 +13,6 @@ from tersor.cli.comparison import INTERVAL
 from tersor.cli.harness import given, refuse, show_harness
 from tersor.cli.options import AsJson, Device, Variant, opened_as, print_json
 from tersor.cli.progress import Report, progress_bar
-from tersor.cli.table import wrapped
 from tersor.errors import TersorError
 from tersor.evaluate.accuracy import accuracy
 from tersor.evaluate.agreement import agreement
@@ -171,7 +170,7 @@ def _against(
         told = {} if anchor is None else {"anchor": anchor.as_dict()}
         print_json({"model": model, "against": base, **found.as_dict(), **told})
         return
-    for line in wrapped(show(found, anchor)):
+    for line in comparison.folded(show(found, anchor)):
         typer.echo(line)
 
 
