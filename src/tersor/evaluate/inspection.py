@@ -39,7 +39,7 @@ class BlockGroup:
 
 @dataclass(frozen=True)
 class Inspection:
-    """parameters counts the dense model's; size (bytes) and files are those on disk. methods: those of the job that wrote it, with
+    """parameters counts the dense model's; size (bytes) and files: on disk. methods: those of the job that wrote it, with
     their options, as the result says itself. outside: what lies outside the blocks, with the bits a weight of its linear maps
     and embeddings."""
 
