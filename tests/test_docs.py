@@ -100,7 +100,7 @@ def options_table(verb: str) -> str:
             continue
         names = "`, `".join([*parameter.opts, *parameter.secondary_opts])
         default = parameter.default() if callable(parameter.default) else parameter.default
-        told = "" if default is None or default is False else f" (default: {default})"
+        told = "" if default is None or default is False or default == "" else f" (default: {default})"
         required = " (required)" if parameter.required else ""
         rows.append(f"| `{names}` | {parameter.help}{told}{required} |")
     return "\n".join(rows)

@@ -54,3 +54,9 @@ def test_every_name_that_train_takes_is_found_by_models() -> None:
         found.stem for found in Path(tersor.models.__file__).parent.glob("*/*.py") if "@register" in found.read_text()
     }
     assert registered <= {info.module.rpartition(".")[2] for info in tersor.models.list()}
+
+
+def test_shows_an_architecture_as_json(tersor_command: Callable[..., Any]) -> None:
+    told = json.loads(tersor_command("show", "shvit", "--json").out)
+    assert (told["system"], told["task"], told["parameters"]["shvit_s4"]) == ("shvit", "classify", 16_588_484)
+    assert told["description"].startswith("SHViT")

@@ -6,6 +6,7 @@ printed once with names that are as long as real ones.
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
@@ -176,12 +177,11 @@ def options_of(command: Any) -> set[str]:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_help_has_an_example_and_no_option_twice(verb: str, tersor_command: Callable[..., Ran]) -> None:
-    ran = tersor_command(verb, "-h")
-    assert ran.status == 0
-    assert f"tersor {verb} " in " ".join(ran.out.split()).replace(f"Usage: tersor {verb} ", "")
+    assert tersor_command(verb, "-h").status == 0
     for command in leaves(verb).values():
         names = [name for each in command.params for name in each.opts]
         assert len(names) == len(set(names)), command.name
+        assert f"tersor {verb} " in str(command.help), command.name
 
 
 def test_quiet_and_json_are_there_for_every_verb_where_they_mean_something() -> None:
@@ -228,3 +228,9 @@ finally:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["sweep", "show", "sample"]
+
+
+def test_generate_as_json_is_what_it_prints(tersor_command: Callable[..., Ran], small_source: Path) -> None:
+    command = ("generate", small_source, "It is", "--max-new-tokens", 2)
+    told = json.loads(tersor_command(*command, "--json").out)
+    assert told["prompt"] + told["text"] + "\n" == tersor_command(*command).out

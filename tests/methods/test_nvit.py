@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -109,11 +110,21 @@ def test_a_criterion_is_the_squared_change_of_the_loss_to_first_order() -> None:
 def test_pruning_reaches_the_target_and_is_saved(table: str, tmp_path: Path, labels: bool) -> None:
     vit = small_vit()
     method = NViTPruning(latency_target=0.6, latency_table=table, prune_per_step=32, batch_size=8, finetune_steps=2)
-    result = tersor.compress(vit, method, calibration=samples(labels=labels), format=None)
+    said: list[str] = []
+    result = tersor.compress(
+        vit,
+        method,
+        calibration=samples(labels=labels),
+        format=None,
+        progress=lambda what, done, total: said.append(what) if total == 0 else None,
+    )
+    assert [line.split(":")[0] for line in said] == ["forecast", "latency by the table", "latency measured on 8 images"]
+    share = int(re.findall(r"(\d+)% of the original's, 60% was asked", said[1])[0])
     pruned: Any = result.model
     rows = [list(report.row().values())[1:] for report in result.summary.layers]
     full = 3 * FULL_BLOCK
     assert 0.3 < sum(work_table().at(widths) for widths in rows) / full <= 0.6
+    assert share == round(100 * sum(work_table().at(widths) for widths in rows) / full)
     assert rows == [[pruned.config.embed_dim, *each] for each in zip(
         pruned.config.heads, pruned.config.qk, pruned.config.v, pruned.config.mlp, strict=True
     )]  # fmt: skip

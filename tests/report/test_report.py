@@ -401,3 +401,9 @@ def test_a_measured_speed_is_shown_with_its_share_of_the_bandwidth(report: Repor
     page = page_of(dataclasses.replace(report, results=[dataclasses.replace(report.results[0], speed=routed)]))
     assert "A mixture of experts reads some" in page
     assert ">50%<" not in page
+
+
+def test_json_is_what_the_page_says(tersor_command: Callable[..., Ran], results: list[Path], tmp_path: Path) -> None:
+    ran = tersor_command("report", results[0], "--out", tmp_path / "page.html", "--json")
+    (tmp_path / "said.json").write_text(ran.out)
+    assert read(tmp_path / "page.html") == read(tmp_path / "said.json")

@@ -170,7 +170,8 @@ def _windows_of_file(tokenizer: Any, path: Path, *, samples: int, length: int, s
 def _tokenize(tokenizer: Any, text: str) -> Tensor:
     if tokenizer is None:
         raise TersorError(
-            "the model has no tokenizer, so text cannot calibrate it: give its own inputs as an iterable of dictionaries"
+            "the model has no tokenizer, so text cannot calibrate it: give --calibration a folder of images or an .npz, "
+            "or in Python its own inputs as an iterable of dictionaries"
         )
     ids: Tensor = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
     return ids

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import typer
 
+from tersor.cli.table import wrapped
 from tersor.evaluate.agreement import Agreement
 from tersor.evaluate.divergence import Divergence, Passage
 from tersor.evaluate.interval import Estimate
@@ -17,6 +19,7 @@ from tersor.tasks.graphs_compared import GraphsCompared
 
 T = TypeVar("T")
 COLOURS = (None, "yellow", "bright_red", "magenta")  # of a token by its divergence
+BESIDE = "  [8 bits: "  # what the anchor's figure begins with
 INTERVAL = "± is half of a 95 % interval"
 
 
@@ -125,7 +128,14 @@ SHOWN: dict[str, Callable[..., list[str]]] = {
 
 def _beside(found: T, anchor: T | None) -> Callable[[Callable[[T], str]], str]:
     """What a line ends with: the same figure of the anchor."""
-    return lambda figure: "" if anchor is None else f"  [8 bits: {figure(anchor)}]"
+    return lambda figure: "" if anchor is None else f"{BESIDE}{figure(anchor)}]"
+
+
+def folded(lines: Iterable[str]) -> list[str]:
+    """The lines in the width of the terminal; where one is too wide, the anchor's figure goes below."""
+    width = shutil.get_terminal_size().columns
+    short = [line if len(line) <= width else line.replace(BESIDE, f"\n    {BESIDE.strip()} ") for line in lines]
+    return wrapped(part for line in short for part in line.split("\n"))
 
 
 def _flips(found: Divergence | Agreement | GraphsCompared) -> str:

@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 from tersor.cli.job_options import run_job, split, with_options
 from tersor.cli.options import Layers, SummaryAsJson, Variant, Verb, opened_as
 from tersor.compress.recipe import Recipe, read_steps
-from tersor.methods.method import Method, from_options, methods
+from tersor.methods.method import Method, PackedMethod, from_options, methods
 
 Model = Annotated[str, typer.Argument(help="A directory, a hub name such as org/name, `demo` or `demo-vit`.")]
 Out = Annotated[Path, typer.Option("--out", help="Directory to write; must not exist, or hold this job unfinished.")]
@@ -71,7 +71,8 @@ def _command(name: str, kind: type[Method]) -> Callable[..., None]:
             as_json=as_json,
         )
 
-    run.__doc__ = kind.__doc__
+    original = " --original MODEL" if issubclass(kind, PackedMethod) else ""
+    run.__doc__ = f"{kind.__doc__}\n\nExample: `tersor compress {name} MODEL{original} --out DIR`."
     return with_options(run, {name: kind})
 
 
@@ -84,7 +85,10 @@ def _recipe(
     as_json: SummaryAsJson = False,
     **given: Any,
 ) -> None:
-    """The steps of a recipe, one after another, each on the result of the last; a job that is interrupted goes on."""
+    """The steps of a recipe, one after another, each on the result of the last; a job that is interrupted goes on.
+
+    Example: `tersor compress recipe steps.yaml demo --out demo-steps`.
+    """
     run_job(opened_as(model, variant), out, read_steps(file), split(given)[0], every_layer=every_layer, as_json=as_json)
 
 

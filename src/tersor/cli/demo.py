@@ -15,7 +15,7 @@ from tersor.checkpoint.room import check_free
 from tersor.checkpoint.source import JOB_FOLDER, open_checkpoint
 from tersor.cli.options import AsJson, Samples, print_json
 from tersor.cli.progress import progress_bar
-from tersor.cli.table import print_table
+from tersor.cli.table import print_table, wrapped
 from tersor.compress import GPTQ, RTN, Method, compress
 from tersor.compress.settings import counting
 from tersor.evaluate.inspection import inspect_checkpoint
@@ -73,10 +73,12 @@ def demo(
     said = (
         f"The built-in model, a LLaMA of 12.6 million parameters, is quantized to {bits} bits twice: by rounding each weight "
         f"to the nearest level, and by GPTQ with {samples} samples of {seq_len} tokens. Both texts, for calibration and for "
-        f"perplexity ({max_windows} windows of {seq_len} tokens), are from Python's own documentation.\n"
+        f"perplexity ({max_windows} windows of {seq_len} tokens), are from Python's own documentation."
     )
     if not as_json:
-        typer.echo(said)
+        for line in wrapped([said], indent=0):
+            typer.echo(line)
+        typer.echo()
     with tempfile.TemporaryDirectory(prefix="tersor-demo-") as folder:
         target = out.absolute() if out else Path(folder) / "gptq"  # `demo` is the user's directory here
         rounded = Path(folder) / "rtn"

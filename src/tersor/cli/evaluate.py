@@ -14,7 +14,6 @@ from tersor.cli.comparison import INTERVAL
 from tersor.cli.harness import show_harness
 from tersor.cli.options import AsJson, Device, Variant, given, opened_as, print_json, refuse
 from tersor.cli.progress import progress_bar
-from tersor.cli.table import wrapped
 from tersor.errors import TersorError
 from tersor.evaluate.accuracy import accuracy
 from tersor.evaluate.agreement import agreement
@@ -201,7 +200,7 @@ def _against(
         told = {} if anchor is None else {"anchor": anchor.as_dict()}
         print_json({"model": str(model), "against": str(base), **found.as_dict(), **told})
         return
-    for line in wrapped(show(found, anchor)):
+    for line in comparison.folded(show(found, anchor)):
         typer.echo(line)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from tersor.cli.options import AsJson, Variant, opened_as, print_json
-from tersor.cli.table import print_table
+from tersor.cli.table import print_table, wrapped
 from tersor.evaluate.inspection import inspect_checkpoint
 
 
@@ -31,7 +31,7 @@ def inspect(
     )
     for method in found.methods:
         options = ", ".join(f"{name} {_word(value)}" for name, value in method.items() if name != "name")
-        typer.echo(f"made by {method.get('name')}: {options}")
+        _echo(f"made by {method.get('name')}: {options}")
     rows = []
     for group in found.blocks:
         block = f"{group.first} ... ({group.count})" if group.count > 1 else group.first
@@ -45,9 +45,14 @@ def inspect(
     print_table(head[:most], [row[:most] for row in rows], left=(0, 1))
     if found.outside:
         parts = (name if bits is None else f"{name} ({bits:.3f} bits)" for name, bits in found.outside.items())
-        typer.echo(f"outside the blocks: {', '.join(parts)}")
+        _echo(f"outside the blocks: {', '.join(parts)}")
     if found.unknown:
         typer.echo(f"tensors that the architecture has no place for: {', '.join(found.unknown[:8])}")
+
+
+def _echo(line: str) -> None:
+    for each in wrapped([line]):
+        typer.echo(each)
 
 
 def _word(value: Any) -> str:

@@ -45,7 +45,11 @@ def wrapped(lines: Iterable[str], *, indent: int = 4) -> list[str]:
     for line in lines:
         own = " " * (len(line) - len(line.lstrip()))
         found += textwrap.wrap(
-            line, width, subsequent_indent=own + " " * indent, break_long_words=False, break_on_hyphens=False
+            _printable(line),
+            width,
+            subsequent_indent=own + " " * indent,
+            break_long_words=False,
+            break_on_hyphens=False,
         ) or [""]
     return found
 

@@ -43,7 +43,7 @@ class Inspection:
     model: str
     architecture: str
     format: str
-    methods: list[dict[str, Any]]  # those that made it, in order, with their options
+    methods: list[dict[str, Any]]  # those of the job that wrote it, with their options, as the result says itself
     parameters: int  # of the dense model
     size: int  # bytes on disk
     files: int  # on disk

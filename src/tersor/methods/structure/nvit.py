@@ -32,6 +32,8 @@ from __future__ import annotations
 
 import copy
 import math
+import statistics
+import time
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -118,6 +120,11 @@ class NViTPruning(ModelMethod):
         pruned = dense(student, gates)
         if self.finetune_steps:
             train(pruned, data, self, work)
+        batch = data.images[: self.batch_size]
+        before, after = (1000 * seconds_of(each, batch) for each in (teacher, pruned))
+        work.progress(
+            f"latency measured on {len(batch)} images: {before:.1f} ms -> {after:.1f} ms ({after / before:.0%})", 0, 0
+        )
         for n, widths in enumerate(units.widths_of(gates)):
             work.report(PrunedBlock(f"blocks.{n}", widths))
         return pruned.to(next(model.parameters()).dtype)
@@ -135,7 +142,8 @@ class NViTPruning(ModelMethod):
         optimizer = torch.optim.AdamW(student.parameters(), lr=self.lr)
         criteria: list[Tensor] | None = None
         groups = [math.ceil(gate.numel() / units.GROUP[kind]) for kind, gate in _with_kinds(gates) if kind not in fixed]
-        most, steps, share = sum(groups) * units.GROUP_OPTION, 0, 1.0  # the threshold reaches every group in the end
+        most, steps, share = sum(groups) * units.GROUP_OPTION, 0, 1.0  # in the end the threshold reaches every group
+        started = time.perf_counter()
         while share > self.latency_target:
             if (steps - 1) * self.prune_per_step > most:
                 raise TersorError(f"latency_target={self.latency_target}: nothing is left to prune at {share:.2f}")
@@ -161,8 +169,18 @@ class NViTPruning(ModelMethod):
             )
             units.zero_pruned(student, gates)
             steps, share = steps + 1, units.latency(gates, table) / full
+            if steps == 1:
+                self._forecast(math.ceil(most / self.prune_per_step), time.perf_counter() - started, work)
             work.progress(f"pruning, latency {share:.2f}", min(most, steps * self.prune_per_step), most)
+        work.progress(f"latency by the table: {share:.0%} of the original's, {self.latency_target:.0%} was asked", 0, 0)
         return gates
+
+    def _forecast(self, steps: int, seconds: float, work: Work) -> None:
+        """Say, after the first step, how long all may take."""
+        trained = seconds / self.interval * self.finetune_steps
+        work.progress(
+            f"forecast: at most {steps} pruning steps, {math.ceil((steps * seconds + trained) / 60)} min in all", 0, 0
+        )
 
     def _check_target(self, gates: units.Gates, table: LatencyTable, full: float) -> None:
         """Raise TersorError where the target is below the latency of one group of every kind."""
@@ -247,6 +265,17 @@ def train(model: nn.Module, data: Data, method: NViTPruning, work: Work) -> None
         torch.autograd.backward(data.loss(model))
         optimizer.step()
         work.progress("fine-tuning", step + 1, method.finetune_steps)
+
+
+@torch.no_grad()
+def seconds_of(model: nn.Module, images: Tensor) -> float:
+    """The median of five calls, after one to warm up."""
+    took = []
+    for _ in range(6):
+        started = time.perf_counter()
+        float(_logits(model, images).sum())  # waits for a GPU
+        took.append(time.perf_counter() - started)
+    return statistics.median(took[1:])
 
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
