@@ -1,4 +1,4 @@
-"""Two language models of which a block each is in memory: they run part by part, and parts are exchanged as they come by.
+"""Two language models with one block of each in memory: they run part by part, and parts are exchanged as they come by.
 
     with l of the original in the place of the compressed one, for many l in one pass:
         for every unit:  load it;  run the samples of every l on it, those of an l inside it on the other model's module
@@ -38,7 +38,7 @@ AT_ONCE = 16  # groups at most: each sample of each group is a thread
 
 
 class Walked:
-    """A checkpoint of which a unit at a time is in memory. units: by name."""
+    """A checkpoint with one unit at a time in memory. units: by name."""
 
     def __init__(self, checkpoint: Checkpoint, *, dtype: str, device: str) -> None:
         where = pick_device(device)
@@ -54,7 +54,7 @@ class Walked:
         self.lazy.release(self.units[name].module)
 
     def bits_of(self, name: str) -> float | None:
-        """Of a packed layer."""
+        """The bits of a packed layer's grid; None for other layers."""
         if name not in self.lazy.quantized or self.lazy.quantization is None:
             return None
         stem = self.lazy.quantized[name][0]
