@@ -246,9 +246,3 @@ def test_a_number_that_does_not_raise_is_refused(number: int) -> None:
 def test_another_word_is_refused(text: str) -> None:
     with pytest.raises(TersorError, match="is not one of as-is, top-k:N"):
         parse_routing(text)
-
-
-def test_models_without_experts_do_not_mind() -> None:
-    assert tersor.compress(
-        build("llama"), GPTQ(group_size=32), calibration=samples("llama", 2), format=None, experts="all"
-    ).summary.layers

@@ -219,7 +219,6 @@ def _lives(process: int) -> bool:
         ({"format": "gptq_v2"}, "format"),
         ({"exclude": ["*.0.mlp.*"]}, "exclude"),
         ({"dtype": "bfloat16"}, "dtype"),
-        ({"experts": "all"}, "experts"),
         ({"seed": 2}, "calibration"),
         ({"method": GPTQ(bits=8, group_size=32), "seed": 2}, "bits and calibration"),
     ],
