@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tersor.calibrate.batches import Batch, call, fingerprint, first_tensor, probe_of, without_cache, without_target
+from tersor.calibrate.batches import Batch, call, fingerprint, first_tensor, without_cache, without_target
 from tersor.calibrate.draws import PROBE, drawing
 from tersor.checkpoint.lazy_model import LazyModel, classes_of, compute_dtype
 from tersor.checkpoint.load import load_tokenizer
@@ -27,7 +27,7 @@ from tersor.checkpoint.source import STEPS, Checkpoint, open_checkpoint
 from tersor.checkpoint.writer import model_fingerprint
 from tersor.compress.first_run import fitted
 from tersor.compress.result import Compressed, Summary, loss_of, peak_memory
-from tersor.compress.samples import read_samples, samples_by_path
+from tersor.compress.samples import probe_for, read_samples, samples_by_path
 from tersor.compress.settings import Job, asked_of
 from tersor.compress.stream import record_of_job
 from tersor.compress.whole_model import check_patterns, is_wanted
@@ -170,7 +170,9 @@ def _compress(module: nn.Module, original: nn.Module, job: Job) -> tuple[Compres
     check_patterns(job, list(layers))
     first = next(original.parameters())
     samples: list[Batch] = read_samples(job, job.calibration, original, job.tokenizer, first.device, first.dtype)
-    probe = probe_of(without_target(samples[0]))
+    found = probe_for(job, original, without_target(samples[0]), first.device, first.dtype)
+    assert found is not None
+    probe: Batch = found
     for each in (module, original):
         each.eval().requires_grad_(False)
     mark = fingerprint(samples)
@@ -192,7 +194,7 @@ def _compress(module: nn.Module, original: nn.Module, job: Job) -> tuple[Compres
         peak_memory=peak_memory(job.place),
         bits_per_weight=0.0,
         quantization={},
-        **loss_of(before, after),
+        **loss_of(job, before, after),
     )
     return Compressed(summary, None, before, after, _module=module), mark
 

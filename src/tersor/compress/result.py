@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from tersor.checkpoint.load import load
-from tersor.compress.settings import Job
+from tersor.compress.samples import compared_on
+from tersor.compress.settings import Job, Settings
 from tersor.compress.walk import Prepared
 from tersor.formats.packed_weight import PackedWeight
 from tersor.layers.linear_map import LinearMap, matrix_shape
@@ -27,8 +28,9 @@ class Summary:
     """What a job did. Sizes in bytes, times in seconds.
 
     quantization: what the checkpoint says of itself, as in its config.json.
-    divergence: mean KL divergence of the compressed model's predictions from the original's on the probe, in nats; agreement: how
-    often both predict the same. None where the model's output is no prediction over classes.
+    divergence: mean KL divergence of the compressed model's predictions from the original's on what they were compared on, in
+    nats, and that of each window of it; agreement: how often both predict the same. None where the model's output is no
+    prediction over classes.
     """
 
     model: str
@@ -45,6 +47,8 @@ class Summary:
     size_after: int | None = None
     divergence: float | None = None
     agreement: float | None = None
+    divergences: Sequence[float] = ()
+    compared_on: str | None = None
     resumed_blocks: int = 0
     parameters_before: int | None = None
     parameters_after: int | None = None
@@ -127,7 +131,7 @@ class Tally:
             sparsity=sparsity_of(self.reports, first.plan.all_linears()),
             resumed_blocks=self.resumed,
             **facts,
-            **loss_of(before, after),
+            **loss_of(job, before, after),
         )
         return Compressed(summary, None, before, after)
 
@@ -164,12 +168,20 @@ def memory_now(device: torch.device) -> int:
         return peak_memory(device)
 
 
-def loss_of(before: Tensor | None, after: Tensor | None) -> dict[str, Any]:
+def loss_of(job: Settings, before: Tensor | None, after: Tensor | None) -> dict[str, Any]:
     """Divergence and agreement of two outputs [..., classes]; empty where there is nothing to compare."""
     if before is None or after is None or before.shape != after.shape or before.dim() < 2:
         return {}
-    after = after.to(before.device)
+    windows = [_divergence(p, q.to(p.device)) for p, q in zip(before, after, strict=True)]
+    agreement = (before.argmax(-1) == after.to(before.device).argmax(-1)).double().mean()
+    return {
+        "divergence": sum(windows) / len(windows),
+        "agreement": float(agreement),
+        "divergences": windows if len(windows) > 1 else [],
+        "compared_on": compared_on(job, before),
+    }
+
+
+def _divergence(before: Tensor, after: Tensor) -> float:
     p, q = before.double().log_softmax(-1), after.double().log_softmax(-1)
-    divergence = (p.exp() * (p - q)).sum(-1).mean()
-    agreement = (before.argmax(-1) == after.argmax(-1)).double().mean()
-    return {"divergence": float(divergence), "agreement": float(agreement)}
+    return float((p.exp() * (p - q)).sum(-1).mean())

@@ -89,6 +89,8 @@ def run_of(
         "processes": processes(),
         "divergence": summary.divergence,
         "agreement": summary.agreement,
+        "divergences": list(summary.divergences),
+        "compared_on": summary.compared_on,
         "bits_per_weight": summary.bits_per_weight,
         "size_before": summary.size_before,
         "parameters_before": summary.parameters_before,

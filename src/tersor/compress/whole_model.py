@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from tersor.calibrate.batches import call, first_tensor, probe_of, without_cache, without_target
+from tersor.calibrate.batches import call, first_tensor, without_cache, without_target
 from tersor.calibrate.draws import PROBE, drawing
 from tersor.checkpoint.lazy_model import compute_dtype
 from tersor.checkpoint.load import load_opened, load_tokenizer
 from tersor.checkpoint.preprocessing import PREPROCESSOR, image_settings, preprocessor_config
 from tersor.checkpoint.room import check_free, inputs_of
 from tersor.checkpoint.source import open_checkpoint, torch_dtype
-from tersor.compress.first_run import fitted
+from tersor.compress.first_run import UNFIT, fitted
 from tersor.compress.result import Compressed, Summary, loss_of, peak_memory
-from tersor.compress.samples import read_samples, samples_by_path
+from tersor.compress.samples import probe_for, read_samples, samples_by_path
 from tersor.compress.save import save_plain
 from tersor.compress.settings import Job
 from tersor.errors import TersorError
@@ -75,13 +75,20 @@ def _compress(module: nn.Module, job: Job, stored: torch.dtype) -> Compressed:
     if method.needs_samples or job.calibration is not None:
         samples = read_samples(job, job.calibration, module, job.tokenizer, first.device, first.dtype)
     size = _parameters_of(module)
-    probe = probe_of(without_target(samples[0])) if samples else None
+    probe = probe_for(job, module, without_target(samples[0]) if samples else None, first.device, first.dtype)
     before = None
     module.eval()
     with without_cache(module):
         with torch.no_grad(), drawing(PROBE):
-            if probe:
-                before, samples, probe = fitted(module, samples, probe, lambda batch: first_tensor(call(module, batch)))
+            try:
+                if probe:
+                    before, samples, probe = fitted(
+                        module, samples, probe, lambda each: first_tensor(call(module, each))
+                    )
+            except UNFIT:
+                if samples:
+                    raise
+                probe = None  # a model that does not run on text alone, and nobody gave anything else
         work = Work(samples, lambda name: is_wanted(job, name), job.progress)
         compressed = method.compress_model(module, work).eval()
         for parameter in compressed.parameters():
@@ -101,7 +108,7 @@ def _compress(module: nn.Module, job: Job, stored: torch.dtype) -> Compressed:
         quantization={},
         parameters_before=size,
         parameters_after=_parameters_of(compressed),
-        **loss_of(before, after),
+        **loss_of(job, before, after),
     )
     return Compressed(summary, None, before, after, _module=compressed)
 
