@@ -112,6 +112,13 @@ def probe_of(batch: Batch, tokens: int = 64) -> Batch:
     return {name: value[:, :tokens] if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
+def held_out(tokenizer: Any, *, rows: int, length: int) -> Batch:
+    """Text that calibrates nothing: windows from all over the built-in evaluation text, input_ids [rows, length]."""
+    tokens = _tokenize(tokenizer, builtin_text("evaluation"))
+    windows = _windows(tokens, "the built-in evaluation text", samples=rows, length=length, seed=0)
+    return {"input_ids": torch.cat([each["input_ids"] for each in windows])}
+
+
 def to_device(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
     """Tensors on the device, floating ones in the model's dtype."""
     return each_tensor(batch, lambda value: value.to(device, dtype if value.is_floating_point() else None))

@@ -9,11 +9,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import torch
 import typer
 
 from tersor.calibrate.statistics import is_expert
 from tersor.cli.table import print_table
 from tersor.compress.summary import Summary
+from tersor.evaluate.interval import half_width
 from tersor.formats.layouts import PLAIN
 
 HIDDEN = ("condition",)  # of a row: the report shows it
@@ -63,8 +65,10 @@ def print_summary(summary: Summary, out: Path, *, every_layer: bool = False) -> 
         f"{summary.seconds:.1f} s in all, {a_block}peak memory {summary.peak_memory / 1e9:.2f} GB{earlier}"
     )
     if summary.divergence is not None:
+        width = half_width(torch.tensor(summary.divergences)) if len(summary.divergences) > 1 else None
+        interval = "" if width is None else f" ± {width:.4f}"
         typer.echo(
-            f"predictions on a sample: KL divergence {summary.divergence:.4f} nats from the original, "
+            f"on {summary.compared_on}: KL divergence {summary.divergence:.4f}{interval} nats from the original, "
             f"{summary.agreement:.1%} of the first choices the same"
         )
     typer.echo(f"what was lost, and where, as a page: tersor report {shlex.quote(str(out))}")

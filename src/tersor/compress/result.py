@@ -100,7 +100,7 @@ class Tally:
             sparsity=sparsity_of(self.reports, first.plan.all_linears()),
             resumed_blocks=self.resumed,
             **facts,
-            **loss_of(before, after),
+            **loss_of(job, before, after),
         )
         return Compressed(summary, None, before, after)
 

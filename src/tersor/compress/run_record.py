@@ -78,6 +78,8 @@ def run_of(summary: Summary, model: str | Path | nn.Module, steps: Sequence[Reci
         "processes": processes(),
         "divergence": summary.divergence,
         "agreement": summary.agreement,
+        "divergences": list(summary.divergences),
+        "compared_on": summary.compared_on,
         "bits_per_weight": summary.bits_per_weight,
         "size_before": summary.size_before,
         "parameters_before": summary.parameters_before,

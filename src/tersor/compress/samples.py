@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tersor.calibrate.batches import Batch, Calibration, make_batches, probe_of, to_device, without_target
+from tersor.calibrate.batches import (
+    Batch,
+    Calibration,
+    held_out,
+    make_batches,
+    probe_of,
+    to_device,
+    without_target,
+)
 from tersor.calibrate.images import image_batches, is_images
 from tersor.calibrate.padding import shown_only
 from tersor.checkpoint.load import check_tokens, load_tokenizer
@@ -19,8 +29,11 @@ from tersor.checkpoint.preprocessing import class_names, image_processor, image_
 from tersor.checkpoint.source import Checkpoint
 from tersor.compress.in_memory import Source
 from tersor.compress.plan import Plan
-from tersor.compress.settings import Job
+from tersor.compress.settings import Job, Settings
 from tersor.errors import TersorError
+
+HELD_OUT, ROWS, SHARE = 2048, 8, 4  # see `probe_for`
+LOGITS = 1 << 26
 
 
 def samples_of(job: Job, plan: Plan, source: Source) -> tuple[list[Batch], Batch | None]:
@@ -30,18 +43,50 @@ def samples_of(job: Job, plan: Plan, source: Source) -> tuple[list[Batch], Batch
     if source.checkpoint is not None:
         tokenizer = tokenizer or load_tokenizer(source.checkpoint.directory)
         calibration = samples_by_path(source.checkpoint, job)
+    job = replace(job, tokenizer=tokenizer, calibration=calibration)
     needed = needs_samples(plan)
-    wanted = needed or asked_for_samples(calibration)
-    if not wanted and tokenizer is None:
-        return [], None
-    try:
-        found = read_samples(job, calibration, source.module, tokenizer, source.device, source.dtype)
-    except TersorError:
-        if wanted:
-            raise
-        return [], None
+    if not (needed or asked_for_samples(calibration)):
+        return [], probe_for(job, source.module, None, source.device, source.dtype)
+    found = read_samples(job, calibration, source.module, tokenizer, source.device, source.dtype)
     moved = [without_target(batch) for batch in found]
-    return (moved if needed else []), probe_of(moved[0])
+    return (moved if needed else []), probe_for(job, source.module, moved[0], source.device, source.dtype)
+
+
+def probe_for(
+    job: Job, module: nn.Module, first: Batch | None, device: torch.device, dtype: torch.dtype
+) -> Batch | None:
+    """What the result is compared with the original on: text that nothing is calibrated on, where the samples are text; else a
+    short part of the first sample, where there is one.
+
+    So much text as the samples have, divided by SHARE, for it runs through the model several times; at most HELD_OUT tokens, and
+    so many as have LOGITS outputs.
+    """
+    tokenizer = job.tokenizer
+    if tokenizer is not None and is_text(job.calibration) and (first is None or set(first) == {"input_ids"}):
+        vocabulary = len(tokenizer) if hasattr(tokenizer, "__len__") else 1
+        tokens = min(HELD_OUT, job.samples * job.seq_len // SHARE, LOGITS // max(1, vocabulary))
+        length = min(max(2, tokens // ROWS), job.seq_len, positions_of(module) or job.seq_len)
+        try:
+            found = held_out(tokenizer, rows=ROWS, length=length)
+            check_tokens(module, found["input_ids"], tokenizer)
+        except TersorError:  # a text or tokens that do not fit this model
+            pass
+        else:
+            return to_device(found, device, dtype)
+    return None if first is None else probe_of(first)
+
+
+def is_text(calibration: Calibration) -> bool:
+    if calibration is None or isinstance(calibration, str | Path):
+        return True
+    return isinstance(calibration, Sequence) and all(isinstance(each, str) for each in calibration)
+
+
+def compared_on(job: Settings, outputs: Tensor | None) -> str:
+    """What `probe_for` gave, in words: of text it alone has several rows."""
+    if outputs is None or not is_text(job.calibration) or len(outputs) != ROWS or outputs.dim() < 3:
+        return "the first sample"
+    return f"{outputs.shape[0] * outputs.shape[1]:,} tokens of the built-in evaluation text"
 
 
 def needs_samples(plan: Plan) -> bool:

@@ -92,7 +92,7 @@ def _in_memory(model: nn.Module, steps: Sequence[Recipe], asked: Settings, run: 
             original, made = at, run(at, job)
         found.append(made)
     last = found[-1]
-    return replace(last, summary=_summary([each.summary for each in found], found[0].before, last.after))
+    return replace(last, summary=_summary(asked, [each.summary for each in found], found[0].before, last.after))
 
 
 def _on_disk(name: str, steps: Sequence[Recipe], asked: Settings, run: Run) -> Compressed:
@@ -143,7 +143,7 @@ def _on_disk(name: str, steps: Sequence[Recipe], asked: Settings, run: Run) -> C
     if isinstance(steps[-1].method, PackedMethod):
         job = replace(job, original=original)
     last = run(at, replace(job, out=out))
-    summary = _summary([*summaries, last.summary], before, last.after)
+    summary = _summary(asked, [*summaries, last.summary], before, last.after)
     summary = replace(summary, model=name, size_before=source.size(), seconds=time.perf_counter() - started)
     shutil.rmtree(folder)
     return Compressed(summary, out, before, last.after, _folder=temporary)
@@ -227,7 +227,7 @@ def _make(folder: Path, said: Mapping[str, Any]) -> None:
         partial.write_text(json.dumps(said, indent=2) + "\n")
 
 
-def _summary(parts: Sequence[Summary], before: Tensor | None, after: Tensor | None) -> Summary:
+def _summary(asked: Settings, parts: Sequence[Summary], before: Tensor | None, after: Tensor | None) -> Summary:
     """One summary of all steps: the last one's, with every layer's report and what was lost since the original."""
     layers: list[Report] = [layer for part in parts for layer in part.layers]
     counted = [part.parameters_after for part in parts if part.parameters_after is not None]
@@ -241,5 +241,11 @@ def _summary(parts: Sequence[Summary], before: Tensor | None, after: Tensor | No
         size_before=parts[0].size_before,
         parameters_before=parts[0].parameters_before,
         parameters_after=counted[-1] if counted else None,
-        **{"divergence": None, "agreement": None, **loss_of(before, after)},
+        **{
+            "divergence": None,
+            "agreement": None,
+            "divergences": (),
+            "compared_on": None,
+            **loss_of(asked, before, after),
+        },
     )

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from tersor.compress.samples import compared_on
+from tersor.compress.settings import Settings
 from tersor.methods.method import Report
 
 
@@ -16,8 +18,9 @@ class Summary:
     """What a job did. Sizes in bytes, times in seconds.
 
     quantization: what the checkpoint says of itself, as in its config.json.
-    divergence: mean KL divergence of the compressed model's predictions from the original's on the probe, in nats; agreement: how
-    often both predict the same. None where the model's output is no prediction over classes.
+    divergence: mean KL divergence of the compressed model's predictions from the original's on what they were compared on, in
+    nats, and that of each window of it; agreement: how often both predict the same. None where the model's output is no
+    prediction over classes.
     """
 
     model: str
@@ -34,6 +37,8 @@ class Summary:
     size_after: int | None = None
     divergence: float | None = None
     agreement: float | None = None
+    divergences: Sequence[float] = ()
+    compared_on: str | None = None
     resumed_blocks: int = 0
     parameters_before: int | None = None
     parameters_after: int | None = None
@@ -45,12 +50,20 @@ class Summary:
         return {**self.__dict__, "layers": [layer.row() for layer in self.layers]}
 
 
-def loss_of(before: Tensor | None, after: Tensor | None) -> dict[str, Any]:
+def loss_of(asked: Settings, before: Tensor | None, after: Tensor | None) -> dict[str, Any]:
     """Divergence and agreement of two outputs [..., classes]; empty where there is nothing to compare."""
     if before is None or after is None or before.shape != after.shape or before.dim() < 2:
         return {}
-    after = after.to(before.device)
+    windows = [_divergence(p, q.to(p.device)) for p, q in zip(before, after, strict=True)]
+    agreement = (before.argmax(-1) == after.to(before.device).argmax(-1)).double().mean()
+    return {
+        "divergence": sum(windows) / len(windows),
+        "agreement": float(agreement),
+        "divergences": windows if len(windows) > 1 else [],
+        "compared_on": compared_on(asked, before),
+    }
+
+
+def _divergence(before: Tensor, after: Tensor) -> float:
     p, q = before.double().log_softmax(-1), after.double().log_softmax(-1)
-    divergence = (p.exp() * (p - q)).sum(-1).mean()
-    agreement = (before.argmax(-1) == after.argmax(-1)).double().mean()
-    return {"divergence": float(divergence), "agreement": float(agreement)}
+    return float((p.exp() * (p - q)).sum(-1).mean())

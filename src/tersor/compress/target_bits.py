@@ -34,7 +34,7 @@ from tersor.compress.first_run import fitted
 from tersor.compress.knapsack import choose
 from tersor.compress.plan import make_plan, with_fitting_layout
 from tersor.compress.recipe import Recipe, Rule, plain_rule
-from tersor.compress.samples import read_samples, samples_by_path
+from tersor.compress.samples import probe_for, read_samples, samples_by_path
 from tersor.compress.settings import AUTO, Job, asked_of
 from tersor.errors import NotFiniteError, TersorError
 from tersor.formats.compressed_tensors import COMPRESSED_TENSORS
@@ -86,8 +86,11 @@ def with_chosen_bits(model: str | nn.Module, job: Job) -> Job:
             job.progress("float16 overflows: measuring in float32", 0, 0)
         module = LazyModel(checkpoint, dtype=dtype, device=job.place).load_all().to(job.place).eval()
         samples = _samples(module, job, samples_by_path(checkpoint, job))
-        if writer is not None and (earlier := _earlier(writer, checkpoint, job, samples, dtype)) is not None:
-            return _with_rules(job, earlier)
+        if writer is not None:
+            probe = probe_for(job, module, samples[0], job.place, dtype)
+            assert probe is not None
+            if (earlier := _earlier(writer, checkpoint, job, samples, probe, dtype)) is not None:
+                return _with_rules(job, earlier)
         try:
             return _with_rules(job, _choice(module, job, method, samples, torch_dtype(checkpoint.config)))
         except NotFiniteError:
@@ -116,7 +119,7 @@ def _samples(module: nn.Module, job: Job, given: Any) -> list[Batch]:
 
 
 def _earlier(
-    writer: ResultWriter, checkpoint: Checkpoint, job: Job, samples: list[Batch], dtype: torch.dtype
+    writer: ResultWriter, checkpoint: Checkpoint, job: Job, samples: list[Batch], probe: Batch, dtype: torch.dtype
 ) -> Recipe | None:
     """What an earlier run of this very job chose; None where there was none. Raises TersorError, before anything is measured,
     where the result may not be put into `out`."""
@@ -124,7 +127,7 @@ def _earlier(
     marks = {
         "model": model_fingerprint(checkpoint),
         **asked_of(job, job.layout, dtype),
-        "calibration": fingerprint([*samples, probe_of(samples[0])]),
+        "calibration": fingerprint([*samples, probe]),
     }
     decided = {"bits", "group_size", "rules", *(["format"] if job.format == AUTO else [])}  # these the choice decides
     if not job.overwrite and all(writer.mark(key) == value for key, value in marks.items() if key not in decided):

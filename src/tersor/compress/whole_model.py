@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from tersor.calibrate.batches import Batch, call, first_tensor, probe_of, without_cache, without_target
+from tersor.calibrate.batches import Batch, call, first_tensor, without_cache, without_target
 from tersor.calibrate.draws import PROBE, drawing
 from tersor.checkpoint.lazy_model import compute_dtype
 from tersor.checkpoint.load import load_opened, load_tokenizer
 from tersor.checkpoint.preprocessing import PREPROCESSOR, image_settings, preprocessor_config
 from tersor.checkpoint.room import check_free, inputs_of
 from tersor.checkpoint.source import open_checkpoint, torch_dtype
-from tersor.compress.first_run import fitted
+from tersor.compress.first_run import UNFIT, fitted
 from tersor.compress.result import Compressed
-from tersor.compress.samples import read_samples, samples_by_path
+from tersor.compress.samples import probe_for, read_samples, samples_by_path
 from tersor.compress.save import save_plain
 from tersor.compress.settings import Job
 from tersor.compress.summary import Summary, loss_of
@@ -97,15 +97,22 @@ def _compress(module: nn.Module, job: Job, stored: torch.dtype) -> Compressed:
 
 
 def compared(original: nn.Module, job: Job, samples: list[Batch], change: Callable[[Work], nn.Module]) -> Compressed:
-    """The model that `change` makes. The first sample, where there is one, runs through the original before and through the
-    result after. The summary says nothing of a file."""
-    probe, before, after = probe_of(without_target(samples[0])) if samples else None, None, None
+    """The model that `change` makes. What `probe_for` gives runs through the original before and through the result after. The
+    summary says nothing of a file."""
+    first = next(original.parameters())
+    probe = probe_for(job, original, without_target(samples[0]) if samples else None, first.device, first.dtype)
+    before = after = None
     with without_cache(original):
-        if probe:
-            with torch.no_grad(), drawing(PROBE):
-                before, samples, probe = fitted(
-                    original, samples, probe, lambda batch: first_tensor(call(original, batch))
-                )
+        with torch.no_grad(), drawing(PROBE):
+            try:
+                if probe:
+                    before, samples, probe = fitted(
+                        original, samples, probe, lambda batch: first_tensor(call(original, batch))
+                    )
+            except UNFIT:
+                if samples:
+                    raise
+                probe = None  # a model that does not run on text alone, and nobody gave anything else
         work = Work(samples, job.wants, job.progress)
         made = change(work)
         if probe:
@@ -122,7 +129,7 @@ def compared(original: nn.Module, job: Job, samples: list[Batch], change: Callab
         peak_memory=peak_memory(job.place),
         bits_per_weight=0.0,
         quantization={},
-        **loss_of(before, after),
+        **loss_of(job, before, after),
     )
     return Compressed(summary, None, before, after, _module=made)
 

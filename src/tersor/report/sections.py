@@ -146,8 +146,9 @@ def _fidelity(report: Report, result: Result, anchor: str, figures: Figures) -> 
         kept = result.run.get("divergence")
         if isinstance(kept, float):
             return (
-                f"<p>On the job's short sample the predictions are {kept:.4f} nats (KL divergence) from the original's, and "
-                f"{result.run['agreement']:.1%} of the first choices are the same. One sample has no interval.</p>"
+                "<p>On the text that the job compared them on the predictions are "
+                f"{kept:.4f} nats (KL divergence) from the original's, and "
+                f"{result.run['agreement']:.1%} of the first choices are the same.</p>"
                 + _hint(report, "compare the models token by token, with intervals and a noise floor")
             )
         return "<p>The job compared nothing: no sample ran through the model.</p>" + _hint(report, "compare the models")
