@@ -14,6 +14,9 @@ four feeders of other loads. sgrl's environment is not installed: it imitates a 
 Kept: the return over that of the same policy in float32; the aim is 95 %. Moved: the mean change of the actions on unseen data,
 over their spread. Quantized: all linear layers inside the blocks in groups of 32, at 8 bits by rounding, below by GPTQ calibrated
 on the data of training.
+
+The first row of each model is a policy that learned nothing. Where float32 is not above it, the return says nothing, and only
+"moved" tells what was lost: pasta does not balance the pole after its 200 steps of training.
 """
 
 from __future__ import annotations
@@ -59,6 +62,7 @@ class Recipe:
     loss: Callable[[nn.Module, Batch], Tensor]
     value: Callable[[nn.Module], float]
     steps: int
+    nothing: tuple[str, Callable[[], float]]  # what a policy is that learned nothing, and its return
     rate: float = 2e-3
 
 
@@ -101,6 +105,13 @@ def remembered(states: Tensor, actions: Tensor) -> Tensor:
     return torch.cat((states, before), -1).transpose(0, 1)
 
 
+def whole(states: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+    """As long as the windows that pasta learned from: the first state stands still before a run begins."""
+    before = PAST - states.shape[1]
+    still = states[:, :1].expand(-1, before, -1)
+    return torch.cat((still, states), 1), torch.cat((actions.new_zeros(len(states), before, 1), actions), 1)
+
+
 def gtrxl_data(seed: int) -> list[Batch]:
     states, actions = recorded(seed)
     pairs = zip(states.split(32), actions.split(32), strict=True)
@@ -129,6 +140,10 @@ def balanced(act: Callable[[Tensor, Tensor], Tensor]) -> float:
         total += int(alive.sum())
         states.append(x.copy())
     return total / STARTS
+
+
+def unmoved() -> float:
+    return balanced(lambda states, actions: torch.zeros(STARTS, 1))
 
 
 def feeder(seed: int) -> Feeder:
@@ -181,6 +196,15 @@ def restored(model: Any) -> float:
     return total
 
 
+def restored_at_random() -> float:
+    total = 0.0
+    for n in range(4):
+        runs = trajectories(feeder(n), 100, np.random.default_rng(5), steps=8)
+        first = runs["attention_mask"].argmax(1)
+        total += float(runs["returns_to_go"][torch.arange(100), first, 0].mean())
+    return total
+
+
 def sgrl_data(seed: int) -> list[Batch]:
     """Limbs [L, B, 41] drawn at random; wanted: the target's pull less the limb's turning, along each joint's axis."""
     draw = torch.Generator().manual_seed(seed)
@@ -225,12 +249,15 @@ def pidt() -> nn.Module:
 RECIPES = {
     "gtrxl": Recipe(
         Remembering, gtrxl_data, called, squared,
-        lambda model: balanced(lambda s, a: model(remembered(s, a))[-1]), 800,
+        lambda model: balanced(lambda s, a: model(remembered(s, a))[-1]), 800, ("no force", unmoved),
     ),
-    "pasta": Recipe(pasta, pasta_data, called, squared, lambda model: balanced(model), 200),
-    "pidt": Recipe(pidt, pidt_data, chosen, pidt_loss, restored, 300, 5e-3),
+    "pasta": Recipe(
+        pasta, pasta_data, called, squared,
+        lambda model: balanced(lambda s, a: model(*whole(s, a))), 200, ("no force", unmoved),
+    ),
+    "pidt": Recipe(pidt, pidt_data, chosen, pidt_loss, restored, 300, ("random switches", restored_at_random), 5e-3),
     "sgrl": Recipe(lambda: tersor.models.create("sgrl_actor", ninp=32, nhid=64, nlayers=2), sgrl_data, torques,
-                   sgrl_loss, imitated, 150),
+                   sgrl_loss, imitated, 150, ("the mean", lambda: 0.0)),
 }  # fmt: skip
 
 
@@ -258,7 +285,8 @@ def rows_of(name: str, recipe: Recipe, steps: int) -> list[str]:
         before = [recipe.actions(model, batch) for batch in unseen]
     spread = torch.cat([each.flatten() for each in before]).std()
     size = sum(each.numel() for each in model.parameters())
-    lines = [f"| {name} | {size:,} | float32 | {value:.3f} | | |"]
+    what, least = recipe.nothing
+    lines = [f"| {name} | | {what} | {least():.3f} | | |", f"| {name} | {size:,} | float32 | {value:.3f} | | |"]
     for method, options in METHODS.items():
         samples = [inputs_of(batch) for batch in recipe.data(0)[:8]]
         small = tersor.compress(model, options, calibration=samples, format=None).model.eval()
