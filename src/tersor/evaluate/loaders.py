@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from tersor.checkpoint.gguf_architecture import ARCHITECTURES, metadata_of
 from tersor.checkpoint.quantization_config import read_config
-from tersor.checkpoint.source import Openable, torch_dtype
+from tersor.checkpoint.skeleton import build_skeleton
+from tersor.checkpoint.source import Checkpoint, Openable, open_checkpoint, torch_dtype
 from tersor.errors import TersorError
 from tersor.formats.gguf_blocks import BLOCK
 from tersor.formats.layout import QuantizationConfig
