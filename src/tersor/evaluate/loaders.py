@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from tersor.checkpoint.gguf_architecture import ARCHITECTURES, metadata_of
-from tersor.checkpoint.lazy_model import LazyModel, lazily
 from tersor.checkpoint.quantization_config import read_config
-from tersor.checkpoint.source import Openable, torch_dtype
+from tersor.checkpoint.skeleton import build_skeleton
+from tersor.checkpoint.source import Checkpoint, Openable, open_checkpoint, torch_dtype
 from tersor.errors import TersorError
 from tersor.formats.gguf_blocks import BLOCK
 from tersor.formats.layout import QuantizationConfig
@@ -34,10 +35,9 @@ class Loader:
     how: str  # how it was tested, or why it is refused
 
 
-def loaders_of(model: Openable | LazyModel) -> list[Loader]:
+def loaders_of(model: Openable) -> list[Loader]:
     """Raises TersorError where it is no model."""
-    lazy = lazily(model)
-    checkpoint = lazy.checkpoint
+    checkpoint = open_checkpoint(model)
     config = checkpoint.config
     found = [Loader("tersor", TESTED, "every job reads back what it wrote and compares the outputs")]
     if config.get(EXCHANGED) or "tersor_model" in config or "architectures" not in config:
@@ -46,12 +46,12 @@ def loaders_of(model: Openable | LazyModel) -> list[Loader]:
     quantization = read_config(checkpoint.directory, config)
     if quantization is None:
         found.append(Loader("transformers", TESTED, "a plain checkpoint in its own layout"))
-        return [*found, Loader("vLLM", UNTESTED, "a plain checkpoint"), _llama_cpp(lazy, quantization)]
+        return [*found, Loader("vLLM", UNTESTED, "a plain checkpoint"), _llama_cpp(checkpoint, quantization)]
     if quantization.layout == "compressed-tensors":
         found += _compressed(quantization)
     elif quantization.layout in ("gptq", "gptq_v2"):
         found += _gptq(quantization)
-    return [*found, _llama_cpp(lazy, quantization)]
+    return [*found, _llama_cpp(checkpoint, quantization)]
 
 
 def _compressed(quantization: QuantizationConfig) -> list[Loader]:
@@ -78,12 +78,11 @@ def _gptq(quantization: QuantizationConfig) -> list[Loader]:
     ]
 
 
-def _llama_cpp(lazy: LazyModel, quantization: QuantizationConfig | None) -> Loader:
+def _llama_cpp(checkpoint: Checkpoint, quantization: QuantizationConfig | None) -> Loader:
     """What `tersor export` would say of it, from the config alone. TESTED: a row of benchmarks/results/gguf_in_llamacpp.md."""
-    checkpoint = lazy.checkpoint
     if checkpoint.gguf is not None:
         return Loader("llama.cpp", UNTESTED, "it is a GGUF file; nobody here ran this one")
-    why = _why_no_gguf(lazy, quantization)
+    why = _why_no_gguf(checkpoint, quantization)
     if why is not None:
         return Loader("llama.cpp", REFUSED, f"`tersor export` refuses it: {why}")
     if quantization is None:
@@ -103,12 +102,13 @@ def _llama_cpp(lazy: LazyModel, quantization: QuantizationConfig | None) -> Load
     return Loader("llama.cpp", TESTED, "after `tersor export`; benchmarks/results/gguf_in_llamacpp.md compares logits")
 
 
-def _why_no_gguf(lazy: LazyModel, quantization: QuantizationConfig | None) -> str | None:
-    name = str((lazy.checkpoint.config.get("architectures") or [""])[0])
+def _why_no_gguf(checkpoint: Checkpoint, quantization: QuantizationConfig | None) -> str | None:
+    name = str((checkpoint.config.get("architectures") or [""])[0])
     if name not in ARCHITECTURES:
         return f"it writes {', '.join(ARCHITECTURES)}, and this is {name}"
     try:
-        metadata_of(lazy.module.config, ARCHITECTURES[name])
+        module: Any = build_skeleton(checkpoint, torch_dtype(checkpoint.config))
+        metadata_of(module.config, ARCHITECTURES[name])
     except TersorError as error:
         return str(error)
     if quantization is None:

@@ -125,7 +125,7 @@ def _kept(
         sizes=sizes,
         layers=_layers(name, record, run, sizes.layers, views, attributed),
         views=views,
-        loaders=loaders_of(model),
+        loaders=loaders_of(model.checkpoint),
         attributed=None if attributed is None else {key: attributed.get(key) for key in KEPT},
     )
 
