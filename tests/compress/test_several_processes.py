@@ -64,12 +64,11 @@ def arguments(model: Path, out: Path) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_two_processes_write_the_bytes_of_one(tmp_path: Path) -> None:
-    method = GPTQ(asymmetric=0.5)
     tersor.compress(
-        "demo", method, samples=3, seq_len=64, include=["model.layers.[01].*"], out=tmp_path / "one", seed=7
+        "demo", GPTQ(), samples=3, seq_len=64, include=["model.layers.[01].*"], out=tmp_path / "one", seed=7
     )
     command = ["-m", "tersor", "quantize", "demo", "--samples", "3", "--seq-len", "64", "--seed", "7", "--json"]
-    command += ["--include", "model.layers.[01].*", "--out", str(tmp_path / "two"), "--asymmetric", "0.5"]
+    command += ["--include", "model.layers.[01].*", "--out", str(tmp_path / "two")]
     status, output, errors = finish(torchrun(2, *command))
     assert (status, errors) == (0, [])
     assert len(output.splitlines()) == 1  # only one process speaks
