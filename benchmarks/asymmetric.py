@@ -12,17 +12,14 @@ measured again: a run that is stopped goes on.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-import transformers
-from quality import CALIBRATION, EVALUATION, MODEL, RESULTS, SEQ_LEN, machine, perplexity
+from common import kept_numbers, versions, write_numbers, write_table
+from quality import CALIBRATION, EVALUATION, MODEL, SEQ_LEN, perplexity, where
 
-import tersor
 from tersor.compress import GPTQ, compress
 from tersor.formats.grid import Bits
 
@@ -92,9 +89,8 @@ def main() -> None:
 
 def kept(arguments: argparse.Namespace) -> list[Row]:
     """The rows of an earlier run with the same settings."""
-    path = RESULTS / "asymmetric.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"settings": None}
-    return [Row(**row) for row in found["rows"]] if found["settings"] == settings(arguments) else []
+    found = kept_numbers("asymmetric")
+    return [Row(**row) for row in found["rows"]] if found.get("settings") == settings(arguments) else []
 
 
 def settings(arguments: argparse.Namespace) -> str:
@@ -102,7 +98,6 @@ def settings(arguments: argparse.Namespace) -> str:
 
 
 def write(rows: list[Row], arguments: argparse.Namespace) -> None:
-    versions = f"tersor {tersor.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
     command = f"python benchmarks/asymmetric.py {settings(arguments)} --write"
     text = f"""# What asymmetric calibration is worth
 
@@ -112,12 +107,11 @@ Calibrated on {arguments.samples} samples of {arguments.seq_len} tokens of Engli
 
 {table(rows)}
 
-Command: `{command}`. {machine()}; {versions}.
+Command: `{command}`. {where()}; {versions("transformers")}.
 """
-    (RESULTS / "asymmetric.md").write_text(text, encoding="utf-8")
-    content = {"settings": settings(arguments), "machine": machine(), "versions": versions}
-    content["rows"] = [asdict(row) for row in rows]  # type: ignore[assignment]
-    (RESULTS / "asymmetric.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_table("asymmetric", text)
+    content = {"settings": settings(arguments), "machine": where(), "versions": versions("transformers")}
+    write_numbers("asymmetric", {**content, "rows": [asdict(row) for row in rows]})
 
 
 if __name__ == "__main__":

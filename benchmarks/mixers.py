@@ -22,11 +22,10 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from side_by_side import machine
+from common import RESULTS, machine
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -38,7 +37,6 @@ from tersor.models.sequence.s4d import S4D
 from tersor.models.text.h3 import Attention, H3AttentionConfig, H3Layer, H3LayerConfig
 from tersor.models.text.mamba import Mamba1Mixer, SSMConfig
 
-RESULTS = Path(__file__).parent / "results"
 WIDTH, HEADS, LAYERS, TOKENS = 64, 4, 2, 24
 PARAMETERS = 12 * WIDTH**2  # of a mixer with its MLP
 LENGTH, SYMBOLS = 16, 6

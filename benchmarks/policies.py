@@ -26,12 +26,11 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from side_by_side import machine
+from common import RESULTS, machine
 from torch import Tensor, nn
 
 import tersor
@@ -40,7 +39,6 @@ from tersor.data.restoration import Feeder, Restoration, best_order, trajectorie
 from tersor.models.control.morphology import limb_places, limb_relation
 from tersor.models.control.pasta import Policy
 
-RESULTS = Path(__file__).parent / "results"
 SYSTEM, STEPS, STARTS, PAST = "cart-pole", 100, 20, 8
 METHODS = {
     "rtn 8": tersor.RTN(bits=8, group_size=32),

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from common import DATA, versions, write_table
+from common import DATA, processor, versions, write_table
 from torch import Tensor, nn
 
 import tersor
@@ -95,7 +95,7 @@ THEN = ("round to nearest", "both", "DopQ-ViT + blocks")  # at the two smallest 
 
 
 def main() -> None:
-    started, processor = time.perf_counter(), time.process_time()
+    started, processor_started = time.perf_counter(), time.process_time()
     model = tersor.load("demo-vit")
     test = read_images("demo-vit", IMAGES / "cifar10_test_1000.npz")
     train, _ = read_images("demo-vit", IMAGES / "cifar10_train_512.npz")
@@ -124,7 +124,7 @@ def main() -> None:
         minutes = (time.perf_counter() - started) / 60
         lines += [
             "",
-            f"{(time.process_time() - processor) / 60:.1f} minutes of one processor core ({minutes:.0f} on the clock, "
+            f"{(time.process_time() - processor_started) / 60:.1f} minutes of one processor core ({minutes:.0f} on the clock, "
             f"shared), {processor()}; {platform.system()}; {versions()}.",
             "`python benchmarks/vision.py`",
         ]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tersor.calibrate.batches import make_batches
+from tersor.calibrate.batches import fingerprint, make_batches
 from tersor.errors import TersorError
 
 
@@ -33,3 +33,11 @@ def test_images_as_lists_of_arrays() -> None:
 def test_rows_of_several_lengths_are_refused() -> None:
     with pytest.raises(TersorError, match="calibration sample 0: the rows of input_ids are of several lengths"):
         batch({"input_ids": [[1, 2], [3]]})
+
+
+def test_samples_that_differ_in_one_number_have_another_fingerprint() -> None:
+    one, other = np.arange(3000), np.arange(3000)
+    other[1500] = 0
+    for wrap in (lambda x: x, torch.from_numpy, lambda x: (torch.from_numpy(x), 1)):
+        assert fingerprint([{"x": wrap(one)}]) == fingerprint([{"x": wrap(one.copy())}])
+        assert fingerprint([{"x": wrap(one)}]) != fingerprint([{"x": wrap(other)}])

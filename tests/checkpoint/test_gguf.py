@@ -456,7 +456,7 @@ def test_export_inspect_and_eval(tersor_command: Command, small: Path) -> None:
     found = json.loads(tersor_command("inspect", file, "--json").out)
     assert (found["architecture"], found["format"]) == ("LlamaForCausalLM", "gguf, 4 bits")
     assert found["blocks"][0]["bits"] == [4.5] * 7
-    assert found["bytes"] == file.stat().st_size
+    assert found["size"] == file.stat().st_size
     options = ("--seq-len", 64, "--max-windows", 2, "--json")
     ours, theirs = (json.loads(tersor_command("eval", each, *options).out) for each in (quantized, file))
     assert theirs["perplexity"] == pytest.approx(ours["perplexity"], rel=1e-3)  # embeddings in float16

@@ -234,3 +234,14 @@ def test_generate_as_json_is_what_it_prints(tersor_command: Callable[..., Ran], 
     command = ("generate", small_source, "It is", "--max-new-tokens", 2)
     told = json.loads(tersor_command(*command, "--json").out)
     assert told["prompt"] + told["text"] + "\n" == tersor_command(*command).out
+
+
+def test_a_last_column_without_words_takes_no_room() -> None:
+    assert table(("task", "score", ""), [("arc", "0.5", "")], left=(0, 2), width=80) == ["task  score", "arc     0.5"]
+
+
+def test_a_row_that_goes_on_with_another_name_has_no_line_for_it() -> None:
+    rows = [("blocks", "x" * 30, "1"), ("", "y" * 30, "2")]
+    lines = table(("block", "layer", "bits"), rows, left=(0, 1), width=36)
+    assert "" not in lines
+    assert any("y" * 30 in line for line in lines)

@@ -12,9 +12,9 @@ import torch
 from conftest import Ran
 
 import tersor
-from tersor import RTN
+from tersor import GPTQ, RTN
 
-SHOWN = r"on 2,048 tokens of the built-in evaluation text: KL divergence \d\.\d{4} ± \d\.\d{4} nats"
+SHOWN = r"on (512|2,048) tokens of the built-in evaluation text: KL divergence \d\.\d{4} ± \d\.\d{4} nats"
 
 
 @pytest.mark.parametrize("verb", ["quantize --method rtn --group-size 32", "compress drop-blocks --blocks 1"])
@@ -32,8 +32,11 @@ def test_it_is_measured_on_held_out_text_with_an_interval_also_without_calibrati
 
 
 def test_no_more_text_than_a_quarter_of_the_samples(small_source: Path) -> None:
-    found = tersor.compress(small_source, RTN(group_size=32), samples=4, seq_len=128).summary
+    how = {"calibration": "builtin", "samples": 4, "seq_len": 128}
+    found = tersor.compress(small_source, GPTQ(group_size=32), **how).summary
     assert found.compared_on == "128 tokens of the built-in evaluation text"
+    found = tersor.compress(small_source, GPTQ(group_size=32), **{**how, "samples": 1, "seq_len": 32}).summary
+    assert found.compared_on == "64 tokens of the built-in evaluation text"
 
 
 def test_samples_that_a_program_gives_are_compared_on_the_first_of_them(small_source: Path) -> None:

@@ -154,7 +154,7 @@ def test_ctrl_c_while_the_suggestion_is_tried_loses_no_measurement(
     threading.Thread(target=interrupt, daemon=True).start()
     ran = tersor_command(*command)
     assert ran.status == 130
-    assert "interrupted; what is finished is kept" in ran.err
+    assert "interrupted: give the same command again" in ran.err
     assert not out.exists()
     assert len(_measured(state)) == wanted
     ran = tersor_command(*command, "--no-suggest")

@@ -73,6 +73,7 @@ def test_a_block_at_a_time_gives_the_same_numbers(
     ran = tersor_command("eval", rounded, "--against", small_source, "--stream", *quick)
     assert ran.status == 0, ran.err
     assert "stronger its colour" in ran.out
+    assert "?[" not in ran.out  # colours are not shown as text
     ran = tersor_command("eval", rounded, "--stream", *quick)
     assert (ran.status, "--stream is for a comparison" in ran.err) == (2, True)
 

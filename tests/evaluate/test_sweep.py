@@ -150,7 +150,7 @@ def test_an_interrupted_sweep_goes_on(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.splitlines()[-1].startswith("interrupted; what is finished is kept")
+    assert errors.splitlines()[-1].startswith("interrupted: give the same command again")
     assert "Traceback" not in errors
     assert journal.exists()
     (row,) = sweep(read_jobs([tmp_path / "w.yaml"]), tmp_path / "out")

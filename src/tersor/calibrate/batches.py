@@ -86,17 +86,24 @@ def joined(batches: Sequence[Batch]) -> Batch:
 
 
 def fingerprint(batches: Sequence[Batch]) -> str:
-    """A hash of every tensor of the samples."""
+    """A hash of every number of the samples."""
     digest = hashlib.sha256()
     for batch in batches:
         for name, value in sorted(batch.items(), key=lambda item: str(item[0])):
             digest.update(str(name).encode())
-            if isinstance(value, Tensor):
-                digest.update(str((tuple(value.shape), value.dtype)).encode())
-                digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-            else:
-                digest.update(repr(value).encode())
+            for part in value if isinstance(value, list | tuple) else (value,):
+                _add(digest, part)
     return digest.hexdigest()
+
+
+def _add(digest: Any, value: Any) -> None:
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value)
+    if isinstance(value, Tensor):
+        digest.update(str((tuple(value.shape), value.dtype)).encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    else:
+        digest.update(repr(value).encode())
 
 
 def without_target(batch: Batch) -> Batch:

@@ -198,14 +198,17 @@ def _obey(talk: Chat, line: str, at_terminal: bool) -> bool:
     if command == "/quit":
         return False
     if command == "/help":
-        _say(HELP)
+        _say(HELP, always=True)
     elif command == "/reset":
         talk.reset()
-        _say("the turns are forgotten")
+        _say("the turns are forgotten", always=True)
     elif command == "/system":
         talk.reset()
         talk.system = rest or None
-        _say("the system message is set and the turns are forgotten" if rest else "there is no system message now")
+        _say(
+            "the system message is set and the turns are forgotten" if rest else "there is no system message now",
+            always=True,
+        )
     elif command == "/save":
         if not at_terminal:
             raise TersorError(
@@ -228,7 +231,7 @@ def _save(talk: Chat, name: str) -> None:
         raise TersorError(f"{file} is there already; give another name") from None
     except OSError as error:
         raise TersorError(f"{file} cannot be written: {error.strerror}") from None
-    _say(f"the conversation is in {file}")
+    _say(f"the conversation is in {file}", always=True)
 
 
 def _answer(talk: Chat, text: str, *, silent: bool) -> None:
@@ -264,5 +267,5 @@ def stopped_by_ctrl_c() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _say(line: str) -> None:
-    show_notes([line])
+def _say(line: str, *, always: bool = False) -> None:
+    show_notes([line], always=always)

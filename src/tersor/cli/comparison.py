@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterable
@@ -19,6 +20,7 @@ from tersor.tasks.graphs_compared import GraphsCompared
 
 T = TypeVar("T")
 COLOURS = (None, "yellow", "bright_red", "magenta")  # of a token by its divergence
+INDENT = " " * 6  # of a passage that goes on below
 BESIDE = "  [8 bits: "  # what the anchor's figure begins with
 INTERVAL = "± is half of a 95 % interval"
 
@@ -48,54 +50,80 @@ def of_texts(found: Divergence, anchor: Divergence | None) -> list[str]:
         lines.append(
             f"  {each.low:.3f} to {each.high:.3f}         {each.tokens:>9,}  {each.kl:>8.4f}  {100 * each.same_top1:>10.1f} %"
         )
-    lines += ["", "most different, the more a token differs the stronger its colour:"]
-    lines += [f'  {each.kl:.3f} nats in window {each.window}: "{_coloured(each)}"' for each in found.passages]
+    lines = [*folded(lines), "", "most different, the more a token differs the stronger its colour:"]
+    for passage in found.passages:
+        lines += _coloured(passage)
     return lines
 
 
-def _coloured(passage: Passage) -> str:
-    """The text, escaped as in JSON; colours go where the output is no terminal."""
-    return "".join(typer.style(json.dumps(part)[1:-1], fg=COLOURS[level]) for part, _, level in passage.levels())
+def _coloured(passage: Passage) -> list[str]:
+    """The lines of a passage, escaped as in JSON. They are cut before they are coloured: a colour takes no column. Where the
+    output is no terminal, typer.echo takes the colours away."""
+    width = shutil.get_terminal_size().columns
+    head, close = f'  {passage.kl:.3f} nats in window {passage.window}: "', '"'
+    rest = [(letter, level) for part, _, level in passage.levels() for letter in json.dumps(part)[1:-1]]
+    lines = []
+    while rest or head:
+        room = max(width - len(head or INDENT), 8)
+        cut = len(rest)
+        if cut + len(close) > room:
+            cut = 1 + max((n for n in range(1, room) if rest[n][0] == " "), default=room - 1)
+        now, rest = rest[:cut], rest[cut:]
+        while rest and now and now[-1][0] == " ":  # no blank ends a line
+            now.pop()
+        shown = "".join(
+            typer.style("".join(letter for letter, _ in alike), fg=COLOURS[level])
+            for level, alike in itertools.groupby(now, key=lambda each: each[1])
+        )
+        lines.append((head or INDENT) + shown + ("" if rest else close))
+        head = ""
+    return lines
 
 
 def of_images(found: Agreement, anchor: Agreement | None) -> list[str]:
     beside = _beside(found, anchor)
-    return [
-        f"{found.images:,} images; {INTERVAL}",
-        f"top-1 accuracy   {_value(found.accuracy, 100)} %, the original's {_value(found.base_accuracy, 100)} %"
-        + beside(lambda each: f"{_value(each.accuracy, 100)} %"),
-        f"  change         {_value(found.change, 100)} points" + beside(lambda each: _value(each.change, 100)),
-        f"same class       {_value(found.agreement, 100)} % of the images"
-        + beside(lambda each: f"{_value(each.agreement, 100)} %"),
-        f"  flips          {_flips(found)}" + beside(_flips_short),
-        f"KL divergence    {_value(found.kl)} nats" + beside(lambda each: _value(each.kl)),
-    ]
+    return folded(
+        [
+            f"{found.images:,} images; {INTERVAL}",
+            f"top-1 accuracy   {_value(found.accuracy, 100)} %, the original's {_value(found.base_accuracy, 100)} %"
+            + beside(lambda each: f"{_value(each.accuracy, 100)} %"),
+            f"  change         {_value(found.change, 100)} points" + beside(lambda each: _value(each.change, 100)),
+            f"same class       {_value(found.agreement, 100)} % of the images"
+            + beside(lambda each: f"{_value(each.agreement, 100)} %"),
+            f"  flips          {_flips(found)}" + beside(_flips_short),
+            f"KL divergence    {_value(found.kl)} nats" + beside(lambda each: _value(each.kl)),
+        ]
+    )
 
 
 def of_sentences(found: Similarities, anchor: Similarities | None) -> list[str]:
     beside = _beside(found, anchor)
-    return [
-        f"{found.lines:,} lines; {INTERVAL}",
-        f"order of the similarities   {_value(found.rank_correlation)} (Spearman; 1: the same)"
-        + beside(lambda each: _value(each.rank_correlation)),
-        f"cosine to the original      {found.cosine:.4f}, at least {found.least_cosine:.4f}"
-        + beside(lambda each: f"{each.cosine:.4f}, at least {each.least_cosine:.4f}"),
-        f"largest change of a cosine  {found.moved:.4f}" + beside(lambda each: f"{each.moved:.4f}"),
-    ]
+    return folded(
+        [
+            f"{found.lines:,} lines; {INTERVAL}",
+            f"order of the similarities   {_value(found.rank_correlation)} (Spearman; 1: the same)"
+            + beside(lambda each: _value(each.rank_correlation)),
+            f"cosine to the original      {found.cosine:.4f}, at least {found.least_cosine:.4f}"
+            + beside(lambda each: f"{each.cosine:.4f}, at least {each.least_cosine:.4f}"),
+            f"largest change of a cosine  {found.moved:.4f}" + beside(lambda each: f"{each.moved:.4f}"),
+        ]
+    )
 
 
 def of_forecasts(found: ForecastsCompared, anchor: ForecastsCompared | None) -> list[str]:
     beside = _beside(found, anchor)
-    return [
-        f"{found.windows:,} windows of {found.horizon} rows, in standard deviations; {INTERVAL}",
-        f"MSE                        {_value(found.mse)}, the original's {_value(found.base_mse)}"
-        + beside(lambda each: _value(each.mse)),
-        f"  change                   {_value(found.mse_change)}" + beside(lambda each: _value(each.mse_change)),
-        f"MAE                        {_value(found.mae)}, the original's {_value(found.base_mae)}"
-        + beside(lambda each: _value(each.mae)),
-        f"  change                   {_value(found.mae_change)}" + beside(lambda each: _value(each.mae_change)),
-        f"mean square between both   {_value(found.apart)}" + beside(lambda each: _value(each.apart)),
-    ]
+    return folded(
+        [
+            f"{found.windows:,} windows of {found.horizon} rows, in standard deviations; {INTERVAL}",
+            f"MSE                        {_value(found.mse)}, the original's {_value(found.base_mse)}"
+            + beside(lambda each: _value(each.mse)),
+            f"  change                   {_value(found.mse_change)}" + beside(lambda each: _value(each.mse_change)),
+            f"MAE                        {_value(found.mae)}, the original's {_value(found.base_mae)}"
+            + beside(lambda each: _value(each.mae)),
+            f"  change                   {_value(found.mae_change)}" + beside(lambda each: _value(each.mae_change)),
+            f"mean square between both   {_value(found.apart)}" + beside(lambda each: _value(each.apart)),
+        ]
+    )
 
 
 def of_graphs(found: GraphsCompared, anchor: GraphsCompared | None) -> list[str]:
@@ -114,7 +142,7 @@ def of_graphs(found: GraphsCompared, anchor: GraphsCompared | None) -> list[str]
             f"  flips          {_flips(found)}" + beside(_flips_short),
         ]
     apart = "KL divergence" if found.measure == "accuracy" else "squared change"
-    return [*lines, f"{apart:<16} {_value(found.apart)}" + beside(lambda each: _value(each.apart))]
+    return folded([*lines, f"{apart:<16} {_value(found.apart)}" + beside(lambda each: _value(each.apart))])
 
 
 SHOWN: dict[str, Callable[..., list[str]]] = {

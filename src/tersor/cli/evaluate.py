@@ -160,15 +160,16 @@ def evaluate(
     for name, value in {**alone, "--anchors": anchors or None}.items():
         if value is not None:
             raise TersorError(f"{name} is for a comparison: give --against the original")
-    check_evaluated_on(model, images)
+    opened = open_checkpoint(model)
+    check_evaluated_on(opened, images)
     if images is None:
         refuse(context, "perplexity", ("max_images",))
     else:
         refuse(context, "accuracy on images", ("text", "seq_len", "max_windows"))
-        _accuracy(model, images, max_images, dtype, device, as_json)
+        _accuracy(opened, images, max_images, dtype, device, as_json)
         return
     with progress_bar(quiet=as_json) as progress:
-        found = perplexity(model, source, seq_len=seq_len, max_windows=max_windows, progress=progress, **place)
+        found = perplexity(opened, source, seq_len=seq_len, max_windows=max_windows, progress=progress, **place)
     if as_json:
         print_json({"model": model, **found.__dict__})
     else:
@@ -200,14 +201,14 @@ def _against(
         told = {} if anchor is None else {"anchor": anchor.as_dict()}
         print_json({"model": str(model), "against": str(base), **found.as_dict(), **told})
         return
-    for line in comparison.folded(show(found, anchor)):
+    for line in show(found, anchor):
         typer.echo(line)
 
 
-def _accuracy(model: str, images: Path, limit: int | None, dtype: str, device: str, as_json: bool) -> None:
+def _accuracy(model: Checkpoint, images: Path, limit: int | None, dtype: str, device: str, as_json: bool) -> None:
     with progress_bar(quiet=as_json) as progress:
         found = accuracy(model, images, max_images=limit, dtype=dtype, device=device, progress=progress)
     if as_json:
-        print_json({"model": model, **found.__dict__})
+        print_json({"model": str(model), **found.__dict__})
     else:
         typer.echo(f"top-1 accuracy {found.top1:.2f} % (± {found.half_width:.2f}) on {found.images:,} images")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import signal
 import sys
 import tempfile
@@ -70,7 +71,8 @@ class LazyVerbs(TyperGroup):
             return None
         if self._listing:
             return TyperCommand(cmd_name, help=_summary(cmd_name))
-        if cmd_name not in AT_ONCE and sys.stderr.isatty():
+        completing = ctx.resilient_parsing or any(each.endswith("_COMPLETE") for each in os.environ)
+        if cmd_name not in AT_ONCE and sys.stderr.isatty() and not completing and "--quiet" not in sys.argv:
             typer.echo("loading PyTorch and transformers ...", err=True)  # which takes seconds
         name = FUNCTIONS.get(cmd_name, cmd_name)
         verb = getattr(importlib.import_module(f"tersor.cli.{name}"), name)
@@ -120,7 +122,15 @@ BAD_INPUT = 2
 OWN_FAULT = 70  # what sysexits.h calls an internal software error
 INTERRUPTED = 130  # typer's exit status after Ctrl-C; it prints nothing
 TERMINATED = 128 + signal.SIGTERM
-GOING_ON = ("quantize", "compress", "sweep", "advise", "train")  # verbs that keep what they have finished
+GOING_ON = (
+    "quantize",
+    "compress",
+    "sweep",
+    "advise",
+    "train",
+    "attribute",
+    "demo",
+)  # verbs that keep what they have finished
 
 
 def _version(value: bool) -> None:

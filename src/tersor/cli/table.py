@@ -33,9 +33,11 @@ def table(
         below = _aligned(rest, {column - 1 for column in left}, width - len(GAP))
         if below is None:
             below = [[], *(_told(cells[0][1:], row, width - len(GAP)) for row in rest[1:])]
-        found = [[name, *(GAP + line for line in lines)] for name, lines in zip(names, below, strict=True)]
-    lines = [line.rstrip() for lines in found for line in lines]
-    return lines if lines[0] else lines[1:]
+        found = [
+            [*([name] if name else []), *(GAP + line for line in lines)]
+            for name, lines in zip(names, below, strict=True)
+        ]
+    return [line.rstrip() for lines in found for line in lines]
 
 
 def wrapped(lines: Iterable[str], *, indent: int = 4) -> list[str]:
@@ -59,7 +61,7 @@ def _aligned(rows: list[list[str]], left: Collection[int], width: int) -> list[l
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     last = len(widths) - 1
     room = width - sum(widths[:-1]) - len(GAP) * last
-    wraps = last in left and room >= min(widths[-1], NARROWEST)
+    wraps = last in left and widths[-1] > 0 and room >= min(widths[-1], NARROWEST)
     if wraps:
         widths[-1] = min(widths[-1], room)
     if not wraps and widths[-1] > room:

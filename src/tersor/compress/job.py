@@ -8,6 +8,7 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,8 @@ def compress(
             source = open_checkpoint(str(model), allow_pickle=asked.allow_pickle)
             said = json.dumps(asked_for(source, steps, asked), sort_keys=True)
             mark = hashlib.sha256(said.encode()).hexdigest()
-            if not asked.overwrite and not asked.redo:
-                check_unfinished(asked.out, mark)
+            if not asked.overwrite and not asked.redo and asked.tokenizer is None:
+                once(partial(check_unfinished, asked.out, mark))
         if len(steps) > 1:
             result = run_steps(model, steps, asked, run_job)
         else:

@@ -32,7 +32,7 @@ from tersor.compress.plan import Plan
 from tersor.compress.settings import Job, Settings
 from tersor.errors import TersorError
 
-HELD_OUT, ROWS, SHARE = 2048, 8, 4  # see `probe_for`
+HELD_OUT, FIXED, ROWS, SHORTEST, SHARE = 2048, 512, 8, 32, 4  # see `probe_for`
 LOGITS = 1 << 26
 
 
@@ -59,15 +59,17 @@ def probe_for(
     short part of the first sample, where there is one.
 
     So much text as the samples have, divided by SHARE, for it runs through the model several times; at most HELD_OUT tokens, and
-    so many as have LOGITS outputs.
+    so many as have LOGITS outputs. FIXED tokens where there are no samples. Two windows of SHORTEST tokens at least.
     """
     tokenizer = job.tokenizer
     if tokenizer is not None and is_text(job.calibration) and (first is None or set(first) == {"input_ids"}):
         vocabulary = len(tokenizer) if hasattr(tokenizer, "__len__") else 1
-        tokens = min(HELD_OUT, job.samples * job.seq_len // SHARE, LOGITS // max(1, vocabulary))
-        length = min(max(2, tokens // ROWS), job.seq_len, positions_of(module) or job.seq_len)
+        wanted = FIXED if first is None else min(HELD_OUT, job.samples * job.seq_len // SHARE)
+        tokens = min(wanted, LOGITS // max(1, vocabulary))
+        rows = max(2, min(ROWS, tokens // SHORTEST))
+        length = max(SHORTEST, tokens // rows)
         try:
-            found = held_out(tokenizer, rows=ROWS, length=length)
+            found = held_out(tokenizer, rows=rows, length=min(length, positions_of(module) or length))
             check_tokens(module, found["input_ids"], tokenizer)
         except TersorError:  # a text or tokens that do not fit this model
             pass
@@ -84,9 +86,10 @@ def is_text(calibration: Calibration) -> bool:
 
 def compared_on(job: Settings, outputs: Tensor | None) -> str:
     """What `probe_for` gave, in words: of text it alone has several rows."""
-    if outputs is None or not is_text(job.calibration) or len(outputs) != ROWS or outputs.dim() < 3:
+    if outputs is None or not is_text(job.calibration) or len(outputs) < 2:
         return "the first sample"
-    return f"{outputs.shape[0] * outputs.shape[1]:,} tokens of the built-in evaluation text"
+    counted = f"{len(outputs)} windows" if outputs.dim() < 3 else f"{outputs.shape[0] * outputs.shape[1]:,} tokens"
+    return f"{counted} of the built-in evaluation text"
 
 
 def needs_samples(plan: Plan) -> bool:

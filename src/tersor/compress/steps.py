@@ -188,10 +188,18 @@ def asked_for(source: Checkpoint, steps: Sequence[Recipe], asked: Settings) -> d
         "files beside the model": _listing(source.directory, source.other_files()) if source.origin is None else "",
         "steps": recipes,
         "calibration": samples,
-        "original": str(asked.original) if isinstance(asked.original, str | Path) else None,
+        "original": _original(asked),
+        "target_tp": asked.target_tp,
     }
     said: dict[str, Any] = json.loads(json.dumps({**facts, **counts, **settings}))
     return said
+
+
+def _original(asked: Settings) -> list[str] | None:
+    """The name of the model that was packed, and a hash of it."""
+    if not isinstance(asked.original, str | Path):
+        return None
+    return [str(asked.original), model_fingerprint(open_checkpoint(asked.original, allow_pickle=asked.allow_pickle))]
 
 
 def _listing(folder: Path, files: Iterable[Path]) -> str:

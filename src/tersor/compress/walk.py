@@ -180,7 +180,7 @@ def _walk(
         [*passing, probe.batch, *originals],
         lambda batch: call(model, batch),
         job.activations,
-        [*numbers, (sample_number(len(mine)),), *numbers[: len(originals)]],
+        [*numbers, (), *numbers[: len(originals)]],
         [*seeds, PROBE, *seeds[: len(originals)]],
         scratch,
     ) as passes:
@@ -261,7 +261,8 @@ def _run_checked(stop: Stop) -> None:
         return
     call, dtype, flags = next(each for each in finite if not bool(each[2].all()))
     row = flags.tolist().index(False) if len(flags) == len(call.numbers) else 0
+    where = f"calibration sample {call.numbers[row]}" if call.numbers else "what the result is compared on"
     raise NotFiniteError(
-        f"the output of {stop.unit.name or 'the model'} is not finite (NaN or Inf) in calibration sample "
-        f"{call.numbers[row]}; if the model overflows {dtype}, use --dtype float32"
+        f"the output of {stop.unit.name or 'the model'} is not finite (NaN or Inf) in {where}; if the model overflows "
+        f"{dtype}, use --dtype float32"
     )

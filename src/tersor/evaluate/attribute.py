@@ -292,6 +292,8 @@ class _Search:
         """Groups that the time suffices for, at most as many as are measured at once; one at least in every call."""
         if self.deadline is None:
             return self.exchange.at_once
+        if self.slowest == 0:  # nothing was measured in this call yet
+            return 1
         left = int((self.deadline - time.monotonic()) / max(2 * self.slowest, 1e-9))
         return min(self.exchange.at_once, max(left, 0 if self.fresh else 1))
 

@@ -30,7 +30,7 @@ from tersor.errors import TersorError
 from tersor.evaluate.correspondence import Part, exchanged, is_norm_like, parts_of
 from tersor.evaluate.machine import memory_available
 from tersor.evaluate.measures import Measure, windows_measure
-from tersor.evaluate.perplexity import check_length, cut_windows, tokens_of
+from tersor.evaluate.perplexity import check_length, cut_windows, needed, tokens_of
 
 ROOM = 1.3  # of the weights of models in memory, that must be free
 PART = 0.1  # of the free memory, that the predictions of one pass may take
@@ -91,7 +91,7 @@ def logits_of_windows(model: Walked, windows: Tensor, *, rounded: bool) -> list[
 def walked_measure(base: Walked, texts: Sequence[str | Path], *, seq_len: int, max_windows: int) -> Measure:
     """Next-token distributions on windows of texts. Raises TersorError where these do not fit the model."""
     tokenizer = load_tokenizer(base.lazy.checkpoint.directory)
-    ids = torch.cat([tokens_of(each, tokenizer) for each in texts])
+    ids = torch.cat([tokens_of(each, tokenizer, at_least=needed(seq_len, max_windows)) for each in texts])
     windows = cut_windows(ids, seq_len=seq_len, max_windows=max_windows)
     check_walked(base, windows, tokenizer)
     return windows_measure(windows, ", ".join(map(str, texts)), base.lazy.device)

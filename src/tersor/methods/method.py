@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from tersor.formats.layout import Layout, UniformGrids
     from tersor.methods.block import Block
 
-# progress(what is being done, steps done, steps in all); a total of 0 makes `what` a line that stays on the screen.
-
 
 @dataclass(frozen=True)
 class Report:

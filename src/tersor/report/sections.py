@@ -69,8 +69,9 @@ def _cards(report: Report, result: Result) -> str:
             ("Perplexity", f"{found.perplexity.mean:.4g}", f"the original's is {found.base_perplexity.mean:.4g}")
         )
     elif isinstance(result.run.get("divergence"), float):
-        cards.append(("KL on the job's sample", f"{result.run['divergence']:.4f}", "nats from the original"))
-        cards.append(("Same first choice", f"{result.run['agreement']:.1%}", "on the job's sample"))
+        on = f"on {result.run.get('compared_on') or 'the first sample'}"
+        cards.append(("KL after the job", f"{result.run['divergence']:.4f}", f"nats from the original, {on}"))
+        cards.append(("Same first choice", f"{result.run['agreement']:.1%}", on))
     if result.speed is not None:
         cards.append(("New tokens a second", f"{result.speed.decode[0]:.1f}", f"here, on {result.speed.where}"))
     elif isinstance(result.run.get("seconds"), float):
@@ -146,7 +147,7 @@ def _fidelity(report: Report, result: Result, anchor: str, figures: Figures) -> 
         kept = result.run.get("divergence")
         if isinstance(kept, float):
             return (
-                "<p>On the text that the job compared them on the predictions are "
+                f"<p>On {text(result.run.get('compared_on') or 'the first sample')} the predictions are "
                 f"{kept:.4f} nats (KL divergence) from the original's, and "
                 f"{result.run['agreement']:.1%} of the first choices are the same.</p>"
                 + _hint(report, "compare the models token by token, with intervals and a noise floor")

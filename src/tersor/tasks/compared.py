@@ -64,19 +64,22 @@ def check_inputs(how: str, inputs: Inputs) -> None:
         raise TersorError(f"--text does nothing for models that are compared on {how}; leave it out")
 
 
-def check_evaluated_on(model: str | Path, images: Path | None) -> None:
+def check_evaluated_on(checkpoint: Checkpoint, images: Path | None) -> None:
     """Raise TersorError where a language model is given images, or a classifier of images none."""
-    checkpoint = open_checkpoint(model)
     architecture = str(checkpoint.config.get("architectures"))
     if images is not None and re.search("CausalLM|LMHead", architecture):
-        raise TersorError(f"{model} is a language model, for which --images does nothing: leave it out, or give --text")
+        raise TersorError(
+            f"{checkpoint} is a language model, for which --images does nothing: leave it out, or give --text"
+        )
     said = checkpoint.config.get("tersor_model")
     info = models.find(said) if isinstance(said, str) else None
     classifies = (
         info is not None and (info.task, info.input) == ("classify", "image")
     ) or "architecture" in checkpoint.config
     if images is None and (classifies or "ForImageClassification" in architecture):
-        raise TersorError(f"{model} classifies images: give {NEEDED['images']}, a folder with one subfolder a class")
+        raise TersorError(
+            f"{checkpoint} classifies images: give {NEEDED['images'][1]}, a folder with one subfolder a class"
+        )
 
 
 def _kind(checkpoint: Checkpoint, name: str) -> str:
