@@ -7,6 +7,7 @@ to files (`stream.py`); a module is copied, and its copy is changed (`in_memory.
 from __future__ import annotations
 
 import copy
+import time
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from tersor.calibrate.blocks import units_of
 from tersor.calibrate.draws import PROBE, drawing
 from tersor.compress.describe import quantization_config
 from tersor.compress.first_run import prepare
+from tersor.compress.forecast import by_first_block
 from tersor.compress.in_memory import InMemory, Source
 from tersor.compress.plan import Plan, make_plan, with_fitting_layout, without_stacks
 from tersor.compress.result import Compressed, Tally
@@ -80,8 +82,14 @@ def compress_blocks(source: Source, sink: Sink, job: Job) -> Compressed:
         sink.start(first)
         # An error in the loop ends the walk's threads.
         with closing(walk(source, first, job, sink.restore, sink.scratch)) as blocks:
-            for block in blocks:
+            began, restored, told = time.perf_counter(), 0, False
+            for done, block in enumerate(blocks, 1):
                 sink.write(block)
+                if not told and sink.tally.resumed == restored:  # it was solved now
+                    told, left = True, len(plan.blocks) - done
+                    if said := by_first_block(time.perf_counter() - began, left):
+                        job.progress(said, 0, 0)
+                began, restored = time.perf_counter(), sink.tally.resumed
                 del block  # else it stays in memory while the next is solved
         return sink.finish(first)
 

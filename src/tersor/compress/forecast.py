@@ -23,6 +23,7 @@ from tersor.methods.block import STATISTICS_MEMORY
 PASSES = 3.5  # runs of a block: its call order, its statistics (true-sequential ones stop early), its outputs
 HESSIAN_BYTES = 12  # for each number of a Hessian: its sum in float64, and the mean in float32
 COMPARED = 2  # where the original model runs too, passes and waiting samples are twice as many
+WORTH_SAYING = 30  # seconds that a job still takes
 SOLVER_COPIES = 6  # of a Hessian and of a weight, held while a layer is solved
 
 
@@ -35,8 +36,18 @@ class Forecast:
     disk: int  # bytes at most: the result, and the blocks that it is put together from
 
     def text(self) -> str:
-        minutes = f"{self.seconds / 60:.0f} min" if self.seconds > 90 else f"{self.seconds:.0f} s"
-        return f"forecast: {minutes}, {self.memory / 1e9:.1f} GB of memory, {self.disk / 1e9:.2f} GB of disk"
+        memory, disk = f"{self.memory / 1e9:.1f} GB of memory", f"{self.disk / 1e9:.2f} GB of disk"
+        return f"forecast: {_duration(self.seconds)}, {memory}, {disk}"
+
+
+def by_first_block(seconds: float, left: int) -> str | None:
+    """What a job says of the time that it still takes, once it solved its first block in so many seconds; None where that is too
+    short to be said. left: blocks that are not done yet."""
+    return f"by the first block: {_duration(seconds * left)} to go" if seconds * left > WORTH_SAYING else None
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds > 90 else f"{max(seconds, 1):.0f} s"
 
 
 def forecast(lazy: LazyModel, plan: Plan, batches: Sequence[Batch], device: torch.device, activations: str) -> Forecast:
