@@ -339,7 +339,7 @@ def test_rounding_from_the_command_line_needs_no_tokenizer(
 ) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (small / name).unlink()
-    arguments = ("quantize", small, "--group-size", 32, "--samples", 2, "--seq-len", 64)
+    arguments = ("quantize", small, "--group-size", 32)
     ran = tersor_command(*arguments, "--out", tmp_path / "rounded", "--method", "rtn")
     assert ran.status == 0, ran.err
     refused = tersor_command(*arguments, "--out", tmp_path / "solved")

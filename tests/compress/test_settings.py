@@ -67,7 +67,7 @@ def test_the_table_names_every_setting() -> None:
         ("magnitude", {"original", "target_tp"} | SAMPLES | STATISTICS),
         ("repquant", {"original"} | BLOCKS),
         ("ats", {"original"} | BLOCKS | SAMPLES),
-        ("smoothquant", {"original"} | BLOCKS | LAYERS),
+        ("smoothquant", {"original"} | BLOCKS),
         ("ssm-token-pruning", {"original"} | BLOCKS | SAMPLES | LAYERS),
         ("scales", BLOCKS),
     ],
@@ -112,7 +112,11 @@ def lines(run: Callable[[], Any]) -> Iterable[str]:
             "head=True does nothing with ats: it counts for methods that go block by block; leave it",
         ),
         ("gptq", {"dtype": "float32"}, "dtype='float32' does nothing with gptq: it counts for a model given by name;"),
-        ("smoothquant", {"include": ["*"]}, "include=('*',) does nothing with smoothquant: it counts for methods that"),
+        (
+            "ssm-token-pruning",
+            {"include": ["*"]},
+            "include=('*',) does nothing with ssm-token-pruning: it counts for methods that",
+        ),
         ("gptq", {"out": "out"}, "a module in memory is compressed in memory: call save(directory) on the result"),
     ],
 )

@@ -243,9 +243,9 @@ def test_an_encoder_loses_blocks_too() -> None:
 
 
 def test_from_the_command_line(tersor_command: Any, small: Path, tmp_path: Path) -> None:
-    command = ("compress", small, "--out", tmp_path / "out", "--samples", "4", "--seq-len", "32")
+    command = ("compress", small, "--out", tmp_path / "out")
     options = ("--method", "fusegpt", "--blocks", "1", "--epochs", "1", "--lora-rank", "4", "--batch-size", "2")
-    ran: Ran = tersor_command(*command, *options)
+    ran: Ran = tersor_command(*command, *options, "--samples", "4", "--seq-len", "32")
     assert ran.status == 0, ran.err
     assert len(AutoModelForCausalLM.from_pretrained(tmp_path / "out").model.layers) == 1
     ran = tersor_command(*command, "--method", "drop-blocks", "--choose", "1", "--overwrite")

@@ -245,7 +245,9 @@ def test_what_is_stored_is_what_was_trained() -> None:
             frozen = layer.freeze(torch.float32)
             if isinstance(frozen, DynamicMap):
                 x = torch.randn(3, frozen.in_features)
-                assert torch.equal(frozen(x), layer(x))
+                torch.testing.assert_close(
+                    frozen(x), layer(x), rtol=1e-5, atol=1e-6
+                )  # processors add up in other orders
             else:
                 assert torch.equal(frozen(given[0]["input_ids"]), layer(given[0]["input_ids"]))
     assert bool(torch.isfinite(before).all())

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import typer
 
 from tersor.cli.options import AsJson, print_json
-from tersor.cli.table import print_table
+from tersor.cli.table import print_table, wrapped
 from tersor.evaluate.machine import EXTRAS, Machine, advice, examine
 
 
@@ -26,7 +26,8 @@ def doctor(
         print_json({**asdict(machine), "advice": said})
         return
     for name, value in _facts(machine):
-        typer.echo(f"{name:<11} {value}")
+        for line in wrapped(f"{name:<11} {value}".split("\n"), indent=12):
+            typer.echo(line)
     typer.echo(
         f"\nA linear layer of 4096 x 4096, symmetric, groups of 128, in {machine.dtype} on {machine.device}; "
         "`1 row` is a token being generated, `64 rows` a prompt."

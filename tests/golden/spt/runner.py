@@ -8,6 +8,9 @@ import tersor.models
 from tersor.data.denoising import PIXEL_CLASSES, denoise_numbers, denoise_tokens, next_element, span_mask
 from tersor.train.self_pretraining import denoising
 
+# Off by 5.2e-6 on one processor, by less on others: 1024 steps of attention add up in another order.
+TOLERANCE = {"pred": 1e-5}
+
 
 def run(case: Case) -> dict[str, Any]:
     if "calls" in case.config:

@@ -72,7 +72,6 @@ class AWQScale(ModelMethod):
         "inference/quantization-llm",
     )
     keeps_size: ClassVar[bool] = True
-    takes_layers: ClassVar[bool] = False
 
     bits: Bits = option(
         4, f"of the rounding that follows: {BITS_HELP}", check=is_bits, allowed="2, 3, 4, 8 or 'ternary'", word=True

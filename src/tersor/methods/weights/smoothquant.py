@@ -60,7 +60,6 @@ class SmoothQuant(ModelMethod):
         "inference/quantization-llm",
     )
     keeps_size: ClassVar[bool] = True
-    takes_layers: ClassVar[bool] = False
 
     alpha: float = option(
         0.5, "how much of the outliers goes into the weights", check=lambda v: 0 <= v <= 1, allowed="between 0 and 1"
