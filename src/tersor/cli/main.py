@@ -71,8 +71,8 @@ class LazyVerbs(TyperGroup):
             return None
         if self._listing:
             return TyperCommand(cmd_name, help=_summary(cmd_name))
-        completing = ctx.resilient_parsing or any(each.endswith("_COMPLETE") for each in os.environ)
-        if cmd_name not in AT_ONCE and sys.stderr.isatty() and not completing and "--quiet" not in sys.argv:
+        silent = cmd_name in AT_ONCE or "--quiet" in sys.argv or "_TERSOR_COMPLETE" in os.environ
+        if not silent and sys.stderr.isatty():
             typer.echo("loading PyTorch and transformers ...", err=True)  # which takes seconds
         name = FUNCTIONS.get(cmd_name, cmd_name)
         verb = getattr(importlib.import_module(f"tersor.cli.{name}"), name)
