@@ -93,7 +93,7 @@ def test_a_checkpoint_many_times_larger_than_the_memory_allowed(large: Path, tmp
     assert done.returncode == 0, done.stderr[-3000:]
     news, layers, peak = json.loads(done.stdout)
     assert layers == 7 * BLOCKS
-    (said,) = re.findall(r"^forecast: .*?([\d.]+) GB of memory, ([\d.]+) GB of disk$", "\n".join(news))
+    (said,) = re.findall(r"^forecast: .*?([\d.]+) GB of memory, ([\d.]+) GB of disk$", "\n".join(news), re.M)
     assert peak / 2 < float(said[0]) * 1e9 < 2 * peak
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert len([name for name in index["weight_map"] if name.endswith("qweight")]) == 7 * BLOCKS
