@@ -82,14 +82,14 @@ def compress_blocks(source: Source, sink: Sink, job: Job) -> Compressed:
         sink.start(first)
         # An error in the loop ends the walk's threads.
         with closing(walk(source, first, job, sink.restore, sink.scratch)) as blocks:
-            began, restored, told = time.perf_counter(), 0, False
+            began, solved = time.perf_counter(), 0
             for done, block in enumerate(blocks, 1):
                 sink.write(block)
-                if not told and sink.tally.resumed == restored:  # it was solved now
-                    told, left = True, len(plan.blocks) - done
-                    if said := by_first_block(time.perf_counter() - began, left):
+                if not solved:
+                    solved = done - sink.tally.resumed  # the others are an earlier run's
+                    if solved and (said := by_first_block(time.perf_counter() - began, len(plan.blocks) - done)):
                         job.progress(said, 0, 0)
-                began, restored = time.perf_counter(), sink.tally.resumed
+                    began = time.perf_counter()
                 del block  # else it stays in memory while the next is solved
         return sink.finish(first)
 
