@@ -188,6 +188,11 @@ def pretrained(auto: Any, place: Path | str, what: str) -> Any:
         raise TersorError(f"the {what} of {place} cannot be loaded: {first_words(error)}") from error
 
 
+def printable(text: str) -> str:
+    """The text without control characters, which a terminal would obey: names in it may come from foreign files."""
+    return "".join(each if each.isprintable() else "?" for each in text)
+
+
 def first_words(error: BaseException, most: int = 300) -> str:
     """An error's message in one line, or its kind where it has none."""
     text = " ".join(str(error).split()) or type(error).__name__

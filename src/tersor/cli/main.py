@@ -24,6 +24,7 @@ from typer.core import TyperCommand, TyperGroup
 from tersor.cli.options import Verb
 from tersor.cli.quiet import add_quiet
 from tersor.errors import TersorError
+from tersor.untrusted import printable
 from tersor.version import __version__
 
 # In the order of `tersor --help`. A verb is the function of its name in the module of its name, but for these.
@@ -216,9 +217,8 @@ def _shortened(text: str, most: int = 300) -> str:
 
 
 def _fail(message: str, *, status: int = BAD_INPUT) -> None:
-    """Print the message as one line, without control characters: names in it may come from foreign files."""
-    line = "".join(each if each.isprintable() else "?" for each in " ".join(message.split()))
-    typer.echo(f"tersor: {line}", err=True)
+    """Print the message as one line."""
+    typer.echo(f"tersor: {printable(' '.join(message.split()))}", err=True)
     sys.exit(status)
 
 

@@ -12,6 +12,8 @@ from collections.abc import Collection, Iterable, Sequence
 
 import typer
 
+from tersor.untrusted import printable
+
 GAP = "  "
 NARROWEST = 24  # columns of a text that is wrapped within its own column
 
@@ -26,7 +28,7 @@ def table(
 ) -> list[str]:
     """The lines of a table. The columns `left` hold text, the others numbers; a last column of text is wrapped to fit."""
     width = shutil.get_terminal_size().columns if width is None else width
-    cells = [[_printable(cell) for cell in row] for row in (head, *rows)]
+    cells = [[printable(cell) for cell in row] for row in (head, *rows)]
     found = _aligned(cells, left, width)
     if found is None:
         names, rest = [row[0] for row in cells], [row[1:] for row in cells]
@@ -47,7 +49,7 @@ def wrapped(lines: Iterable[str], *, indent: int = 4) -> list[str]:
     for line in lines:
         own = " " * (len(line) - len(line.lstrip()))
         found += textwrap.wrap(
-            _printable(line),
+            printable(line),
             width,
             subsequent_indent=own + " " * indent,
             break_long_words=False,
@@ -85,8 +87,3 @@ def _told(head: list[str], row: list[str], width: int) -> list[str]:
     """A row as `heading value` one after another, where even two lines are too narrow for its columns."""
     told = ", ".join(f"{name} {value}".strip() for name, value in zip(head, row, strict=True) if value)
     return textwrap.wrap(told, width, break_on_hyphens=False)
-
-
-def _printable(cell: str) -> str:
-    """Without anything in it that a terminal would obey: names may come from foreign files."""
-    return "".join(each if each.isprintable() else "?" for each in cell)
