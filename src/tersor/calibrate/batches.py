@@ -24,6 +24,13 @@ TOKENS_AT_ONCE = 8192  # run through a block together, on a GPU
 Calibration = str | Path | Sequence[str] | Iterable[Any] | None
 
 
+def is_text(calibration: Calibration) -> bool:
+    """Whether it names a text or a file, or is a list of texts; else it is the model's own inputs."""
+    if calibration is None or isinstance(calibration, str | Path):
+        return True
+    return all(isinstance(each, str) for each in calibration)
+
+
 def make_batches(
     calibration: Calibration, tokenizer: Any, *, samples: int, seq_len: int, seed: int, max_positions: int | None = None
 ) -> list[Batch]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tersor.calibrate.batches import is_text
 from tersor.calibrate.images import is_images
 from tersor.methods.method import BlockMethod, Method, ModelMethod, PackedMethod
 
@@ -35,12 +36,6 @@ def _any_block_method(asked: Asked, wanted: Callable[[BlockMethod], bool] = lamb
     return any(isinstance(each, BlockMethod) and wanted(each) for each in asked.methods)
 
 
-def _given_inputs(asked: Asked) -> bool:
-    """Whether the samples are the model's own inputs, from a program."""
-    given = asked.settings.calibration
-    return not isinstance(given, str | Path | None) and not all(isinstance(each, str) for each in given)
-
-
 def _images(asked: Asked) -> bool:
     given = asked.settings.calibration
     return isinstance(given, str | Path) and is_images(given)
@@ -65,7 +60,10 @@ SAMPLES = Condition(
     lambda asked: asked.settings.calibration is not None or any(each.needs_samples for each in asked.methods),
     "methods that look at samples, and beside calibration",
 )
-TEXT = Condition(lambda asked: not _images(asked) and not _given_inputs(asked), "samples that are text")
+TEXT = Condition(
+    lambda asked: not _images(asked) and is_text(asked.settings.calibration),
+    "samples that are text",
+)
 DRAWN = Condition(
     lambda asked: isinstance(asked.settings.calibration, str | Path | None),
     "samples that are drawn from a file or folder",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from tersor.calibrate.batches import (
     Batch,
     Calibration,
     held_out,
+    is_text,
     make_batches,
     probe_of,
     to_device,
@@ -76,12 +76,6 @@ def probe_for(
         else:
             return to_device(found, device, dtype)
     return None if first is None else probe_of(first)
-
-
-def is_text(calibration: Calibration) -> bool:
-    if calibration is None or isinstance(calibration, str | Path):
-        return True
-    return isinstance(calibration, Sequence) and all(isinstance(each, str) for each in calibration)
 
 
 def compared_on(job: Settings, outputs: Tensor | None) -> str:
