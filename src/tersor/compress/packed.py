@@ -165,7 +165,7 @@ def _compress(module: nn.Module, original: nn.Module, job: Job) -> tuple[Compres
     check_rules(job)
     job.check_patterns(list(layers))
     first = next(original.parameters())
-    samples = read_samples(job, job.calibration, original, job.tokenizer, first.device, first.dtype)
+    samples = read_samples(job, original, first.device, first.dtype)
     for each in (module, original):
         each.eval().requires_grad_(False)
 

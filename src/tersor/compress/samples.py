@@ -6,7 +6,6 @@ import inspect
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,15 +38,13 @@ LOGITS = 1 << 26
 def samples_of(job: Job, plan: Plan, source: Source) -> tuple[list[Batch], Batch | None]:
     """The calibration samples and the probe's, on the device. A recipe that needs no samples gets none; it gets a probe where
     there is text to take one from, or the user gave samples."""
-    tokenizer, calibration = job.tokenizer, job.calibration
     if source.checkpoint is not None:
-        tokenizer = tokenizer or load_tokenizer(source.checkpoint.directory)
-        calibration = samples_by_path(source.checkpoint, job)
-    job = replace(job, tokenizer=tokenizer, calibration=calibration)
+        tokenizer = job.tokenizer or load_tokenizer(source.checkpoint.directory)
+        job = replace(job, tokenizer=tokenizer, calibration=samples_by_path(source.checkpoint, job))
     needed = needs_samples(plan)
-    if not (needed or asked_for_samples(calibration)):
+    if not (needed or asked_for_samples(job.calibration)):
         return [], probe_for(job, source.module, None, source.device, source.dtype)
-    found = read_samples(job, calibration, source.module, tokenizer, source.device, source.dtype)
+    found = read_samples(job, source.module, source.device, source.dtype)
     moved = [without_target(batch) for batch in found]
     return (moved if needed else []), probe_for(job, source.module, moved[0], source.device, source.dtype)
 
@@ -95,13 +92,11 @@ def asked_for_samples(calibration: Calibration) -> bool:
     return not (calibration is None or (isinstance(calibration, str) and calibration == "builtin"))
 
 
-def read_samples(
-    job: Job, calibration: Calibration, module: nn.Module, tokenizer: Any, device: torch.device, dtype: torch.dtype
-) -> list[Batch]:
-    """The calibration samples on the device, labels included."""
+def read_samples(job: Job, module: nn.Module, device: torch.device, dtype: torch.dtype) -> list[Batch]:
+    """The job's calibration samples on the device, labels included."""
     batches = make_batches(
-        calibration,
-        tokenizer,
+        job.calibration,
+        job.tokenizer,
         samples=job.samples,
         seq_len=job.seq_len,
         seed=job.seed,
@@ -109,7 +104,7 @@ def read_samples(
     )
     for batch in batches:
         if isinstance(ids := batch.get("input_ids"), Tensor):
-            check_tokens(module, ids, tokenizer)
+            check_tokens(module, ids, job.tokenizer)
     two_texts = bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
     rows = [row for n, batch in enumerate(batches) for row in shown_only(batch, n, encoder_decoder=two_texts)]
     return [to_device(_named_for(module, row), device, dtype) for row in rows]

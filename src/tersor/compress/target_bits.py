@@ -69,7 +69,7 @@ def with_chosen_bits(model: str | nn.Module, job: Job) -> Job:
         raise TersorError("target_bits measures in one process: start it without torchrun")
     if isinstance(model, nn.Module):
         module = copy.deepcopy(model).eval()
-        samples = _samples(module, job, job.calibration)
+        samples = _samples(module, job)
         return _with_rules(job, _choice(module, job, method, samples, next(model.parameters()).dtype))
     checkpoint = open_checkpoint(model, allow_pickle=job.allow_pickle)
     if "quantization_config" in checkpoint.config or checkpoint.gguf is not None:
@@ -85,7 +85,7 @@ def with_chosen_bits(model: str | nn.Module, job: Job) -> Job:
         if dtype != compute_dtype(checkpoint, job.place, job.dtype):
             job.progress("float16 overflows: measuring in float32", 0, 0)
         module = LazyModel(checkpoint, dtype=dtype, device=job.place).load_all().to(job.place).eval()
-        samples = _samples(module, job, samples_by_path(checkpoint, job))
+        samples = _samples(module, replace(job, calibration=samples_by_path(checkpoint, job)))
         if writer is not None:
             probe = probe_for(job, module, samples[0], job.place, dtype)
             assert probe is not None
@@ -113,9 +113,9 @@ def _with_rules(job: Job, recipe: Recipe) -> Job:
     return replace(job, recipe=replace(recipe, rules=(*recipe.rules, *job.recipe.rules)))
 
 
-def _samples(module: nn.Module, job: Job, given: Any) -> list[Batch]:
+def _samples(module: nn.Module, job: Job) -> list[Batch]:
     first = next(module.parameters())
-    return [without_target(each) for each in read_samples(job, given, module, job.tokenizer, first.device, first.dtype)]
+    return [without_target(each) for each in read_samples(job, module, first.device, first.dtype)]
 
 
 def _earlier(

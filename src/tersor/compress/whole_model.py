@@ -76,7 +76,7 @@ def _compress(module: nn.Module, job: Job, stored: torch.dtype) -> Compressed:
     job.check_patterns(list(linear_maps(module)))
     first, samples = next(module.parameters()), []
     if method.needs_samples or job.calibration is not None:
-        samples = read_samples(job, job.calibration, module, job.tokenizer, first.device, first.dtype)
+        samples = read_samples(job, module, first.device, first.dtype)
     size = _parameters_of(module)
 
     def change(work: Work) -> nn.Module:
