@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -74,7 +73,10 @@ def run_job(
             result = compress(model, steps, out=out, progress=progress, **{**settings, "device": device})
         except FinishedError as finished:
             if is_first():
-                typer.echo(json.dumps({"out": str(out), "finished_before": True}) if as_json else str(finished))
+                if as_json:
+                    print_json({"out": str(out), "finished_before": True})
+                else:
+                    typer.echo(str(finished))
             return
         if not is_first():
             return

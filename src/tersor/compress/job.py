@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import inspect
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -14,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from tersor.checkpoint.hashes import hash_of_json
 from tersor.checkpoint.room import alone_in
 from tersor.checkpoint.source import open_checkpoint
 from tersor.compress.driver import compress_module
@@ -75,17 +74,17 @@ def compress(
     asked, steps = settings_of(settings), _steps(method, rules)
     refuse_idle(asked, [each for step in steps for each in step.methods], by_name=not isinstance(model, nn.Module))
     with ExitStack() as stack:
-        mark = None
+        said, mark = None, None
         if asked.out is not None:
             lock = alone_in(asked.out)
             once(lambda: stack.enter_context(lock))
             source = open_checkpoint(str(model), allow_pickle=asked.allow_pickle)
-            said = json.dumps(asked_for(source, steps, asked), sort_keys=True)
-            mark = hashlib.sha256(said.encode()).hexdigest()
+            said = asked_for(source, steps, asked)
+            mark = hash_of_json(said)
             if not asked.overwrite and not asked.redo and asked.tokenizer is None:
                 once(partial(check_unfinished, asked.out, mark))
         if len(steps) > 1:
-            result = run_steps(model, steps, asked, run_job)
+            result = run_steps(model, steps, asked, run_job, said)
         else:
             result = run_job(model, job_of(steps[0], asked))
         result.run = {**run_of(result.summary, model, steps, asked), "asked": mark}

@@ -51,8 +51,11 @@ class Line(Report):
         return dict(self.values)
 
 
-def run_steps(model: str | Path | nn.Module, steps: Sequence[Recipe], asked: Settings, run: Run) -> Compressed:
-    """Raises TersorError where a step cannot follow another, before anything is done."""
+def run_steps(
+    model: str | Path | nn.Module, steps: Sequence[Recipe], asked: Settings, run: Run, said: dict[str, Any] | None
+) -> Compressed:
+    """Raises TersorError where a step cannot follow another, before anything is done. said: what `asked_for` gave, where the
+    caller needed it already; it reads the calibration and the model."""
     for n, (step, following) in enumerate(itertools.pairwise(steps), 1):
         dense = isinstance(step.method, BlockMethod) and step.method.quantization() is None
         packs = isinstance(step.method, BlockMethod | PackedMethod) and not dense
@@ -75,7 +78,7 @@ def run_steps(model: str | Path | nn.Module, steps: Sequence[Recipe], asked: Set
         raise TersorError("redo works on the result of one method, not of several steps; leave it out")
     if isinstance(model, nn.Module):
         return _in_memory(model, steps, asked, run)
-    return _on_disk(str(model), steps, asked, run)
+    return _on_disk(str(model), steps, asked, run, said)
 
 
 def _in_memory(model: nn.Module, steps: Sequence[Recipe], asked: Settings, run: Run) -> Compressed:
@@ -95,11 +98,11 @@ def _in_memory(model: nn.Module, steps: Sequence[Recipe], asked: Settings, run: 
     return replace(last, summary=_summary(asked, [each.summary for each in found], found[0].before, last.after))
 
 
-def _on_disk(name: str, steps: Sequence[Recipe], asked: Settings, run: Run) -> Compressed:
+def _on_disk(name: str, steps: Sequence[Recipe], asked: Settings, run: Run, said: dict[str, Any] | None) -> Compressed:
     out, temporary = directory_for(asked.out)
     source = open_checkpoint(name, allow_pickle=asked.allow_pickle)
     folder = out.parent / f".tersor-steps-{out.name}"
-    started, said = time.perf_counter(), asked_for(source, steps, asked)
+    started, said = time.perf_counter(), said or asked_for(source, steps, asked)
     inputs = inputs_of(source, calibration=asked.calibration)
     for what, path in inputs.items():
         if path.resolve().is_relative_to(folder.resolve()):
