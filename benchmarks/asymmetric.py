@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from common import kept_numbers, versions, write_numbers, write_table
-from quality import CALIBRATION, EVALUATION, MODEL, SEQ_LEN, perplexity, where
+from quality import CALIBRATION, MODEL, SEQ_LEN, by_bits, perplexity, where
 
 from tersor.compress import GPTQ, compress
 from tersor.formats.grid import Bits
@@ -58,21 +58,7 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--samples", type=int, default=64, help="calibration samples")
-    parser.add_argument("--seq-len", type=int, default=512, help="tokens of these")
-    parser.add_argument("--windows", type=int, default=60, help="evaluation windows of 1024 tokens")
-    parser.add_argument("--only", nargs="*", default=[], help="numbers of bits")
-    parser.add_argument("--quick", action="store_true", help="whether it runs")
-    parser.add_argument("--write", action="store_true", help="keep the result in benchmarks/results/")
-    arguments = parser.parse_args()
-    for path in (CALIBRATION, EVALUATION):
-        if not path.is_file():
-            sys.exit(f"no {path}: set TERSOR_DATA to the folder that holds text/{path.name}")
-    if arguments.quick and arguments.write:
-        sys.exit("--quick measures nothing that is worth keeping: leave --write out")
-    if arguments.quick:
-        arguments.samples, arguments.seq_len, arguments.windows, arguments.only = 4, 64, 1, ["3"]
+    arguments = by_bits(__doc__, quick_samples=4, quick_windows=1)
     rows = kept(arguments) if arguments.write else []
     known = {(row.bits, row.group_size, row.share) for row in rows}
     for group in GROUPS:

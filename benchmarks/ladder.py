@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from common import kept_numbers, versions, write_numbers, write_table
-from quality import CALIBRATION, MODEL, SEQ_LEN, check_data, perplexity, where
+from quality import CALIBRATION, MODEL, SEQ_LEN, by_bits, perplexity, where
 
 from tersor.checkpoint.source import resolve
 from tersor.compress import GPTQ, Method, compress
@@ -82,19 +82,7 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--samples", type=int, default=64, help="calibration samples")
-    parser.add_argument("--seq-len", type=int, default=512, help="tokens of these")
-    parser.add_argument("--windows", type=int, default=60, help="evaluation windows of 1024 tokens")
-    parser.add_argument("--only", nargs="*", default=[], help="numbers of bits")
-    parser.add_argument("--quick", action="store_true", help="whether it runs")
-    parser.add_argument("--write", action="store_true", help="keep the result in benchmarks/results/")
-    arguments = parser.parse_args()
-    check_data()
-    if arguments.quick and arguments.write:
-        sys.exit("--quick measures nothing that is worth keeping: leave --write out")
-    if arguments.quick:
-        arguments.samples, arguments.seq_len, arguments.windows, arguments.only = 8, 64, 2, ["3"]
+    arguments = by_bits(__doc__, quick_samples=8, quick_windows=2)
     chosen = [bits for bits in BITS if not arguments.only or str(bits) in arguments.only]
     rows = [row for row in kept() if row.bits not in map(str, chosen)] if arguments.write else []
     original = perplexity(resolve(MODEL), arguments.windows)
