@@ -18,14 +18,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from common import RESULTS, machine
+from common import kept_numbers, machine, write_numbers, write_table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -156,8 +155,7 @@ def _cell(found: list[float]) -> str:
 
 
 def kept() -> list[Row]:
-    path = RESULTS / "mixers.json"
-    return [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
+    return [Row(**row) for row in kept_numbers("mixers").get("rows", [])]
 
 
 def _seeds(rows: list[Row]) -> str:
@@ -177,8 +175,8 @@ def write(rows: list[Row]) -> None:
         table(rows),
     ]
     command = "`OMP_NUM_THREADS=1 python benchmarks/mixers.py --write`"
-    (RESULTS / "mixers.md").write_text("\n".join([*text, "", machine(), command, ""]), encoding="utf-8")
-    (RESULTS / "mixers.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+    write_table("mixers", "\n".join([*text, "", machine(), command]))
+    write_numbers("mixers", {"rows": [asdict(row) for row in rows]})
 
 
 def main() -> None:

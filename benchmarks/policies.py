@@ -22,7 +22,6 @@ The first row of each model is a policy that learned nothing. Where float32 is n
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -30,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, machine
+from common import kept_numbers, machine, write_numbers, write_table
 from torch import Tensor, nn
 
 import tersor
@@ -306,8 +305,7 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.quick and asked.write:
         sys.exit("--quick measures nothing that is worth keeping: leave --write out")
-    kept = RESULTS / "policies.json"
-    rows: dict[str, list[str]] = json.loads(kept.read_text()) if asked.write and kept.exists() else {}
+    rows: dict[str, list[str]] = kept_numbers("policies") if asked.write else {}
     for name, recipe in RECIPES.items():
         if name not in rows:
             rows[name] = rows_of(name, recipe, 5 if asked.quick else recipe.steps)
@@ -320,9 +318,8 @@ def write(rows: Mapping[str, list[str]]) -> None:
     head = ["| policy | parameters | weights | return | kept | moved |", "| --- | ---: | --- | ---: | ---: | ---: |"]
     lines = [*head, *(line for each in rows.values() for line in each)]
     command = "`OMP_NUM_THREADS=1 python benchmarks/policies.py --write`"
-    text = ["# Policies in few bits", "", about, "", *lines, "", machine(), command, ""]
-    (RESULTS / "policies.md").write_text("\n".join(text), encoding="utf-8")
-    (RESULTS / "policies.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    write_table("policies", "\n".join(["# Policies in few bits", "", about, "", *lines, "", machine(), command]))
+    write_numbers("policies", rows)
 
 
 if __name__ == "__main__":
