@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,6 +82,12 @@ def compared_on(job: Settings, outputs: Tensor | None) -> str:
         return "the first sample"
     counted = f"{len(outputs)} windows" if outputs.dim() < 3 else f"{outputs.shape[0] * outputs.shape[1]:,} tokens"
     return f"{counted} of the built-in evaluation text"
+
+
+def text_tokens(batches: Sequence[Batch]) -> int:
+    """The tokens of samples that are text; 0 where they are none."""
+    ids = [batch.get("input_ids") for batch in batches]
+    return sum(each.numel() for each in ids if isinstance(each, Tensor))
 
 
 def needs_samples(plan: Plan) -> bool:
