@@ -408,8 +408,9 @@ def report(rows: Sequence[Row], command: str, where: str, originals: Mapping[str
     parts.append(
         "For each size: in how many cells (a text that calibrates, one that is measured on, a number of bits) the KL is less\n"
         "than rounding's, and its share of rounding's in the mean. Less than 1 is better. `advised` is\n"
-        "`--desc-act --static-groups --weighted`. Perplexities below go up and down where KL falls steadily: on a text that the original predicts badly, a\n"
-        "change of its weights lowers perplexity as often as not. KL is what sizes are compared by."
+        "`--desc-act --static-groups --weighted`. Perplexities below go up and down where KL falls steadily: on a text that\n"
+        "the original predicts badly, a change of its weights lowers perplexity as often as not. So sizes are compared by\n"
+        "KL."
     )
     for model in dict.fromkeys(r.task.model for r in rows):
         parts += [f"{model}:", in_short(rows, model)]

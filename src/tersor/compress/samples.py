@@ -76,6 +76,12 @@ def probe_for(
     return None if first is None else probe_of(first)
 
 
+def is_held_out(job: Settings, batch: Batch) -> bool:
+    """Whether a batch of `probe_for` is held-out text: of text it alone has several rows."""
+    ids = batch.get("input_ids")
+    return is_text(job.calibration) and isinstance(ids, Tensor) and len(ids) > 1
+
+
 def compared_on(job: Settings, outputs: Tensor | None) -> str:
     """What `probe_for` gave, in words: of text it alone has several rows."""
     if outputs is None or not is_text(job.calibration) or len(outputs) < 2:

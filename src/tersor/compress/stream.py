@@ -198,6 +198,8 @@ class Files(Sink):
             if max(probe.visits.values()) == 1:
                 _check_equal(self.target, read, probe.after)
             probe.after = read  # of a block that is used twice, the walk ran the original the first time
+        if job.held is not None:
+            job.held.sign(self.target)
         self.writer.seal()
         job.progress("writing", 1, 1)
         sizes = {"size_before": lazy.checkpoint.size(), "size_after": written.size()}

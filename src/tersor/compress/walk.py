@@ -56,12 +56,13 @@ class Prepared:
     probe: Probe | None  # None: nothing is run, because no method needs samples
 
 
-def trace(source: Source, batch: Batch, progress: Progress) -> Probe:
-    """Run a sample through the model as it is, a unit at a time. Raises TersorError where weights or outputs are not finite."""
+def trace(source: Source, batch: Batch, progress: Progress, *, held_out: bool = True) -> Probe:
+    """Run a sample through the model as it is, a unit at a time. held_out: whether it is none of the calibration samples, else it
+    is the first. Raises TersorError where weights or outputs are not finite."""
     units = units_of(source.module)
     elsewhere = [unit.module for unit in units if not unit.is_block and _is_absent(unit.module)]
     try:
-        return _trace(source, units, batch, progress)
+        return _trace(source, units, batch, progress, held_out=held_out)
     except RuntimeError:
         if not elsewhere:
             raise
@@ -69,7 +70,7 @@ def trace(source: Source, batch: Batch, progress: Progress) -> Probe:
     for module in elsewhere:
         source.load(module)
     try:
-        return _trace(source, [unit for unit in units if unit.is_block], batch, progress)
+        return _trace(source, [unit for unit in units if unit.is_block], batch, progress, held_out=held_out)
     except BaseException:
         for module in elsewhere:
             source.release(module)
@@ -80,10 +81,11 @@ def _is_absent(module: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in module.parameters())
 
 
-def _trace(source: Source, units: list[Unit], batch: Batch, progress: Progress) -> Probe:
+def _trace(source: Source, units: list[Unit], batch: Batch, progress: Progress, *, held_out: bool) -> Probe:
     visits: Counter[str] = Counter()
     called: set[str] = set()
-    with Lockstep(source.module, units, [batch], lambda batch: call(source.module, batch)) as passes:
+    numbers: list[tuple[int, ...]] = [() if held_out else (0,)]
+    with Lockstep(source.module, units, [batch], lambda batch: call(source.module, batch), numbers=numbers) as passes:
         for stop in passes:
             source.load(stop.unit.module)
             _check_weights(stop.unit)
@@ -261,7 +263,7 @@ def _run_checked(stop: Stop) -> None:
         return
     call, dtype, flags = next(each for each in finite if not bool(each[2].all()))
     row = flags.tolist().index(False) if len(flags) == len(call.numbers) else 0
-    where = f"calibration sample {call.numbers[row]}" if call.numbers else "what the result is compared on"
+    where = f"calibration sample {call.numbers[row]}" if call.numbers else "the text that the result is compared on"
     raise NotFiniteError(
         f"the output of {stop.unit.name or 'the model'} is not finite (NaN or Inf) in {where}; if the model overflows "
         f"{dtype}, use --dtype float32"

@@ -101,7 +101,7 @@ class RepQuant(ModelMethod):
     a_bits: int = option(4, "bits an activation", check=lambda v: v in range(2, 9), allowed="2 to 8")
     dual_clipping: bool = option(False, "learn the ranges of what LayerNorms give out, each end by itself")
     reconstruct: bool = option(False, "choose weights by the layer's output on quantized inputs, not by rounding")
-    images: int = option(
+    num_images: int = option(
         32, "calibration samples, of those given; they run as one batch", check=lambda v: v >= 1, allowed="1 or more"
     )
 
@@ -110,7 +110,7 @@ class RepQuant(ModelMethod):
         return [[cls(w_bits=bits, a_bits=bits)] for bits in (8, 6)] if kind == "image" else []
 
     def compress_model(self, model: nn.Module, work: Work) -> nn.Module:
-        batch = one_batch(work.samples[: self.images])
+        batch = one_batch(work.samples[: self.num_images])
         places = wrap(model, self, without_target(dict(work.samples[0])), work.wanted)
         with torch.no_grad():
             work.progress("fitting grids", 0, 2)
