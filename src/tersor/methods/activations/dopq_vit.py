@@ -80,7 +80,7 @@ class DopQViT(ModelMethod):
         check=lambda v: v in MERGES,
         allowed="median or mean",
     )
-    block_reconstruction: bool = option(False, "learn the weights of each block to give what the original block gave")
+    tune_blocks: bool = option(False, "learn the weights of each block to give what the original block gave")
     block_steps: int = option(100, "steps of that learning", check=lambda v: v >= 1, allowed="1 or more")
     num_images: int = option(
         32, "calibration samples, of those given; they run as one batch", check=lambda v: v >= 1, allowed="1 or more"
@@ -96,7 +96,7 @@ class DopQViT(ModelMethod):
         fit = partial(fit_tangent_pair, bits=self.a_bits) if self.softmax == "tangent" else None
         probe = without_target(dict(work.samples[0]))
         places = wrap(model, plain, probe, work.wanted, fit_products=fit, of=self.name)
-        passes = 3 if self.block_reconstruction else 2
+        passes = 3 if self.tune_blocks else 2
         with torch.no_grad():
             work.progress("fitting grids", 0, passes)
             call(model, batch)
@@ -105,7 +105,7 @@ class DopQViT(ModelMethod):
             work.progress("fitting grids of changed weights", 1, passes)
             call(model, batch)
         notes: dict[str, str] = {}
-        if self.block_reconstruction:
+        if self.tune_blocks:
             work.progress("reconstructing blocks", 2, passes)
             for each in reconstruct_blocks(model, places.everything(), batch, steps=self.block_steps):
                 notes[each.name] = f"error of the block {each.before:.3g}, learned {each.after:.3g}"
