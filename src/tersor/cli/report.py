@@ -25,7 +25,7 @@ def report(
         list[str] | None, typer.Option(help="A text file (.gz too) to compare on, or `builtin`; may be repeated.")
     ] = None,
     prompt: Annotated[
-        list[str] | None, typer.Option(help="What both models continue; the begins of parts of the text if unset.")
+        list[str] | None, typer.Option(help="What both models continue; the beginnings of parts of the text if unset.")
     ] = None,
     attribution: Annotated[
         list[Path] | None, typer.Option(help="A JSON file of `tersor attribute`; may be repeated.")
