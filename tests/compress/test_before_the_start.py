@@ -35,7 +35,8 @@ def test_the_forecast_is_printed_before_anything_is_solved(
     command = ("quantize", small_source, "--out", tmp_path / "out", "--group-size", 32, "--samples", 2, "--seq-len", 32)
     ran = tersor_command(*command)
     assert ran.status == 0
-    (line,) = ran.err.splitlines()
+    line, few = ran.err.splitlines()
+    assert few.startswith("64 calibration tokens are few")
     found = re.fullmatch(r"forecast: \d+ (s|min), ([\d.]+) GB of memory, ([\d.]+) GB of disk", line)
     assert found
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

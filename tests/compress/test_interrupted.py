@@ -146,7 +146,7 @@ def test_a_file_size_limit_is_an_error_in_one_line(
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert ran.status == 2
-    (_, said) = ran.err.splitlines()  # after the forecast
+    (_, _, said) = ran.err.splitlines()  # after the forecast and the note on few tokens
     assert "cannot write to" in said
     assert not (out / "config.json").exists()
     assert tersor_command(*command, "--out", out).status == 0  # with room, the same command finishes
@@ -165,7 +165,7 @@ def test_a_full_disk_is_an_error_in_one_line_and_the_job_goes_on_with_more_room(
         command = ("quantize", small_source, "--group-size", 32, "--samples", 2, "--seq-len", 32, "--out", disk / "out")
         ran = tersor_command(*command)
         assert ran.status == 2
-        (_, said) = ran.err.splitlines()  # after the forecast
+        (_, _, said) = ran.err.splitlines()  # after the forecast and the note on few tokens
         assert "is full; make room and give the same command again" in said
         assert not (disk / "out" / "config.json").exists()
         subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)

@@ -38,7 +38,7 @@ def go_on(model: Path, out: Path, **more: Any) -> tuple[int, list[str]]:
     said: list[str] = []
 
     def progress(what: str, done: int, total: int) -> None:
-        if total == 0 and not what.startswith("forecast"):
+        if total == 0 and not what.startswith("forecast") and "tokens are few" not in what:
             said.append(what)
 
     method = more.pop("method", GPTQ(group_size=32))

@@ -75,15 +75,12 @@ def compress_blocks(source: Source, sink: Sink, job: Job) -> Compressed:
         stacked = [name for name in experts if not source.named_pieces(name)]
         plan = without_stacks(plan, stacked, job.layout, include=job.include, progress=job.progress)
     batches, probe = samples_of(job, plan, source)
-    tokens = text_tokens(batches)
-    for said in dict.fromkeys(method.remark_on(tokens) for method in dict.fromkeys(plan.methods.values())):
-        if said is not None and tokens:
-            job.progress(said, 0, 0)
     sink.open(job, plan, batches if probe is None else [*batches, probe])
     with torch.no_grad(), without_cache(module):
         source.load_rest([unit.module for unit in units_of(module)])
         first = prepare(source, plan, job, batches, probe)
         sink.start(first)
+        _remark(job, first)
         # An error in the loop ends the walk's threads.
         with closing(walk(source, first, job, sink.restore, sink.scratch)) as blocks:
             began, solved = time.perf_counter(), 0
@@ -96,6 +93,14 @@ def compress_blocks(source: Source, sink: Sink, job: Job) -> Compressed:
                     began = time.perf_counter()
                 del block  # else it stays in memory while the next is solved
         return sink.finish(first)
+
+
+def _remark(job: Job, first: Prepared) -> None:
+    """Say what the methods have to say of this calibration."""
+    tokens = text_tokens(first.batches)
+    said = [method.remark_on(tokens) for method in dict.fromkeys(first.plan.methods.values())] if tokens else []
+    for line in dict.fromkeys(filter(None, said)):
+        job.progress(line, 0, 0)
 
 
 def compress_module(model: nn.Module, job: Job) -> Compressed:

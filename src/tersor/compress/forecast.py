@@ -75,7 +75,11 @@ def forecast(
     tokens = sum(_tokens(batch) for batch in batches)
     streams = COMPARED if any(method.compares for method in plan.methods.values()) else 1
     runs, gathered = _times_of(first, streams, tokens, device, lazy.dtype)
-    rates = {method: rehearsal(method, device, lazy.dtype, stored) for method in dict.fromkeys(plan.methods.values())}
+    widest = max((matrix_shape(each)[1] for each in plan.all_linears().values()), default=1)
+    rates = {
+        method: rehearsal(method, device, lazy.dtype, stored, columns=min(widest, REHEARSED))
+        for method in dict.fromkeys(plan.methods.values())
+    }
     products = products_per_second(device, torch.float32)
     solving = sum(
         solving_time(*matrix_shape(found), rates[plan.methods[name]], products)
@@ -150,13 +154,13 @@ def gathering_time(width: int, tokens: int, device: torch.device, dtype: torch.d
 
 
 def rehearsal(
-    method: BlockMethod, device: torch.device, dtype: torch.dtype, stored: Stored | None
+    method: BlockMethod, device: torch.device, dtype: torch.dtype, stored: Stored | None, *, columns: int = REHEARSED
 ) -> tuple[float, float]:
     """Seconds a column, and seconds a number more, that a method takes to solve a layer. Two small ones are solved, of random
-    numbers. Nothing where the method takes none such."""
+    numbers and so many columns, in whole groups. Nothing where the method takes none such."""
     grids = method.quantization()
     group = grids.group_size if grids is not None and grids.group_size > 0 else 1
-    columns = group * -(-REHEARSED // group)
+    columns = group * -(-columns // group)
 
     def solve(rows: int) -> float:
         linear = nn.Linear(columns, rows, bias=False, device=device, dtype=dtype)
