@@ -6,16 +6,17 @@ It computes x · Wᵀ as exactly as the reference does, measured against float64
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from kernels.random_weights import random_weight
 from torch import Tensor
 
-from tersor.kernels import quantized_matmul_mma
+from tersor.kernels import nvrtc, quantized_matmul_mma
 from tersor.kernels.quantized_matmul import reference
 from tersor.kernels.quantized_matmul_cuda import has_kernel, launch
-from tersor.kernels.quantized_matmul_mma import Launch, SharedMemory, launch_for
+from tersor.kernels.quantized_matmul_mma import CANDIDATES, Launch, SharedMemory, candidates, chosen, grid_for
 from tersor.kernels.tiled_weight import K_TILE, N_BLOCK, prepare
 
 ARCHITECTURE = "compute_80"
@@ -29,21 +30,29 @@ needs_kernel = pytest.mark.skipif(
 
 @pytest.mark.parametrize("capability", THREADS)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bfloat", [True, False])
 @pytest.mark.parametrize(
     "per_group", [2, 12]
 )  # bytes of scales and zero points an output and tile: one group, and four
-def test_every_launch_fits_on_a_multiprocessor(capability: tuple[int, int], bits: int, per_group: int) -> None:
+def test_every_candidate_fits_on_a_multiprocessor(
+    capability: tuple[int, int], bits: int, bfloat: bool, per_group: int
+) -> None:
     tile_bytes, shared = N_BLOCK * (K_TILE * bits // 8 + per_group), SharedMemory.of(capability)
     for rows in (1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 1000):
-        for blocks, k_tiles in ((1, 1), (8, 9), (224, 32), (768, 96)):
-            how, grid = launch_for(rows, blocks, k_tiles, tile_bytes, bits, 84, shared)
+        found = candidates(rows, tile_bytes, bits, bfloat, shared)
+        assert len({str(how) for how in found}) == len(found)
+        for how in found:
+            assert how.n_tile >= min(rows, 64)
+            assert not (how.zero_sums and bits == 8 and bfloat)
+            assert 2 * how.tiles % how.warps_in == 0
             stages = how.stages(tile_bytes, shared)
             block_bytes = stages * how.stage_bytes(tile_bytes) + how.exchange_bytes()
             assert stages >= 2
             assert block_bytes <= shared.block
             assert how.resident * (block_bytes + 1024) <= shared.processor
             assert how.resident * how.threads <= THREADS[capability]
-            assert 1 <= grid <= 84 * how.resident
+            for blocks, k_tiles in ((1, 1), (8, 9), (224, 32), (768, 96)):
+                assert 1 <= grid_for(how, rows, blocks, k_tiles, 84) <= 84 * how.resident
 
 
 def relative_error(y: Tensor, exact: Tensor) -> float:
@@ -110,6 +119,33 @@ def test_launches_beyond_the_table(how: Launch) -> None:
     kind = {"bits": 4, "group_size": 64}
     assert_as_good_as_reference(24, kind, (1056, 2080), torch.float16, how)
     assert_as_good_as_reference(5, {**kind, "bits": 3}, (320, 2080), torch.bfloat16, replace(how, most_stages=2))
+
+
+@gpu
+@needs_kernel
+@pytest.mark.parametrize("how", dict.fromkeys(how for cuts in CANDIDATES.values() for how in cuts))
+def test_every_candidate(how: Launch) -> None:
+    assert_as_good_as_reference(2 * how.n_tile - 3, {"bits": 4, "group_size": 128}, (1056, 2080), torch.float16, how)
+
+
+@gpu
+@needs_kernel
+def test_a_choice_is_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvrtc, "CACHE", tmp_path)
+    weight = prepare(random_weight(4096, 4096, bits=4, group_size=128, device="cuda"))
+    x = torch.randn(3, 4096, dtype=torch.float16, device="cuda")
+    monkeypatch.setattr(quantized_matmul_mma, "_chosen", {})
+    assert chosen(3, x.dtype, weight, ARCHITECTURE) is None
+    y = launch(x, weight, architecture=ARCHITECTURE)
+    first = chosen(3, x.dtype, weight, ARCHITECTURE)
+    assert first in {str(how) for how in CANDIDATES[8]}
+    assert chosen(8, x.dtype, weight, ARCHITECTURE) == first
+    (kept,) = tmp_path.glob("choice-*.json")
+    before = kept.stat().st_mtime_ns
+    monkeypatch.setattr(quantized_matmul_mma, "_chosen", {})  # as in another process
+    assert torch.equal(launch(x, weight, architecture=ARCHITECTURE), y)
+    assert chosen(3, x.dtype, weight, ARCHITECTURE) == first
+    assert kept.stat().st_mtime_ns == before
 
 
 @gpu

@@ -33,16 +33,13 @@ constexpr int PIECE = ACCUMULATORS < 16 ? ACCUMULATORS : 16;
 
 // ---------------------------------------------------------------------------------------------- copies
 
-// 16 bytes, or zeros instead of what lies beyond an end.
+// 16 bytes, or zeros instead of what lies beyond an end. No cache policy goes with a copy: where the target's address is uniform,
+// CUDA's assembler (12.8 to 13.1, for sm_90) puts it into the policy's register, and the copy is an illegal instruction.
 __device__ __forceinline__ void copy(u32 target, const void* source) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
 }
 __device__ __forceinline__ void copy_if(bool inside, u32 target, const void* source) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(inside ? 16 : 0)
-                 : "memory");
-}
-__device__ __forceinline__ void copy(u32 target, const void* source, u64 policy) {
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "l"(policy)
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(inside ? 16 : 0)
                  : "memory");
 }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -80,7 +77,7 @@ struct Loader {
         return (k_stage + 1) * (TILES * K_TILE) <= s.inputs;
     }
 
-    __device__ __forceinline__ void copy_weight(const Shape& s, u32 shared, u64 policy) const {
+    __device__ __forceinline__ void copy_weight(const Shape& s, u32 shared) const {
         const u32 own = threadIdx.x * 16, target = shared + stage + X_BYTES + own;
         const u8* source = weight;
         if (has_all_inputs(s)) {
@@ -90,7 +87,7 @@ struct Loader {
 #pragma unroll
                     for (int at = 0; at < TILES * TILE_BYTES; at += THREADS * 16)
                         if (at + own < TILES * TILE_BYTES)
-                            copy(target + b * TILES * TILE_BYTES + at, source + at, policy);
+                            copy(target + b * TILES * TILE_BYTES + at, source + at);
             return;
         }
         const u32 left = (s.k_tiles - k_stage * TILES) * TILE_BYTES;  // to the end of a block's tiles
@@ -225,11 +222,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     const u32 items = s.output_tiles() * s.row_tiles * s.k_stages;
     const u32 begin = first_item(blockIdx.x, items), end = first_item(blockIdx.x + 1, items);
     LAUNCH_DEPENDENTS();
-    u64 policy;  // each weight is read once, unless there are several row tiles
-    if (s.row_tiles == 1)
-        asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    else
-        asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
 
     Loader next;
     next.tile = begin / s.k_stages, next.k_stage = begin % s.k_stages, next.stage = 0;
@@ -238,14 +230,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     {  // Weights are constants: they are fetched while the kernel before may still be writing x, or reading y.
         Loader first = next;
         for (int i = 0; i < STAGES - 1 && begin + i < end; ++i, first.advance(weight, x, s))
-            first.copy_weight(s, shared, policy);
+            first.copy_weight(s, shared);
     }
 #endif
     WAIT_FOR_LAUNCH_BEFORE();
     for (int i = 0; i < STAGES - 1; ++i) {
         if (begin + i < end) {
 #if __CUDA_ARCH__ < 900
-            next.copy_weight(s, shared, policy);
+            next.copy_weight(s, shared);
 #endif
             next.copy_x(s, shared);
             next.advance(weight, x, s);
@@ -272,7 +264,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
         wait_for_copies<STAGES - 2>();
         __syncthreads();  // the stage has arrived for all, and all are done with the one before, which is filled now
         if (item + STAGES - 1 < end) {
-            next.copy_weight(s, shared, policy);
+            next.copy_weight(s, shared);
             next.copy_x(s, shared);
             next.advance(weight, x, s);
         }

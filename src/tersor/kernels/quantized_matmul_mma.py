@@ -1,29 +1,32 @@
 """The quantized matmul on NVIDIA GPUs that are not Hopper (compute capability 8.0 and up): cuts and launches
 `quantized_matmul_mma.cu`.
 
-With many rows it may be faster to turn the weight into a dense one and multiply by cuBLAS: which of the two is measured on the
-GPU at hand, once for each shape and power of two of rows.
+Which cut is the fastest is measured on the GPU at hand, once for each kind and shape of weight and number of rows; with many
+rows, turning the weight into a dense one and multiplying by cuBLAS is one of the candidates.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from tersor.kernels import nvrtc
+from tersor.kernels import choices, nvrtc
 from tersor.kernels.tiled_weight import K_TILE, N_BLOCK, TiledWeight
 from tersor.kernels.work_list import Shape, processors, workspace
 
 MOST_STAGES, FEWEST_STAGES = 6, 3
-MEASURED_ROWS = 64  # with more, both ways are measured
-MEASURED_CALLS = 5
+DENSE_ROWS = 64  # with more, a dense weight and cuBLAS may be faster
+MEASURED_BYTES = 4 * 2**20  # of tiles; smaller weights take the first cut
+MEASURED_CALLS = 9  # of each candidate
 DENSE_BYTES = 256 * 2**20  # of a weight that are dense at once
 BLOCK_RESERVED_BYTES = 1024  # of shared memory, by the system
 
@@ -73,6 +76,14 @@ class Launch:
     zero_sums: bool = False
     most_stages: int = MOST_STAGES
 
+    def __str__(self) -> str:
+        """Short: rows, strips x warps along outputs and inputs, tiles a stage, thread blocks a multiprocessor, and what else."""
+        sums = "" if self.scale_sums else " scaled codes"
+        zeros = " zeros by sums" if self.zero_sums else ""
+        stages = "" if self.most_stages == MOST_STAGES else f" {self.most_stages} stages"
+        warps = f"{self.strips} x {self.warps_out} x {self.warps_in}"
+        return f"{self.n_tile}: {warps}, {self.tiles} tiles, {self.resident} blocks{sums}{zeros}{stages}"
+
     @property
     def threads(self) -> int:
         return 32 * self.warps_out * self.warps_in
@@ -101,33 +112,60 @@ class Launch:
         return min(self.most_stages, (room - self.exchange_bytes()) // self.stage_bytes(tile_bytes))
 
 
-@functools.cache
-def launch_for(
-    rows: int, blocks: int, k_tiles: int, tile_bytes: int, bits: int, multiprocessors: int, shared: SharedMemory
-) -> tuple[Launch, int]:
-    """The launch for x of `rows` rows and a weight of [blocks, k_tiles] tiles, and its number of thread blocks.
+# What is measured against each other, by n_tile: the first is taken where nothing is measured.
+_FEW_ROWS = (
+    Launch(8, 2, 4, warps_in=2, tiles=2, resident=2),
+    Launch(8, 2, 4, warps_in=2, tiles=2, resident=2, zero_sums=True),
+    Launch(8, 2, 4, warps_in=2, tiles=2, resident=3, zero_sums=True),
+    Launch(8, 4, 2, warps_in=4, tiles=2, resident=2, zero_sums=True),
+    Launch(8, 1, 8, tiles=2, resident=2),
+    Launch(8, 4, 4, warps_in=2, tiles=2, zero_sums=True),
+)
+CANDIDATES: dict[int, tuple[Launch, ...]] = {
+    8: _FEW_ROWS,
+    16: tuple(replace(how, n_tile=16) for how in _FEW_ROWS),
+    32: (
+        Launch(32, 2, 4, warps_in=2, tiles=2),
+        Launch(32, 2, 8),
+        Launch(32, 2, 4, tiles=2, resident=2),
+        Launch(32, 2, 4, resident=3, zero_sums=True),
+        Launch(32, 2, 4, warps_in=2, tiles=2, resident=2, scale_sums=False),
+    ),
+    64: (
+        Launch(64, 2, 8),
+        Launch(64, 2, 8, scale_sums=False),
+        Launch(64, 4, 4, warps_in=2, scale_sums=False),
+        Launch(64, 4, 2, resident=2, scale_sums=False),
+        Launch(64, 2, 4, resident=2),
+    ),
+    128: (Launch(128, 2, 8, scale_sums=False), Launch(128, 2, 4, scale_sums=False)),
+}
 
-    The table comes from measuring the candidates on an H200, compiled for compute capability 8.0.
-    """
-    if rows <= 16:
-        how = Launch(8 if rows <= 8 else 16, 2, 4, warps_in=2, tiles=2, resident=2)
-    elif rows <= 32:
-        how = Launch(32, 2, 4, warps_in=2, tiles=2, resident=1)
-    elif rows <= 64:
-        how = Launch(64, 2, 8)
-    else:
-        how = Launch(128, 2, 8, scale_sums=False)
+
+@functools.cache
+def candidates(rows: int, tile_bytes: int, bits: int, bfloat: bool, shared: SharedMemory) -> tuple[Launch, ...]:
+    """The launches for x of `rows` rows and tiles of this size that fit into shared memory; at least one."""
+    n_tile = next((n for n in CANDIDATES if rows <= n), max(CANDIDATES))
+    found = [_fitting(how, tile_bytes, shared) for how in CANDIDATES[n_tile]]
+    found[1:] = [how for how in found[1:] if how.stages(tile_bytes, shared) >= FEWEST_STAGES]
+    if bits == 8 and bfloat:  # has no raw pairs
+        found = [replace(how, zero_sums=False) for how in found]
+    return tuple(dict.fromkeys(found))
+
+
+def _fitting(how: Launch, tile_bytes: int, shared: SharedMemory) -> Launch:
+    """With enough stages, or at least as many as can be."""
     while how.stages(tile_bytes, shared) < FEWEST_STAGES:
         smaller = _smaller(how)
         if smaller is None:
             break
         how = smaller
-    return how, grid_for(how, rows, blocks, k_tiles, multiprocessors)
+    return how
 
 
 def _smaller(how: Launch) -> Launch | None:
     """The next launch whose stages take less of the shared memory."""
-    if how.tiles > 1:
+    if how.tiles > 1 and how.tiles % how.warps_in == 0:
         return replace(how, tiles=how.tiles // 2)
     if how.resident > 1:
         return replace(how, resident=1)
@@ -238,19 +276,17 @@ def launch(x: Tensor, weight: TiledWeight, architecture: str, how: tuple[Launch,
     if x.data_ptr() % 16 != 0:
         x = x.clone()
     with torch.cuda.device(device):
-        if how is None and _dense_is_faster(x, weight, y, architecture):
-            _by_dense(x, weight, y, architecture)
+        if how is None:
+            _run(_choice(x, weight, y, architecture), x, weight, y, architecture)
         else:
-            _packed(x, weight, y, architecture, how)
+            _packed(x, weight, y, architecture, *how)
     return y
 
 
-def _packed(x: Tensor, weight: TiledWeight, y: Tensor, architecture: str, how: tuple[Launch, int] | None) -> None:
+def _packed(x: Tensor, weight: TiledWeight, y: Tensor, architecture: str, cut: Launch, grid: int) -> None:
     rows, inputs = x.shape
     partials, counters = workspace(x.device)
     blocks, k_tiles, tile_bytes = weight.tiles.shape
-    shared = SharedMemory.of(torch.cuda.get_device_capability(x.device))
-    cut, grid = how or launch_for(rows, blocks, k_tiles, tile_bytes, weight.bits, processors(x.device), shared)
     row_tiles, k_stages = -(-rows // cut.n_tile), -(-k_tiles // cut.tiles)
     output_tiles = -(-blocks // cut.blocks) * row_tiles
     grid = min(grid, output_tiles * k_stages)
@@ -269,35 +305,82 @@ def _by_dense(x: Tensor, weight: TiledWeight, y: Tensor, architecture: str) -> N
     kernel = _dense_kernel(_kind_of(weight), x.dtype == torch.bfloat16, architecture, x.device)
     for first in range(0, blocks, step):
         tiles = weight.tiles[first : first + step]
-        arguments = [ctypes.c_void_p(tiles.data_ptr()), ctypes.c_void_p(dense.data_ptr()), ctypes.c_int(k_tiles)]
+        arguments: list[ctypes.c_void_p | ctypes.c_int] = [ctypes.c_void_p(t.data_ptr()) for t in (tiles, dense)]
+        arguments.append(ctypes.c_int(k_tiles))
         kernel.launch(blocks=len(tiles) * k_tiles, threads=128, arguments=arguments, early=False)
         outputs = y[:, first * N_BLOCK : (first + step) * N_BLOCK]
         torch.mm(x, dense[: outputs.shape[1], : x.shape[1]].t(), out=outputs)
 
 
-_measured: dict[tuple[object, ...], bool] = {}  # by GPU, kind and shape of weight, and rows
+DENSE = "dense, then cuBLAS"
+_Way = Launch | str  # a launch, or DENSE
+_chosen: dict[tuple[object, ...], _Way] = {}  # by GPU, kind and shape of weight, and rows
 
 
-def _dense_is_faster(x: Tensor, weight: TiledWeight, y: Tensor, architecture: str) -> bool:
-    """Measured with the first x of about so many rows; what is not measured yet while a graph is captured stays packed."""
-    rows = x.shape[0]
-    if rows <= MEASURED_ROWS:
-        return False
-    at = (x.device, architecture, x.dtype, _kind_of(weight), *weight.tiles.shape, (rows - 1).bit_length())
-    if at not in _measured and not torch.cuda.is_current_stream_capturing():
-        packed = _milliseconds(lambda: _packed(x, weight, y, architecture, None))
-        _measured[at] = _milliseconds(lambda: _by_dense(x, weight, y, architecture)) < packed
-    return _measured.get(at, False)
+def _run(way: _Way, x: Tensor, weight: TiledWeight, y: Tensor, architecture: str) -> None:
+    if isinstance(way, str):
+        return _by_dense(x, weight, y, architecture)
+    blocks, k_tiles, _ = weight.tiles.shape
+    grid = grid_for(way, x.shape[0], blocks, k_tiles, processors(x.device))
+    return _packed(x, weight, y, architecture, way, grid)
 
 
-def _milliseconds(run: Callable[[], None]) -> float:
-    run()  # compiles
-    times = []
-    for _ in range(MEASURED_CALLS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
+def _key(rows: int, dtype: torch.dtype, weight: TiledWeight, architecture: str) -> tuple[object, ...]:
+    bucket = next((n for n in CANDIDATES if rows <= n), 1 << (rows - 1).bit_length())
+    return weight.tiles.device, architecture, dtype, _kind_of(weight), tuple(weight.tiles.shape), bucket
+
+
+def _choice(x: Tensor, weight: TiledWeight, y: Tensor, architecture: str) -> _Way:
+    """The fastest way for about so many rows, measured with the first such x or by a process before.
+
+    The first candidate for weights too small to matter, and for what is not measured yet while a graph is captured.
+    """
+    rows, device, bfloat, kind = x.shape[0], x.device, x.dtype == torch.bfloat16, _kind_of(weight)
+    at = _key(rows, x.dtype, weight, architecture)
+    if at in _chosen:
+        return _chosen[at]
+    shared, tile_bytes = SharedMemory.of(torch.cuda.get_device_capability(device)), weight.tiles.shape[2]
+    launches = candidates(rows, tile_bytes, weight.bits, bfloat, shared)
+    ways: list[_Way] = [*launches, *([DENSE] if rows > DENSE_ROWS else [])]
+    if weight.tiles.nbytes < MEASURED_BYTES or len(ways) == 1:
+        return _chosen.setdefault(at, ways[0])
+    by_name = {str(way): way for way in ways}
+    sources = [source_of(how, how.stages(tile_bytes, shared), kind, bfloat=bfloat) for how in launches]
+    code = hashlib.sha256("".join(sources).encode()).hexdigest()[:16]
+    asked = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}, {at[1:]}, kernels {code}"
+    known = choices.recall(asked, list(by_name))
+    if known is None:
+        if torch.cuda.is_current_stream_capturing():
+            return ways[0]
+        with ThreadPoolExecutor(len(sources)) as pool:  # into the cache, all at once
+            list(pool.map(lambda source: nvrtc.compile_source(source, architecture), sources))
+        runs = [functools.partial(_run, way, x, weight, y, architecture) for way in ways]
+        measured = dict(zip(by_name, _microseconds(runs, device), strict=True))
+        choices.keep(asked, measured)
+        known = min(measured, key=lambda name: measured[name])
+    return _chosen.setdefault(at, by_name[known])
+
+
+def chosen(rows: int, dtype: torch.dtype, weight: TiledWeight, architecture: str) -> str | None:
+    """What runs x of so many rows and this type in this process, in words; None before the first."""
+    way = _chosen.get(_key(rows, dtype, weight, architecture))
+    return None if way is None else str(way)
+
+
+def _microseconds(runs: Sequence[Callable[[], None]], device: torch.device) -> list[float]:
+    """The median time of each, in turns, with a cold L2 cache, as a layer finds it among others."""
+    size = torch.cuda.get_device_properties(device).L2_cache_size
+    scratch = torch.empty(max(size, 2**20), dtype=torch.uint8, device=device)
+    times: list[list[float]] = [[] for _ in runs]
+    for turn in range(1 + MEASURED_CALLS):
+        for run, found in zip(runs, times, strict=True):
+            for _ in range(4):  # while these run, the host gets ahead
+                scratch.zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            if turn:  # the first one loads the kernel
+                found.append(start.elapsed_time(end) * 1e3)
+    return [statistics.median(found) for found in times]
