@@ -2,97 +2,199 @@
 
     TERSOR_DATA=../shared/data python benchmarks/ladder.py             prints the table
     TERSOR_DATA=../shared/data python benchmarks/ladder.py --write     and keeps it in benchmarks/results/ladder.md and .json
-    ... --only 2 3               measures these numbers of bits; --write then keeps the others as they were
-    ... --quick                  few samples and windows, 3 bits: whether it runs, not what it is worth
+    ... --only "3 bits, g128" --rungs best --draws 1             measures these; --write then keeps the others as they were
+    ... --processes 14           measures so many at once, for a machine of many cores with a GPU
+    ... --quick                  few samples and windows, one grid: whether it runs, not what it is worth
 
 Every rung starts from the file that the rung before it left, as `tersor compress METHOD PACKED --original demo` does; seconds are
-those of all rungs up to it.
+those of all rungs up to it. The first draw of calibration samples has all rungs, the others those that users would choose.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
 from common import kept_numbers, versions, write_numbers, write_table
-from quality import CALIBRATION, MODEL, SEQ_LEN, by_bits, perplexity, where
+from quality import CALIBRATION, MODEL, SEQ_LEN, check_data, perplexity, where
 
 from tersor.checkpoint.source import resolve
-from tersor.compress import GPTQ, Method, compress
-from tersor.formats.grid import Bits
+from tersor.compress import GPTQ, RTN, Method, compress
+from tersor.compress.best import best_steps
 from tersor.methods.training.rounding import Rounding
 from tersor.methods.training.scales import Scales
 
-BITS: tuple[Bits | float, ...] = (4, 3.25, 3, 2, "ternary")  # 3.25: all told, bits where they pay
+GRIDS: dict[str, dict[str, Any]] = {
+    "4 bits, g128": {"bits": 4},
+    "4 bits, per channel": {"bits": 4, "group_size": -1, "sym": False},
+    "3 bits, g128": {"bits": 3},
+    "3 bits, per channel": {"bits": 3, "group_size": -1, "sym": False},
+    "2 bits, g128": {"bits": 2},
+    "2 bits, g32 asym": {"bits": 2, "group_size": 32, "sym": False},
+    "ternary, g128": {"bits": "ternary"},
+}
+DRAWS = 3
+WEIGHTED, ASYMMETRIC = "GPTQ, act-order, static groups, weighted", "the same, asymmetric"
+FAST, BEST = "best-fast", "best"
+ALWAYS = ("GPTQ", WEIGHTED, ASYMMETRIC, FAST, BEST)  # the rungs of every draw
 
 
 @dataclass(frozen=True)
 class Row:
-    bits: str
+    grid: str
     rung: str
+    draw: int
     bits_per_weight: float  # over the quantized layers, scales and zero points included
     perplexity: float
     seconds: float  # of this rung and those that it stands on
+    device: str  # that it ran on
 
 
-def rungs(bits: Bits | float) -> list[tuple[str, str, Method]]:
+def rungs(grid: dict[str, Any], samples: int, seq_len: int) -> list[tuple[str, str, Method]]:
     """What is measured: a name, the name of the rung that it stands on ("": the original), and the method."""
-    base = "GPTQ, desc_act, static_groups, weighted"
-    whole: Bits = 3 if isinstance(bits, float) else bits  # of a mixture only where it is asked for nothing else
+    fast, best = (
+        [step.method for step in best_steps(name, grid, samples=samples, seq_len=seq_len)] for name in (FAST, BEST)
+    )
+    assert fast[0] == best[0]
+    size = best[1].batch_size  # type: ignore[attr-defined]
     return [
-        (base, "", GPTQ(bits=whole, desc_act=True, static_groups=True, weighted=True)),
-        (f"{base}, then scales", base, Scales()),
-        (f"{base}, then rounding", base, Rounding()),
-        (f"{base}, then rounding, scales with integers", f"{base}, then rounding", Scales(integers=True)),
+        ("rounding", "", RTN(**grid)),
+        ("GPTQ", "", GPTQ(**grid)),
+        (WEIGHTED, "", GPTQ(**grid, desc_act=True, static_groups=True, weighted=True)),
+        (ASYMMETRIC, "", best[0]),
+        (FAST, ASYMMETRIC, fast[1]),
+        (BEST, ASYMMETRIC, best[1]),
+        ("best, not asymmetric", WEIGHTED, best[1]),
+        ("best, scales only", ASYMMETRIC, Scales(epochs=best[1].epochs, batch_size=size)),  # type: ignore[attr-defined]
+        ("asymmetric, then rounding by blocks", ASYMMETRIC, Rounding(batch_size=size)),
     ]
 
 
-def climb(bits: Bits | float, samples: int, seq_len: int, windows: int, folder: Path) -> Iterator[Row]:
-    """The rows of one number of bits, as they are measured."""
-    rows: dict[str, Row] = {}
-    for n, (name, below, method) in enumerate(rungs(bits)):
-        out = folder / f"{bits}-{n}"
-        asked: dict[str, Any] = {"calibration": CALIBRATION, "samples": samples, "seq_len": seq_len, "out": out}
-        if below:
-            at = folder / f"{bits}-{[rung for rung, *_ in rungs(bits)].index(below)}"
-            done = compress(at, method, original=MODEL, **asked)
-        elif isinstance(bits, float):
-            done = compress(MODEL, method, target_bits=bits, **asked)
-        else:
-            done = compress(MODEL, method, **asked)
-        seconds = done.summary.seconds + (rows[below].seconds if below else 0)
-        found = perplexity(out, windows)
-        rows[name] = Row(str(bits), name, done.summary.bits_per_weight, found, seconds)
-        print(f"{found:10.2f}  {seconds:6.0f} s  {bits}: {name}", file=sys.stderr, flush=True)
-        yield rows[name]
+def climb(
+    name: str, draw: int, wanted: tuple[str, ...], samples: int, seq_len: int, windows: int, dtype: str
+) -> Iterator[Row]:
+    """The wanted rows of one grid and one draw, as they are measured. What they stand on is made too."""
+    steps = rungs(GRIDS[name], samples, seq_len)
+    needed = {below for rung, below, _ in steps if rung in wanted}
+    seconds: dict[str, float] = {"": 0.0}
+    with tempfile.TemporaryDirectory() as folder:
+        made = {rung: Path(folder) / str(n) for n, (rung, *_) in enumerate(steps)}
+        for rung, below, method in steps:
+            if rung not in needed and rung not in wanted:
+                continue
+            asked: dict[str, Any] = {"out": made[rung], "dtype": dtype}
+            if rung != "rounding":
+                asked |= {"calibration": CALIBRATION, "samples": samples, "seq_len": seq_len, "seed": draw}
+            done = compress(made[below], method, original=MODEL, **asked) if below else compress(MODEL, method, **asked)
+            seconds[rung] = seconds[below] + done.summary.seconds
+            if rung in wanted:
+                bits = done.summary.bits_per_weight
+                yield Row(name, rung, draw, bits, perplexity(made[rung], windows), seconds[rung], device())
+
+
+def report(found: Any, *asked: Any) -> None:
+    """Put the rows into a queue as they come."""
+    for row in climb(*asked):
+        found.put(row)
+
+
+def measured(
+    tasks: list[tuple[str, int, tuple[str, ...]]], given: tuple[int, int, int, str], at_once: int
+) -> Iterator[Row]:
+    context = get_context("spawn")
+    with context.Manager() as manager, ProcessPoolExecutor(at_once, mp_context=context) as pool:
+        found = manager.Queue()
+        running = {pool.submit(report, found, *task, *given) for task in tasks}
+        while running or not found.empty():
+            done, running = wait(running, timeout=1)
+            for each in done:
+                each.result()  # raises what the process raised
+            while not found.empty():
+                yield found.get()
 
 
 def table(rows: list[Row]) -> str:
-    lines = ["| bits | | bits a weight | perplexity | seconds |", "| --- | --- | ---: | ---: | ---: |"]
-    for row in rows:
-        lines.append(
-            f"| {row.bits} | {row.rung} | {row.bits_per_weight:.3f} | {row.perplexity:.2f} | {row.seconds:.0f} |"
-        )
+    lines = [
+        "| | | bits a weight | perplexity | draws | seconds | on |",
+        "| --- | --- | ---: | ---: | --- | ---: | --- |",
+    ]
+    for (grid, rung), found in itertools.groupby(rows, lambda row: (row.grid, row.rung)):
+        each = list(found)
+        values = [row.perplexity for row in each]
+        spread = f"{len(each)}: {min(values):.2f} to {max(values):.2f}" if len(each) > 1 else "1"
+        seconds = statistics.mean(row.seconds for row in each)
+        mean = statistics.mean(values)
+        on = ", ".join(sorted({row.device for row in each}))
+        bits = each[0].bits_per_weight
+        lines.append(f"| {grid} | {rung} | {bits:.3f} | {mean:.2f} | {spread} | {seconds:.0f} | {on} |")
     return "\n".join(lines)
 
 
+def arguments_of() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--samples", type=int, default=64, help="calibration samples")
+    parser.add_argument("--seq-len", type=int, default=512, help="tokens of these")
+    parser.add_argument("--windows", type=int, default=60, help="evaluation windows of 1024 tokens")
+    parser.add_argument("--only", nargs="*", default=[], help="grids")
+    parser.add_argument("--processes", type=int, default=1, help="how many jobs at once")
+    parser.add_argument("--rungs", nargs="*", default=names(), choices=names(), help="rows of each grid")
+    parser.add_argument("--draws", type=int, default=DRAWS, help="draws of calibration samples")
+    parser.add_argument("--dtype", default="auto", help="of the forward passes while quantizing")
+    parser.add_argument("--quick", action="store_true", help="whether it runs")
+    parser.add_argument("--write", action="store_true", help="keep the result in benchmarks/results/")
+    arguments = parser.parse_args()
+    check_data()
+    if arguments.quick and arguments.write:
+        sys.exit("--quick measures nothing that is worth keeping: leave --write out")
+    if arguments.quick:
+        arguments.samples, arguments.seq_len, arguments.windows = 8, 64, 2
+        arguments.only = ["3 bits, g128"]
+    return arguments
+
+
 def main() -> None:
-    arguments = by_bits(__doc__, quick_samples=8, quick_windows=2)
-    chosen = [bits for bits in BITS if not arguments.only or str(bits) in arguments.only]
-    rows = [row for row in kept() if row.bits not in map(str, chosen)] if arguments.write else []
+    arguments = arguments_of()
+    grids = [grid for grid in GRIDS if not arguments.only or grid.startswith(tuple(arguments.only))]
     original = perplexity(resolve(MODEL), arguments.windows)
-    for bits in chosen:
-        with tempfile.TemporaryDirectory() as folder:
-            for row in climb(bits, arguments.samples, arguments.seq_len, arguments.windows, Path(folder)):
-                rows = sorted([*rows, row], key=lambda row: list(map(str, BITS)).index(row.bits))
-                if arguments.write:  # after every row, so that a run that is stopped leaves what it has
-                    write(rows, original, arguments)
+    others = tuple(rung for rung in arguments.rungs if rung not in ALWAYS)
+    always = tuple(rung for rung in arguments.rungs if rung in ALWAYS)
+    tasks = [(grid, draw, always) for draw in range(1 if arguments.quick else arguments.draws) for grid in grids]
+    tasks += [(grid, 0, others) for grid in grids if others]
+    rows = kept() if arguments.write else []
+    given = (arguments.samples, arguments.seq_len, arguments.windows, arguments.dtype)
+    for row in measured(tasks, given, arguments.processes):
+        print(f"{row.perplexity:10.2f}  {row.seconds:6.0f} s  {row.grid}, draw {row.draw}: {row.rung}", file=sys.stderr)
+        rows = in_order([*(each for each in rows if place(each) != place(row)), row])
+        if arguments.write:  # as they come, so that a run that is stopped leaves what it has
+            write(rows, original, arguments)
     print(f"original: {original:.2f}\n\n{table(rows)}")
+
+
+def names() -> list[str]:
+    return [rung for rung, *_ in rungs({}, 1, 1)]
+
+
+def place(row: Row) -> tuple[int, int, int]:
+    """Of a row in the table: by grid, rung and draw."""
+    return list(GRIDS).index(row.grid), names().index(row.rung), row.draw
+
+
+def in_order(rows: list[Row]) -> list[Row]:
+    return sorted(rows, key=place)
+
+
+def device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
 def kept() -> list[Row]:
@@ -100,26 +202,26 @@ def kept() -> list[Row]:
 
 
 def write(rows: list[Row], original: float, arguments: argparse.Namespace) -> None:
-    options = f"--samples {arguments.samples} --seq-len {arguments.seq_len} --windows {arguments.windows}"
-    options += f" --only {' '.join(arguments.only)}" if arguments.only else ""
-    command = f"python benchmarks/ladder.py {options} --write"
-    evaluated = f"the first {arguments.windows} windows of {SEQ_LEN} tokens"
-    learned = f"{arguments.samples} samples of {arguments.seq_len} tokens"
+    command = f"python benchmarks/ladder.py --samples {arguments.samples} --seq-len {arguments.seq_len}"
+    command += f" --windows {arguments.windows} --dtype {arguments.dtype} --processes {arguments.processes} --write"
+    evaluated, learned = (
+        f"{arguments.windows} windows of {SEQ_LEN}",
+        f"{arguments.samples} samples of {arguments.seq_len}",
+    )
     text = f"""# What each rung above GPTQ keeps
 
-The built-in model `demo` (12.6 million parameters) in groups of 128 with symmetric levels, perplexity on WikiText-2 (test split,
-{evaluated}); the original has {original:.2f}. All rungs calibrate on {learned} of English
-books; one draw. `quality.md` has plain rounding and plain GPTQ. Seconds are those of all rungs up to a
-row, on one thread beside other work. All rows of one number of bits are files of the same format and size.
+The built-in model `demo` (12.6 million parameters), perplexity on WikiText-2 (test split, the first {evaluated}
+tokens); the original has {original:.2f}. All rungs calibrate on {learned} tokens of English books and see nothing
+else. A mean over draws of these samples has its range beside it. Seconds are those of all rungs up to a row,
+the mean over draws, while other such jobs shared the machine. All rows of one grid are files of the same format and size.
 
 {table(rows)}
 
-Command: `{command}`. {where()}; {versions("transformers")}.
+Command of the last rows: `{command}`. {where()}; {versions("transformers")}.
 """
     write_table("ladder", text)
     content = {"command": command, "machine": where(), "versions": versions("transformers"), "original": original}
-    content["rows"] = [asdict(row) for row in rows]  # type: ignore[assignment]
-    write_numbers("ladder", content)
+    write_numbers("ladder", content | {"rows": [asdict(row) for row in rows]})
 
 
 if __name__ == "__main__":

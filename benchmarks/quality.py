@@ -26,6 +26,7 @@ from tersor.checkpoint.lazy_model import LazyModel
 from tersor.checkpoint.load import load_tokenizer
 from tersor.checkpoint.source import open_checkpoint, resolve
 from tersor.compress import Method, compress
+from tersor.devices import pick_device
 
 MODEL = "demo"
 CALIBRATION, EVALUATION = DATA / "text" / "calibration.txt.gz", DATA / "text" / "wikitext2_test.txt.gz"
@@ -80,7 +81,8 @@ def methods() -> dict[str, Method]:
 
 
 def perplexity(directory: Path, windows: int) -> float:
-    dense = LazyModel(open_checkpoint(directory), dtype=torch.float32).load_all()
+    place = pick_device("auto")
+    dense = LazyModel(open_checkpoint(directory), dtype=torch.float32, device=place).load_all().to(place)
     tokenizer = load_tokenizer(directory)
     found = tersor.perplexity(dense, EVALUATION, tokenizer=tokenizer, seq_len=SEQ_LEN, max_windows=windows)
     return found.perplexity
@@ -113,29 +115,6 @@ def check_data() -> None:
     for path in (CALIBRATION, EVALUATION):
         if not path.is_file():
             sys.exit(f"no {path}: set TERSOR_DATA to the folder that holds text/{path.name}")
-
-
-def by_bits(about: str | None, *, quick_samples: int, quick_windows: int) -> argparse.Namespace:
-    """The arguments of a benchmark that goes from one number of bits to the next, once the data is there."""
-    parser = argparse.ArgumentParser(description=(about or "").split("\n")[0])
-    parser.add_argument("--samples", type=int, default=64, help="calibration samples")
-    parser.add_argument("--seq-len", type=int, default=512, help="tokens of these")
-    parser.add_argument("--windows", type=int, default=60, help="evaluation windows of 1024 tokens")
-    parser.add_argument("--only", nargs="*", default=[], help="numbers of bits")
-    parser.add_argument("--quick", action="store_true", help="whether it runs")
-    parser.add_argument("--write", action="store_true", help="keep the result in benchmarks/results/")
-    arguments = parser.parse_args()
-    check_data()
-    if arguments.quick and arguments.write:
-        sys.exit("--quick measures nothing that is worth keeping: leave --write out")
-    if arguments.quick:
-        arguments.samples, arguments.seq_len, arguments.windows, arguments.only = (
-            quick_samples,
-            64,
-            quick_windows,
-            ["3"],
-        )
-    return arguments
 
 
 def where() -> str:

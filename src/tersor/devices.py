@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 from pathlib import Path
@@ -51,3 +52,13 @@ def memory_now(device: torch.device) -> int:
         return pages * resource.getpagesize()
     except (OSError, ValueError, IndexError):
         return peak_memory(device)
+
+
+def memory_total(device: torch.device) -> int | None:
+    """Bytes that the GPU or this machine has; None where the system does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, AttributeError, OSError):
+        return None

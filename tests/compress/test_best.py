@@ -14,19 +14,36 @@ from zoo.tiny_models import build
 
 import tersor
 from tersor import TersorError
-from tersor.compress.best import best_steps, passes
+from tersor.compress.best import best_steps, learns_together, passes
 from tersor.methods.training.scales import Scales
 
 
-def names(name: str, **options: Any) -> list[str]:
-    return [step.method.name for step in best_steps(name, options)]
+def names(name: str, *, together: bool = True, **options: Any) -> list[str]:
+    return [step.method.name for step in best_steps(name, options, together=together)]
 
 
-def test_the_steps_follow_from_the_bits() -> None:
-    assert names("best", bits=3) == ["gptq", "rounding", "scales"]
+def test_the_steps_follow_from_the_bits_and_the_memory() -> None:
+    assert names("best", bits=3) == ["gptq", "scales"]
+    assert names("best", bits=3, together=False) == ["gptq", "rounding", "scales"]
     assert names("best-fast", bits="ternary") == ["gptq", "scales"]
     assert names("best", bits=8) == names("best-fast", bits=8) == ["gptq"]
-    assert passes(best_steps("best-fast", {})) < 4 * passes(best_steps("best-fast", {"bits": 8}))
+    assert passes(best_steps("best-fast", {})) < 3 * passes(best_steps("best-fast", {"bits": 8}))
+    assert passes(best_steps("best", {})) > 3 * passes(best_steps("best-fast", {}))
+    moves = [best_steps("best-fast", {}, together=each)[1].method.options()["integers"] for each in (True, False)]
+    assert moves == [True, False]
+
+
+@pytest.mark.parametrize(("samples", "seq_len", "size"), [(128, 2048, 2), (512, 512, 8), (40, 64, 1), (4, 64, 1)])
+def test_a_step_of_learning_takes_about_the_same_number_of_tokens(samples: int, seq_len: int, size: int) -> None:
+    learning = best_steps("best", {}, samples=samples, seq_len=seq_len)[1].method
+    assert learning.options()["batch_size"] == size
+
+
+def test_integers_learn_together_where_they_fit_in_memory() -> None:
+    billion = 10**9
+    assert learns_together(billion, 2 * billion, 32 * billion)
+    assert not learns_together(7 * billion, 16 * billion, 80 * billion)
+    assert learns_together(7 * billion, 16 * billion, None)  # nobody knows: it is tried
 
 
 def test_what_best_chooses_itself_is_refused() -> None:
@@ -58,7 +75,7 @@ def test_best_goes_on_with_the_step_that_it_had_reached(tmp_path: Path, monkeypa
     job: dict[str, Any] = {
         "calibration": [{"input_ids": torch.randint(0, 96, (1, 16), generator=drawn)} for _ in range(8)]
     }
-    steps = best_steps("best", {"bits": 2, "group_size": 32})
+    steps = best_steps("best", {"bits": 2, "group_size": 32}, together=False)
     whole = tersor.compress(tmp_path / "model", steps, out=tmp_path / "whole", **job)
 
     def stopped(*_: Any) -> None:

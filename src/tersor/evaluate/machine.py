@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from tersor.devices import pick_device
+from tersor.devices import memory_total, pick_device
 from tersor.formats.packing import packed_size
 from tersor.formats.quantized_weight import QuantizedWeight
 from tersor.kernels import cpp
@@ -121,7 +121,7 @@ def examine() -> Machine:
         features=features,
         cores=os.cpu_count() or 1,
         threads=torch.get_num_threads(),
-        memory=_memory_total(),
+        memory=memory_total(torch.device("cpu")),
         memory_available=memory_available(),
         compiler=compiler,
         compiler_missing=missing,
@@ -258,13 +258,6 @@ def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _memory_total() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, AttributeError, OSError):
         return None
 
 
