@@ -112,8 +112,8 @@ class Launch:
         return min(self.most_stages, (room - self.exchange_bytes()) // self.stage_bytes(tile_bytes))
 
 
-# What is measured against each other, by n_tile. The first is taken where nothing is measured: on an H200 it was within a tenth of
-# the fastest in every shape of the benchmark. Those behind it won somewhere, or are there for GPUs whose shared memory is smaller.
+# What is measured against each other, by n_tile. The first is taken where nothing is measured: on an H200 it was within a tenth
+# of the fastest in every shape of the benchmark. Those behind it won somewhere, or are for GPUs with less shared memory.
 CANDIDATES: dict[int, tuple[Launch, ...]] = {
     8: (
         Launch(8, 2, 4, warps_in=2, tiles=2, resident=2),
