@@ -22,6 +22,7 @@ from tersor.compress import from_options
 from tersor.compress.recipe import Recipe, Rule
 from tersor.layers.quantized_linear import QuantizedLinear, packed_layers
 from tersor.methods.method import Method, PackedMethod, Work
+from tersor.methods.training import held_out
 from tersor.methods.training.held_out import drawn, judged, split, travelled
 from tersor.methods.training.rounding import Rounding
 from tersor.methods.training.scales import Scales
@@ -285,6 +286,21 @@ def test_orders_visit_every_sample_once_an_epoch_and_rates_add_up() -> None:
     assert travelled(100) == pytest.approx(50, rel=0.1)
     learned, apart = split(samples("llama", 16), "x")
     assert (len(learned), len(apart)) == (14, 2)
+
+
+@pytest.mark.parametrize("at_once", [1, 50, 1 << 20])
+def test_the_divergence_of_logits_and_its_gradient_are_those_of_torch(
+    monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr(held_out, "NUMBERS", at_once)
+    chance = torch.Generator().manual_seed(0)
+    wanted, share = torch.randn(13, 17, generator=chance), torch.rand(13, generator=chance)
+    output = torch.randn(13, 17, generator=chance, requires_grad=True)
+    found = held_out.Divergence.apply(output, wanted, share)
+    q, p = output.log_softmax(-1), wanted.log_softmax(-1)
+    expected = (nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1) * share).sum()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(3 * each, output)[0] for each in (found, expected)))
 
 
 def test_layers_compute_as_before_when_learning_fails() -> None:

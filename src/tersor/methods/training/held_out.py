@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tersor.calibrate.batches import Batch, call, first_tensor, without_target
 from tersor.errors import TersorError
@@ -16,6 +15,7 @@ from tersor.methods.training.batches import joined, order_of, shapes_of
 from tersor.methods.training.tuned_weight import requiring
 
 SHARE = 8  # one sample of so many is kept apart
+NUMBERS = 1 << 24  # logits in float32 at once
 
 
 def split(samples: Sequence[dict[str, Any]], method: str) -> tuple[list[Batch], list[Batch]]:
@@ -100,16 +100,41 @@ def _loss(model: nn.Module, original: nn.Module, batch: Batch) -> Tensor:
     output = first_tensor(made)
     if output is None or wanted is None:
         raise TersorError(f"{type(model).__name__} gives no tensor to tune on")
-    output, wanted = output.float(), wanted.float()
     shown = batch.get("attention_mask")
     if not isinstance(shown, Tensor) or output.dim() != 3 or shown.shape != output.shape[:2]:
         shown = torch.ones(output.shape[:-1], device=output.device)
+    share = shown / shown.sum()
     if isinstance(getattr(made, "logits", None), Tensor):
-        p, q = wanted.log_softmax(-1), output.log_softmax(-1)
-        losses = F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
-    else:
-        losses = (output - wanted).square().sum(-1) / wanted.square().sum(-1).mean().clamp(min=1e-30)
-    return (losses * shown).sum() / shown.sum()
+        found: Tensor = Divergence.apply(output.flatten(0, -2), wanted.flatten(0, -2), share.flatten().float())
+        return found
+    output, wanted = output.float(), wanted.float()
+    losses = (output - wanted).square().sum(-1) / wanted.square().sum(-1).mean().clamp(min=1e-30)
+    return (losses * share).sum()
+
+
+class Divergence(torch.autograd.Function):
+    """Σ_n w_n KL(p_n || q_n) of rows of logits, in float32 a few rows at a time: all at once would take several times the memory
+    of the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, wanted: Tensor, share: Tensor) -> Tensor:
+        """output: logits of q [rows, vocabulary]. wanted: those of p. share: w [rows]."""
+        rows = max(1, NUMBERS // output.shape[-1])
+        learns = ctx.needs_input_grad[0]
+        total, gradient = share.new_zeros(()), torch.empty_like(output) if learns else None
+        for first in range(0, len(output), rows):
+            part = slice(first, first + rows)
+            p, q = wanted[part].float().log_softmax(-1), output[part].float().log_softmax(-1)
+            P = p.exp()
+            total += (P * (p - q)).sum(-1) @ share[part]
+            if gradient is not None:
+                gradient[part] = (q.exp() - P) * share[part, None]
+        ctx.gradient = gradient
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *scale: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.gradient * scale[0], None, None
 
 
 @torch.no_grad()

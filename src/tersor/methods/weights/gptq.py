@@ -68,7 +68,7 @@ class GPTQ(OnGrids):
 
     @classmethod
     def recipes(cls, kind: str) -> Sequence[Sequence[Method]]:
-        best = {"desc_act": True, "static_groups": True, "mse": True}
+        best = {"desc_act": True, "static_groups": True, "weighted": True}
         few = [cls(bits=bits, group_size=group, **best) for bits in (4, 3, 2) for group in (128, 32)]
         return [[each] for each in (cls(bits=8), cls(bits=8, group_size=-1), *few)]
 
