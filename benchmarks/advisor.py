@@ -61,7 +61,7 @@ def choices(evidence: Path) -> list[str]:
     how = {
         "samples": 16,
         "seq_len": 256,
-        "units": 12,
+        "max_eval_samples": 12,
         "turns": 15,
         "evidence": evidence,
         "only": ONLY,

@@ -2,6 +2,7 @@
 
     TERSOR_DATA=../shared/data python benchmarks/calibration_size.py --device cuda --processes 14 --write
                                 prints the tables and keeps them in benchmarks/results/calibration_size.md and .json
+    ... --again                 measures nothing: writes the tables anew from the kept numbers
     ... --minutes 4             begins no job after so many minutes: what is missing has no cell (draws go one after another)
     ... --quick                 a job of each kind in the smallest size: whether it runs, not what it is worth
 
@@ -34,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import DATA, gpu, machine, write_numbers, write_table
+from common import DATA, gpu, kept_numbers, machine, write_numbers, write_table
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -349,10 +350,77 @@ def size_of(task: Task) -> tuple[int, int]:
     return task.samples * max(1, task.seq_len), task.samples
 
 
+def in_short(rows: Sequence[Row], model: str) -> str:
+    """How each recipe and size does beside rounding: in how many cells KL is less, and KL as a share of rounding's."""
+    picked = [r for r in rows if r.task.model == model]
+    found: dict[tuple[str, int, str, tuple[int, int], str], list[float]] = {}
+    for row in picked:
+        task = row.task
+        for measured, value in row.kl.items():
+            key = (task.recipe, task.bits, task.text, (task.samples, task.seq_len), measured)
+            found.setdefault(key, []).append(value)
+    sizes = [(n, 0) for n in IMAGES] if model == "demo-vit" else list(SIZES)
+    heads = [f"{n} images" if not length else f"{n} x {length} = {n * length:,} tokens" for n, length in sizes]
+    lines = [
+        f"| | measured on | beside | {' | '.join(heads)} |",
+        f"| --- | --- | --- |{' ---: |' * len(heads)}",
+    ]
+    for recipe in dict.fromkeys(key[0] for key in sorted(found) if key[2]):
+        for base in ("rounding", "rounding, mse"):
+            for own in (True, False):
+                cells = []
+                for size in sizes:
+                    shares = [
+                        statistics.mean(values) / statistics.mean(found[base, key[1], "", (0, 0), key[4]])
+                        for key, values in found.items()
+                        if (key[0], key[3]) == (recipe, size)
+                        and (key[2] == key[4] or key[4] == "cifar-10") == own
+                        and (base, key[1], "", (0, 0), key[4]) in found
+                    ]
+                    less = sum(share < 1 for share in shares)
+                    cells.append(f"{less} of {len(shares)}, {statistics.mean(shares):.2f}" if shares else "")
+                if any(cells):
+                    kind = "its own kind of text" if own else "other kinds of text"
+                    kind = "its own images" if model == "demo-vit" else kind
+                    lines.append(f"| {recipe} | {kind} | {base} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def missing(rows: Sequence[Row]) -> list[str]:
+    """Planned jobs that the run did not come to, a line a model."""
+    done = {row.task for row in rows}
+    found = []
+    for model in ("demo", "demo-vit", *STUDENTS):
+        planned = list(tasks_of(model, quick=False))
+        left = [task for task in planned if task not in done]
+        if not left:
+            continue
+        draws = [f"{sum(task.draw == n for task in left)} of draw {n + 1}" for n in range(DRAWS)]
+        counts = "all" if len(left) == len(planned) else ", ".join(each for each in draws if not each.startswith("0 "))
+        found.append(f"- {model}: {len(left)} of {len(planned)} jobs are missing ({counts})")
+    return found
+
+
 def report(rows: Sequence[Row], command: str, where: str, originals: Mapping[str, str]) -> str:
-    parts = [(__doc__ or "").split("\n\n", 2)[0].join(("# ", ""))]
+    parts = [f"# {(__doc__ or '').split(chr(10))[0]}"]
     about = "\n\n".join((__doc__ or "").split("\n\n")[2:]).strip()
-    parts += [about, "Perplexity or wrong answers of the originals: " + "; ".join(originals.values()) + "."]
+    parts.append("## In short")
+    parts.append(
+        "For each size: in how many cells (a text that calibrates, one that is measured on, a number of bits) the KL is less\n"
+        "than rounding's, and its share of rounding's in the mean. Less than 1 is better. `advised` is\n"
+        "`--desc-act --static-groups --weighted`. Perplexities below go up and down where KL falls steadily: on a text that\n"
+        "the original predicts badly, a change of its weights lowers perplexity as often as not. So sizes are compared by\n"
+        "KL."
+    )
+    for model in dict.fromkeys(r.task.model for r in rows):
+        parts += [f"{model}:", in_short(rows, model)]
+    if cut := missing(rows):
+        parts += ["What was planned and is not measured, because the run was cut:", "\n".join(cut)]
+    parts += [
+        "## How it was measured",
+        about,
+        "Perplexity or wrong answers of the originals: " + "; ".join(originals.values()) + ".",
+    ]
     for model in dict.fromkeys(r.task.model for r in rows):
         for bits in BITS:
             for measured in ("cifar-10",) if model == "demo-vit" else TEXTS:
@@ -391,9 +459,15 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--processes", type=int, default=1, help="jobs beside one another")
     parser.add_argument("--minutes", type=float, default=600, help="begins no job after so many")
+    parser.add_argument("--again", action="store_true", help="write the tables anew from the kept numbers")
     parser.add_argument("--quick", action="store_true", help="whether it runs")
     parser.add_argument("--write", action="store_true", help="keep the result in benchmarks/results/")
     arguments = parser.parse_args()
+    if arguments.again:
+        kept = kept_numbers("calibration_size")
+        found = [Row(Task(**each.pop("task")), **each) for each in kept["rows"]]
+        write_table("calibration_size", report(found, kept["command"], kept["machine"], kept["originals"]))
+        return
     if arguments.quick and arguments.write:
         sys.exit("--quick measures nothing that is worth keeping: leave --write out")
     command = (
@@ -404,17 +478,17 @@ def main() -> None:
         folder = Path(name)
         split_texts(folder)
 
-        def numbers(rows: list[Row]) -> None:
+        def numbers(rows: list[Row], originals: Mapping[str, str] | None = None) -> None:
             if arguments.write:
-                write_numbers(
-                    "calibration_size", {"command": command, "machine": where, "rows": [asdict(row) for row in rows]}
-                )
+                kept = {"command": command, "machine": where, "originals": originals or {}}
+                write_numbers("calibration_size", {**kept, "rows": [asdict(row) for row in rows]})
 
         rows = measure_all(folder, arguments, numbers)
         rows.sort(key=lambda row: (row.task.model, row.task.text, row.task.recipe, size_of(row.task), row.task.draw))
         models = list(dict.fromkeys(row.task.model for row in rows))
-        text = report(rows, command, where, originals_of(folder, arguments.device, models, windows_of(arguments)))
-        numbers(rows)
+        originals = originals_of(folder, arguments.device, models, windows_of(arguments))
+        text = report(rows, command, where, originals)
+        numbers(rows, originals)
         if arguments.write:
             write_table("calibration_size", text)
         print(text)

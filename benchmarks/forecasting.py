@@ -36,7 +36,7 @@ from tersor.train.objectives import forecasting
 from tersor.train.trainer import train, validate
 
 RECIPE = TrainConfig(
-    epochs=10, batch_size=32, lr=1e-4, schedule="halving", patience=3, seed=2023, log_every=100, device="cpu"
+    epochs=10, batch_size=32, lr=1e-4, lr_schedule="halving", patience=3, seed=2023, log_every=100, device="cpu"
 )
 RIDGE_WINDOWS, RIDGE_PENALTY = 4000, 10.0
 TITLES = {"itransformer": "iTransformer", "s_mamba": "S-Mamba"}

@@ -64,7 +64,7 @@ def measure(name: str, data: Path) -> dict[str, Any]:
         max_steps=steps,
         batch_size=BATCH.get(name, 32),
         lr=RATES.get(name, RATE),
-        schedule="cosine",
+        lr_schedule="cosine",
         patience=0,
     )
     with tempfile.TemporaryDirectory() as out:

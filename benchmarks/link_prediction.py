@@ -38,7 +38,7 @@ MODEL: dict[str, Any] = {
     "patches": 16,
     "pair": "product",
 }
-RECIPE = TrainConfig(epochs=EPOCHS, batch_size=1, lr=2e-3, clip=1.0, device="cpu", log_every=50)
+RECIPE = TrainConfig(epochs=EPOCHS, batch_size=1, lr=2e-3, max_grad_norm=1.0, device="cpu", log_every=50)
 
 
 def batches(parts: StreamParts, negatives: str, *, inductive: bool) -> LinkBatches:

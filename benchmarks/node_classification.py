@@ -115,7 +115,7 @@ def measure(graph: Graph, keep: Callable[[dict[str, Any]], None]) -> None:
                 "patience": 6,
                 "batch_size": len(sets["train"]),
             }
-            recipe = TrainConfig(**steps, lr=rate, weight_decay=0.05, schedule="constant", seed=seed, device="cpu")
+            recipe = TrainConfig(**steps, lr=rate, weight_decay=0.05, lr_schedule="constant", seed=seed, device="cpu")
             with tempfile.TemporaryDirectory() as out:
                 ran = train(model, sets["train"], objective=graph_prediction, out=out, config=recipe,
                             validation=sets["validation"])  # fmt: skip

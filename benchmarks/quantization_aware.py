@@ -121,7 +121,7 @@ def main() -> None:
         for label, intervention in (("plain", "none"), ("Teacher Intervention", "gradual")):
             runs.append(Run(bits, label))
             method = TeacherIntervention(
-                weights=weights,
+                w_bits=weights,
                 intervention=intervention,
                 intervention_steps=options.intervention_steps,
                 steps=options.steps,

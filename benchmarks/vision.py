@@ -84,8 +84,8 @@ def methods(w_bits: int, a_bits: int) -> dict[str, Method]:
         "RepQ-ViT + reconstruction": repquant(dual_clipping=False, reconstruct=True),
         "both": repquant(dual_clipping=True, reconstruct=True),
         "DopQ-ViT": dopq(),
-        "DopQ-ViT + blocks": dopq(blocks=True),
-        "Q-HyViT": QHyViT(w_bits=w_bits, a_bits=a_bits, steps=50, rounds=1),
+        "DopQ-ViT + blocks": dopq(tune_blocks=True),
+        "Q-HyViT": QHyViT(w_bits=w_bits, a_bits=a_bits, num_candidates=50, rounds=1),
     }
 
 

@@ -458,7 +458,7 @@ OPTIONS = {
     "compress": "samples seq-len seed device dtype include exclude calibration method rank",
     "eval": "text seq-len max-windows dtype device images",
     "generate": "max-new-tokens temperature top-k top-p seed dtype device prompt prompt-file",
-    "train": "epochs max-steps batch-size lr seed precision accumulate warmup patience ema config checkpoint validation set",
+    "train": "epochs max-steps batch-size lr seed dtype accumulate warmup patience ema config checkpoint validation set",
     "export": "dtype",
     "forecast": "horizon interval season time target id fill device checkpoint",
     "backtest": "horizon windows interval season time target id fill device checkpoint",

@@ -1,4 +1,4 @@
-"""The device that a user names, and the memory that is held on it."""
+"""The device and the dtype that a user names, and the memory that is held on a device."""
 
 from __future__ import annotations
 
@@ -10,6 +10,13 @@ from pathlib import Path
 import torch
 
 from tersor.errors import TersorError
+
+DType = str | torch.dtype  # "auto", a name such as "float32", or the dtype itself
+
+
+def name_of_dtype(dtype: DType) -> str:
+    """ "float32" for torch.float32; a name as it is."""
+    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
 
 
 def pick_device(device: str) -> torch.device:

@@ -93,7 +93,9 @@ def seen(small_source: Path, tmp_path: Path) -> Path:
 
 def ask(model: Path, budget: Budget, evidence: Path, **changes: Any) -> Any:
     only = changes.pop("only", list(fitting(model))[::2])
-    return advise(model, budget, units=UNITS, device="cpu", evidence=evidence, only=only, **{**SETTINGS, **changes})
+    return advise(
+        model, budget, max_eval_samples=UNITS, device="cpu", evidence=evidence, only=only, **{**SETTINGS, **changes}
+    )
 
 
 def test_sizes_are_those_on_disk(small: Path, tmp_path: Path) -> None:
@@ -150,7 +152,20 @@ def test_what_a_process_holds_is_no_less_than_the_formula(small_source: Path) ->
 def test_the_command_ends_with_status_1_where_nothing_fits(
     small_source: Path, seen: Path, tersor_command: Command
 ) -> None:
-    how = ("--units", UNITS, "--device", "cpu", "--evidence", seen, "--max-recipes", 0, "--samples", 2, "--seq-len", 64)
+    how = (
+        "--max-eval-samples",
+        UNITS,
+        "--device",
+        "cpu",
+        "--evidence",
+        seen,
+        "--max-recipes",
+        0,
+        "--samples",
+        2,
+        "--seq-len",
+        64,
+    )
     ran = tersor_command("advise", small_source, "--max-latency", "1us", *how)
     assert ran.status == 1
     assert "--max-latency" in ran.err.splitlines()[-1]
@@ -161,7 +176,20 @@ def test_the_command_of_a_recipe_has_the_settings_that_were_measured(
     small_source: Path, seen: Path, tersor_command: Command
 ) -> None:
     out = seen.with_name("my recipe.yaml")
-    how = ("--units", UNITS, "--device", "cpu", "--evidence", seen, "--max-recipes", 0, "--samples", 2, "--seq-len", 64)
+    how = (
+        "--max-eval-samples",
+        UNITS,
+        "--device",
+        "cpu",
+        "--evidence",
+        seen,
+        "--max-recipes",
+        0,
+        "--samples",
+        2,
+        "--seq-len",
+        64,
+    )
     asked = ("advise", small_source, "--max-loss", "90%", *how, "--out", out)
     ran = tersor_command(*asked)
     assert ran.status == 0, ran.err
@@ -337,7 +365,7 @@ def test_time_that_is_over_is_told(small_source: Path, tmp_path: Path) -> None:
     (candidate, _), *_ = fitting(small_source).values()
     found = ask(small_source, Budget(), file, only=[candidate.name], seconds=0.01)
     assert any(f"time was over while {candidate.name} was measured" in note for note in found.notes)
-    with pytest.raises(TersorError, match="--training of 3600 s is longer than the whole --time of 600 s"):
+    with pytest.raises(TersorError, match="--training of 3600 s is longer than the whole --time-limit of 600 s"):
         ask(small_source, Budget(), file, training=3600.0)
 
 
@@ -444,7 +472,7 @@ def test_measures_writes_a_recipe_and_goes_on_from_what_it_measured(
 ) -> None:
     file, out = tmp_path / "evidence.jsonl", tmp_path / "recipe.yaml"
     how = (
-        "--units",
+        "--max-eval-samples",
         UNITS,
         "--device",
         "cpu",
@@ -484,10 +512,10 @@ def test_measures_writes_a_recipe_and_goes_on_from_what_it_measured(
         (["--images", "nowhere"], "--images"),
         (["--text", "nowhere.txt"], "nowhere.txt"),
         (["--training", "maybe"], "'maybe'"),
-        (["--training", "1h"], "--time"),
+        (["--training", "1h"], "--time-limit"),
         (["--out", "nowhere/recipe.yaml"], "nowhere"),
         (["--overwrite"], "--out"),
-        (["--time", "soon"], "'soon'"),
+        (["--time-limit", "soon"], "'soon'"),
     ],
 )
 def test_bad_input_is_one_line(

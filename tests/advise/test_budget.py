@@ -42,7 +42,7 @@ def test_sizes_times_and_shares() -> None:
     assert parse_bytes("500 mb", "--disk") == 5e8
     assert parse_bytes("1GiB", "--disk") == 2**30
     assert parse_seconds("50ms", "--max-latency") == pytest.approx(0.05)
-    assert parse_seconds("10m", "--time") == 600
+    assert parse_seconds("10m", "--time-limit") == 600
     assert parse_share("1%", "--max-loss") == pytest.approx(0.01)
     assert parse_share("0", "--max-loss") == 0
     assert parse_speed("20tok/s", "--min-speed") == 0.05

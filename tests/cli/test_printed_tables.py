@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import pytest
 import typer
@@ -182,6 +182,25 @@ def test_every_help_has_an_example_and_no_option_twice(verb: str, tersor_command
         names = [name for each in command.params for name in each.opts]
         assert len(names) == len(set(names)), command.name
         assert f"tersor {verb} " in str(command.help), command.name
+
+
+def test_an_option_of_one_name_takes_one_kind_of_value_in_every_command() -> None:
+    two = {
+        "--batch-size": "a number; for tasks also auto",
+        "--bits": "a number; for methods also ternary",
+        "--w-bits": "a number; for teacher-intervention also ternary",
+        "--heads": "how many; for gtsp the share that is left",
+    }
+    kinds: dict[str, set[str]] = {}
+    for verb in VERBS:
+        for command in leaves(verb).values():
+            for each in command.params:
+                if each.param_type_name == "option":
+                    kind = each.type_descriptor.annotation if not each.is_flag else bool  # type: ignore[attr-defined]
+                    for name in each.opts:
+                        kinds.setdefault(name, set()).add("str" if get_origin(kind) is list else kind.__name__)
+    assert kinds["--seq-len"] == {"int"}
+    assert {name for name, found in kinds.items() if len(found) > 1} == set(two)
 
 
 def test_quiet_and_json_are_there_for_every_verb_where_they_mean_something() -> None:

@@ -113,7 +113,7 @@ def test_trains_a_classifier(tmp_path: Path) -> None:
         (["--set", "optimizer.lr=1"], "no table 'optimizer'"),
         (["--config", "missing.toml"], "no config file at missing.toml"),
         (["--validation", "other.csv"], "a validation part of its own"),
-        (["--schedule", "linear"], "not 'linear'"),
+        (["--lr-schedule", "linear"], "not 'linear'"),
     ],
 )
 def test_says_in_one_line_what_is_wrong(

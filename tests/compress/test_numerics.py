@@ -15,7 +15,7 @@ import tersor
 from tersor import GPTQ
 from tersor.checkpoint.writer import ResultWriter
 from tersor.compress.result import Compressed
-from tersor.errors import NotFiniteError
+from tersor.errors import NotFiniteError, TersorError
 from tersor.methods.block import LayerReport
 
 
@@ -87,6 +87,18 @@ def quantize(model: Path, out: Path, news: list[str], *, rare: bool, **options: 
     return tersor.compress(
         model, GPTQ(group_size=32), calibration=batches, out=out, progress=progress, overwrite=False, **options
     )
+
+
+def test_an_overflow_names_the_sample_or_the_held_out_text(overflowing: Path, tmp_path: Path) -> None:
+    for rare, where in ((False, "calibration sample 0"), (True, "calibration sample 2")):
+        with pytest.raises(TersorError, match=f"is not finite .* in {where}"):
+            quantize(overflowing, tmp_path / "out", [], rare=rare, dtype=torch.float16)
+
+    def letters(text: str, **_: object) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.tensor([[50 + ord(letter) % 2 for letter in text]])}
+
+    with pytest.raises(TersorError, match=r"not finite .* in the text that the result is compared on"):
+        tersor.compress(overflowing, GPTQ(group_size=32), tokenizer=letters, samples=2, seq_len=64, dtype="float16")
 
 
 @pytest.mark.parametrize("rare", [False, True], ids=["seen at once", "seen in a late sample"])

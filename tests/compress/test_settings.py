@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import nn
 from zoo.tiny_models import build, samples
 
 import tersor
-from tersor import GPTQ
+from tersor import GPTQ, RTN
 from tersor.compress.settings import Settings, idle, settings_of
 from tersor.errors import TersorError
 from tersor.methods.method import from_options
@@ -162,3 +163,24 @@ def test_the_command_line_refuses_it_with_the_same_line(
     assert ran.err.startswith(f"tersor: {expected}")
     assert ran.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_progress_that_is_no_function_is_refused_in_one_line() -> None:
+    for given in (False, True, 3):
+        with pytest.raises(TersorError, match=f"progress={given} is no function"):
+            tersor.compress("demo", RTN(), progress=given)
+
+
+def test_a_dtype_is_taken_by_name_or_as_torch_knows_it(small_source: Path, tmp_path: Path) -> None:
+    names = {"named": "float32", "torch's": torch.float32}
+    for name, dtype in names.items():
+        module = tersor.load(small_source, dtype=dtype)
+        assert next(module.parameters()).dtype == torch.float32
+        tersor.compress(small_source, RTN(group_size=32), dtype=dtype, out=tmp_path / name)
+    results = [json.loads((tmp_path / name / "tersor.json").read_text()) for name in names]
+    assert results[0] == results[1]
+    assert results[0]["settings"]["dtype"] == "float32"
+    with pytest.raises(TersorError, match="dtype 'int8' is not one of auto, float16"):
+        tersor.load(small_source, dtype=torch.int8)
+    found = tersor.divergence(small_source, small_source, "builtin", seq_len=16, max_windows=1, dtype=torch.float32)
+    assert found.kl.mean == 0

@@ -67,3 +67,24 @@ def test_a_method_that_needs_no_samples_needs_no_text(name: str, tmp_path: Path)
     assert result.summary.layers
     with_text = tersor.compress(build(name), RTN(group_size=32), tokenizer=letters)
     assert len(with_text.summary.layers) == len(result.summary.layers)
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        (GPTQ(group_size=32), True),
+        (GPTQ(group_size=32, bits=8), False),
+        (GPTQ(group_size=32, desc_act=True, static_groups=True, weighted=True), False),
+        (RTN(group_size=32), False),
+    ],
+)
+def test_a_job_says_so_where_so_few_tokens_lost_to_rounding(method: tersor.Method, said: bool) -> None:
+    lines: list[str] = []
+    texts = [{"input_ids": torch.arange(4, 4 + 60)[None]} for _ in range(2)]
+    tersor.compress(build("llama"), method, calibration=texts, progress=lambda what, *_: lines.append(what))
+    assert any(each.startswith("120 calibration tokens are few: at 4 bits") for each in lines) == said
+
+
+def test_enough_tokens_are_not_remarked_on() -> None:
+    assert METHOD.remark_on(8191) is not None
+    assert METHOD.remark_on(8192) is None

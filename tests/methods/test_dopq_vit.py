@@ -213,7 +213,7 @@ def test_reconstruction_never_adds_to_the_error_of_a_block_and_lowers_it_at_few_
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"blocks": True, "block_steps": 5}, {"softmax": "logarithmic"}, {"merge": "mean"}]
+    "options", [{}, {"tune_blocks": True, "block_steps": 5}, {"softmax": "logarithmic"}, {"merge": "mean"}]
 )
 def test_saved_and_loaded_the_outputs_are_equal(options: dict[str, Any], tmp_path: Path) -> None:
     model = vit()
@@ -230,7 +230,7 @@ def test_saved_and_loaded_the_outputs_are_equal(options: dict[str, Any], tmp_pat
         model.blocks
     )
     notes = [row.note for row in result.summary.layers if row.note]
-    assert len(notes) == (len(model.blocks) if options.get("blocks") else 0)
+    assert len(notes) == (len(model.blocks) if options.get("tune_blocks") else 0)
     if wanted == "tangent":
         assert products[1].tables.shape == (1, 16)
 

@@ -61,7 +61,7 @@ CASES: dict[str, tuple[Callable[[], tuple[nn.Module, Batches]], dict[str, Any]]]
     "greenformers": (text, {"rank": 0.5}),
     "gtsp": (graph, {"tokens": 0.5, "epochs": 1}),
     "magnitude": (text, {}),
-    "nvit": (image, {"latency_target": 0.9, "interval": 1, "finetune_steps": 1}),
+    "nvit": (image, {"latency_target": 0.9, "prune_interval": 1, "finetune_steps": 1}),
     "q-hyvit": (image, {"w_bits": 8, "a_bits": 8}),
     "repquant": (image, {}),
     "rounding": (text, {"epochs": 1}),

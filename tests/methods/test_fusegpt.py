@@ -262,7 +262,7 @@ def test_from_the_command_line(tersor_command: Any, small: Path, tmp_path: Path)
         ({"choose": "least"}, "choose='least' is not allowed"),
         ({"choose": "1,1"}, "choose='1,1' is not allowed"),
         ({"mode": "full"}, "mode='full' is not allowed: one of lora"),
-        ({"group_size": 7}, "group_size=7 is not allowed: an even number"),
+        ({"blocks_per_group": 7}, "blocks_per_group=7 is not allowed: an even number"),
         ({"loss": "mse"}, "loss='mse' is not allowed"),
         ({"loss": "batch", "batch_size": 1}, "loss='batch' is 0 for a batch of one"),
     ],

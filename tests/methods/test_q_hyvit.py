@@ -36,7 +36,7 @@ from tersor.methods.method import Work
 from tersor.models.registry import find
 
 HYBRIDS = ["mobilevit", "mobilevitv2", "efficientformer", "efficientformerv2"]
-QUICK = {"steps": 5, "rounds": 1}
+QUICK = {"num_candidates": 5, "rounds": 1}
 SHORT = Search(count=20, rounds=1)
 seeds = st.integers(0, 1000)
 
@@ -361,7 +361,7 @@ def test_a_gelu_is_told_from_a_silu() -> None:
     assert not looks_like_gelu(torch.tensor(-0.01), torch.tensor(0.02))
 
 
-AS_PUBLISHED = {"choose": False, "twin": True, "hessian": "kl"}
+AS_PUBLISHED = {"choose_grid": False, "twin": True, "hessian": "kl"}
 
 
 @pytest.mark.parametrize(
@@ -396,7 +396,9 @@ def test_eight_bits_change_little_and_fewer_change_more() -> None:
     before = logits(model, samples)
 
     def change(bits: int) -> float:
-        result = tersor.compress(model, QHyViT(w_bits=bits, a_bits=bits, steps=20, rounds=1), calibration=samples)
+        result = tersor.compress(
+            model, QHyViT(w_bits=bits, a_bits=bits, num_candidates=20, rounds=1), calibration=samples
+        )
         return float((logits(result.model, samples) - before).norm() / before.norm())
 
     assert change(8) < 0.05

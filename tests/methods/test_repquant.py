@@ -321,7 +321,7 @@ def test_weights_are_chosen_anew_only_where_that_is_asked_for() -> None:
     [
         ({"w_bits": 1}, "w_bits=1 is not allowed: 2 to 8"),
         ({"a_bits": 9}, "a_bits=9 is not allowed: 2 to 8"),
-        ({"images": 0}, "images=0 is not allowed: 1 or more"),
+        ({"num_images": 0}, "num_images=0 is not allowed: 1 or more"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, int], line: str) -> None:
@@ -339,7 +339,7 @@ def test_no_images_and_images_of_many_sizes_are_refused() -> None:
 def test_command_line_on_the_demo(tersor_command: Callable[..., Any], data: Path, tmp_path: Path) -> None:
     packed, out = data / "images" / "cifar10_train_512.npz", tmp_path / "small"
     ran = tersor_command(
-        *("compress", "demo-vit", "--method", "repquant", "--calibration", packed, "--images", 4, "--out", out),
+        *("compress", "demo-vit", "--method", "repquant", "--calibration", packed, "--num-images", 4, "--out", out),
         "--json",
     )
     assert ran.status == 0, ran.err

@@ -219,7 +219,7 @@ def test_training_brings_the_loss_down_and_keeps_to_the_grid(weights: Any, level
 
     def trained(steps: int) -> Any:
         method = TeacherIntervention(
-            weights=weights, steps=steps, intervention_steps=0, batch_size=8, lr=3e-3, per_output=True
+            w_bits=weights, steps=steps, intervention_steps=0, batch_size=8, lr=3e-3, per_output=True
         )
         return tersor.compress(model, method, calibration=given).model
 
@@ -257,7 +257,7 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(tmp_path: Path) -> Non
     given = samples("bert")
 
     def method(keep: str) -> TeacherIntervention:
-        return TeacherIntervention(steps=6, intervention_steps=3, batch_size=4, lr=1e-3, keep=keep)
+        return TeacherIntervention(steps=6, intervention_steps=3, batch_size=4, lr=1e-3, state_dir=keep)
 
     def stop(text: str, step: int, steps: int) -> None:
         if "training" in text and step == 4:
@@ -270,7 +270,7 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(tmp_path: Path) -> Non
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
     assert "steps 5 to 6" in resumed.summary.layers[-1].note
-    other = TeacherIntervention(steps=6, intervention_steps=3, batch_size=4, lr=2e-3, keep=str(tmp_path / "run"))
+    other = TeacherIntervention(steps=6, intervention_steps=3, batch_size=4, lr=2e-3, state_dir=str(tmp_path / "run"))
     with pytest.raises(TersorError, match=r"run with lr 0\.001, now it is 0\.002"):
         tersor.compress(bert(), other, calibration=given)
 
@@ -284,7 +284,9 @@ def test_ctrl_c_in_a_step_of_the_optimizer_leaves_whole_weights(
     given, step = samples("bert"), BertAdam.step
 
     def method(keep: str) -> TeacherIntervention:
-        return TeacherIntervention(steps=4, intervention_steps=0, intervention="none", batch_size=4, lr=1e-3, keep=keep)
+        return TeacherIntervention(
+            steps=4, intervention_steps=0, intervention="none", batch_size=4, lr=1e-3, state_dir=keep
+        )
 
     def stopping(self: BertAdam, closure: object = None) -> None:
         if self.taken == 2:
@@ -343,8 +345,8 @@ def test_bert_adam_does_not_correct_the_bias() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weights": 1}, "weights=1 is not allowed: ternary, or 2 to 8"),
-        ({"weights": "binary"}, "weights='binary'"),
+        ({"w_bits": 1}, "w_bits=1 is not allowed: ternary, or 2 to 8"),
+        ({"w_bits": "binary"}, "w_bits='binary'"),
         ({"intervention": "all"}, "intervention='all' is not allowed: one of gradual"),
         ({"steps": 10, "intervention_steps": 20}, "intervention_steps=20 are more than all steps=10"),
         ({"a_bits": 16}, "a_bits=16"),

@@ -30,7 +30,7 @@ def pages(small_source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
         method = tersor.GPTQ(bits=bits, group_size=32)
         tersor.compress(small_source, method, out=folder / f"b{bits}", samples=2, seq_len=32)
     both = [folder / "b4", folder / "b3"]
-    how: dict[str, Any] = {"against": small_source, "seq_len": 32, "max_windows": 3, "new_tokens": 8}
+    how: dict[str, Any] = {"against": small_source, "seq_len": 32, "max_windows": 3, "max_new_tokens": 8}
     write_page(collect(both, **how), folder / "two.html")
     write_page(collect(both[:1], **how), folder / "one.html")
     write_page(collect(both[:1]), folder / "alone.html")

@@ -48,7 +48,7 @@ def results(small_source: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
 @pytest.fixture(scope="module")
 def report(results: list[Path], small_source: Path) -> Report:
     return collect(
-        results, against=small_source, prompts=[HOSTILE], seq_len=32, max_windows=3, new_tokens=6, measure=False
+        results, against=small_source, prompts=[HOSTILE], seq_len=32, max_windows=3, max_new_tokens=6, measure=False
     )
 
 
@@ -358,8 +358,8 @@ def test_differences_join_to_the_texts() -> None:
         (["{b4}", "--against", "demo-vit"], "has no model.layers.0"),
         (["{b4}", "--out", "{mine}"], "would be lost"),
         (["{b4}", "--attribution", "{mine}"], "mine.txt"),
-        (["{b4}", "--new-tokens", "0"], "--new-tokens 0"),
-        (["{b4}", "--new-tokens", "4"], "--new-tokens does nothing"),
+        (["{b4}", "--max-new-tokens", "0"], "--max-new-tokens 0"),
+        (["{b4}", "--max-new-tokens", "4"], "--max-new-tokens does nothing"),
         (["{b4}", "--measure", "--seq-len", "64"], "--seq-len does nothing"),
         (["{b4}", "--max-windows", "2"], "--max-windows does nothing"),
         (["{b4}", "--dtype", "float32"], "--dtype does nothing"),

@@ -185,7 +185,7 @@ def chat(tersor_command: Callable[..., Ran], small: Path, monkeypatch: pytest.Mo
 
     def run(lines: str, *options: object) -> Ran:
         monkeypatch.setattr("sys.stdin", io.StringIO(lines))
-        given = ("--max-new-tokens", 4, "--template", tmp_path / "form.jinja", *options)
+        given = ("--max-new-tokens", 4, "--chat-template", tmp_path / "form.jinja", *options)
         return tersor_command("chat", small, *given)
 
     return run
@@ -234,7 +234,7 @@ def test_a_conversation_is_saved_once(tmp_path: Path) -> None:
         ("Hello\n", ("--context", 8), "does not fit in the context of 8"),
         ("Hello\n", ("--max-new-tokens", 0), "--max-new-tokens 0"),
         ("Hello\n", ("--top-p", 2), "top_p 2.0"),
-        ("Hello\n", ("--template", "nowhere.jinja"), "nowhere.jinja"),
+        ("Hello\n", ("--chat-template", "nowhere.jinja"), "nowhere.jinja"),
     ],
 )
 def test_what_is_wrong_is_one_line(

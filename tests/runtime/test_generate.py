@@ -176,11 +176,11 @@ def test_ctrl_c_keeps_what_was_made(tersor_command: Callable[..., Ran], monkeypa
 
 
 def test_bench_as_json(tersor_command: Callable[..., Ran], packed: Path, small_source: Path) -> None:
-    sizes = ("--prompt-tokens", 8, "--new-tokens", 3, "--repeats", 2, "--batch", 2)
+    sizes = ("--prompt-tokens", 8, "--new-tokens", 3, "--repeats", 2, "--batch-size", 2)
     ran = tersor_command("bench", packed, "--against", small_source, *sizes, "--json")
     assert ran.status == 0, ran.err
     found = json.loads(ran.out)
-    assert (found["prompt_tokens"], found["new_tokens"], found["batch"], found["repeats"]) == (8, 3, 2, 2)
+    assert (found["prompt_tokens"], found["new_tokens"], found["batch_size"], found["repeats"]) == (8, 3, 2, 2)
     assert found["threads"] == torch.get_num_threads()
     assert found["peak_memory"] > 10**8
     assert set(found["models"]) == {str(packed), str(small_source)}
@@ -198,7 +198,7 @@ def test_bench_as_json(tersor_command: Callable[..., Ran], packed: Path, small_s
     ("arguments", "message"),
     [
         (("--new-tokens", 1), "at least 2 are needed"),
-        (("--batch", 0), "at least 1 is needed"),
+        (("--batch-size", 0), "at least 1 is needed"),
         (("--prompt-tokens", 5000), "more than the model's 256 positions"),
         (("--threads", 0), "--threads 0 must be positive"),
     ],

@@ -72,7 +72,7 @@ def learnt(tmp_path_factory: pytest.TempPathFactory) -> Path:
             [
                 *("train", "paraformer", "--data", str(folder / "train"), "--validation", str(folder / "held_out")),
                 *("--out", str(folder / "run"), f"--set=data.rate={RATE}", *options, "--device", "cpu"),
-                *("--epochs", "30", "--batch-size", "8", "--lr", "3e-3", "--clip", "5"),
+                *("--epochs", "30", "--batch-size", "8", "--lr", "3e-3", "--max-grad-norm", "5"),
             ]
         )
     assert stopped.value.code == 0

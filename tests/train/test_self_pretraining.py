@@ -127,7 +127,7 @@ def test_an_objective_that_does_not_go_with_the_model_is_refused(
 def test_it_helps_where_labels_are_few(tmp_path: Path) -> None:
     """500 labels, 100 steps: that one half repeats the other is learned from holes, hardly from labels alone."""
     labelled, unseen = halves(500, seed=0), halves(500, seed=1)
-    often: dict[str, Any] = {"batch_size": 50, "lr": 5e-3, "device": "cpu", "schedule": "constant"}
+    often: dict[str, Any] = {"batch_size": 50, "lr": 5e-3, "device": "cpu", "lr_schedule": "constant"}
     often |= {"validate_every": 10_000, "log_every": 10_000}
     accuracy = {}
     for pretrained in (False, True):

@@ -26,7 +26,7 @@ EVERYTHING: dict[str, Any] = {
     "accumulate": 2,
     "warmup_steps": 4,
     "weight_decay": 0.1,
-    "clip": 0.5,
+    "max_grad_norm": 0.5,
     "ema": 0.9,
     "validate_every": 5,
     "save_every": 3,
@@ -55,7 +55,7 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 
 def test_learns_waves(tmp_path: Path) -> None:
-    result = toy(tmp_path, epochs=10, ema=0.9, warmup_steps=10, clip=1.0)
+    result = toy(tmp_path, epochs=10, ema=0.9, warmup_steps=10, max_grad_norm=1.0)
     losses = [float(row["loss"]) for row in rows(tmp_path)]
     assert result.validation["loss"] < 0.2  # the waves' variance is 0.5, their noise's 0.01
     assert losses[-1] < losses[0] / 4
@@ -138,7 +138,7 @@ def test_says_when_the_loss_is_no_number(tmp_path: Path) -> None:
 
 
 def test_trains_in_bfloat16(tmp_path: Path) -> None:
-    assert toy(tmp_path, epochs=6, precision="bfloat16").validation["loss"] < 0.5
+    assert toy(tmp_path, epochs=6, dtype="bfloat16").validation["loss"] < 0.5
     assert load_file(tmp_path / "model.safetensors")["projector.weight"].dtype == torch.float32
 
 
@@ -179,8 +179,8 @@ def test_schedules() -> None:
         config = TrainConfig(lr=1.0, **settings)
         return [learning_rate(step, 8, 2, config) for step in range(8)]
 
-    assert rates(schedule="halving") == [1, 1, 1, 1, 0.5, 0.5, 0.25, 0.25]
-    assert rates(schedule="constant", warmup_steps=2) == [0.5, 1, 1, 1, 1, 1, 1, 1]
+    assert rates(lr_schedule="halving") == [1, 1, 1, 1, 0.5, 0.5, 0.25, 0.25]
+    assert rates(lr_schedule="constant", warmup_steps=2) == [0.5, 1, 1, 1, 1, 1, 1, 1]
     cosine = rates(warmup_steps=4, min_lr=0.2)
     assert cosine[:5] == [0.25, 0.5, 0.75, 1, 1]
     assert cosine[6] == pytest.approx(0.6)
@@ -191,10 +191,10 @@ def test_schedules() -> None:
     ("settings", "said"),
     [
         ({"lr": 0.0}, "lr is 0.0, it must be positive"),
-        ({"clip": -1.0}, "clip is -1.0, it must not be negative"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm is -1.0, it must not be negative"),
         ({"ema": 1.0}, "ema is 1.0"),
-        ({"schedule": "linear"}, "not 'linear'"),
-        ({"precision": "int8"}, "not 'int8'"),
+        ({"lr_schedule": "linear"}, "not 'linear'"),
+        ({"dtype": "int8"}, "not 'int8'"),
         ({"batch_size": 15, "accumulate": 2}, "a batch of 15 cannot be shared by 1 x 2 parts"),
         ({"batch_size": 512}, "have 265 samples, less than one batch of 512"),
         ({"device": "gpu"}, "'gpu' is no device"),

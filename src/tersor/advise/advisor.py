@@ -101,7 +101,7 @@ def advise(
     calibrate_on: str | None = None,
     samples: int = 32,
     seq_len: int = 512,
-    units: int | None = None,
+    max_eval_samples: int | None = None,
     turns: int = 7,
     most: int = 6,
     seconds: float = 600.0,
@@ -114,8 +114,8 @@ def advise(
 
     kind: what the model is for. files: the user's texts, labelled pictures (a folder or .npz) or table, as the kind asks.
     calibration, training: whether methods may look at samples, and for how many seconds one may train. calibrate_on: text
-    or pictures for it. samples, seq_len: of the calibration. units: windows (24) or pictures (200) to evaluate on. most:
-    how many recipes are measured at most. seconds: for everything. only: names of recipes, where not all are wanted.
+    or pictures for it. samples, seq_len: of the calibration. max_eval_samples: windows (24) or pictures (200) to evaluate
+    on. most: how many recipes are measured at most. seconds: for everything. only: names of recipes, where not all are wanted.
     evidence: the file of what was measured.
 
     Raises TersorError where the advisor does not know the model's kind, or its data are missing or do not fit.
@@ -124,7 +124,7 @@ def advise(
     deadline = time.monotonic() + seconds
     if training > seconds:
         raise TersorError(
-            f"--training of {training:g} s is longer than the whole --time of {seconds:g} s: give --time more"
+            f"--training of {training:g} s is longer than the whole --time-limit of {seconds:g} s: give --time-limit more"
         )
     checkpoint = open_checkpoint(model)
     if "quantization_config" in checkpoint.config:
@@ -141,7 +141,9 @@ def advise(
     place = pick_device(device)
     _check_room(lazy, place)
     paths = [Path(each).expanduser() for each in files]
-    work = Workload(found, tuple(map(str, paths)), units or (200 if found == "image" else 24), 256, turns, device)
+    work = Workload(
+        found, tuple(map(str, paths)), max_eval_samples or (200 if found == "image" else 24), 256, turns, device
+    )
     settings = _settings(found, lazy, calibrate_on, samples, seq_len, paths, device)
     session = _Session(
         str(model), checkpoint, lazy, work, settings, budget, Path(evidence), machine_mark(place), tell, deadline
@@ -241,7 +243,7 @@ class _Session:
                 self._measure(candidate, training)
             except NoTimeError as told:
                 if time.monotonic() >= self.deadline:
-                    self.notes.append(f"time was over while {chosen.name} was measured: give --time more")
+                    self.notes.append(f"time was over while {chosen.name} was measured: give --time-limit more")
                     break
                 left[chosen.name] = str(told)
                 todo.pop(chosen.name)
@@ -284,7 +286,7 @@ class _Session:
                 measured = measure(self.model, (), self.settings, self.work, deadline=self.deadline)
             except NoTimeError:
                 raise TersorError(
-                    "the time given is over before the original was measured; give a longer --time"
+                    "the time given is over before the original was measured; give a longer --time-limit"
                 ) from None
             row = self._keep((), measured, loss=0.0)
         return replace(_measured(whole, row), loss=_exact(0.0), agreement=1.0 if row.answers else None)

@@ -32,6 +32,7 @@ from tersor.checkpoint.gguf_tokenizer import tokenizer_metadata
 from tersor.checkpoint.lazy_model import LazyModel
 from tersor.checkpoint.load import load_tokenizer
 from tersor.checkpoint.source import open_checkpoint, torch_dtype
+from tersor.devices import DType, name_of_dtype
 from tersor.errors import TersorError
 from tersor.files import replacing
 from tersor.formats.gguf_blocks import BLOCK_TYPES, choose_type, pack_blocks
@@ -69,7 +70,7 @@ def export(
     model: str | Path,
     out: str | Path,
     *,
-    dtype: str = "auto",
+    dtype: DType = "auto",
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Exported:
@@ -136,7 +137,8 @@ def export(
     return Exported(target, architecture.name, target.stat().st_size, dict(types), before, after, lazy.unknown)
 
 
-def _chosen_dtype(dtype: str) -> torch.dtype | None:
+def _chosen_dtype(dtype: DType) -> torch.dtype | None:
+    dtype = name_of_dtype(dtype)
     known = {"auto": None, **{str(each).removeprefix("torch."): each for each in TYPE_OF}}
     if dtype not in known:
         raise TersorError(f"dtype {dtype!r} is not one of {', '.join(known)}")

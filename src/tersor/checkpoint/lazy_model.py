@@ -28,6 +28,7 @@ from tersor.checkpoint.tree import (
     state_of,
     tied_parameters,
 )
+from tersor.devices import DType, name_of_dtype
 from tersor.errors import BrokenWeightError, TersorError
 from tersor.formats.layout import Header, QuantizationConfig
 from tersor.formats.layouts import PACKED_SUFFIXES, layout_of
@@ -350,8 +351,9 @@ def lazily(model: Openable | LazyModel) -> LazyModel:
     return model if isinstance(model, LazyModel) else LazyModel(open_checkpoint(model), dtype=torch.float32)
 
 
-def compute_dtype(checkpoint: Checkpoint, device: torch.device | str, dtype: str = "auto") -> torch.dtype:
+def compute_dtype(checkpoint: Checkpoint, device: torch.device | str, dtype: DType = "auto") -> torch.dtype:
     """The dtype to run in. "auto": float32 on a CPU, where half precision is slower and coarser; else the checkpoint's own."""
+    dtype = name_of_dtype(dtype)
     if dtype != "auto":
         known = {
             "float16": torch.float16,
@@ -366,7 +368,7 @@ def compute_dtype(checkpoint: Checkpoint, device: torch.device | str, dtype: str
 
 
 def dtypes_to_try(
-    checkpoint: Checkpoint, device: torch.device | str, dtype: str, *, earlier: Callable[[], str | None]
+    checkpoint: Checkpoint, device: torch.device | str, dtype: DType, *, earlier: Callable[[], str | None]
 ) -> list[torch.dtype]:
     """The dtypes to run in, each when the model overflows the one before: float32 after a float16 that the user did not ask for.
 

@@ -16,7 +16,7 @@ from tersor.checkpoint.lazy_model import LazyModel, compute_dtype
 from tersor.checkpoint.preprocessing import PREPROCESSOR
 from tersor.checkpoint.published import checkpoint_as
 from tersor.checkpoint.source import Checkpoint, Openable, open_checkpoint
-from tersor.devices import pick_device
+from tersor.devices import DType, pick_device
 from tersor.errors import TersorError
 from tersor.layers.quantized_linear import prepare_layers
 from tersor.untrusted import first_words, pretrained, read_json_object
@@ -35,7 +35,7 @@ def load(
     model: Openable,
     *,
     variant: str | None = None,
-    dtype: str = "auto",
+    dtype: DType = "auto",
     device: str = "auto",
     into: nn.Module | None = None,
     allow_pickle: bool = False,
@@ -45,7 +45,7 @@ def load(
 
     Quantized layers stay packed. Models of `tersor.models` are also read in the layout of their official checkpoints.
     variant: which model a published file or folder without a config.json is (`tersor models` lists the names).
-    dtype: "auto" (float32 on a CPU, else the checkpoint's own), "float16", "bfloat16" or "float32".
+    dtype: "auto" (float32 on a CPU, else the checkpoint's own), "float16", "bfloat16" or "float32", or such a torch.dtype.
     device: "auto" (the GPU where there is one), "cpu", "cuda", "cuda:1".
     into: a module of the same structure to fill in place, for a class of your own that was compressed in memory. It keeps its
     dtype and device.

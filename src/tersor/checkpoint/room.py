@@ -15,6 +15,7 @@ import stat
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -189,9 +190,35 @@ def check_free(target: Path, *, overwrite: bool, inputs: Inputs | None = None) -
                 raise TersorError(f"{target} is not overwritten: {left} would be lost; move it away yourself")
 
 
+@dataclass
+class Held:
+    """The hold that a job has on its output directory (`alone_in`)."""
+
+    mark: str | None = (
+        None  # of the job: by it a finished result is known, also where the process was killed before it said more
+    )
+    locks: list[int] = field(default_factory=list)
+
+    def sign(self, folder: Path) -> None:
+        """Write the mark into a folder whose result is about to be finished."""
+        if self.mark is not None:
+            (folder / RUN_FILE).write_text(json.dumps({"asked": self.mark}) + "\n", encoding="utf-8")
+
+    def take(self, folder: Path) -> None:
+        """Hold a folder too, which is about to become the output directory."""
+        self.sign(folder)
+        lock = os.open(folder, os.O_RDONLY)
+        self.locks.append(lock)
+        with suppress(OSError):  # where the disk knows no locks
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 @contextmanager
-def appearing(target: Path, *, overwrite: bool, inputs: Inputs | None = None) -> Iterator[Path]:
-    """Yields a new directory to write into. In the end it becomes `target`: whole, or not at all."""
+def appearing(
+    target: Path, *, overwrite: bool, inputs: Inputs | None = None, held: Held | None = None
+) -> Iterator[Path]:
+    """Yields a new directory to write into. In the end it becomes `target`: whole, or not at all. held: the job's hold on
+    `target`, which then is one on the new directory."""
     check_free(target, overwrite=overwrite, inputs=inputs)
     real = target.resolve()
     with disk_errors(target):
@@ -203,6 +230,8 @@ def appearing(target: Path, *, overwrite: bool, inputs: Inputs | None = None) ->
             if real.is_dir():
                 remove_own(real, own_names(real))
                 real.rmdir()
+            if held is not None:
+                held.take(partial)
             _open_to_others(partial)
             partial.rename(real)
         finally:
@@ -218,32 +247,39 @@ def _open_to_others(folder: Path) -> None:
 
 
 @contextmanager
-def alone_in(out: Path) -> Iterator[None]:
+def alone_in(out: Path) -> Iterator[Held]:
     """Hold the output directory: a second job on it is refused. The lock ends with the process, however that ends.
 
     A directory that is not there is made, and removed again where nothing came into it. Where the disk knows no locks, there is
     none.
     """
     if os.path.lexists(out) and not out.is_dir():
-        yield  # whoever writes says what is wrong
+        yield Held()  # whoever writes says what is wrong
         return
     made = [path for path in (out, *out.parents) if not path.exists()]
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-        lock = os.open(out, os.O_RDONLY)
+        held = Held(locks=[os.open(out, os.O_RDONLY)])
     try:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(held.locks[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise TersorError(f"another job is writing to {out}: let it finish, or give another --out") from None
+            raise _another_job(out) from None
         except OSError:
             pass
-        yield
+        if not (out.is_dir() and os.path.samestat(os.fstat(held.locks[0]), out.stat())):
+            raise _another_job(out)  # it put its result in the place of the directory that was opened here
+        yield held
     finally:
-        os.close(lock)
+        for lock in held.locks:
+            os.close(lock)
         with suppress(OSError):
             for path in made:
                 path.rmdir()
+
+
+def _another_job(out: Path) -> TersorError:
+    return TersorError(f"another job is writing to {out}: let it finish, or give another --out")
 
 
 def write_record(folder: Path, result: Mapping[str, Any]) -> None:

@@ -43,12 +43,14 @@ def advise(
     min_speed: Annotated[str | None, typer.Option(help="Least new tokens a second, such as 20tok/s.")] = None,
     max_latency: Annotated[str | None, typer.Option(help="Most time a token, picture or window: 50ms.")] = None,
     device: Device = "auto",
-    time: Annotated[
+    time_limit: Annotated[
         str, typer.Option(help="How long it may take; the same command then measures what is left.")
     ] = "10m",
     training: Annotated[
         str,
-        typer.Option(help="What a method may do: none, calibration, or train for a time such as 5m, within --time."),
+        typer.Option(
+            help="What a method may do: none, calibration, or train for a time such as 5m, within --time-limit."
+        ),
     ] = "calibration",
     text: Annotated[
         list[Path] | None, typer.Option(help="Text to evaluate on; may be given several times. [default: built in]")
@@ -62,8 +64,8 @@ def advise(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 32,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens a calibration sample.")] = 512,
-    units: Annotated[
-        int | None, typer.Option(min=2, help="Windows or pictures to evaluate on. [default: 24 or 200]")
+    max_eval_samples: Annotated[
+        int | None, typer.Option(min=2, help="At most so many windows or pictures to evaluate on. [default: 24 or 200]")
     ] = None,
     max_recipes: Annotated[int, typer.Option(min=0, help="Recipes to measure at most.")] = 6,
     evidence: Annotated[Path, typer.Option(help="What was measured before, and where it is kept.")] = DEFAULT,
@@ -114,9 +116,9 @@ def advise(
             calibrate_on=calibration,
             samples=samples,
             seq_len=seq_len,
-            units=units,
+            max_eval_samples=max_eval_samples,
             most=max_recipes,
-            seconds=parse_seconds(time, "--time"),
+            seconds=parse_seconds(time_limit, "--time-limit"),
             device=device,
             evidence=evidence,
             progress=progress,

@@ -38,13 +38,13 @@ def attribute(
     ] = None,
     data: Annotated[Path | None, typer.Option(help="For forecasters: a table.")] = None,
     by: Annotated[str, typer.Option(help="layer, or block (in a fraction of the time).")] = "layer",
-    time: Annotated[str, typer.Option(help="How long layers are exchanged: 90s, 10m, 1h.")] = "10m",
+    time_limit: Annotated[str, typer.Option(help="How long layers are exchanged: 90s, 10m, 1h.")] = "10m",
     seq_len: Annotated[int, typer.Option(help="Tokens a window.")] = 256,
-    samples: Annotated[
+    max_eval_samples: Annotated[
         int | None,
         typer.Option(help="Windows of the text (8), images (all), or windows of the table (64) at most."),
     ] = None,
-    layers: Annotated[int, typer.Option(min=1, help="How many layers are given more bits.")] = 10,
+    num_layers: Annotated[int, typer.Option(min=1, help="How many layers are given more bits.")] = 10,
     bits: Annotated[int, typer.Option(help="Bits that they are given.")] = 8,
     suggestion: Annotated[
         bool,
@@ -75,15 +75,15 @@ def attribute(
     Example: `tersor attribute demo-3bit --against demo --out lost.json --plot lost.png`.
     """
     if not suggestion:
-        refuse(context, "--no-suggest", ("layers", "bits"))
+        refuse(context, "--no-suggest", ("num_layers", "bits"))
     for name, value in (("--images", images), ("--data", data)):
         if value is not None:
             refuse(context, name, ("seq_len",))
-    seconds = seconds_of(time)
+    seconds = seconds_of(time_limit)
     if by not in BY:
         raise TersorError(f"--by {by} is not one of {', '.join(BY)}")
     _check_paths(out, plot)
-    inputs = Inputs(tuple(map(_text, text or ["builtin"])), images, data, seq_len, samples)
+    inputs = Inputs(tuple(map(_text, text or ["builtin"])), images, data, seq_len, max_eval_samples)
     try:
         with progress_bar(quiet=as_json) as progress:
             found = attribution(
@@ -93,7 +93,7 @@ def attribute(
                 by=by,
                 seconds=seconds,
                 state=None if out is None else state_file(out),
-                layers=layers,
+                layers=num_layers,
                 bits=bits if suggestion else None,
                 stream=stream,
                 dtype=dtype,
@@ -124,7 +124,7 @@ def seconds_of(text: str) -> float:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
     seconds = float(found[1]) * UNITS[found[2] or "s"] if found else 0.0
     if not 0 < seconds < math.inf:
-        raise TersorError(f"--time {text}: a time such as 90s, 10m or 1h is expected")
+        raise TersorError(f"--time-limit {text}: a time such as 90s, 10m or 1h is expected")
     return seconds
 
 
@@ -183,7 +183,9 @@ def lines_of(found: Attribution) -> list[str]:
         lines.append(f"... {len(found.rows) - SHOWN} more cost less; --json and --out hold all")
     if found.left:
         which = ", of groups that cost less" if any(row.cost for row in found.rows) else ""
-        lines.append(f"{len(found.left)} {found.by}s were not measured in the time given{which}; give more --time")
+        lines.append(
+            f"{len(found.left)} {found.by}s were not measured in the time given{which}; give more --time-limit"
+        )
     lines += [f"note: {note}" for note in found.notes]
     if found.suggestion is not None:
         lines += ["", *told(found.suggestion, found.measure)]

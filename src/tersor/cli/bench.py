@@ -27,7 +27,7 @@ def bench(
     against: Annotated[str | None, typer.Option(help="Another model, which runs in turns with the first.")] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 512,
     new_tokens: Annotated[int, typer.Option(help="Tokens to make after it.")] = 64,
-    batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
     repeats: Annotated[int, typer.Option(help="Turns that count; one more comes first, to warm up.")] = 5,
     threads: Annotated[int | None, typer.Option(help="CPU threads; as torch chooses if unset.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
@@ -41,7 +41,7 @@ def bench(
 
     Example: `tersor bench demo-4bit --against demo --prompt-tokens 128`.
     """
-    runtime.check_sizes(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch, repeats=repeats)
+    runtime.check_sizes(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch_size, repeats=repeats)
     if threads is not None:
         if threads < 1:
             raise TersorError(f"--threads {threads} must be positive")
@@ -50,18 +50,20 @@ def bench(
     runners: dict[str, Callable[[], Turn]] = {}
     engines: dict[str, Engine] = {}
     for name in filter(None, dict.fromkeys((model, against))):
-        engine, runners[name] = _runner(name, prompt_tokens, new_tokens, batch, dtype, device)
+        engine, runners[name] = _runner(name, prompt_tokens, new_tokens, batch_size, dtype, device)
         engines[name] = engine
     with progress_bar(quiet=as_json) as progress:
         turns = runtime.measure(runners, repeats=repeats, progress=progress)
     memory = {"peak_memory": peak_memory(engine.device)}
-    sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": batch}
+    sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": batch_size}
     found = {name: runtime.speeds(each, **sizes) for name, each in turns.items()}
     runs_as = {name: _runs_as(engine) for name, engine in engines.items()}
     ratios = None if against is None or against == model else runtime.ratios(turns[model], turns[against])
     if as_json:
         result: dict[str, Any] = {
-            **sizes,
+            "prompt_tokens": prompt_tokens,
+            "new_tokens": new_tokens,
+            "batch_size": batch_size,
             "repeats": repeats,
             "threads": torch.get_num_threads(),
             **memory,
@@ -80,7 +82,7 @@ def bench(
     if engine.device.type == "cuda":
         where = torch.cuda.get_device_name(engine.device)
     typer.echo(
-        f"\n{batch} x {prompt_tokens} prompt and {new_tokens} new tokens, {repeats} turns, {where}; "
+        f"\n{batch_size} x {prompt_tokens} prompt and {new_tokens} new tokens, {repeats} turns, {where}; "
         f"peak memory {memory['peak_memory'] / 1e9:.2f} GB{' with both models' if ratios is not None else ''}"
     )
 

@@ -43,7 +43,7 @@ _CONTEXT = 4096
 def chat(
     model: Annotated[str, typer.Argument(help="A directory, a .gguf file, a hub name such as org/name, or `demo`.")],
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
-    template: Annotated[
+    chat_template: Annotated[
         Path | None, typer.Option(help="A file with a chat template (Jinja), in place of the model's own.")
     ] = None,
     context: Annotated[
@@ -73,7 +73,7 @@ def chat(
     Examples: `tersor chat demo`, `tersor chat my-model --system "Answer in one sentence." < questions.txt`.
     """
     _check_numbers(context, max_new_tokens)
-    jinja = None if template is None else _template(template)
+    jinja = None if chat_template is None else _template(chat_template)
     talk = _start(
         model,
         system,
@@ -132,7 +132,7 @@ def _start(
     writer = open_writer(model, sampling=sampling, notice=_say, **where)
     form = chat_template.of(writer.tokenizer, jinja)
     if form.plain:
-        _say(f"{chat_template.NONE} (--template FILE gives another)")
+        _say(f"{chat_template.NONE} (--chat-template FILE gives another)")
     most = positions_of(writer.module)
     engine = writer.engine(context if most is None else min(context, most))
     return Chat(writer, engine, form, max_new_tokens=max_new_tokens, system=system)
@@ -151,7 +151,7 @@ def _template(file: Path) -> str:
     try:
         return read_bytes(file).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise TersorError(f"--template {file} cannot be read: {error}") from None
+        raise TersorError(f"--chat-template {file} cannot be read: {error}") from None
 
 
 def _lines(at_terminal: bool) -> Iterator[str]:

@@ -25,7 +25,7 @@ def report(
         list[str] | None, typer.Option(help="A text file (.gz too) to compare on, or `builtin`; may be repeated.")
     ] = None,
     prompt: Annotated[
-        list[str] | None, typer.Option(help="What both models continue; the begins of parts of the text if unset.")
+        list[str] | None, typer.Option(help="What both models continue; the beginnings of parts of the text if unset.")
     ] = None,
     attribution: Annotated[
         list[Path] | None, typer.Option(help="A JSON file of `tersor attribute`; may be repeated.")
@@ -33,7 +33,7 @@ def report(
     measure: Annotated[bool, typer.Option("--measure", help="Run the models here: speed and memory.")] = False,
     seq_len: Annotated[int, typer.Option(help="Tokens a window of text.")] = 512,
     max_windows: Annotated[int, typer.Option(help="Compare on so many windows of each text at most.")] = 16,
-    new_tokens: Annotated[int, typer.Option(help="Tokens that are written after a prompt.")] = 48,
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens after a prompt.")] = 48,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print what the page says as one JSON object.")] = False,
@@ -48,11 +48,11 @@ def report(
     from tersor.report.collect import collect
     from tersor.report.page import check_page, write_page
 
-    if new_tokens < 1:
-        raise TersorError(f"--new-tokens {new_tokens} must be positive")
+    if max_new_tokens < 1:
+        raise TersorError(f"--max-new-tokens {max_new_tokens} must be positive")
     if against is None:
         way_out = "name the original with --against"
-        refuse(context, "a report without the original", ("seq_len", "max_windows", "new_tokens"), way_out)
+        refuse(context, "a report without the original", ("seq_len", "max_windows", "max_new_tokens"), way_out)
         if not measure:
             refuse(context, "a report that runs no model", ("dtype", "device"), "give --against or --measure")
     check_page(out)
@@ -66,7 +66,7 @@ def report(
             measure=measure,
             seq_len=seq_len,
             max_windows=max_windows,
-            new_tokens=new_tokens,
+            max_new_tokens=max_new_tokens,
             dtype=dtype,
             device=device,
             progress=progress,

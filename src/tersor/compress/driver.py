@@ -25,7 +25,7 @@ from tersor.compress.forecast import by_first_block
 from tersor.compress.in_memory import InMemory, Source
 from tersor.compress.plan import Plan, make_plan, with_fitting_layout, without_stacks
 from tersor.compress.result import Compressed, Tally
-from tersor.compress.samples import samples_of
+from tersor.compress.samples import samples_of, text_tokens
 from tersor.compress.settings import Job
 from tersor.compress.walk import Prepared, walk
 from tersor.formats.layout import Layout
@@ -75,6 +75,10 @@ def compress_blocks(source: Source, sink: Sink, job: Job) -> Compressed:
         stacked = [name for name in experts if not source.named_pieces(name)]
         plan = without_stacks(plan, stacked, job.layout, include=job.include, progress=job.progress)
     batches, probe = samples_of(job, plan, source)
+    tokens = text_tokens(batches)
+    for said in dict.fromkeys(method.remark_on(tokens) for method in dict.fromkeys(plan.methods.values())):
+        if said is not None and tokens:
+            job.progress(said, 0, 0)
     sink.open(job, plan, batches if probe is None else [*batches, probe])
     with torch.no_grad(), without_cache(module):
         source.load_rest([unit.module for unit in units_of(module)])

@@ -12,7 +12,7 @@ from tersor.calibrate.batches import Batch
 from tersor.calibrate.padding import decoder_inputs
 from tersor.compress.in_memory import Source
 from tersor.compress.plan import Plan, without
-from tersor.compress.samples import asked_for_samples, check_reached, needs_samples
+from tersor.compress.samples import asked_for_samples, check_reached, is_held_out, needs_samples
 from tersor.compress.settings import Job
 from tersor.compress.walk import Prepared, Probe, called_only, trace
 from tersor.errors import BrokenWeightError, NotFiniteError, TersorError
@@ -27,9 +27,14 @@ def prepare(source: Source, plan: Plan, job: Job, batches: list[Batch], batch: B
     """Run the probe's batch. Raises TersorError where samples are needed, or were asked for, and do not fit the model."""
     if batch is None:
         return Prepared(plan, batches, None)
+    held_out = is_held_out(job, batch)
+
+    def first_pass(each: Batch) -> Probe:
+        return trace(source, each, job.progress, held_out=held_out)
+
     optional = not (needs_samples(plan) or asked_for_samples(job.calibration))
     try:
-        probe, batches, _ = fitted(source.module, batches, batch, lambda each: trace(source, each, job.progress))
+        probe, batches, _ = fitted(source.module, batches, batch, first_pass)
     except (NotFiniteError, BrokenWeightError):
         raise
     except UNFIT as error:

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from tersor.checkpoint.hashes import hash_of_json
-from tersor.checkpoint.room import alone_in
+from tersor.checkpoint.room import Held, alone_in
 from tersor.checkpoint.source import open_checkpoint
 from tersor.compress.driver import compress_module
 from tersor.compress.packed import compress_packed_checkpoint, compress_packed_module
@@ -21,11 +22,11 @@ from tersor.compress.recipe import Recipe, Rule, make_rules
 from tersor.compress.result import Compressed
 from tersor.compress.run_record import check_unfinished, run_of, write_run
 from tersor.compress.settings import Job, Settings, job_of, refuse_idle, settings_of
-from tersor.compress.steps import asked_for, run_steps
+from tersor.compress.steps import asked_for, forget_steps, run_steps
 from tersor.compress.stream import compress_checkpoint
 from tersor.compress.target_bits import with_chosen_bits
 from tersor.compress.whole_model import compress_whole_checkpoint, compress_whole_module
-from tersor.errors import TersorError
+from tersor.errors import FinishedError, TersorError
 from tersor.methods.method import BlockMethod, Method, PackedMethod
 from tersor.processes import is_first, once, processes
 
@@ -74,23 +75,38 @@ def compress(
     asked, steps = settings_of(settings), _steps(method, rules)
     refuse_idle(asked, [each for step in steps for each in step.methods], by_name=not isinstance(model, nn.Module))
     with ExitStack() as stack:
-        said, mark = None, None
+        said, mark, held = None, None, Held()
         if asked.out is not None:
             lock = alone_in(asked.out)
-            once(lambda: stack.enter_context(lock))
+            held = once(lambda: stack.enter_context(lock))
             source = open_checkpoint(str(model), allow_pickle=asked.allow_pickle)
             said = asked_for(source, steps, asked)
-            mark = hash_of_json(said)
+            held.mark = mark = hash_of_json(said)
             if not asked.overwrite and not asked.redo and asked.tokenizer is None:
-                once(partial(check_unfinished, asked.out, mark))
+                once(partial(_check_unfinished, asked.out, mark, said))
+
+        def run(at: str | Path | nn.Module, job: Job) -> Compressed:
+            last = asked.out is not None and job.out == asked.out
+            return run_job(at, replace(job, held=held) if last else job)
+
         if len(steps) > 1:
-            result = run_steps(model, steps, asked, run_job, said)
+            result = run_steps(model, steps, asked, run, said)
         else:
-            result = run_job(model, job_of(steps[0], asked))
+            result = run(model, job_of(steps[0], asked))
         result.run = {**run_of(result.summary, model, steps, asked), "asked": mark}
         if result.directory is not None and is_first():
             write_run(result.directory, result.run)
         return result
+
+
+def _check_unfinished(out: Path, mark: str, said: Mapping[str, Any]) -> None:
+    """Raise FinishedError where `out` holds the whole result. What a process that was killed in the end left between the steps is
+    removed."""
+    try:
+        check_unfinished(out, mark)
+    except FinishedError:
+        forget_steps(out, said)
+        raise
 
 
 def _steps(method: Method | Sequence[Method | Recipe], rules: Sequence[Rule | Mapping[str, Any]]) -> list[Recipe]:

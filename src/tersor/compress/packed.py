@@ -220,7 +220,7 @@ def _write(
     shards: dict[Path, list[str]] = defaultdict(list)
     for key, path in source.shard_of.items():
         shards[path].append(key)
-    with appearing(target, overwrite=job.overwrite, inputs=inputs) as partial:
+    with appearing(target, overwrite=job.overwrite, inputs=inputs, held=job.held) as partial:
         for path, keys in shards.items():
             place = partial / path.relative_to(source.directory)
             place.parent.mkdir(parents=True, exist_ok=True)

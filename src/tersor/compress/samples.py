@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,12 +76,24 @@ def probe_for(
     return None if first is None else probe_of(first)
 
 
+def is_held_out(job: Settings, batch: Batch) -> bool:
+    """Whether a batch of `probe_for` is held-out text: of text it alone has several rows."""
+    ids = batch.get("input_ids")
+    return is_text(job.calibration) and isinstance(ids, Tensor) and len(ids) > 1
+
+
 def compared_on(job: Settings, outputs: Tensor | None) -> str:
     """What `probe_for` gave, in words: of text it alone has several rows."""
     if outputs is None or not is_text(job.calibration) or len(outputs) < 2:
         return "the first sample"
     counted = f"{len(outputs)} windows" if outputs.dim() < 3 else f"{outputs.shape[0] * outputs.shape[1]:,} tokens"
     return f"{counted} of the built-in evaluation text"
+
+
+def text_tokens(batches: Sequence[Batch]) -> int:
+    """The tokens of samples that are text; 0 where they are none."""
+    ids = [batch.get("input_ids") for batch in batches]
+    return sum(each.numel() for each in ids if isinstance(each, Tensor))
 
 
 def needs_samples(plan: Plan) -> bool:

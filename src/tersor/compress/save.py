@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tersor import models
 from tersor.checkpoint.quantization_config import parse_config
-from tersor.checkpoint.room import RESULT_FILE, RUN_FILE, Inputs, appearing, write_record
+from tersor.checkpoint.room import RESULT_FILE, RUN_FILE, Held, Inputs, appearing, write_record
 from tersor.checkpoint.source import STEPS, Checkpoint, torch_dtype
 from tersor.compress.summary import Summary
 from tersor.errors import TersorError
@@ -80,11 +80,13 @@ def save_plain(
     extra: Mapping[str, Mapping[str, Any]] | None = None,
     overwrite: bool = False,
     inputs: Inputs | None = None,
+    held: Held | None = None,
 ) -> Path:
     """Write a module as it is: its tensors, its config with what was exchanged in it, and the other files of `source`.
 
     Parameters are stored in the source's dtype, buffers in their own. `target` appears whole or not at all.
-    extra: JSON files to write, by name. inputs: what the job read; these files are never replaced.
+    extra: JSON files to write, by name. inputs: what the job read; these files are never replaced. held: its hold
+    on `target`.
     """
     stored = next(module.parameters()).dtype if source is None else torch_dtype(source.config)
     config = config_of(module) | {EXCHANGED: exchanged_in(module)}
@@ -95,7 +97,7 @@ def save_plain(
     kept = {} if source is None else {path.relative_to(source.directory): path for path in source.other_files()}
     result = {"method": summary.method, "format": PLAIN.name, "layers": [each.row() for each in summary.layers]}
     written = {"config.json": config, **(extra or {})}
-    with appearing(target, overwrite=overwrite, inputs=inputs) as partial:
+    with appearing(target, overwrite=overwrite, inputs=inputs, held=held) as partial:
         save_file(_own_tensors(module, stored), partial / "model.safetensors", {"format": "pt"})
         for relative, path in kept.items():
             if relative.as_posix() not in (*written, RESULT_FILE, RUN_FILE):

@@ -21,6 +21,7 @@ import torch
 from tersor.calibrate.activations import PLACES
 from tersor.calibrate.batches import Calibration
 from tersor.calibrate.routing import Routing, parse_routing
+from tersor.checkpoint.room import Held
 from tersor.compress.conditions import (
     BLOCKS,
     BY_NAME,
@@ -36,7 +37,7 @@ from tersor.compress.conditions import (
     Condition,
 )
 from tersor.compress.recipe import Recipe
-from tersor.devices import pick_device
+from tersor.devices import DType, name_of_dtype, pick_device
 from tersor.errors import TersorError
 from tersor.formats.layout import Layout
 from tersor.formats.layouts import layout_named
@@ -91,10 +92,11 @@ class Settings:
         typed=str,
         only=(BLOCKS,),
     )
-    dtype: str = setting(
+    dtype: DType = setting(
         "auto",
         "Precision of the forward passes: auto, float32, bfloat16, float16.",
         decides=True,
+        typed=str,
         only=(BY_NAME,),
     )
     out: Path | None = setting(
@@ -156,6 +158,10 @@ class Settings:
                 f"{MOST_TOKENS}"
             )
         check_seed(self.seed)
+        if not callable(self.progress):
+            raise TersorError(
+                f"progress={self.progress!r} is no function of (what, done, total); leave it out for silence"
+            )
         if self.activations not in PLACES:
             raise TersorError(f"activations={self.activations!r} is not one of {', '.join(PLACES)}")
         if self.target_bits is not None and not 2 < self.target_bits <= 9:
@@ -173,6 +179,7 @@ class Job(Settings):
     may_pad: bool  # whether compressed-tensors takes the place of `layout` where a layer does not fit it
     place: torch.device  # where the model runs
     routing: Routing  # which experts the samples visit
+    held: Held | None = None  # on `out`, where this run writes the whole job's result
     history: tuple[Mapping[str, Any], ...] = ()  # the steps before this one, as their methods' options
     started: float = field(default_factory=time.perf_counter)
 
@@ -207,6 +214,8 @@ def settings_of(given: Mapping[str, Any]) -> Settings:
     for name in ("redo", "include", "exclude"):
         if name in values:
             values[name] = _patterns(name, values[name])
+    if "dtype" in values:
+        values["dtype"] = name_of_dtype(values["dtype"])  # it is kept in records and commands
     if "out" in values:
         values["out"] = Path(values["out"]).expanduser().absolute()  # `demo` is the user's directory here
     given_samples = values.get("calibration")

@@ -38,6 +38,7 @@ from tersor.processes import processes
 from tersor.version import __version__
 
 ASKED, REPORTED = "asked.json", "step-{}.json"
+READ_WHOLE, PIECE = 1 << 26, 1 << 20  # bytes of a calibration file: see `_hash_of_file`
 Run = Callable[[str | Path | nn.Module, Job], Compressed]
 
 
@@ -101,7 +102,7 @@ def _in_memory(model: nn.Module, steps: Sequence[Recipe], asked: Settings, run: 
 def _on_disk(name: str, steps: Sequence[Recipe], asked: Settings, run: Run, said: dict[str, Any] | None) -> Compressed:
     out, temporary = directory_for(asked.out)
     source = open_checkpoint(name, allow_pickle=asked.allow_pickle)
-    folder = out.parent / f".tersor-steps-{out.name}"
+    folder = _folder_of(out)
     started, said = time.perf_counter(), said or asked_for(source, steps, asked)
     inputs = inputs_of(source, calibration=asked.calibration)
     for what, path in inputs.items():
@@ -170,8 +171,7 @@ def asked_for(source: Checkpoint, steps: Sequence[Recipe], asked: Settings) -> d
     given = asked.calibration
     path = Path(given).expanduser() if isinstance(given, str | Path) else None
     if path is not None and path.is_file():
-        with path.open("rb") as file:
-            samples: str = hashlib.file_digest(file, "sha256").hexdigest()
+        samples: str = _hash_of_file(path)
     elif path is not None and path.is_dir():
         samples = _listing(path, (each for each in path.rglob("*") if each.is_file()))
     elif given is None or isinstance(given, str | Path):
@@ -196,6 +196,20 @@ def asked_for(source: Checkpoint, steps: Sequence[Recipe], asked: Settings) -> d
     }
     said: dict[str, Any] = json.loads(json.dumps({**facts, **counts, **settings}))
     return said
+
+
+def _hash_of_file(path: Path) -> str:
+    """Of a file's bytes. A file above READ_WHOLE bytes would take too long: there it is size and time, and the bytes at the
+    beginning, in the middle and at the end."""
+    status = path.stat()
+    with path.open("rb") as file:
+        if status.st_size <= READ_WHOLE:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256(f"{status.st_size} {status.st_mtime_ns}".encode())
+        for at in (0, status.st_size // 2, status.st_size - PIECE):
+            file.seek(at)
+            digest.update(file.read(PIECE))
+        return digest.hexdigest()
 
 
 def _original(asked: Settings) -> list[str] | None:
@@ -227,6 +241,18 @@ def _goes_on(folder: Path, said: Mapping[str, Any], *, overwrite: bool) -> bool:
             "give the same command to finish it, or --overwrite to start anew"
         )
     return False
+
+
+def _folder_of(out: Path) -> Path:
+    """Where the results of steps lie until the last is finished."""
+    return out.parent / f".tersor-steps-{out.name}"
+
+
+def forget_steps(out: Path, said: Mapping[str, Any]) -> None:
+    """Remove what lies between the steps of a job that is finished. said: what `asked_for` gave for it."""
+    folder = _folder_of(out)
+    if read_object(folder / ASKED) == said:
+        shutil.rmtree(folder)
 
 
 def _make(folder: Path, said: Mapping[str, Any]) -> None:

@@ -126,7 +126,8 @@ class Files(Sink):
                 block: {name: self._published(name) for name in each} for block, each in plan.linears.items() if each
             }
             self.writer.redo(again, names, self.layout.suffixes)
-        job.progress(forecast(self.lazy, plan, first.batches, job.place, job.activations).text(), 0, 0)
+        stored = self.layout.stored(self.lazy.stored_dtype)
+        job.progress(forecast(self.lazy, first, job.place, job.activations, stored).text(), 0, 0)
         self.tally.lap("")
 
     def write(self, block: Block) -> None:
@@ -198,6 +199,8 @@ class Files(Sink):
             if max(probe.visits.values()) == 1:
                 _check_equal(self.target, read, probe.after)
             probe.after = read  # of a block that is used twice, the walk ran the original the first time
+        if job.held is not None:
+            job.held.sign(self.target)
         self.writer.seal()
         job.progress("writing", 1, 1)
         sizes = {"size_before": lazy.checkpoint.size(), "size_after": written.size()}

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from tersor.calibrate.batches import Batch, bundles, call, first_tensor, joined
 from tersor.calibrate.blocks import Unit, units_of
@@ -32,6 +34,18 @@ Compress = Callable[[Unit, Sequence[Call], Original | None], Block]
 
 
 @dataclass
+class FirstPass:
+    """What the first run of a model showed of its cost."""
+
+    seconds: dict[str, float] = field(default_factory=dict)  # by unit, to run it on the probe
+    loading: float = 0.0  # seconds to read all weights
+    inputs: dict[str, list[list[str]]] = field(
+        default_factory=dict
+    )  # by unit: its maps in order, those of one input together
+    arguments: list[Tensor] = field(default_factory=list)  # of the first block, on the meta device
+
+
+@dataclass
 class Probe:
     """The sample whose outputs are compared, and what its run through the original showed."""
 
@@ -41,6 +55,7 @@ class Probe:
     called: set[str]  # kinds of layers (names without numbers) that compute W x + b, or look rows up
     before: Tensor | None  # what the original computes of it
     after: Tensor | None = None  # what the compressed model computes of it; known at the end of the walk
+    cost: FirstPass = field(default_factory=FirstPass)
 
     def is_called(self, name: str) -> bool:
         """Whether a layer is called, and computes W x + b or looks rows up. A block may also just read its weight."""
@@ -56,12 +71,13 @@ class Prepared:
     probe: Probe | None  # None: nothing is run, because no method needs samples
 
 
-def trace(source: Source, batch: Batch, progress: Progress) -> Probe:
-    """Run a sample through the model as it is, a unit at a time. Raises TersorError where weights or outputs are not finite."""
+def trace(source: Source, batch: Batch, progress: Progress, *, held_out: bool = True) -> Probe:
+    """Run a sample through the model as it is, a unit at a time. held_out: whether it is none of the calibration samples, else it
+    is the first. Raises TersorError where weights or outputs are not finite."""
     units = units_of(source.module)
     elsewhere = [unit.module for unit in units if not unit.is_block and _is_absent(unit.module)]
     try:
-        return _trace(source, units, batch, progress)
+        return _trace(source, units, batch, progress, held_out=held_out)
     except RuntimeError:
         if not elsewhere:
             raise
@@ -69,7 +85,7 @@ def trace(source: Source, batch: Batch, progress: Progress) -> Probe:
     for module in elsewhere:
         source.load(module)
     try:
-        return _trace(source, [unit for unit in units if unit.is_block], batch, progress)
+        return _trace(source, [unit for unit in units if unit.is_block], batch, progress, held_out=held_out)
     except BaseException:
         for module in elsewhere:
             source.release(module)
@@ -80,19 +96,29 @@ def _is_absent(module: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in module.parameters())
 
 
-def _trace(source: Source, units: list[Unit], batch: Batch, progress: Progress) -> Probe:
+def _trace(source: Source, units: list[Unit], batch: Batch, progress: Progress, *, held_out: bool) -> Probe:
     visits: Counter[str] = Counter()
     called: set[str] = set()
-    with Lockstep(source.module, units, [batch], lambda batch: call(source.module, batch)) as passes:
+    cost = FirstPass()
+    numbers: list[tuple[int, ...]] = [() if held_out else (0,)]
+    with Lockstep(source.module, units, [batch], lambda batch: call(source.module, batch), numbers=numbers) as passes:
         for stop in passes:
+            began = time.perf_counter()
             source.load(stop.unit.module)
+            cost.loading += time.perf_counter() - began
             _check_weights(stop.unit)
             visits[stop.unit.name] += 1
-            with _watching_linear_maps(stop.unit, called):
-                _run_checked(stop)
+            if stop.unit.is_block and not cost.arguments:
+                given = tree_leaves([(each.args, each.kwargs) for each in stop.calls])
+                cost.arguments = [each.to("meta") for each in given if isinstance(each, Tensor)]
+            began = time.perf_counter()
+            with _watching_linear_maps(stop.unit, called, cost) as watched:
+                _run_checked(stop)  # waits for a GPU
+            took = time.perf_counter() - began - watched[0]
+            cost.seconds[stop.unit.name] = cost.seconds.get(stop.unit.name, 0.0) + took
             source.release(stop.unit.module)
             progress("checking the model", sum(visits.values()), max(len(units), sum(visits.values())))
-    return Probe(batch, units, visits, called, first_tensor(passes.outputs.get(0)))
+    return Probe(batch, units, visits, called, first_tensor(passes.outputs.get(0)), cost=cost)
 
 
 def called_only(plan: Plan, probe: Probe) -> Plan:
@@ -107,9 +133,24 @@ def called_only(plan: Plan, probe: Probe) -> Plan:
 
 
 @contextmanager
-def _watching_linear_maps(unit: Unit, called: set[str]) -> Iterator[None]:
+def _watching_linear_maps(unit: Unit, called: set[str], cost: FirstPass) -> Iterator[list[float]]:
+    """Note the kinds of maps that are called, and which read one input. Yields the seconds that the watching took, in a list."""
+    watched, previous = [0.0], [None]
+    groups = cost.inputs.setdefault(unit.name, [])
+
     def watch(name: str) -> Any:
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            began = time.perf_counter()
+            look(module, args, output)
+            watched[0] += time.perf_counter() - began
+
+        def look(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            x = args[0] if args else None
+            if groups and x is not None and x is previous[0]:
+                groups[-1].append(name)
+            else:
+                groups.append([name])
+            previous[0] = x
             if isinstance(module, nn.Embedding):
                 if computes_its_own(module) and not (args and looks_up(module, args[0], output)):
                     return
@@ -128,7 +169,7 @@ def _watching_linear_maps(unit: Unit, called: set[str]) -> Iterator[None]:
         for name, each in maps.items():
             if isinstance(each, nn.Module):
                 hooks.enter_context(each.register_forward_hook(watch(name)))
-        yield
+        yield watched
 
 
 def walk(
@@ -259,7 +300,7 @@ def _run_checked(stop: Stop) -> None:
         return
     call, dtype, flags = next(each for each in finite if not bool(each[2].all()))
     row = flags.tolist().index(False) if len(flags) == len(call.numbers) else 0
-    where = f"calibration sample {call.numbers[row]}" if call.numbers else "what the result is compared on"
+    where = f"calibration sample {call.numbers[row]}" if call.numbers else "the text that the result is compared on"
     raise NotFiniteError(
         f"the output of {stop.unit.name or 'the model'} is not finite (NaN or Inf) in {where}; if the model overflows "
         f"{dtype}, use --dtype float32"

@@ -58,6 +58,7 @@ def compress_whole_checkpoint(name: str, job: Job) -> Compressed:
         extra=extra,
         overwrite=job.overwrite,
         inputs=inputs,
+        held=job.held,
     )
     summary = replace(summary, size_after=open_checkpoint(job.out).size())
     return Compressed(summary, job.out, result.before, result.after)

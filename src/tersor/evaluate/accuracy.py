@@ -15,6 +15,7 @@ from tersor.checkpoint.load import load
 from tersor.checkpoint.preprocessing import class_names, image_processor, image_settings
 from tersor.checkpoint.source import Openable, open_checkpoint
 from tersor.data.images import ImageConfig, load_images
+from tersor.devices import DType
 from tersor.errors import TersorError
 from tersor.evaluate.measures import class_logits
 from tersor.progress import Progress
@@ -39,7 +40,7 @@ def accuracy(
     *,
     batch_size: int = 100,
     max_images: int | None = None,
-    dtype: str = "auto",
+    dtype: DType = "auto",
     device: str = "auto",
     progress: Progress | None = None,
 ) -> Accuracy:

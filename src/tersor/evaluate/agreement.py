@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tersor.checkpoint.load import load
 from tersor.checkpoint.source import Checkpoint, Openable, open_checkpoint
+from tersor.devices import DType
 from tersor.errors import TersorError
 from tersor.evaluate.accuracy import read_images
 from tersor.evaluate.interval import Estimate, estimate
@@ -45,7 +46,7 @@ def agreement(
     images: str | Path | tuple[Tensor, Tensor],
     *,
     max_images: int | None = None,
-    dtype: str = "auto",
+    dtype: DType = "auto",
     device: str = "auto",
     progress: Progress | None = None,
 ) -> Agreement:
@@ -97,7 +98,7 @@ def _classes(
     model: Checkpoint | nn.Module,
     name: str,
     pixels: Tensor,
-    dtype: str,
+    dtype: DType,
     device: str,
     progress: Progress | None,
 ) -> Tensor:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tersor.checkpoint.load import load, load_tokenizer
 from tersor.checkpoint.source import Checkpoint, Openable, open_checkpoint
 from tersor.checkpoint.writer import model_fingerprint
-from tersor.devices import pick_device
+from tersor.devices import DType, name_of_dtype, pick_device
 from tersor.errors import TersorError
 from tersor.evaluate.interval import Estimate, estimate
 from tersor.evaluate.logit_cache import Kept, LogitCache, opened_folder
@@ -130,7 +130,7 @@ def divergence(
     seq_len: int = 1024,
     max_windows: int | None = None,
     noise_floor: bool = True,
-    dtype: str = "auto",
+    dtype: DType = "auto",
     device: str = "auto",
     cache: str | Path | None = None,
     cache_size: int = CACHE_SIZE,
@@ -239,10 +239,10 @@ def _one_after_another(
 
 @contextmanager
 def _cache(
-    against: Checkpoint, folder: str | Path | None, most: int, *, dtype: str, device: str
+    against: Checkpoint, folder: str | Path | None, most: int, *, dtype: DType, device: str
 ) -> Iterator[LogitCache]:
     """The cache of one original; in a temporary folder where none is given."""
-    facts = [model_fingerprint(against), dtype, str(pick_device(device)), torch.__version__, __version__]
+    facts = [model_fingerprint(against), name_of_dtype(dtype), str(pick_device(device)), torch.__version__, __version__]
     with tempfile.TemporaryDirectory(prefix="tersor-") as temporary:
         place = Path(temporary) if folder is None else opened_folder(Path(folder))
         yield LogitCache(place, most, " ".join(facts))

@@ -16,6 +16,7 @@ from tersor.checkpoint.load import check_tokens, load, load_tokenizer
 from tersor.checkpoint.positions import positions_of
 from tersor.checkpoint.source import Openable, open_checkpoint
 from tersor.data.text import beginning, builtin_text, read_text
+from tersor.devices import DType
 from tersor.errors import TersorError
 from tersor.evaluate.interval import estimate
 from tersor.progress import Progress
@@ -48,7 +49,7 @@ def perplexity(
     tokenizer: Any = None,
     seq_len: int = 1024,
     max_windows: int | None = None,
-    dtype: str = "auto",
+    dtype: DType = "auto",
     device: str = "auto",
     progress: Progress | None = None,
 ) -> Perplexity:

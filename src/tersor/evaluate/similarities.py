@@ -19,6 +19,7 @@ from tersor.checkpoint.load import load, load_tokenizer
 from tersor.checkpoint.positions import positions_of
 from tersor.checkpoint.source import Checkpoint, Openable, open_checkpoint
 from tersor.data.text import builtin_text, read_text
+from tersor.devices import DType
 from tersor.errors import TersorError
 from tersor.evaluate.interval import Estimate, half_width
 from tersor.progress import Progress
@@ -47,7 +48,7 @@ def similarities(
     against: Openable,
     text: str | Path | None = None,
     *,
-    dtype: str = "auto",
+    dtype: DType = "auto",
     device: str = "auto",
     progress: Progress | None = None,
 ) -> Similarities:
@@ -114,7 +115,7 @@ def _embedded(
     name: str,
     tokenizer: Any,
     lines: Sequence[str],
-    dtype: str,
+    dtype: DType,
     device: str,
     progress: Progress | None,
 ) -> Tensor:

@@ -25,7 +25,7 @@ from tersor.calibrate.lockstep import Lockstep, Stop
 from tersor.checkpoint.lazy_model import LazyModel, classes_of, compute_dtype
 from tersor.checkpoint.load import check_tokens, load_tokenizer
 from tersor.checkpoint.source import Checkpoint
-from tersor.devices import pick_device
+from tersor.devices import DType, pick_device
 from tersor.errors import TersorError
 from tersor.evaluate.correspondence import Part, exchanged, is_norm_like, parts_of
 from tersor.evaluate.machine import memory_available
@@ -40,7 +40,7 @@ AT_ONCE = 16  # groups at most: each sample of each group is a thread
 class Walked:
     """A checkpoint with one unit at a time in memory. units: by name."""
 
-    def __init__(self, checkpoint: Checkpoint, *, dtype: str, device: str) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, dtype: DType, device: str) -> None:
         where = pick_device(device)
         self.lazy = LazyModel(checkpoint, dtype=compute_dtype(checkpoint, where, dtype), device=where)
         self.module = self.lazy.module.eval()
@@ -62,7 +62,7 @@ class Walked:
         return float(bits) if isinstance(bits, int | float) else None
 
 
-def fits(checkpoint: Checkpoint, *, copies: int, dtype: str, device: str) -> bool:
+def fits(checkpoint: Checkpoint, *, copies: int, dtype: DType, device: str) -> bool:
     """Whether a model fits in memory so many times, by the headers of its files; True where the system does not say what is
     free."""
     where = pick_device(device)

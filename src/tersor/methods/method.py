@@ -107,6 +107,10 @@ class BlockMethod(Method):
         """The grids of its result; None where that is plain numbers."""
         return None
 
+    def remark_on(self, tokens: int) -> str | None:
+        """What to say before a job that calibrates on so many tokens of text; None where there is nothing to say."""
+        return None
+
     def without_inputs(self) -> BlockMethod:
         """The method to use for an embedding, which has no inputs to calibrate with."""
         raise TersorError(f"method {self.name} does not compress embeddings; leave --embeddings out")

@@ -15,6 +15,7 @@ from tersor.checkpoint.lazy_model import LazyModel, lazily
 from tersor.checkpoint.load import load, load_tokenizer
 from tersor.checkpoint.room import RUN_FILE, read_object, record_of
 from tersor.checkpoint.source import Checkpoint, open_checkpoint
+from tersor.devices import DType
 from tersor.errors import TersorError
 from tersor.evaluate.divergence import Divergence, divergence
 from tersor.evaluate.loaders import loaders_of
@@ -40,8 +41,8 @@ def collect(
     measure: bool = False,
     seq_len: int = 512,
     max_windows: int = 16,
-    new_tokens: int = 48,
-    dtype: str = "auto",
+    max_new_tokens: int = 48,
+    dtype: DType = "auto",
     device: str = "auto",
     progress: Progress = silent,
 ) -> Report:
@@ -76,7 +77,7 @@ def collect(
             compared = _compared(opened, original.checkpoint, texts or ["builtin"], how, progress)
             given = list(prompts) or prompts_from(original.checkpoint, texts[0] if texts else "builtin")
             written = continuations(
-                {str(against): original.checkpoint} | opened, given, new_tokens, dtype, device, progress
+                {str(against): original.checkpoint} | opened, given, max_new_tokens, dtype, device, progress
             )
             results = [
                 dataclasses.replace(

@@ -12,7 +12,7 @@ from tersor.apart import EndedError, apart
 from tersor.checkpoint.load import load_tokenizer
 from tersor.checkpoint.positions import positions_of
 from tersor.checkpoint.source import Checkpoint, Openable, resolve
-from tersor.devices import peak_memory
+from tersor.devices import DType, peak_memory
 from tersor.errors import TersorError
 from tersor.evaluate.bandwidth import memory_bandwidth
 from tersor.evaluate.perplexity import tokens_of
@@ -42,7 +42,7 @@ def continuations(
     models: Mapping[str, Checkpoint],
     prompts: Sequence[str],
     new_tokens: int,
-    dtype: str,
+    dtype: DType,
     device: str,
     progress: Progress,
 ) -> dict[str, list[str]]:
@@ -70,7 +70,7 @@ def continuations(
     return written
 
 
-def measure_speed(models: Mapping[str, Sizes], dtype: str, device: str, progress: Progress) -> dict[str, Speed]:
+def measure_speed(models: Mapping[str, Sizes], dtype: DType, device: str, progress: Progress) -> dict[str, Speed]:
     """Measures each model in a process of its own, one after another: its peak of memory is then its own.
 
     Raises TersorError where a model does not make text.
@@ -86,7 +86,7 @@ def measure_speed(models: Mapping[str, Sizes], dtype: str, device: str, progress
     return found
 
 
-def _speed_of(name: str, sizes: Sizes, dtype: str, device: str) -> Speed:
+def _speed_of(name: str, sizes: Sizes, dtype: DType, device: str) -> Speed:
     module = load_module(name, dtype=dtype, device=device)
     most = positions_of(module)
     prefix = PREFIX if most is None else min(PREFIX, most - NEW)

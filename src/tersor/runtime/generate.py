@@ -20,7 +20,7 @@ from tersor.checkpoint.load import check_tokens, load, load_tokenizer, named_tok
 from tersor.checkpoint.positions import positions_of
 from tersor.checkpoint.published import checkpoint_as, named_by
 from tersor.checkpoint.source import Openable, open_checkpoint, torch_dtype
-from tersor.devices import pick_device
+from tersor.devices import DType, pick_device
 from tersor.errors import TersorError
 from tersor.layers.quantized_linear import prepare_layers
 from tersor.runtime import cached_module, chat_template, llama_cpu, llama_gpu, stepped_module
@@ -87,7 +87,7 @@ def _engine_of_ours(module: nn.Module, *, capacity: int, batch: int, take_over: 
     return SteppedModule(module, capacity=capacity, batch=batch, take_over=take_over)
 
 
-def load_module(model: Openable, *, dtype: str = "auto", device: str = "auto") -> nn.Module:
+def load_module(model: Openable, *, dtype: DType = "auto", device: str = "auto") -> nn.Module:
     """As `tersor.load`, but a bfloat16 model that LlamaCPU takes stays bfloat16 on a CPU: its values are read as they are."""
     checkpoint = open_checkpoint(model)
     if dtype == "auto" and pick_device(device).type == "cpu":
@@ -141,7 +141,7 @@ def open_writer(
     seed: int = 0,
     variant: str | None = None,
     tokenizer: str | None = None,
-    dtype: str = "auto",
+    dtype: DType = "auto",
     device: str = "auto",
     notice: Callable[[str], None] = warnings.warn,
 ) -> Writer:
@@ -186,7 +186,7 @@ def stream(
     system: str | None = None,
     variant: str | None = None,
     tokenizer: str | None = None,
-    dtype: str = "auto",
+    dtype: DType = "auto",
     device: str = "auto",
     notice: Callable[[str], None] = warnings.warn,
 ) -> Iterator[str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from tersor.checkpoint.load import load
 from tersor.checkpoint.source import Checkpoint, Openable, open_checkpoint
 from tersor.checkpoint.writer import model_fingerprint
+from tersor.devices import DType, name_of_dtype
 from tersor.errors import TersorError
 from tersor.evaluate.attribute import Exchange, InMemory, attributed
 from tersor.evaluate.attribution import Attribution
@@ -35,7 +36,7 @@ def attribution(
     layers: int = 10,
     bits: int | None = 8,
     stream: bool | None = None,
-    dtype: str = "auto",
+    dtype: DType = "auto",
     device: str = "auto",
     progress: Progress | None = None,
 ) -> Attribution:
@@ -64,7 +65,7 @@ def attribution(
         by=by,
         seconds=seconds,
         state=state,
-        fingerprint=hashlib.sha256(f"{both}{dtype}{device}{stream}".encode()).hexdigest(),
+        fingerprint=hashlib.sha256(f"{both}{name_of_dtype(dtype)}{device}{stream}".encode()).hexdigest(),
         progress=progress,
     )
     if bits is None or found.total_kl == 0:
@@ -79,7 +80,7 @@ def attribution(
 
 
 def _in_memory(
-    model: Checkpoint, against: Checkpoint, how: str, inputs: Inputs, dtype: str, device: str
+    model: Checkpoint, against: Checkpoint, how: str, inputs: Inputs, dtype: DType, device: str
 ) -> tuple[Exchange, Distances]:
     """Both models, and how far the model in a folder is from the original's predictions, which stay in memory alone."""
     base = load(against, dtype=dtype, device=device).eval()
@@ -89,7 +90,7 @@ def _in_memory(
 
 
 def _streamed(
-    model: Checkpoint, against: Checkpoint, how: str, inputs: Inputs, dtype: str, device: str
+    model: Checkpoint, against: Checkpoint, how: str, inputs: Inputs, dtype: DType, device: str
 ) -> tuple[Exchange, Distances]:
     def walked(name: Openable) -> Walked:
         return Walked(open_checkpoint(name), dtype=dtype, device=device)

@@ -10,6 +10,7 @@ import torch
 
 from tersor.checkpoint.load import load
 from tersor.checkpoint.source import Openable, open_checkpoint
+from tersor.devices import DType
 from tersor.errors import TersorError
 from tersor.evaluate.interval import Estimate, estimate
 from tersor.tasks.compared import FORECASTS, table_windows
@@ -40,7 +41,7 @@ def forecasts_compared(
     data: Path,
     *,
     most: int = FORECASTS,
-    dtype: str = "auto",
+    dtype: DType = "auto",
     device: str = "auto",
 ) -> ForecastsCompared:
     """The last windows of every series, without overlap, at most `most`; one model is in memory at a time. Raises TersorError

@@ -19,6 +19,7 @@ from tersor.checkpoint.load import load
 from tersor.checkpoint.preprocessing import saved_settings
 from tersor.checkpoint.source import Openable, open_checkpoint
 from tersor.data.graphs import Graph, read_graph
+from tersor.devices import DType
 from tersor.errors import TersorError
 from tersor.evaluate.interval import Estimate, estimate
 from tersor.evaluate.measures import kl_of
@@ -50,7 +51,7 @@ class GraphsCompared:
 
 @torch.no_grad()
 def graphs_compared(
-    model: Openable, against: Openable, data: Path, *, dtype: str = "auto", device: str = "auto"
+    model: Openable, against: Openable, data: Path, *, dtype: DType = "auto", device: str = "auto"
 ) -> GraphsCompared:
     """On the test part of the file, or all that is known where it has none; one model is in memory at a time. Raises TersorError
     where nothing is known, or the two predict unlike things."""

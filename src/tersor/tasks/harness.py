@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tersor.devices import DType
 from tersor.errors import TersorError
 from tersor.progress import Progress
 from tersor.untrusted import first_words
@@ -59,7 +60,7 @@ def harness(
     batch_size: int | str = "auto",
     max_length: int | None = None,
     chat_template: bool = False,
-    dtype: str = "auto",
+    dtype: DType = "auto",
     device: str = "auto",
     progress: Progress | None = None,
 ) -> HarnessResult:

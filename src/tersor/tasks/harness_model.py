@@ -30,6 +30,7 @@ from tqdm import tqdm
 from tersor.checkpoint.load import check_tokens, load, load_tokenizer
 from tersor.checkpoint.positions import positions_of
 from tersor.checkpoint.source import open_checkpoint
+from tersor.devices import DType
 from tersor.errors import TersorError
 from tersor.evaluate.perplexity import check_causal, logits_of, why_not_causal
 from tersor.progress import Progress
@@ -66,7 +67,7 @@ class TersorLM(TemplateLM):  # type: ignore[misc,unused-ignore]
         max_length: int | None = None,
         add_bos_token: bool | None = None,
         prefix_token_id: int | None = None,
-        dtype: str = "auto",
+        dtype: DType = "auto",
         device: str = "auto",
         progress: Progress | None = None,
     ) -> None:
@@ -144,7 +145,7 @@ class TersorLM(TemplateLM):  # type: ignore[misc,unused-ignore]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         if not self.tokenizer.chat_template:
-            raise TersorError("the model's tokenizer has no chat template; leave --apply_chat_template out")
+            raise TersorError("the model's tokenizer has no chat template; leave --apply-chat-template out")
         try:
             text: str = self.tokenizer.apply_chat_template(
                 chat_history,

@@ -46,7 +46,7 @@ from tersor.devices import pick_device
 from tersor.errors import TersorError
 from tersor.progress import Progress
 from tersor.train.checkpoint import load_best, load_run, save_model, save_run
-from tersor.train.config import PRECISIONS, TrainConfig, learning_rate
+from tersor.train.config import DTYPES, TrainConfig, learning_rate
 from tersor.train.log import RunLog
 from tersor.train.objectives import Batch, Objective
 
@@ -107,7 +107,7 @@ def train(
     averaged = copy.deepcopy(model).requires_grad_(False) if config.ema else None
     kept = averaged if averaged is not None else model
     optimizer = optimizer_for(model, config)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
+    scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler} | ({"averaged": averaged} if averaged else {})
     settings = _settings(model, training, config)
     run = _Run(**load_run(out, parts, settings, device))
@@ -115,7 +115,7 @@ def train(
         save_run(out, dataclasses.asdict(run), parts, settings)
     stopped = bool(config.patience) and run.since_best >= config.patience
 
-    autocast = _autocast(config.precision, device)
+    autocast = _autocast(config.dtype, device)
     net: nn.Module = model
     own_loss = getattr(model, "auxiliary_loss", None)  # what the model asks of itself, after each forward
     if world > 1:
@@ -148,7 +148,7 @@ def train(
                 scaler.scale(loss / config.accumulate).backward()  # type: ignore[no-untyped-call]
             losses += torch.stack((loss.detach().float(), torch.ones_like(losses[1])))
         scaler.unscale_(optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -163,14 +163,16 @@ def train(
             total, number = _sum(losses).tolist()
             losses.zero_()
             if not math.isfinite(total):
-                raise TersorError(f"the loss is {total} at step {done}; a lower lr, a warm-up or clip may help")
+                raise TersorError(
+                    f"the loss is {total} at step {done}; a lower lr, a warm-up or max_grad_norm may help"
+                )
             values = {"loss": total / number, "grad_norm": float(grad_norm)}
             if progress is not None and rank == 0:
                 progress(f"epoch {epoch + 1}, loss {values['loss']:.4g}", done, steps)
         if validated:
             scores: dict[str, float] = {}
             if validation is not None:
-                how: dict[str, Any] = {"precision": config.precision, "workers": config.workers}
+                how: dict[str, Any] = {"dtype": config.dtype, "workers": config.workers}
                 scores = validate(kept, validation, objective, batch_size=share, **how)
                 values["validation"] = scores["loss"]
             run.since_best += 1
@@ -201,7 +203,7 @@ def validate(
     objective: Objective,
     *,
     batch_size: int = 32,
-    precision: str = "float32",
+    dtype: str = "float32",
     workers: int = 0,
 ) -> dict[str, float]:
     """The mean over all samples of everything that the objective reports, in eval mode; devices share the samples."""
@@ -217,7 +219,7 @@ def validate(
     loader = DataLoader(mine, batch_size, num_workers=workers, collate_fn=getattr(data, "collate", None))
     for number, batch in enumerate(loader):
         size = min(batch_size, len(mine) - number * batch_size)
-        with _autocast(precision, device)():
+        with _autocast(dtype, device)():
             scores = objective(model, _to(batch, device))
         for name, score in scores.items():
             sums[name] = sums.get(name, torch.zeros((), device=device, dtype=torch.float64)) + score.double() * size
@@ -280,8 +282,8 @@ def _place(wanted: str) -> tuple[int, int, torch.device]:
     return rank, world, device
 
 
-def _autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    return lambda: torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "float32")
+def _autocast(dtype: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    return lambda: torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32")
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:

@@ -5,15 +5,15 @@ fewer, at once and without a calibration sample. A block of 64 numbers with a sh
 a layer. Here floating-point units compute the integers, exactly (layers/block_arithmetic.py), so nothing runs faster. If only
 the weights must be small, GPTQ (`tersor quantize`) loses less.
 
-    tersor compress bct MODEL --bits 8 --out small
-    tersor compress bct MODEL --bits 4 --block 64 --block-rows 16 --out smaller     # N = 1024: 7.98 times
+    tersor compress bct MODEL --w-bits 8 --out small
+    tersor compress bct MODEL --w-bits 4 --block 64 --block-rows 16 --out smaller     # N = 1024: 7.98 times
 
     result = tersor.compress(model, BCT())
 
     e = the largest shift with max|x| 2^e <= 2^(b-1) - 1,  q = round(x 2^e),  x̂ = q 2^-e       (formats/blocks.py)
 
 In blocks are: - weights, in tiles of `block` inputs by `block_rows` outputs; embeddings and position tables; biases, γ and β (8
-bits, or `bits` where
+bits, or `w_bits` where
   that is more);
 - the inputs of every linear layer and of every product of activations, along the axis that is summed over, so that tiles are
 multiplied
@@ -84,7 +84,7 @@ class BCT(ModelMethod):
     )
     needs_samples: ClassVar[bool] = False
 
-    bits: int = option(8, "bits a weight", least=2, most=8)
+    w_bits: int = option(8, "bits a weight", least=2, most=8)
     a_bits: int = option(8, "bits an activation", least=2, most=8)
     block: int = option(64, "numbers of one row that share a shift; 0: one shift for a whole tensor", least=0)
     block_rows: int = option(1, "outputs of a layer, or rows of a table, that share a shift", least=1)
@@ -98,7 +98,7 @@ class BCT(ModelMethod):
 
     @classmethod
     def recipes(cls, kind: str) -> Sequence[Sequence[Method]]:
-        return [[cls(bits=bits)] for bits in (8, 4)] if kind == "image" else []
+        return [[cls(w_bits=bits)] for bits in (8, 4)] if kind == "image" else []
 
     @property
     def rows(self) -> int:
@@ -138,15 +138,15 @@ class BCT(ModelMethod):
             assert isinstance(module, nn.Module)
             bias, weight = getattr(module, "bias", None), module.weight
             if isinstance(module, nn.Embedding):
-                table = BlockRows(module, bits=self.bits, rows=self.rows, columns=self.block)
-                rows.append(BlockPart(name, "table", f"W{self.bits}", table.table.fill(module.weight)))
+                table = BlockRows(module, bits=self.w_bits, rows=self.rows, columns=self.block)
+                rows.append(BlockPart(name, "table", f"W{self.w_bits}", table.table.fill(module.weight)))
                 model.set_submodule(name, table)
                 continue
             assert isinstance(weight, Tensor)
             shape = {"rows": self.rows, "columns": self.block}
-            linear = BlockMap(module, bits=self.bits, a_bits=self.a_bits, **shape, bias=bias is not None)
+            linear = BlockMap(module, bits=self.w_bits, a_bits=self.a_bits, **shape, bias=bias is not None)
             rows.append(
-                BlockPart(name, "linear", f"W{self.bits}A{self.a_bits}", linear.fill(weight_matrix(module), bias))
+                BlockPart(name, "linear", f"W{self.w_bits}A{self.a_bits}", linear.fill(weight_matrix(module), bias))
             )
             model.set_submodule(name, linear)
         return rows

@@ -70,21 +70,21 @@ class DopQViT(ModelMethod):
     a_bits: int = option(4, "bits an activation", least=2, most=8)
     softmax: str = option("tangent", "grid of softmax outputs: tangent or logarithmic (RepQ-ViT's)", choices=SOFTMAX)
     merge: str = option("median", "one scale of a LayerNorm's channels: median or mean (RepQ-ViT's)", choices=MERGES)
-    blocks: bool = option(False, "learn the weights of each block to give what the original block gave")
+    tune_blocks: bool = option(False, "learn the weights of each block to give what the original block gave")
     block_steps: int = option(100, "steps of that learning", least=1)
-    images: int = option(32, "calibration samples, of those given; they run as one batch", least=1)
+    num_images: int = option(32, "calibration samples, of those given; they run as one batch", least=1)
 
     @classmethod
     def recipes(cls, kind: str) -> Sequence[Sequence[Method]]:
         return [[cls(w_bits=8, a_bits=8)]] if kind == "image" else []
 
     def compress_model(self, model: nn.Module, work: Work) -> nn.Module:
-        batch = one_batch(work.samples[: self.images])
+        batch = one_batch(work.samples[: self.num_images])
         plain = RepQuant(w_bits=self.w_bits, a_bits=self.a_bits)
         fit = partial(fit_tangent_pair, bits=self.a_bits) if self.softmax == "tangent" else None
         probe = without_target(dict(work.samples[0]))
         places = wrap(model, plain, probe, work.wanted, fit_products=fit, of=self.name)
-        passes = 3 if self.blocks else 2
+        passes = 3 if self.tune_blocks else 2
         with torch.no_grad():
             work.progress("fitting grids", 0, passes)
             call(model, batch)
@@ -93,7 +93,7 @@ class DopQViT(ModelMethod):
             work.progress("fitting grids of changed weights", 1, passes)
             call(model, batch)
         notes: dict[str, str] = {}
-        if self.blocks:
+        if self.tune_blocks:
             work.progress("reconstructing blocks", 2, passes)
             for each in reconstruct_blocks(model, places.everything(), batch, steps=self.block_steps):
                 notes[each.name] = f"error of the block {each.before:.3g}, learned {each.after:.3g}"

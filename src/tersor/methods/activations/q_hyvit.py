@@ -21,8 +21,8 @@ Lee et al., IEEE Internet of Things Journal 2024, arXiv 2303.12557. Its code ext
   layers stay quantized while those behind them are searched, so these see its error. All others are calibrated with exact inputs.
   `bridges` may be "all" (every layer sees the error of all layers before it) or "none".
 
-The same error chooses three things for each layer (`choose`, the default; the paper says what is chosen and not how, so this is
-our reading):
+The same error chooses three things for each layer (`choose_grid`, the default; the paper says what is chosen and not how, so
+this is our reading):
 
 - whether the input has one grid, or one per channel. Grids s_i of channels need no other integers: W_oi s_i / s̃ is rounded. -
 whether grids are signed, or have a zero point. With a zero point, ranges are widened to hold 0, because a zero point outside
@@ -30,7 +30,7 @@ the codes
   would clip everything. The paper found this in bridge blocks; the table says in how many grids ("overflows").
 - whether a linear layer's weight has one step, or one per output.
 
-Without `choose` it is as published: grids are signed. A convolution's weight has a step per output, a linear layer's has one
+Without `choose_grid` it is as published: grids are signed. A convolution's weight has a step per output, a linear layer's has one
 (qkv: three). The inputs of grouped convolutions have a step per channel, all others one; products have one per head.
 
 Hessian weights: g is the gradient of -log p(y) for a class y drawn from the exact model's prediction. The mean of g² is the
@@ -121,14 +121,14 @@ class QHyViT(ModelMethod):
     w_bits: int = option(8, "bits a weight", least=2, most=8)
     a_bits: int = option(8, "bits an activation", least=2, most=8)
     image_bits: int = option(8, "bits of what reads the image", least=2, most=8)
-    images: int = option(32, "calibration samples, of those given", least=1)
-    choose: bool = option(
+    num_images: int = option(32, "calibration samples, of those given", least=1)
+    choose_grid: bool = option(
         True, "choose granularity and zero point of every layer by its error; without it, as published"
     )
     bridges: str = option("auto", "layers whose error later ones see: auto, all or none", choices=BRIDGES)
     hessian: str = option("fisher", "weights of the error: fisher or kl (as published)", choices=HESSIANS)
     twin: bool = option(False, "two ranges for softmax and GELU outputs, as in PTQ4ViT")
-    steps: int = option(100, "steps that a search tries", least=2)
+    num_candidates: int = option(100, "steps of a grid that a search tries", least=2)
     rounds: int = option(3, "turns of weights and inputs", least=1)
 
     @classmethod
@@ -137,10 +137,10 @@ class QHyViT(ModelMethod):
 
     @property
     def search(self) -> Search:
-        return Search(count=self.steps, rounds=self.rounds)
+        return Search(count=self.num_candidates, rounds=self.rounds)
 
     def compress_model(self, model: nn.Module, work: Work) -> nn.Module:
-        samples = [without_target(dict(each)) for each in work.samples[: self.images]]
+        samples = [without_target(dict(each)) for each in work.samples[: self.num_images]]
         batches = [one_batch(samples[n : n + BATCH]) for n in range(0, len(samples), BATCH)]
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         model.requires_grad_(False)
@@ -274,10 +274,10 @@ def _solve_map(part: WatchedMap, name: str, method: QHyViT) -> QHyViTReport:
     ends = problem.ranges(channelwise=False)
     grouped = (problem.groups or 1) > 1
     twin = method.twin and looks_like_gelu(*ends)
-    kinds = list(product((False, True), (False, True))) if method.choose else [(grouped, False)]
+    kinds = list(product((False, True), (False, True))) if method.choose_grid else [(grouped, False)]
     if twin:
         kinds = [(False, False)]
-    sizes = _weight_blocks(problem, name, rows=method.choose)
+    sizes = _weight_blocks(problem, name, rows=method.choose_grid)
     coarse = search.factors()[COARSE - 1 :: COARSE] or search.factors()
     best: tuple[MapGrids, MapGrids, bool] | None = None
     for channelwise, zero_point in kinds:
@@ -331,7 +331,7 @@ def _first_pair(problem: ProductProblem, method: QHyViT) -> tuple[list[Any], Pro
         if method.twin and operand == 0 and all(is_softmax(each.operands[0]) for each in problem.records):
             present = problem.search_split(present)
             first[0], names[0] = present.pair[0], "twin"
-        elif method.choose:
+        elif method.choose_grid:
             grids = {"signed": first[operand], "zero point": problem.first(operand, zero_point=True)}
             tried = {}
             for kind, grid in grids.items():

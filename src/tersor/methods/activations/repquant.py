@@ -102,14 +102,14 @@ class RepQuant(ModelMethod):
     a_bits: int = option(4, "bits an activation", least=2, most=8)
     dual_clipping: bool = option(False, "learn the ranges of what LayerNorms give out, each end by itself")
     reconstruct: bool = option(False, "choose weights by the layer's output on quantized inputs, not by rounding")
-    images: int = option(32, "calibration samples, of those given; they run as one batch", least=1)
+    num_images: int = option(32, "calibration samples, of those given; they run as one batch", least=1)
 
     @classmethod
     def recipes(cls, kind: str) -> Sequence[Sequence[Method]]:
         return [[cls(w_bits=bits, a_bits=bits)] for bits in (8, 6)] if kind == "image" else []
 
     def compress_model(self, model: nn.Module, work: Work) -> nn.Module:
-        batch = one_batch(work.samples[: self.images])
+        batch = one_batch(work.samples[: self.num_images])
         places = wrap(model, self, without_target(dict(work.samples[0])), work.wanted)
         with torch.no_grad():
             work.progress("fitting grids", 0, 2)

@@ -11,7 +11,7 @@ less than by removal alone. The result is a plain model that transformers loads 
 For each block to remove:
 
     1. the block without which the last hidden states stay most alike is chosen (macro influence, block_choice.py)
-    2. its linear maps are fused into those of the other blocks of a group of `group_size` around it (fused_linear.py)
+    2. its linear maps are fused into those of the other blocks of a group of `blocks_per_group` around it (fused_linear.py)
     3. it is removed, and the group learns to give what it gave before: for `epochs` rounds over the samples, by Adam with
        the rate `coef_lr` for coefficients and `base_lr` for the low-rank change of the weights, the norms and the biases,
        both falling to 0 by a cosine
@@ -97,7 +97,7 @@ class FuseGPT(ModelMethod):
     choose: str | int = option("macro-influence", f"by what: {CHOICE}", check=is_choice, allowed=CHOICE, word=True)
     mode: str = option("lora", "coefficients of a fused weight: lora, matrix or vector", choices=MODES)
     lora_rank: int = option(128, "rank of the coefficients in mode lora", least=1)
-    group_size: int = option(
+    blocks_per_group: int = option(
         8,
         "blocks that learn together, the removed one among them",
         check=lambda v: v >= 2 and v % 2 == 0,
@@ -136,7 +136,7 @@ class FuseGPT(ModelMethod):
             )
         chance, few = torch.Generator().manual_seed(0), self.influence_batches
         for choice in choices(stack, self.choose, count, batches[:few], recorded[:few], kept_blocks(stack, work)):
-            name, group = stack.names[choice.place], group_around(choice.place, self.group_size, len(stack))
+            name, group = stack.names[choice.place], group_around(choice.place, self.blocks_per_group, len(stack))
             lesson = lesson_of(stack, recorded, group, self.loss)
             for n in group:
                 wanted = [each for each in maps if work.wanted(f"{stack.names[n]}.{each}")]

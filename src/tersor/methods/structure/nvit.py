@@ -6,9 +6,9 @@
 
 Five kinds of units compete in one list: channels of the embedding, heads, query/key channels, value channels (one index in all
 heads of a block), hidden units of the MLPs. A unit's value (nvit_saliency.py) is the squared first-order change of the loss,
-minus the time that a unit of its kind costs. Every `interval` batches, the groups of units with the least value in the whole
-model are set to zero; in between, AdamW trains the rest. Pruning stops when the latency, estimated from a table, has fallen to
-`latency_target` of the unpruned model's. Then the zeros are taken out: the result is the model `nvit` (models/vision/nvit.py),
+minus the time that a unit of its kind costs. Every `prune_interval` batches, the groups of units with the least value in the
+whole model are set to zero; in between, AdamW trains the rest. Pruning stops when the latency, estimated from a table, has fallen
+to `latency_target` of the unpruned model's. Then the zeros are taken out: the result is the model `nvit` (models/vision/nvit.py),
 which computes what the zeroed one did.
 
 The table is measured on the device at the start (blocks of a grid of widths, interpolated), or read from a file
@@ -80,7 +80,7 @@ class NViTPruning(ModelMethod):
     latency_table: str = option("", "file with a latency table (JSON); without one it is measured on this device")
     latency_weight: float = option(2e-5, "weight of a unit's latency against its worth", least=0)
     prune_per_step: int = option(128, "units that a pruning step aims at", least=16)
-    interval: int = option(2, "batches between pruning steps", least=1)
+    prune_interval: int = option(2, "batches between pruning steps", least=1)
     fixed: str = option(
         "",
         "kinds that are not pruned, of emb,head,qk,v,mlp",
@@ -137,7 +137,7 @@ class NViTPruning(ModelMethod):
             if (steps - 1) * self.prune_per_step > most:
                 raise TersorError(f"latency_target={self.latency_target}: nothing is left to prune at {share:.2f}")
             total: list[Tensor] | None = None
-            for _ in range(self.interval):
+            for _ in range(self.prune_interval):
                 optimizer.zero_grad()
                 torch.autograd.backward(data.loss(student))
                 new = units.criteria_of(student, fixed)
@@ -145,7 +145,7 @@ class NViTPruning(ModelMethod):
                 optimizer.step()
                 units.zero_pruned(student, gates)
             assert total is not None
-            criteria = units.with_momentum(criteria, [each / self.interval for each in total])
+            criteria = units.with_momentum(criteria, [each / self.prune_interval for each in total])
             gates, _ = units.prune_step(
                 criteria,
                 gates,
@@ -166,7 +166,7 @@ class NViTPruning(ModelMethod):
 
     def _forecast(self, steps: int, seconds: float, work: Work) -> None:
         """Say, after the first step, how long all may take."""
-        trained = seconds / self.interval * self.finetune_steps
+        trained = seconds / self.prune_interval * self.finetune_steps
         work.progress(
             f"forecast: at most {steps} pruning steps, {math.ceil((steps * seconds + trained) / 60)} min in all", 0, 0
         )

@@ -105,7 +105,7 @@ def _loss(model: nn.Module, original: nn.Module, batch: Batch) -> Tensor:
         shown = torch.ones(output.shape[:-1], device=output.device)
     share = shown / shown.sum()
     if isinstance(getattr(made, "logits", None), Tensor):
-        found: Tensor = Divergence.apply(output.flatten(0, -2), wanted.flatten(0, -2), share.flatten().float())
+        found: Tensor = Divergence.apply(output.flatten(0, -2), wanted.flatten(0, -2), share.flatten().float())  # type: ignore[no-untyped-call]
         return found
     output, wanted = output.float(), wanted.float()
     losses = (output - wanted).square().sum(-1) / wanted.square().sum(-1).mean().clamp(min=1e-30)

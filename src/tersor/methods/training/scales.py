@@ -21,7 +21,7 @@ through that rounding. The rate rises over the first twentieth of the steps, and
 kept apart. The loss on these is taken at the start and after every epoch, and the best state is kept, so the result is never
 worse there than the start. Where no epoch was better, all epochs run once more at a quarter of the rates: finer grids may need
 that. Activations inside blocks are computed again for the gradient, so memory holds both models, one block's activations and
-the logits. With `--no-checkpoint` they are kept, which is faster and takes more memory.
+the logits. With `--no-recompute` they are kept, which is faster and takes more memory.
 
 After a sparse step integers stay, because zeros would be lost. float16 models are tuned in float32, for the gradients.
 
@@ -83,7 +83,7 @@ class Scales(PackedMethod):
     batch_size: int = option(1, "samples a step", least=1)
     integers: bool = option(False, "let integers move by one too")
     travel: float = option(2.0, "how far an integer's offset could go in all steps together", above=0)
-    checkpoint: bool = option(True, "compute activations inside blocks again for the gradient, which takes less memory")
+    recompute: bool = option(True, "compute activations inside blocks again for the gradient, which takes less memory")
     order_seed: int = option(0, "seed of the order of samples", least=0)
 
     @property
@@ -96,7 +96,7 @@ class Scales(PackedMethod):
         if not layers:
             raise TersorError("no packed layer is left to tune")
         weights = {name: TunedWeight(layer, moves=self.integers) for name, layer in layers.items()}
-        blocks = [model.get_submodule(each.name) for each in find_blocks(original) if each.name] * self.checkpoint
+        blocks = [model.get_submodule(each.name) for each in find_blocks(original) if each.name] * self.recompute
         steps = [each.log_step for each in weights.values()]
         offsets = [each.offset for each in weights.values() if each.offset is not None]
         order = drawn(len(samples), self.batch_size, self.epochs, self.order_seed)

@@ -6,12 +6,12 @@ The arithmetic is simulated in floating point, so nothing runs faster. From 4 bi
 good enough.
 
     tersor compress teacher-intervention MODEL --calibration text.txt --samples 512 --seq-len 64 \\
-        --steps 600 --lr 1e-4 --keep run --out small           # Ctrl-C, and the same command goes on
+        --steps 600 --lr 1e-4 --state-dir run --out small           # Ctrl-C, and the same command goes on
 
     result = tersor.compress(model, TeacherIntervention(steps=600, lr=1e-4), calibration=texts)
 
 Every forward pass rounds (formats/clipped_grid.py). Weights become a sign(w), with one a per layer and one per row of the word
-embedding, or with `weights=2..8` numbers on min-max grids. The inputs of linear layers and of both products of the attention
+embedding, or with `w_bits=2..8` numbers on min-max grids. The inputs of linear layers and of both products of the attention
 are rounded to 8 bits, with a scale fitted to each batch. Gradients go straight through. In the first `intervention_steps` the
 student's layers work with the teacher's signals, so that errors do not pile up from layer to layer:
 
@@ -79,7 +79,7 @@ from tersor.train.checkpoint import load_run, save_run
 SCHEDULES = ("gradual", "inverted", "stochastic", "output", "context", "map", "none")
 KINDS: tuple[Intervention, ...] = ("output", "context", "map")
 MASKED = -100.0  # scores at or below it belong to positions that a mask hides
-SAVE_EVERY = 100  # steps, with `keep`
+SAVE_EVERY = 100  # steps, with `state_dir`
 Losses = dict[str, Tensor]
 
 
@@ -108,7 +108,7 @@ class TeacherIntervention(ModelMethod):
         "practical/distillation",
     )
 
-    weights: Weights = option(
+    w_bits: Weights = option(
         "ternary",
         "ternary, or bits a weight, 2 to 8",
         check=lambda v: v == "ternary" or (not isinstance(v, bool) and v in range(2, 9)),
@@ -130,7 +130,7 @@ class TeacherIntervention(ModelMethod):
     lr: float = option(2e-5, "learning rate of BertAdam", above=0)
     dropout: bool = option(True, "train with the dropout that the model's config has (models of transformers)")
     order_seed: int = option(0, "seed of the order of samples, dropout and `stochastic`", least=0)
-    keep: str = option("", "folder for the state of the training; the same command goes on from it")
+    state_dir: str = option("", "folder for the state of the training; the same command goes on from it")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -202,10 +202,10 @@ def prepare(
     layers: dict[str, TrainedMap | TrainedRows] = {}
     for name, module in chosen.items():
         if isinstance(module, nn.Embedding):
-            layers[name] = TrainedRows(module, method.weights, clip=method.clip)
+            layers[name] = TrainedRows(module, method.w_bits, clip=method.clip)
         else:
             layers[name] = TrainedMap(
-                module, method.weights, per_output=method.per_output, a_bits=method.a_bits, clip=method.clip
+                module, method.w_bits, per_output=method.per_output, a_bits=method.a_bits, clip=method.clip
             )
         model.set_submodule(name, layers[name])
     if not layers:
@@ -346,8 +346,8 @@ def train(
     """Both phases. watch(steps done) is called after every step. Returns a row for each phase."""
     own = parts_of(teacher, student.places)
     done, optimizer = 0, bert_adam(student.model, method.lr)
-    settings = {**{k: v for k, v in method.options().items() if k != "keep"}, "samples": len(data.samples)}
-    folder = Path(method.keep) if method.keep else None
+    settings = {**{k: v for k, v in method.options().items() if k != "state_dir"}, "samples": len(data.samples)}
+    folder = Path(method.state_dir) if method.state_dir else None
     if folder is not None:
         kept = load_run(folder, {"model": student.model, "optimizer": optimizer}, settings, _device(student.model))
         done = int(kept.get("step", 0))
@@ -428,7 +428,7 @@ def freeze(student: Student, method: TeacherIntervention, dtypes: dict[str, torc
     rows = []
     for name, layer in student.layers.items():
         stored = dtypes[f"{name}.weight"]
-        bits = "W2" if method.weights == "ternary" else f"W{method.weights}"
+        bits = "W2" if method.w_bits == "ternary" else f"W{method.w_bits}"
         a_bits = "" if isinstance(layer, TrainedRows) or method.a_bits == UNROUNDED else f"A{method.a_bits}"
         rows.append(TrainedPart(name, bits + a_bits, layer.error()))
         student.model.set_submodule(names[id(layer)], layer.freeze(stored))

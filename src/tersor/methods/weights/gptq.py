@@ -25,6 +25,10 @@ from tersor.methods.weights.gptq_solver import Factor, Solution, solve_factorize
 from tersor.methods.weights.rtn import RTN
 from tersor.methods.weights.uniform import OnGrids, width_of
 
+# On texts of another kind than the one that calibrates, 2,048 tokens were worse than rounding in 10 of 12 cells at 4 and 3 bits,
+# 8,192 better in 19 of 24 (benchmarks/results/calibration_size.md, on layers 384 and 1,024 wide: wider ones need no less).
+TOKENS_THAT_PAY = 8192
+
 
 @register
 @dataclass(frozen=True)
@@ -71,6 +75,14 @@ class GPTQ(OnGrids):
         best = {"desc_act": True, "static_groups": True, "weighted": True}
         few = [cls(bits=bits, group_size=group, **best) for bits in (4, 3, 2) for group in (128, 32)]
         return [[each] for each in (cls(bits=8), cls(bits=8, group_size=-1), *few)]
+
+    def remark_on(self, tokens: int) -> str | None:
+        if self.bits not in (3, 4) or self.weighted or tokens >= TOKENS_THAT_PAY:
+            return None
+        return (
+            f"{tokens:,} calibration tokens are few: at {self.bits} bits, other kinds of text may lose more than by rounding; "
+            f"{TOKENS_THAT_PAY:,} tokens or --desc-act --static-groups --weighted help"
+        )
 
     def without_inputs(self) -> RTN:
         """Rounding to nearest on the same grids: an embedding has no inputs, so there is no Hessian."""
