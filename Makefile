@@ -7,8 +7,10 @@ BIN := $(VENV)/bin
 # uv is fast, but does not read pip's configuration (a company's index, a local one): where it fails, pip does it.
 install = $(BIN)/uv pip install --system-certs --python $(BIN)/python -c constraints.txt -e $(1) \
 	|| $(BIN)/python -m pip install -c constraints.txt -e $(1)
-# A process a core, each with one thread; but eight at most, as each holds torch.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+# A process a core, each with one thread; but eight at most, as each holds torch. The files run in the order of tests/conftest.py.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+# Python keeps what it compiled: else each of the processes that tests start compiles torch and transformers again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test quick lint types contracts format docs clean

@@ -20,7 +20,8 @@ from common import gpu, gpu_seconds, write_table
 from torch import Tensor, nn
 
 from tersor.errors import TersorError
-from tersor.kernels.flashrnn import CELLS, flashrnn, reference
+from tersor.kernels.flashrnn import flashrnn, reference
+from tersor.kernels.flashrnn_cells import CELLS
 
 BATCH, STEPS, HIDDEN, HEAD = 16, 1024, 768, 64
 

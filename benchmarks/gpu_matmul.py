@@ -1,10 +1,12 @@
 """What a packed weight is worth at every batch size: x · Wᵀ in 4 bits against cuBLAS in float16, on one GPU.
 
     python benchmarks/gpu_matmul.py            # prints the tables and writes benchmarks/results/gpu_matmul.md
+    python benchmarks/gpu_matmul.py --mma      # the kernel of other GPUs than Hopper's: benchmarks/results/gpu_matmul_mma.md
 
 Method: one CUDA graph of launches that take turns over copies of the weight, which together exceed the L2 cache several
 times; the median of its replays, over the number of launches; cuBLAS timed right before. Weights and x are random.
-`tinygemm` is torch's own int4 kernel (bfloat16, groups of 128).
+`tinygemm` is torch's own int4 kernel (bfloat16, groups of 128). With --mma the kernel for compute capability 8.0 runs, which
+the driver translates for the GPU at hand; its cut is measured by the kernel's own code at the first call.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from torch import Tensor
 
 from tersor.formats.quantized_weight import QuantizedWeight
 from tersor.kernels.quantized_matmul import quantized_matmul
+from tersor.kernels.quantized_matmul_cuda import HOPPER, architecture_of, launch
+from tersor.kernels.quantized_matmul_mma import chosen
 from tersor.kernels.tiled_weight import TiledWeight, prepare
 
 # K x N and the speed-ups over cuBLAS float16 that are aimed at, by the largest M they hold for.
@@ -33,6 +37,14 @@ SHAPES: dict[tuple[int, int], dict[int, float]] = {
 }
 ROWS = (1, 8, 16, 32, 64, 128, 192, 256, 512, 1024, 4096)
 TINYGEMM_ROWS = (1, 16, 64)
+MMA = "compute_80"
+# What Marlin takes on an H200, in microseconds by M: the kernel by mma.sync is to be faster.
+MARLIN: dict[tuple[int, int], dict[int, float]] = {
+    (4096, 14336): {1: 17.0, 16: 17.2, 64: 29.5},
+    (8192, 28672): {1: 49.5, 16: 50.8, 64: 85.2},
+    (12288, 49152): {1: 113.8, 16: 118.3, 64: 203.0},
+}
+MMA_ROWS = (1, 8, 16, 32, 64, 128)
 ROTATED_BYTES = 256 * 2**20
 WARM_UP = 5
 
@@ -82,6 +94,10 @@ def time_dense(x: Tensor, weights: list[Tensor]) -> float:
 
 def time_packed(x: Tensor, weights: list[TiledWeight]) -> float:
     return microseconds([lambda w=w: quantized_matmul(x, w) for w in weights])  # type: ignore[misc]
+
+
+def time_mma(x: Tensor, weights: list[TiledWeight]) -> float:
+    return microseconds([lambda w=w: launch(x, w, architecture=MMA) for w in weights])  # type: ignore[misc]
 
 
 def time_tinygemm(x: Tensor, weights: list[Tensor], scales_and_zeros: Tensor) -> float:
@@ -148,20 +164,77 @@ def other_bits(bandwidth: float) -> list[str]:
     return lines
 
 
+def mma_four_bits(bandwidth: float) -> list[str]:
+    hopper = architecture_of(torch.device("cuda", 0)) == HOPPER
+    lines = [
+        "| K x N | M | cuBLAS fp16 us | 4 bits by wgmma us | 4 bits by mma.sync us | over cuBLAS | Marlin us | share of that "
+        "bandwidth | cut |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for (inputs, outputs), marlin in MARLIN.items():
+        dense = copies(torch.randn(outputs, inputs, dtype=torch.float16, device="cuda"))
+        packed = rotated(prepare(random_weight(inputs, outputs, 4)))
+        time_dense(random_rows(1, inputs), dense)  # the first one after all this allocation comes out slow
+        for rows in MMA_ROWS:
+            x = random_rows(rows, inputs)
+            fp16, ours = time_dense(x, dense), time_mma(x, packed)
+            sibling = f"{time_packed(x, packed):.1f}" if hopper else ""
+            peer = f"{marlin[rows]:.1f}{'' if ours < marlin[rows] else ' (missed)'}" if rows in marlin else ""
+            lines.append(
+                f"| {inputs} x {outputs} | {rows} | {fp16:.1f} | {sibling} | {ours:.1f} | {fp16 / ours:.2f} | {peer} | "
+                f"{packed[0].tiles.nbytes / ours / bandwidth:.0%} | {chosen(rows, x.dtype, packed[0], MMA)} |"
+            )
+            print(lines[-1], flush=True)
+    return lines
+
+
+def mma_other_bits(bandwidth: float) -> list[str]:
+    lines = ["| K x N | M | bits | us | share of that bandwidth | cut |", "| --- | --- | --- | --- | --- | --- |"]
+    inputs, outputs = 8192, 28672
+    for bits in (8, 3, 2):
+        weights = rotated(prepare(random_weight(inputs, outputs, bits)))
+        for rows in (1, 16):
+            x = random_rows(rows, inputs)
+            ours = time_mma(x, weights)
+            share = weights[0].tiles.nbytes / ours / bandwidth
+            cut = chosen(rows, x.dtype, weights[0], MMA)
+            lines.append(f"| {inputs} x {outputs} | {rows} | {bits} | {ours:.1f} | {share:.0%} | {cut} |")
+            print(lines[-1], flush=True)
+    return lines
+
+
+MMA_WORDS = """\
+Compiled for compute capability 8.0, translated by the driver; no launch begins before the one ahead of it has ended, unlike
+those by wgmma. Weights in groups of 128, symmetric; x in float16. Marlin: on an H200, measured apart from this run. A cut:
+rows of x, then strips of 16 outputs a warp x warps along the outputs x warps along the inputs, tiles of 128 inputs a stage,
+thread blocks a multiprocessor; chosen by measuring the candidates at the first call."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS / "gpu_matmul.md")
-    out = parser.parse_args().out
+    parser.add_argument("--mma", action="store_true", help="the kernel of GPUs other than Hopper's")
+    parser.add_argument("--out", type=Path, help="default: the file named above")
+    args = parser.parse_args()
     bandwidth = memory_bandwidth()
     machine = f"{gpu()}; an elementwise kernel reads and writes {bandwidth / 1e6:.2f} TB/s."
     print(machine)
-    sections = [
-        "# y = x · Wᵀ with a packed weight",
-        f"{machine} Command: `python benchmarks/gpu_matmul.py`. Weights in groups of 128, symmetric; x in float16. Every\n"
-        "launch may begin to fetch its weight while the one before ends (programmatic dependent launch), as in decoding.",
-        "## 4 bits\n\n" + "\n".join(four_bits(bandwidth)),
-        "## Other bits\n\n" + "\n".join(other_bits(bandwidth)),
-    ]
+    if args.mma:
+        out = args.out or RESULTS / "gpu_matmul_mma.md"
+        sections = [
+            "# y = x · Wᵀ with a packed weight, by mma.sync",
+            f"{machine} Command: `python benchmarks/gpu_matmul.py --mma`. {MMA_WORDS}",
+            "## 4 bits\n\n" + "\n".join(mma_four_bits(bandwidth)),
+            "## Other bits\n\n" + "\n".join(mma_other_bits(bandwidth)),
+        ]
+    else:
+        out = args.out or RESULTS / "gpu_matmul.md"
+        sections = [
+            "# y = x · Wᵀ with a packed weight",
+            f"{machine} Command: `python benchmarks/gpu_matmul.py`. Weights in groups of 128, symmetric; x in float16. Every\n"
+            "launch may begin to fetch its weight while the one before ends (programmatic dependent launch), as in decoding.",
+            "## 4 bits\n\n" + "\n".join(four_bits(bandwidth)),
+            "## Other bits\n\n" + "\n".join(other_bits(bandwidth)),
+        ]
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n\n".join(sections) + "\n")
 

@@ -23,6 +23,30 @@ settings.register_profile(
 )
 settings.load_profile("tersor")
 
+# Files that take minutes begin first: a process that ends with one of them would leave the others idle.
+LONGEST_FIRST = (
+    "test_docs.py",
+    "test_every_model.py",
+    "test_main_job.py",
+    "test_golden.py",
+    "test_several_processes.py",
+    "test_sweep.py",
+    "test_larger_than_memory.py",
+    "test_advisor.py",
+    "test_harness.py",
+    "test_llama_gpu.py",
+    "test_decode_triton.py",
+    "test_nothing_is_lost.py",
+    "test_every_method.py",
+    "test_interrupted.py",
+    "test_trainer.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST_FIRST.index(item.path.name) if item.path.name in LONGEST_FIRST else 99)
+
+
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 EXTRA_FILES = {  # beside the model, to be carried along
     "LICENSE": "Do as you like.\n",

@@ -18,11 +18,13 @@ import subprocess
 import sys
 import tempfile
 import types
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import typer
+from forked import tersor_program
 
 from tersor import models
 from tersor.cli.main import VERBS, app, main
@@ -51,16 +53,20 @@ def blocks_of(page: Path) -> list[Block]:
     ]
 
 
-@pytest.fixture
-def terminal(tmp_path: Path) -> dict[str, str]:
+@pytest.fixture(scope="module")
+def terminal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """An environment in which `tersor` and `python` are the ones under test."""
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    for name, command in (("tersor", f"{sys.executable} -m tersor"), ("python", sys.executable)):
-        (programs / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
-        (programs / name).chmod(0o755)
+    programs = tmp_path_factory.mktemp("bin")
+    (programs / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (programs / "python").chmod(0o755)
     source = os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": source, "COLUMNS": "120"}
+    with tersor_program(programs):
+        yield {
+            **os.environ,
+            "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": source,
+            "COLUMNS": "120",
+        }
 
 
 @pytest.mark.slow

@@ -87,14 +87,14 @@ def test_advice_names_what_is_missing_and_the_way_to_it(machine: Machine) -> Non
         compiler_missing=None,
         features={**machine.features, "AVX2": True},
         kernel_cache_writable=True,
-        gpus=[Gpu("H100", 80 * 2**30, "9.0", kernel=True)],
+        gpus=[Gpu("H100", 80 * 2**30, "9.0", kernel="wgmma")],
         extras=dict.fromkeys(EXTRAS, "1.0"),
     )
     assert advice(whole) == []
     lacking = {
         "no AVX2": replace(whole, features=dict.fromkeys(machine.features, False)),
         "compiled anew by every process": replace(whole, kernel_cache_writable=False),
-        "no packed kernel for A100": replace(whole, gpus=[Gpu("A100", 40 * 2**30, "8.0", kernel=False)]),
+        "no packed kernel for V100": replace(whole, gpus=[Gpu("V100", 32 * 2**30, "7.0", kernel=None)]),
         "no GPU": replace(whole, gpus=[]),
         "pip install 'tersor[gguf]'": replace(whole, extras={**whole.extras, "gguf": None}),
     }

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from tersor.kernels import gptq_block, llama_step, nvrtc, quantized_matmul_cuda
+from tersor.kernels import quantized_matmul_mma as mma
 from tersor.kernels.gptq_block import Grids
 from tersor.kernels.llama_step import MIN_STAGES, Sizes, _Kind, _stages
 from tersor.kernels.quantized_matmul_cuda import Launch
@@ -52,6 +53,23 @@ def test_the_matmul(how: Launch, kind: _Kind) -> None:
         scale_bfloat=kind.scale_bfloat,
     )  # fmt: skip
     assert b"quantized_matmul" in nvrtc.compile_source(source, "sm_90a")
+
+
+@pytest.mark.parametrize(
+    ("arch", "how", "kind", "bfloat"),
+    [
+        ("sm_80", mma.Launch(8, 2, 4, warps_in=2, tiles=2, resident=2), (4, 128, 8, False), False),
+        ("sm_86", mma.Launch(16, 2, 4), (3, 32, -1, True), True),
+        ("sm_89", mma.Launch(32, 1, 4, warps_in=2), (8, 64, 128, False), True),
+        ("sm_100", mma.Launch(8, 4, 1, warps_in=4, tiles=2, zero_sums=True), (2, 128, -1, False), False),
+        ("sm_120", mma.Launch(64, 2, 4, scale_sums=False), (4, 64, -1, False), True),
+        ("compute_80", mma.Launch(8, 2, 4, zero_sums=True), (3, 128, 4, False), True),
+    ],
+)
+def test_the_matmul_of_other_gpus(arch: str, how: mma.Launch, kind: tuple[int, int, int, bool], bfloat: bool) -> None:
+    source = mma.source_of(how, 3, kind, bfloat=bfloat)
+    assert b"quantized_matmul_mma" in nvrtc.compile_source(source, arch)
+    assert b"dequantize_tiles" in nvrtc.compile_source(mma.dense_source_of(kind, bfloat=bfloat), arch)
 
 
 @pytest.mark.parametrize("grids", [Grids(4), Grids("ternary", sym=True, group_size=64)])

@@ -8,7 +8,8 @@ from kernels.triton_interpreter import run_interpreted
 from torch import Tensor, nn
 
 from tersor.errors import TersorError
-from tersor.kernels.flashrnn import CELLS, flashrnn, reference
+from tersor.kernels.flashrnn import flashrnn, reference
+from tersor.kernels.flashrnn_cells import CELLS
 
 each_cell = pytest.mark.parametrize("function", list(CELLS))
 

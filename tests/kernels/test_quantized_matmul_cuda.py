@@ -6,14 +6,14 @@ from kernels.random_weights import random_weight
 from torch import Tensor
 
 from tersor.kernels.quantized_matmul import quantized_matmul, reference
-from tersor.kernels.quantized_matmul_cuda import Launch, has_kernel, launch
+from tersor.kernels.quantized_matmul_cuda import HOPPER, Launch, architecture_of, launch
 from tersor.kernels.tiled_weight import TiledWeight, prepare
 from tersor.layers.quantized_linear import QuantizedLinear
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        not (torch.cuda.is_available() and has_kernel(torch.device("cuda", 0), torch.float16)),
+        not torch.cuda.is_available() or architecture_of(torch.device("cuda", 0)) != HOPPER,
         reason="needs a GPU of compute capability 9.0 (Hopper)",
     ),
 ]

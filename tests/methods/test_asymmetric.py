@@ -212,5 +212,5 @@ def test_a_module_gets_the_numbers_that_its_checkpoint_gets_with_activations_on_
 
 
 def test_a_share_outside_is_refused() -> None:
-    with pytest.raises(TersorError, match=r"asymmetric=1\.5 is not allowed: between 0 and 1"):
+    with pytest.raises(TersorError, match=r"asymmetric=1\.5 is not allowed: 0 to 1"):
         GPTQ(asymmetric=1.5)

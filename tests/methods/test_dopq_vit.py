@@ -239,8 +239,8 @@ def test_saved_and_loaded_the_outputs_are_equal(options: dict[str, Any], tmp_pat
     ("options", "line"),
     [
         ({"a_bits": 9}, "a_bits=9 is not allowed: 2 to 8"),
-        ({"softmax": "log2"}, "softmax='log2' is not allowed: tangent or logarithmic"),
-        ({"merge": "mode"}, "merge='mode' is not allowed: median or mean"),
+        ({"softmax": "log2"}, "softmax='log2' is not allowed: one of tangent, logarithmic"),
+        ({"merge": "mode"}, "merge='mode' is not allowed: one of median, mean"),
         ({"block_steps": 0}, "block_steps=0 is not allowed: 1 or more"),
     ],
 )
@@ -260,5 +260,5 @@ def test_the_command_line_has_its_options(tersor_command: Callable[..., Any], tm
         "compress", "demo-vit", "--method", "dopq-vit", "--merge", "mode", "--out", tmp_path / "no"
     )
     assert refused.status == 2
-    assert "merge='mode' is not allowed: median or mean" in refused.err
+    assert "merge='mode' is not allowed: one of median, mean" in refused.err
     assert not (tmp_path / "no").exists()

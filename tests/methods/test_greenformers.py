@@ -444,7 +444,7 @@ def test_from_the_command_line_and_then_quantized(
     [
         (("--budget", 0.5, "--energy", 0.9), "energy and budget exclude each other"),
         (("--budget", 0.001), "cannot be met"),
-        (("--rank", -3), "rank=-3.0 is not allowed: a positive number"),
+        (("--rank", -3), "rank=-3.0 is not allowed: above 0, below inf"),
     ],
 )
 def test_bad_options_on_the_command_line_are_one_line(

@@ -409,8 +409,8 @@ def test_eight_bits_change_little_and_fewer_change_more() -> None:
     ("options", "line"),
     [
         ({"w_bits": 1}, "w_bits=1 is not allowed: 2 to 8"),
-        ({"bridges": "some"}, "bridges='some' is not allowed: auto, all or none"),
-        ({"hessian": "exact"}, "hessian='exact' is not allowed: fisher or kl"),
+        ({"bridges": "some"}, "bridges='some' is not allowed: one of auto, all, none"),
+        ({"hessian": "exact"}, "hessian='exact' is not allowed: one of fisher, kl"),
         ({"rounds": 0}, "rounds=0 is not allowed: 1 or more"),
     ],
 )
@@ -435,5 +435,5 @@ def test_the_command_line_has_its_options(tersor_command: Callable[..., Any], tm
         "compress", "demo-vit", "--method", "q-hyvit", "--bridges", "most", "--out", tmp_path / "no"
     )
     assert refused.status == 2
-    assert "bridges='most' is not allowed: auto, all or none" in refused.err
+    assert "bridges='most' is not allowed: one of auto, all, none" in refused.err
     assert not (tmp_path / "no").exists()

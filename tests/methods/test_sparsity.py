@@ -176,7 +176,7 @@ def test_what_is_removed_is_exactly_zero_on_every_grid(seed: int, bits: Any, sym
         ("wanda", {"sparsity": -0.1}, "sparsity=-0.1 is not allowed"),
         ("magnitude", {"sparsity": "half"}, "sparsity='half' is not allowed"),
         ("magnitude", {"sparsity": 0.0}, "sparsity=0.0 is not allowed: above 0, below 1"),
-        ("wanda", {"pattern": "1:4"}, "pattern='1:4' is not allowed: 'unstructured' or '2:4' or '4:8'"),
+        ("wanda", {"pattern": "1:4"}, "pattern='1:4' is not allowed: one of unstructured, 2:4, 4:8"),
         ("sparsegpt", {"pattern": "2:4", "sparsity": 0.6}, "sparsity=0.6 does not go with pattern 2:4"),
         ("sparsegpt", {"sparsity": 0.0}, "sparsity=0 without bits changes nothing"),
         ("sparsegpt", {"group_size": 64}, "group_size=64 does nothing without bits"),

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import einops
 import pytest
 import torch
 from torch import Tensor, nn
@@ -140,7 +141,16 @@ def test_is_quantized_saved_and_loaded_with_equal_outputs(info: ModelInfo, tmp_p
     assert any(not torch.equal(a, b) for a, b in zip(original, quantized, strict=True) if a.is_floating_point())
 
 
+@pytest.fixture(scope="module")
+def einops_as_operators() -> None:
+    """einops' functions are one node each in a graph. Else Dynamo reads them line by line at every call, which takes most of
+    the time of compiling, and says nothing of our models."""
+    for each in (einops.rearrange, einops.reduce, einops.repeat, einops.einsum):
+        torch.compiler.allow_in_graph(each)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("einops_as_operators")
 @each_system
 def test_compiles_in_one_graph_or_in_several_if_it_is_untraceable(info: ModelInfo) -> None:
     model = build_small(info).eval()

@@ -7,7 +7,7 @@ import torch
 
 import tersor.models
 from tersor.errors import TersorError
-from tersor.kernels.flashrnn import CELLS
+from tersor.kernels.flashrnn_cells import CELLS
 
 SMALL = {"vocab_size": 8, "d_model": 8, "num_heads": 2, "n_layer": 2}
 

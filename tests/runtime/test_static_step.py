@@ -258,7 +258,7 @@ def test_graph_in_float16(name: str) -> None:
 @pytest.mark.parametrize("name", ["opt", "gpt2", "gemma3"])
 def test_graph_of_packed_weights(name: str, bits: int) -> None:
     if not has_kernel(torch.device("cuda", 0), torch.float16):
-        pytest.skip("needs a GPU of compute capability 9.0 (Hopper)")
+        pytest.skip("needs a GPU of compute capability 8.0 or newer")
     module = compress(tiny_models.build(name), RTN(bits=bits, group_size=32)).model
     module.half().cuda()
     prepare_layers(module)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -220,13 +220,10 @@ def watch_inputs(linears: Mapping[str, LinearMap], note: Any) -> Iterator[None]:
 
     modules = {name: each for name, each in linears.items() if isinstance(each, nn.Module)}
     experts = {name: each for name, each in linears.items() if isinstance(each, ExpertMap)}
-    handles = [each.register_forward_pre_hook(hook(name), with_kwargs=True) for name, each in modules.items()]
-    try:
-        with ExpertCalls(experts, note) if experts else nullcontext():
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, ExpertCalls(experts, note) if experts else nullcontext():
+        for name, each in modules.items():
+            hooks.enter_context(each.register_forward_pre_hook(hook(name), with_kwargs=True))
+        yield
 
 
 def _where_not_finite(name: str, module: LinearMap, calls: Sequence[Call]) -> str:

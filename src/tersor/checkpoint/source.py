@@ -49,6 +49,7 @@ NAMES = {  # torch's dtypes by the names that safetensors has for them
     torch.bool: "BOOL",
 }
 WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}  # bytes
+INTEGERS = ("I64", "I32", "I16", "I8", "U8", "BOOL")
 
 
 class _Slice:
@@ -182,6 +183,15 @@ class Checkpoint:
             return {name: each.bytes for name, each in self.gguf.tensors.items()}
         with self.tensors(self.shard_of) as slices:
             return {name: prod(each.get_shape()) * WIDTH.get(each.get_dtype(), 1) for name, each in slices.items()}
+
+    def bytes_in_memory(self, dtype: torch.dtype) -> int:
+        """What all tensors take once loaded, from the headers: plain ones in `dtype`, integers (of packed layers) as they
+        are."""
+        with self.tensors(self.shard_of) as slices:
+            return sum(
+                prod(each.get_shape()) * (WIDTH[each.get_dtype()] if each.get_dtype() in INTEGERS else dtype.itemsize)
+                for each in slices.values()
+            )
 
     def size(self) -> int:
         """Bytes of all tensor files."""

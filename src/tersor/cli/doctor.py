@@ -49,7 +49,7 @@ def _facts(machine: Machine) -> list[tuple[str, str]]:
         memory += f", {machine.memory_available / 2**30:.1f} GiB available"
     gpus = [
         f"{each.name}, {each.memory / 2**30:.0f} GiB, capability {each.capability}, "
-        f"{'packed kernel' if each.kernel else 'no packed kernel'}"
+        f"{f'packed kernel ({each.kernel})' if each.kernel else 'no packed kernel'}"
         for each in machine.gpus
     ]
     extras = [

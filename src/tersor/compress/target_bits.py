@@ -17,6 +17,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -293,12 +294,10 @@ def _together(module: nn.Module, layers: dict[str, nn.Module], batch: Batch) -> 
 
         return hook
 
-    handles = [each.register_forward_pre_hook(note(name)) for name, each in layers.items()]
-    try:
+    with ExitStack() as hooks:
+        for name, each in layers.items():
+            hooks.enter_context(each.register_forward_pre_hook(note(name)))
         call(module, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     return groups
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -164,14 +164,12 @@ def _watching_linear_maps(unit: Unit, called: set[str], cost: FirstPass) -> Iter
 
     maps = {".".join(filter(None, (unit.name, n))): each for n, each in packable_maps(unit.module).items()}
     maps = {n: each for n, each in maps.items() if not (isinstance(each, nn.Embedding) and why_not_packed(each))}
-    handles = [each.register_forward_hook(watch(n)) for n, each in maps.items() if isinstance(each, nn.Module)]
     experts = {name: each for name, each in maps.items() if isinstance(each, ExpertMap)}
-    try:
-        with watch_inputs(experts, lambda name, x: called.add(kind_of(name))):
-            yield watched
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, watch_inputs(experts, lambda name, x: called.add(kind_of(name))):
+        for name, each in maps.items():
+            if isinstance(each, nn.Module):
+                hooks.enter_context(each.register_forward_hook(watch(name)))
+        yield watched
 
 
 def walk(

@@ -35,7 +35,7 @@ from tersor.errors import TersorError
 from tersor.evaluate.interval import Estimate, estimate
 from tersor.evaluate.logit_cache import Kept, LogitCache, opened_folder
 from tersor.evaluate.measures import kl_of
-from tersor.evaluate.perplexity import check_length, check_windows, cut_windows, logits_of, needed, tokens_of
+from tersor.evaluate.perplexity import check_windows, logits_of, windows_of
 from tersor.evaluate.streamed import Walked, check_walked, fits, logits_of_windows
 from tersor.progress import Progress, silent
 from tersor.version import __version__
@@ -145,7 +145,12 @@ def divergence(
     Raises TersorError where the vocabularies differ, or the text is shorter than a window.
     """
     model, against = (each if isinstance(each, nn.Module) else open_checkpoint(each) for each in (model, against))
-    ids, decode = _ids(against, text, tokenizer, needed(seq_len, max_windows))
+    if tokenizer is None and isinstance(against, Checkpoint) and not isinstance(text, Tensor):
+        tokenizer = load_tokenizer(against.directory)
+    if tokenizer is None and not isinstance(text, Tensor):
+        raise TersorError("the original has no tokenizer: give token ids as a tensor")
+    windows = windows_of(text, tokenizer, seq_len=seq_len, max_windows=max_windows)
+    decode = None if tokenizer is None else tokenizer.decode
     said = progress or silent
     check = partial(check_windows, tokenizer=tokenizer)
     if isinstance(model, nn.Module) or isinstance(against, nn.Module):
@@ -157,8 +162,6 @@ def divergence(
             each.eval() if isinstance(each, nn.Module) else load(each, dtype=dtype, device=device).eval()
             for each in (against, model)
         )
-        check_length(base, seq_len)
-        windows = cut_windows(ids, seq_len=seq_len, max_windows=max_windows)
         check(base, windows)
         check(other, windows)
         kept = _Tokens()
@@ -167,7 +170,6 @@ def divergence(
             _take(kept, found, _logits(other, window), window)
             said("comparing", number + 1, len(windows))
         return _summarized(kept, seq_len, _passages(kept.kl, windows, decode))
-    windows = cut_windows(ids, seq_len=seq_len, max_windows=max_windows)
     if stream is None:
         stream = not fits(against, copies=1, dtype=dtype, device=device)
 
@@ -389,15 +391,3 @@ def _parts(tokens: list[int], decode: Callable[[list[int]], str]) -> list[str]:
         parts.append(text[len(before) :])
         before = text
     return parts
-
-
-def _ids(
-    model: Checkpoint | nn.Module, text: str | Path | Tensor | None, tokenizer: Any, at_least: int | None
-) -> tuple[Tensor, Callable[[list[int]], str] | None]:
-    if isinstance(text, Tensor):
-        return text, tokenizer.decode if tokenizer is not None else None
-    if tokenizer is None and not isinstance(model, nn.Module):
-        tokenizer = load_tokenizer(model.directory)
-    if tokenizer is None:
-        raise TersorError("the original has no tokenizer: give token ids as a tensor")
-    return tokens_of(text, tokenizer, at_least=at_least), tokenizer.decode

@@ -22,7 +22,7 @@ from tersor.kernels import quantized_matmul_cpu as cpu_kernel
 from tersor.kernels import quantized_matmul_int4 as int4_kernel
 from tersor.kernels import tiled_weight as gpu_kernel
 from tersor.kernels.quantized_matmul import prepare, quantized_matmul
-from tersor.kernels.quantized_matmul_cuda import has_kernel as gpu_has_kernel
+from tersor.kernels.quantized_matmul_cuda import instruction_of
 from tersor.version import __version__
 
 FEATURES = {  # torch's names by those that people know
@@ -73,7 +73,7 @@ class Gpu:
     name: str
     memory: int  # bytes
     capability: str  # NVIDIA's version of the architecture
-    kernel: bool  # whether tersor has one for it
+    kernel: str | None  # the instruction with which the packed kernel multiplies there; None where there is no kernel
 
 
 @dataclass(frozen=True)
@@ -161,10 +161,10 @@ def advice(machine: Machine) -> list[str]:
             f"{machine.kernel_cache} cannot be written: the kernel is compiled anew by every process; make it writable"
         )
     for each in machine.gpus:
-        if not each.kernel:
+        if each.kernel is None:
             said.append(
-                f"tersor has no packed kernel for {each.name} (capability {each.capability}; it needs 9.0): packed layers save "
-                "memory there, but are dequantized at every call"
+                f"tersor has no packed kernel for {each.name} (capability {each.capability}; it needs NVIDIA's 8.0 or "
+                "newer): packed layers save memory there, but are dequantized at every call"
             )
     if not machine.gpus:
         said.append("torch sees no GPU: everything runs on the CPU")
@@ -236,7 +236,7 @@ def _implementation(weight: object) -> str:
     if isinstance(weight, cpu_kernel.PanelWeight):
         return f"compiled kernel, {weight.implementation}"
     if isinstance(weight, gpu_kernel.TiledWeight):
-        return "GPU kernel"
+        return f"GPU kernel, {instruction_of(weight.tiles.device)}"
     if isinstance(weight, int4_kernel.Int4Weight):
         return "torch's int4 operator in bfloat16, dequantization in float32"
     return "dequantization, then F.linear"
@@ -245,12 +245,12 @@ def _implementation(weight: object) -> str:
 def _why_not(weight: QuantizedWeight) -> str:
     if weight.qweight.device.type == "cpu":
         return cpu_kernel.why_not(weight) or "unknown"
-    return gpu_kernel.why_not(weight) or "the GPU kernel needs compute capability 9.0"
+    return gpu_kernel.why_not(weight) or "the GPU kernel needs an NVIDIA GPU of compute capability 8.0 or newer"
 
 
 def _gpu(number: int) -> Gpu:
     found = torch.cuda.get_device_properties(number)
-    kernel = gpu_has_kernel(torch.device("cuda", number), torch.float16)
+    kernel = instruction_of(torch.device("cuda", number))
     return Gpu(found.name, int(found.total_memory), f"{found.major}.{found.minor}", kernel)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tersor.checkpoint.hashes import bytes_of
 from tersor.errors import TersorError
-from tersor.evaluate.perplexity import causal_windows, logits_of, needed, tokens_of
+from tersor.evaluate.perplexity import causal_windows, logits_of
 
 ROWS = 64  # tokens whose distributions are in memory in float64 at once
 AT_ONCE = 50  # images
@@ -56,12 +56,8 @@ class Meter:
     def __init__(self, measure: Measure, base: nn.Module) -> None:
         self.measure = measure
         self.first_call: dict[str, Any] | None = None
-        handle = base.register_forward_pre_hook(self._note, with_kwargs=True)
-        try:
-            with torch.no_grad():
-                self._reference = [call(base) for call in measure.calls]
-        finally:
-            handle.remove()
+        with torch.no_grad(), base.register_forward_pre_hook(self._note, with_kwargs=True):
+            self._reference = [call(base) for call in measure.calls]
 
     def __call__(self, module: nn.Module) -> Tensor:
         """[samples], float64, on the CPU. Raises TersorError as `Measure.between` does."""
@@ -85,9 +81,7 @@ def text_measure(
     max_windows: int | None,
 ) -> Measure:
     """Next-token distributions on windows of texts. Raises TersorError as `perplexity` does."""
-    most = needed(seq_len, max_windows)
-    ids = texts if isinstance(texts, Tensor) else torch.cat([tokens_of(t, tokenizer, at_least=most) for t in texts])
-    windows = causal_windows(base, ids, seq_len=seq_len, max_windows=max_windows, tokenizer=tokenizer)
+    windows = causal_windows(base, texts, seq_len=seq_len, max_windows=max_windows, tokenizer=tokenizer)
     return windows_measure(windows, "tokens" if isinstance(texts, Tensor) else ", ".join(map(str, texts)))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from tersor.devices import DType
 from tersor.errors import TersorError
 from tersor.evaluate.interval import estimate
 from tersor.progress import Progress
+
+Texts = str | Path | Tensor | Sequence[str | Path] | None  # None: the built-in text
 
 _PROBE = 32  # tokens that are run twice, with other tokens in the second half, to see whether the model is causal
 # Share of the logits' spread that other tokens in the same call may change by rounding (in experts, say).
@@ -64,8 +67,7 @@ def perplexity(
         if not isinstance(text, Tensor) and tokenizer is None:
             tokenizer = load_tokenizer(checkpoint.directory)
         module = load(checkpoint, dtype=dtype, device=device)
-    ids = text if isinstance(text, Tensor) else tokens_of(text, tokenizer, at_least=needed(seq_len, max_windows))
-    windows = causal_windows(module, ids, seq_len=seq_len, max_windows=max_windows, tokenizer=tokenizer)
+    windows = causal_windows(module, text, seq_len=seq_len, max_windows=max_windows, tokenizer=tokenizer)
     where = next(module.parameters(), torch.empty(0)).device
     count, losses = len(windows), list[float]()
     with torch.no_grad():
@@ -81,24 +83,24 @@ def perplexity(
     return Perplexity(value, count * (seq_len - 1), count, seq_len, half)
 
 
-@torch.no_grad()
 def causal_windows(
-    module: nn.Module, ids: Tensor, *, seq_len: int, max_windows: int | None = None, tokenizer: Any = None
+    module: nn.Module, text: Texts, *, seq_len: int, max_windows: int | None = None, tokenizer: Any = None
 ) -> Tensor:
-    """The tokens in windows without overlap, [windows, seq_len]; what is left over is dropped. The module is put in eval mode.
-
-    Raises TersorError where a window does not fit the model, the text is too short, tokens have no row in the embedding, or
-    the model is not causal.
-    """
-    check_length(module, seq_len)
-    windows = cut_windows(ids, seq_len=seq_len, max_windows=max_windows)
+    """As `windows_of`. The module is put in eval mode. Raises TersorError also where a window does not fit the model, tokens
+    have no row in the embedding, or the model is not causal."""
+    windows = windows_of(text, tokenizer, seq_len=seq_len, max_windows=max_windows)
     check_windows(module, windows, tokenizer)
     return windows
 
 
-def needed(seq_len: int, max_windows: int | None) -> int | None:
-    """How many tokens the windows hold; None where they are all that a text has."""
-    return None if max_windows is None else max_windows * seq_len
+def windows_of(text: Texts, tokenizer: Any, *, seq_len: int, max_windows: int | None = None) -> Tensor:
+    """The tokens of a text, of several texts one behind the other, or given ones, in windows without overlap,
+    [windows, seq_len]; what is left over is dropped. Raises TersorError where that leaves nothing to predict."""
+    if not isinstance(text, Tensor):
+        most = None if max_windows is None else max_windows * seq_len
+        texts = [text] if text is None or isinstance(text, str | Path) else text
+        text = torch.cat([tokens_of(each, tokenizer, at_least=most) for each in texts])
+    return cut_windows(text, seq_len=seq_len, max_windows=max_windows)
 
 
 def check_length(module: nn.Module, seq_len: int) -> None:

@@ -24,13 +24,13 @@ from tersor.calibrate.blocks import units_of
 from tersor.calibrate.lockstep import Lockstep, Stop
 from tersor.checkpoint.lazy_model import LazyModel, classes_of, compute_dtype
 from tersor.checkpoint.load import check_tokens, load_tokenizer
-from tersor.checkpoint.source import Checkpoint, Openable, open_checkpoint
+from tersor.checkpoint.source import Checkpoint
 from tersor.devices import DType, pick_device
 from tersor.errors import TersorError
 from tersor.evaluate.correspondence import Part, exchanged, is_norm_like, parts_of
 from tersor.evaluate.machine import memory_available
 from tersor.evaluate.measures import Measure, windows_measure
-from tersor.evaluate.perplexity import check_length, cut_windows, needed, tokens_of
+from tersor.evaluate.perplexity import check_length, windows_of
 
 ROOM = 1.3  # of the weights of models in memory, that must be free
 PART = 0.1  # of the free memory, that the predictions of one pass may take
@@ -62,12 +62,12 @@ class Walked:
         return float(bits) if isinstance(bits, int | float) else None
 
 
-def fits(model: Openable, *, copies: int, dtype: DType, device: str) -> bool:
-    """Whether a model fits in memory, unpacked, so many times; True where the system does not say what is free."""
-    where, checkpoint = pick_device(device), open_checkpoint(model)
-    lazy = LazyModel(checkpoint, dtype=compute_dtype(checkpoint, where, dtype))
+def fits(checkpoint: Checkpoint, *, copies: int, dtype: DType, device: str) -> bool:
+    """Whether a model fits in memory so many times, by the headers of its files; True where the system does not say what is
+    free."""
+    where = pick_device(device)
     free = torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else memory_available()
-    return free is None or copies * ROOM * lazy.bytes_of(lazy.module) <= free
+    return free is None or copies * ROOM * checkpoint.bytes_in_memory(compute_dtype(checkpoint, where, dtype)) <= free
 
 
 def logits_of_windows(model: Walked, windows: Tensor, *, rounded: bool) -> list[Tensor]:
@@ -91,8 +91,7 @@ def logits_of_windows(model: Walked, windows: Tensor, *, rounded: bool) -> list[
 def walked_measure(base: Walked, texts: Sequence[str | Path], *, seq_len: int, max_windows: int) -> Measure:
     """Next-token distributions on windows of texts. Raises TersorError where these do not fit the model."""
     tokenizer = load_tokenizer(base.lazy.checkpoint.directory)
-    ids = torch.cat([tokens_of(each, tokenizer, at_least=needed(seq_len, max_windows)) for each in texts])
-    windows = cut_windows(ids, seq_len=seq_len, max_windows=max_windows)
+    windows = windows_of(texts, tokenizer, seq_len=seq_len, max_windows=max_windows)
     check_walked(base, windows, tokenizer)
     return windows_measure(windows, ", ".join(map(str, texts)), base.lazy.device)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import multiprocessing
 import os
 import re
 import socket
@@ -25,6 +24,7 @@ from typing import Any, cast
 
 import torch
 
+from tersor.apart import own_processes
 from tersor.checkpoint.disk import disk_errors
 from tersor.checkpoint.room import read_json
 from tersor.checkpoint.source import BUILTIN
@@ -159,7 +159,7 @@ def attempt(job: SweepJob, folder: Path) -> str | None:
 def _run_here(
     jobs: Sequence[SweepJob], out: Path, processes: int, finished: Callable[[SweepJob, str | None], None]
 ) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = own_processes()
     threads = max(1, (os.cpu_count() or 1) // processes)
     waiting, places = deque(jobs), list(range(processes))
     running: dict[int, tuple[BaseProcess, SweepJob, int]] = {}

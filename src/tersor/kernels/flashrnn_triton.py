@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tersor.kernels.constrint import ValueRefinement, parse_expression, solve_constrint
-from tersor.kernels.flashrnn import CELLS, with_input
+from tersor.kernels.flashrnn_cells import CELLS, with_input
 
 BLOCK = 1024  # elements per program of a pointwise kernel
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tersor.kernels import nvrtc
-from tersor.kernels.quantized_matmul_cuda import MULTIPROCESSOR_SHARED_BYTES, has_kernel
+from tersor.kernels import nvrtc, quantized_matmul_cuda
+from tersor.kernels.quantized_matmul_cuda import HOPPER, MULTIPROCESSOR_SHARED_BYTES
 from tersor.kernels.tiled_weight import TiledWeight
 
 # As in llama_step.cu.
@@ -115,7 +115,7 @@ def why_not(layers: Sequence[StepLayer], heads: int) -> str | None:
     """Why these layers do not run as one launch, or None."""
     first, sizes = layers[0], sizes_of(layers, heads)
     device, dtype = first.keys.device, first.keys.dtype
-    if not has_kernel(device, dtype):
+    if quantized_matmul_cuda.architecture_of(device) != HOPPER or dtype not in (torch.float16, torch.bfloat16):
         return "there is no such kernel for this device and type"
     kinds = {_kind_of(weight) for layer in layers for weight in layer.weights}
     if len(kinds) > 1:
@@ -199,7 +199,7 @@ def source_of(sizes: Sizes, kind: _Kind, *, bfloat: bool, eps: float, blocks: in
 @functools.cache
 def _kernel(sizes: Sizes, kind: _Kind, bfloat: bool, eps: float, blocks: int, device: int) -> nvrtc.Kernel:
     source = source_of(sizes, kind, bfloat=bfloat, eps=eps, blocks=blocks)
-    cubin = nvrtc.compile_source(source, "sm_90a")
+    cubin = nvrtc.compile_source(source, HOPPER)
     return nvrtc.Kernel(cubin, "llama_step", shared_bytes=MULTIPROCESSOR_SHARED_BYTES)
 
 

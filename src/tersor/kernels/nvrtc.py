@@ -48,12 +48,16 @@ def _check(status: int, what: str) -> None:
 
 
 def compile_source(source: str, arch: str) -> bytes:
-    """The cubin of CUDA C++ `source` for `arch` ("sm_90a"), from the cache if it was compiled before."""
+    """The cubin of CUDA C++ `source` for `arch` ("sm_90a"), from the cache if it was compiled before.
+
+    For a virtual architecture ("compute_80") it is PTX, which the driver compiles for any GPU of at least this capability.
+    """
     nvrtc = _nvrtc()
     major, minor = ctypes.c_int(), ctypes.c_int()
     nvrtc.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
     key = hashlib.sha256(f"{arch} {major.value}.{minor.value}\n{source}".encode()).hexdigest()[:32]
-    cached = CACHE / f"{key}.cubin"
+    kind = "PTX" if arch.startswith("compute_") else "CUBIN"
+    cached = CACHE / f"{key}.{kind.lower()}"
     if cached.exists():
         return cached.read_bytes()
 
@@ -67,9 +71,9 @@ def compile_source(source: str, arch: str) -> bytes:
         log = ctypes.create_string_buffer(size.value)
         nvrtc.nvrtcGetProgramLog(program, log)
         raise RuntimeError(f"NVRTC {major.value}.{minor.value} could not compile for {arch}:\n{log.value.decode()}")
-    nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
+    getattr(nvrtc, f"nvrtcGet{kind}Size")(program, ctypes.byref(size))
     cubin = ctypes.create_string_buffer(size.value)
-    nvrtc.nvrtcGetCUBIN(program, cubin)
+    getattr(nvrtc, f"nvrtcGet{kind}")(program, cubin)
     nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
     try:  # written beside and moved into place: another process may be doing the same

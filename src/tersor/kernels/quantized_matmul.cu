@@ -9,15 +9,14 @@
 // one long list cut into equal runs, one a block; a tile that several blocks share is summed by the last of them to
 // arrive, always in the same order, so that results are reproducible.
 //
-// Compiled at run time by quantized_matmul_cuda.py, which prepends the function `wgmma`, hopper.cuh and packed_tile.cuh
-// with their constants, and:
+// Compiled at run time by quantized_matmul_cuda.py, which prepends the function `wgmma`, hopper.cuh, packed_tile.cuh and
+// work_list.cuh with their constants, and:
 //   N_TILE, WARPGROUPS, RESIDENT, TILES, SCALE_SUMS (see `Launch` there), STAGES, CONSUMER_REGISTERS,
 //   PRODUCER_REGISTERS
 
 constexpr int X_HALF_BYTES = N_TILE * 128;  // of 64 inputs
 constexpr int X_BYTES = 2 * TILES * X_HALF_BYTES;
 constexpr int STAGE_BYTES = (X_BYTES + WARPGROUPS * TILES * TILE_BYTES + 1023) / 1024 * 1024;
-constexpr int ACCUMULATORS = N_TILE / 2;  // per thread, 64 x N_TILE over 128 threads
 constexpr int UNROLLED_HALVES = SCALE_SUMS ? 2 * TILES : 1;
 // wgmma takes as long for 8 columns of x as for 64, and mma.sync, at half its best rate, for 32.
 constexpr bool WGMMA = N_TILE > 16;
@@ -27,7 +26,6 @@ constexpr int CHUNK =
 
 // ---------------------------------------------------------------------------------------------- warpgroups
 
-__device__ __forceinline__ void wait_for_warpgroup(int id) { asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory"); }
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int PENDING>
@@ -44,37 +42,6 @@ __device__ __forceinline__ void add_scaled(float (&sums)[ACCUMULATORS], float (&
     keep_after_wait(group_sums);
 #pragma unroll
     for (int i = 0; i < ACCUMULATORS; ++i) sums[i] += scale[i / 2 % 2] * group_sums[i];
-}
-
-// ---------------------------------------------------------------------------------------------- the list of work
-
-struct Shape {
-    u32 rows, outputs, inputs;              // of x and y
-    u32 row_tiles, weight_blocks, k_tiles;  // x in N_TILE rows, the weight in 64 outputs, the inputs in K_TILE
-    u32 k_stages;                           // the inputs in TILES * K_TILE
-    u32 run_tiles;                          // output tiles a block, rounded up
-};
-
-// The run of work items of block `b`; item = tile * k_stages + stage.
-__device__ __forceinline__ u32 first_item(u32 b, u32 items) { return u32(u64(b) * items / gridDim.x); }
-__device__ __forceinline__ u32 block_of(u32 item, u32 items) { return u32(((u64(item) + 1) * gridDim.x - 1) / items); }
-
-struct Place {
-    u32 row_tile, output_tile;
-};
-
-// Where a tile lies: so that what the blocks do at the same time, each being at the same turn of its run, is a
-// rectangle of few row tiles by few output tiles, whose x and weight the L2 cache holds.
-__device__ __forceinline__ Place place_of(u32 tile, const Shape& s) {
-    if (s.row_tiles == 1) return {0, tile};
-    constexpr u32 BAND = 8;  // row tiles
-    const u32 output_tiles = (s.weight_blocks + WARPGROUPS - 1) / WARPGROUPS, tiles = output_tiles * s.row_tiles;
-    const u32 runs = (tiles + s.run_tiles - 1) / s.run_tiles, last_run = tiles - (runs - 1) * s.run_tiles;
-    const u32 run = tile / s.run_tiles, turn = tile % s.run_tiles;
-    u32 rank = turn * runs + run - (turn > last_run ? turn - last_run : 0);  // the last run has fewer turns
-    const u32 band = rank / (BAND * output_tiles), band_rows = min(BAND, s.row_tiles - band * BAND);
-    rank -= band * BAND * output_tiles;
-    return {band * BAND + rank % band_rows, rank / band_rows};
 }
 
 // The driver's description of x, for the copy engine.
@@ -140,67 +107,6 @@ __device__ __forceinline__ void produce(const u8* weight, const TensorMap& x, Sh
     }
 }
 
-// A warpgroup's 64 x N_TILE sums: rows 2g, 2g + 1 of its warp's 16 and columns 8j + 2t, 8j + 2t + 1 of x are a thread's
-// sums 4j .. 4j + 3 (first row's two columns, then the second's).
-__device__ __forceinline__ void store(const float (&sums)[ACCUMULATORS], u16* y, const Shape& s, Place place) {
-    const u32 thread = threadIdx.x % 128, block = place.output_tile * WARPGROUPS + threadIdx.x / 128;
-    const u32 n = block * 64 + thread / 32 * 16 + thread % 32 / 4 * 2;
-    const u32 first_m = place.row_tile * N_TILE + thread % 4 * 2;
-    u16* target = y + u64(first_m) * s.outputs + n;
-    const bool pairs = s.outputs % 2 == 0 && n < s.outputs, all_rows = (place.row_tile + 1) * N_TILE <= s.rows;
-#pragma unroll
-    for (int i = 0; i < ACCUMULATORS; i += 4, target += 8 * u64(s.outputs))
-#pragma unroll
-        for (int column = 0; column < 2; ++column) {
-            const bool inside = all_rows || first_m + 2 * i + column < s.rows;
-            u16* at = target + column * s.outputs;
-            const u32 pair = pack(sums[i + column], sums[i + 2 + column]);
-            if (pairs && inside) *reinterpret_cast<u32*>(at) = pair;
-            if (!pairs && inside && n < s.outputs) at[0] = pair & 0xffff;
-            if (!pairs && inside && n + 1 < s.outputs) at[1] = pair >> 16;
-        }
-}
-
-// Adds up what the blocks that share this tile computed. True for the last to arrive, who has the whole sum then.
-__device__ __forceinline__ bool reduce(float (&sums)[ACCUMULATORS], float* partials, u32* counters, u32 tile, u32 items,
-                                       u32 k_stages, bool first_run) {
-    const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128;
-    __shared__ u32 arrived[WARPGROUPS];
-    // A block's run holds at most two shared tiles: its first, which another may have begun, and its last.
-    auto slot = [&](u32 block, bool first) {
-        return reinterpret_cast<float4*>(partials) +
-               ((u64(block) * 2 + (first ? 0 : 1)) * WARPGROUPS + warpgroup) * (ACCUMULATORS / 4) * 128 + thread;
-    };
-    float4* own = slot(blockIdx.x, first_run);
-#pragma unroll
-    for (int i = 0; i < ACCUMULATORS / 4; ++i)
-        __stcg(own + i * 128, make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]));
-    const u32 start = tile * k_stages, first = block_of(start, items), last = block_of(start + k_stages - 1, items);
-    u32* counter =
-        counters + first * WARPGROUPS + warpgroup;  // a block begins at most one tile that it does not finish
-    wait_for_warpgroup(1 + warpgroup);
-    if (thread == 0) {  // releases what the whole warpgroup wrote, acquires what the others did
-        u32 before;
-        asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
-        if (before == last - first) *counter = 0;  // for the next launch
-        arrived[warpgroup] = before;
-    }
-    wait_for_warpgroup(1 + warpgroup);
-    if (arrived[warpgroup] != last - first) return false;
-#pragma unroll
-    for (int i = 0; i < ACCUMULATORS; ++i) sums[i] = 0;
-#pragma unroll(ACCUMULATORS <= 16 ? 16 / (ACCUMULATORS / 4) : 1)
-    for (u32 block = first; block <= last; ++block) {
-        const float4* part = slot(block, first_item(block, items) >= start);
-#pragma unroll
-        for (int i = 0; i < ACCUMULATORS / 4; ++i) {
-            const float4 value = __ldcg(part + i * 128);
-            sums[4 * i] += value.x, sums[4 * i + 1] += value.y, sums[4 * i + 2] += value.z, sums[4 * i + 3] += value.w;
-        }
-    }
-    return true;
-}
-
 extern "C" __global__ void __launch_bounds__(128 * (WARPGROUPS + 1), RESIDENT)
     quantized_matmul(const u8* weight, const __grid_constant__ TensorMap x, u16* y, float* partials, u32* counters,
                      Shape s) {
@@ -209,8 +115,7 @@ extern "C" __global__ void __launch_bounds__(128 * (WARPGROUPS + 1), RESIDENT)
     const u32 shared = u32(__cvta_generic_to_shared(memory));
     const u32 full = u32(__cvta_generic_to_shared(barriers)), empty = full + 8 * STAGES;
     const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128;
-    const u32 output_tiles = (s.weight_blocks + WARPGROUPS - 1) / WARPGROUPS,
-              items = output_tiles * s.row_tiles * s.k_stages;
+    const u32 items = s.output_tiles() * s.row_tiles * s.k_stages;
     u32 item = first_item(blockIdx.x, items);
     const u32 begin = item, end = first_item(blockIdx.x + 1, items);
     asm volatile("griddepcontrol.launch_dependents;");  // the next kernel may start as blocks of this one end
@@ -315,8 +220,10 @@ extern "C" __global__ void __launch_bounds__(128 * (WARPGROUPS + 1), RESIDENT)
             keep_after_wait(sums);
         release_previous();
         const bool whole = count == s.k_stages;
-        if (whole || reduce(sums, partials, counters, tile, items, s.k_stages, item == begin))
-            store(sums, y, s, place_of(tile, s));
+        if (whole || reduce(sums, partials, counters, tile, items, s.k_stages, item == begin, warpgroup, thread)) {
+            const Place place = place_of(tile, s);
+            store(sums, y, s, place.row_tile, (place.output_tile * WARPGROUPS + warpgroup) * 64 + row);
+        }
         item += count;
     }
 }

@@ -1,6 +1,7 @@
-"""The quantized matmul on NVIDIA Hopper GPUs: compiles, cuts and launches `quantized_matmul.cu`, and defines its operator.
+"""The quantized matmul on NVIDIA GPUs: compiles, cuts and launches `quantized_matmul.cu` for Hopper, and defines the operator.
 
-On other devices, and for x in other types than float16 and bfloat16, a prepared weight is restored and the reference is used.
+`quantized_matmul_mma.py` does the same for other GPUs of compute capability 8.0 and up. On other devices, and for x in other
+types than float16 and bfloat16, a prepared weight is restored and the reference is used.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tersor.kernels import nvrtc
+from tersor.kernels import nvrtc, quantized_matmul_mma
 from tersor.kernels.tiled_weight import K_TILE, TiledWeight, restore
+from tersor.kernels.work_list import Shape, processors, workspace
+
+HOPPER = "sm_90a"
 
 MULTIPROCESSOR_SHARED_BYTES = 227 * 1024
 SMALL_WEIGHT_BYTES = 48 * 2**20  # for smaller weights, starting and ending a launch takes longer than streaming
@@ -128,12 +132,15 @@ def source_of(
         "SCALE_SUMS": int(how.scale_sums),
         "CONSUMER_REGISTERS": consumer_registers,
         "PRODUCER_REGISTERS": producer_registers,
+        "TILE_BLOCKS": how.warpgroups,
+        "TEAMS": how.warpgroups,
+        "TEAM_THREADS": 128,
+        "ACCUMULATORS": how.n_tile // 2,
     }
     defines = "".join(f"#define {name} ({value})\n" for name, value in constants.items())
-    shared, tile, body = (
-        Path(__file__).with_name(name).read_text() for name in ("hopper.cuh", "packed_tile.cuh", "quantized_matmul.cu")
-    )
-    return defines + _wgmma(how.n_tile, "bf16" if bfloat else "f16") + shared + tile + body
+    names = ("hopper.cuh", "packed_tile.cuh", "work_list.cuh", "quantized_matmul.cu")
+    parts = [Path(__file__).with_name(name).read_text() for name in names]
+    return defines + _wgmma(how.n_tile, "bf16" if bfloat else "f16") + "".join(parts)
 
 
 @functools.cache
@@ -150,37 +157,50 @@ def _kernel(
         scale_bfloat=scale_bfloat,
     )
     shared_bytes = how.stages(tile_bytes) * how.stage_bytes(tile_bytes)
-    return nvrtc.Kernel(nvrtc.compile_source(source, "sm_90a"), "quantized_matmul", shared_bytes=shared_bytes)
+    return nvrtc.Kernel(nvrtc.compile_source(source, HOPPER), "quantized_matmul", shared_bytes=shared_bytes)
 
 
-@functools.cache
-def _workspace(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Sums of the tiles that blocks share (two a block, 256 x 128 a multiprocessor at most), and the blocks' counters.
-
-    There is one per device, because launches on one stream follow each other. Do not run the kernel on two streams of a device
-    at once.
-    """
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    partials = torch.empty(processors * 2 * 256 * 128, dtype=torch.float32, device=device)
-    return partials, torch.zeros(processors * 8, dtype=torch.int32, device=device)
-
-
-class _Shape(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_uint32)
-        for name in ("rows", "outputs", "inputs", "row_tiles", "weight_blocks", "k_tiles", "k_stages", "run_tiles")
-    ]
+def architecture_of(device: torch.device) -> str | None:
+    """What the kernel is compiled for on this device, as NVRTC names it; None where there is no kernel."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return HOPPER if (major, minor) == (9, 0) else f"sm_{major}{minor}" if major >= 8 else None
 
 
 def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this device runs the kernel (compute capability 9.0) and x of this type goes through it."""
-    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
-        return False
-    return torch.cuda.get_device_capability(device) == (9, 0) and torch.version.hip is None
+    """Whether this device runs the kernel (compute capability 8.0 and up) and x of this type goes through it."""
+    return dtype in (torch.float16, torch.bfloat16) and architecture_of(device) is not None
 
 
-def launch(x: Tensor, weight: TiledWeight, how: tuple[Launch, int] | None = None) -> Tensor:
-    """y [rows, out] = x [rows, in] · Wᵀ; x contiguous, its columns in the order of the tiles. `how` overrides the table."""
+def instruction_of(device: torch.device) -> str | None:
+    """With which of the tensor cores' instructions the kernel of this device multiplies; None where there is no kernel."""
+    architecture = architecture_of(device)
+    return None if architecture is None else "wgmma" if architecture == HOPPER else "mma.sync"
+
+
+def launch(
+    x: Tensor,
+    weight: TiledWeight,
+    how: tuple[Launch | quantized_matmul_mma.Launch, int] | None = None,
+    *,
+    architecture: str | None = None,
+) -> Tensor:
+    """y [rows, out] = x [rows, in] · Wᵀ; x contiguous, its columns in the order of the tiles.
+
+    how: overrides the table. architecture: in place of the device's; "compute_80" is the kernel of all GPUs but Hopper's, in a
+    form that a Hopper GPU runs too.
+    """
+    architecture = architecture or architecture_of(x.device)
+    assert architecture is not None
+    if architecture == HOPPER:
+        assert how is None or isinstance(how[0], Launch)
+        return _launch_on_hopper(x, weight, how)  # type: ignore[arg-type]
+    assert how is None or isinstance(how[0], quantized_matmul_mma.Launch)
+    return quantized_matmul_mma.launch(x, weight, architecture, how)  # type: ignore[arg-type]
+
+
+def _launch_on_hopper(x: Tensor, weight: TiledWeight, how: tuple[Launch, int] | None) -> Tensor:
     rows, device = x.shape[0], x.device
     y = x.new_empty(rows, weight.out_features)
     if rows == 0:
@@ -190,9 +210,9 @@ def launch(x: Tensor, weight: TiledWeight, how: tuple[Launch, int] | None = None
         x, inputs = torch.nn.functional.pad(x, (0, -inputs % 8)), inputs + -inputs % 8
     if x.data_ptr() % 16 != 0:
         x = x.clone()
-    partials, counters = _workspace(device)
+    partials, counters = workspace(device)
     blocks, k_tiles, tile_bytes = weight.tiles.shape
-    shape, grid = how or launch_for(rows, blocks, k_tiles, tile_bytes, weight.bits, counters.numel() // 8)
+    shape, grid = how or launch_for(rows, blocks, k_tiles, tile_bytes, weight.bits, processors(device))
     row_tiles, k_stages = -(-rows // shape.n_tile), -(-k_tiles // shape.tiles)
     output_tiles = -(-blocks // shape.warpgroups) * row_tiles
     grid = min(grid, output_tiles * k_stages)
@@ -202,9 +222,7 @@ def launch(x: Tensor, weight: TiledWeight, how: tuple[Launch, int] | None = None
             shape, weight.bits, weight.tile_group, weight.zero, tile_bytes, bfloat, scale_bfloat, device.index
         )
         tiles, *pointers = (ctypes.c_void_p(t.data_ptr()) for t in (weight.tiles, y, partials, counters))
-        sizes = _Shape(
-            rows, weight.out_features, inputs, row_tiles, blocks, k_tiles, k_stages, -(-output_tiles // grid)
-        )
+        sizes = Shape(rows, weight.out_features, inputs, row_tiles, blocks, k_tiles, k_stages, -(-output_tiles // grid))
         x_map = nvrtc.tensor_map(x, box_rows=shape.n_tile)
         kernel.launch(blocks=grid, threads=shape.threads, arguments=[tiles, x_map, *pointers, sizes])
     return y

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -174,6 +174,11 @@ def option(
     default: Any,
     help: str,
     *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    choices: Collection[str] = (),
     check: Callable[[Any], bool] | None = None,
     allowed: str = "",
     flag: str | None = None,
@@ -181,9 +186,26 @@ def option(
 ) -> Any:
     """A field of a method.
 
-    help: what `--help` says. check: whether a value is allowed; allowed: the same in words, for the error. flag: on the command
-    line, where it differs from the field's name. word: whether the option takes a word as well as a number.
+    help: what `--help` says. least, above, most, below: bounds of a number; choices: the words that it may be; check: whether a
+    value is allowed, where these do not say it, and allowed: the same in words, for the error. flag: on the command line, where
+    it differs from the field's name. word: whether the option takes a word as well as a number.
     """
+    bounds = {"{} or more": least, "above {}": above, "at most {}": most, "below {}": below}
+
+    def within(value: Any) -> bool:
+        return (value is None and default is None) or (
+            (least is None or value >= least)
+            and (above is None or value > above)
+            and (most is None or value <= most)
+            and (below is None or value < below)
+        )
+
+    if choices:
+        check, allowed = lambda value: value in choices, f"one of {', '.join(choices)}"
+    elif least is not None and most is not None:
+        check, allowed = within, f"{least} to {most}"
+    elif any(bound is not None for bound in bounds.values()):
+        check, allowed = within, ", ".join(words.format(at) for words, at in bounds.items() if at is not None)
     return field(
         default=default, metadata={"help": help, "check": check, "allowed": allowed, "flag": flag, "word": word}
     )

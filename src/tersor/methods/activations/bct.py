@@ -84,17 +84,10 @@ class BCT(ModelMethod):
     )
     needs_samples: ClassVar[bool] = False
 
-    w_bits: int = option(8, "bits a weight", check=lambda v: v in range(2, 9), allowed="2 to 8")
-    a_bits: int = option(8, "bits an activation", check=lambda v: v in range(2, 9), allowed="2 to 8")
-    block: int = option(
-        64,
-        "numbers of one row that share a shift; 0: one shift for a whole tensor",
-        check=lambda v: v >= 0,
-        allowed="0 or more",
-    )
-    block_rows: int = option(
-        1, "outputs of a layer, or rows of a table, that share a shift", check=lambda v: v >= 1, allowed="1 or more"
-    )
+    w_bits: int = option(8, "bits a weight", least=2, most=8)
+    a_bits: int = option(8, "bits an activation", least=2, most=8)
+    block: int = option(64, "numbers of one row that share a shift; 0: one shift for a whole tensor", least=0)
+    block_rows: int = option(1, "outputs of a layer, or rows of a table, that share a shift", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,6 +8,7 @@ are. The result is taken only where the block's error on all samples is smaller 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,12 +73,10 @@ def _calls(model: nn.Module, blocks: dict[str, nn.Module], batch: Batch) -> dict
 
         return hook
 
-    handles = [block.register_forward_hook(note(name), with_kwargs=True) for name, block in blocks.items()]
-    try:
+    with ExitStack() as hooks:
+        for name, block in blocks.items():
+            hooks.enter_context(block.register_forward_hook(note(name), with_kwargs=True))
         call(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     return {name: calls[0] for name, calls in found.items() if len(calls) == 1 and calls[0] is not None}
 
 

@@ -66,25 +66,13 @@ class DopQViT(ModelMethod):
         "practical/quantization",
     )
 
-    w_bits: int = option(4, "bits a weight", check=lambda v: v in range(2, 9), allowed="2 to 8")
-    a_bits: int = option(4, "bits an activation", check=lambda v: v in range(2, 9), allowed="2 to 8")
-    softmax: str = option(
-        "tangent",
-        "grid of softmax outputs: tangent or logarithmic (RepQ-ViT's)",
-        check=lambda v: v in SOFTMAX,
-        allowed="tangent or logarithmic",
-    )
-    merge: str = option(
-        "median",
-        "one scale of a LayerNorm's channels: median or mean (RepQ-ViT's)",
-        check=lambda v: v in MERGES,
-        allowed="median or mean",
-    )
+    w_bits: int = option(4, "bits a weight", least=2, most=8)
+    a_bits: int = option(4, "bits an activation", least=2, most=8)
+    softmax: str = option("tangent", "grid of softmax outputs: tangent or logarithmic (RepQ-ViT's)", choices=SOFTMAX)
+    merge: str = option("median", "one scale of a LayerNorm's channels: median or mean (RepQ-ViT's)", choices=MERGES)
     tune_blocks: bool = option(False, "learn the weights of each block to give what the original block gave")
-    block_steps: int = option(100, "steps of that learning", check=lambda v: v >= 1, allowed="1 or more")
-    num_images: int = option(
-        32, "calibration samples, of those given; they run as one batch", check=lambda v: v >= 1, allowed="1 or more"
-    )
+    block_steps: int = option(100, "steps of that learning", least=1)
+    num_images: int = option(32, "calibration samples, of those given; they run as one batch", least=1)
 
     @classmethod
     def recipes(cls, kind: str) -> Sequence[Sequence[Method]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tersor.formats.activation_grid import grid_of_range
 from tersor.formats.grid import Grid
+from tersor.layers.straight_through import round_through
 
 STEPS, RATE = 100, 0.05  # of Adam
 TOKENS = 1024  # in each step; all tokens decide whether the result is taken
@@ -60,10 +61,6 @@ def output_error(E: Tensor, gram: Tensor) -> Tensor:
 def _rounded(x: Tensor, low: Tensor, grid: Grid) -> Tensor:
     """grid.round(x). Gradients reach the scale and `low` as if x were only clipped."""
     assert isinstance(grid.bits, int)
-    zero = _straight_through(-low / grid.scale)
-    codes = torch.clamp(_straight_through(x / grid.scale) + zero, 0, 2**grid.bits - 1)
+    zero = round_through(-low / grid.scale)
+    codes = torch.clamp(round_through(x / grid.scale) + zero, 0, 2**grid.bits - 1)
     return (codes - zero) * grid.scale
-
-
-def _straight_through(x: Tensor) -> Tensor:
-    return x + (torch.round(x) - x).detach()

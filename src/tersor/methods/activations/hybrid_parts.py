@@ -10,6 +10,7 @@ that Q-HyViT's code lists by hand.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,16 +91,13 @@ def trace(model: nn.Module, maps: Iterable[str], probe: Batch) -> Trace:
         count(running[-1], a, b, output, output)
         return output
 
-    handles = []
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(entering(name)))
-        handles.append(module.register_forward_hook(leaving(name)))
-    try:
-        with _Softmaxes(lambda: events.append((running[-1], "softmax"))), Products(lambda a, b: (a, b), product):
-            call(model, probe)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as watching:
+        for name, module in model.named_modules():
+            watching.enter_context(module.register_forward_pre_hook(entering(name)))
+            watching.enter_context(module.register_forward_hook(leaving(name)))
+        watching.enter_context(_Softmaxes(lambda: events.append((running[-1], "softmax"))))
+        watching.enter_context(Products(lambda a, b: (a, b), product))
+        call(model, probe)
     return Trace(events, sizes, frozenset(of_image))
 
 
@@ -184,13 +182,14 @@ def _normed(model: nn.Module, maps: Mapping[str, nn.Module], probe: Batch) -> li
         if id(args[0]) in outputs:
             readers.setdefault(outputs[id(args[0])][0], []).append(module)
 
-    handles = [each.register_forward_hook(gave) for each in maps.values() if isinstance(each, nn.Conv2d)]
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d) and module.running_var is not None:
-            handles.append(module.register_forward_pre_hook(reads))
-    call(model, probe)
-    for handle in handles:
-        handle.remove()
+    with ExitStack() as hooks:
+        for module in maps.values():
+            if isinstance(module, nn.Conv2d):
+                hooks.enter_context(module.register_forward_hook(gave))
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d) and module.running_var is not None:
+                hooks.enter_context(module.register_forward_pre_hook(reads))
+        call(model, probe)
     return [(conv, found[0]) for conv, found in readers.items() if len(found) == 1 and calls[found[0]] == 1]
 
 

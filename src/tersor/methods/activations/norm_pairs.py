@@ -8,8 +8,8 @@ model's output stays the same, nothing else reads the norm, such as a residual c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,9 +84,11 @@ def _readers(
 
         return hook
 
-    with _hooks() as handles:
-        handles.extend(norm.register_forward_hook(give(signs[name])) for name, norm in norms.items())
-        handles.extend(each.register_forward_pre_hook(look(name)) for name, each in linears.items())
+    with ExitStack() as hooks:
+        for name, norm in norms.items():
+            hooks.enter_context(norm.register_forward_hook(give(signs[name])))
+        for name, each in linears.items():
+            hooks.enter_context(each.register_forward_pre_hook(look(name)))
         call(model, batch)
     return {norm: [reader for reader, found in seen.items() if found == {norm}] for norm in norms}
 
@@ -107,14 +109,14 @@ def _nothing_else_reads(
     def undo(scale: Tensor, offset: Tensor) -> Any:
         return lambda _module, args: ((args[0] - offset) / scale, *args[1:])
 
-    with _hooks() as handles:
+    with ExitStack() as hooks:
         for pair in pairs:
             norm = model.get_submodule(pair.norm)
             scale = torch.exp2(torch.randint(-1, 2, (_width(norm),), generator=random)).to(_weight(norm))
             offset = torch.randn(_width(norm), generator=random).to(_weight(norm)) * offsets
-            handles.append(norm.register_forward_hook(change(scale, offset)))
+            hooks.enter_context(norm.register_forward_hook(change(scale, offset)))
             for name in pair.linears:
-                handles.append(model.get_submodule(name).register_forward_pre_hook(undo(scale, offset)))
+                hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(undo(scale, offset)))
         changed = first_tensor(call(model, batch))
     if reference is None or changed is None:
         return False
@@ -129,13 +131,3 @@ def _weight(norm: nn.Module) -> Tensor:
 
 def _width(norm: nn.Module) -> int:
     return _weight(norm).numel()
-
-
-@contextmanager
-def _hooks() -> Iterator[list[Any]]:
-    handles: list[Any] = []
-    try:
-        yield handles
-    finally:
-        for handle in handles:
-            handle.remove()

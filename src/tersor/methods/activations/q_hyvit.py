@@ -118,30 +118,18 @@ class QHyViT(ModelMethod):
         "practical/quantization",
     )
 
-    w_bits: int = option(8, "bits a weight", check=lambda v: v in range(2, 9), allowed="2 to 8")
-    a_bits: int = option(8, "bits an activation", check=lambda v: v in range(2, 9), allowed="2 to 8")
-    image_bits: int = option(8, "bits of what reads the image", check=lambda v: v in range(2, 9), allowed="2 to 8")
-    num_images: int = option(32, "calibration samples, of those given", check=lambda v: v >= 1, allowed="1 or more")
+    w_bits: int = option(8, "bits a weight", least=2, most=8)
+    a_bits: int = option(8, "bits an activation", least=2, most=8)
+    image_bits: int = option(8, "bits of what reads the image", least=2, most=8)
+    num_images: int = option(32, "calibration samples, of those given", least=1)
     choose_grid: bool = option(
         True, "choose granularity and zero point of every layer by its error; without it, as published"
     )
-    bridges: str = option(
-        "auto",
-        "layers whose error later ones see: auto, all or none",
-        check=lambda v: v in BRIDGES,
-        allowed="auto, all or none",
-    )
-    hessian: str = option(
-        "fisher",
-        "weights of the error: fisher or kl (as published)",
-        check=lambda v: v in HESSIANS,
-        allowed="fisher or kl",
-    )
+    bridges: str = option("auto", "layers whose error later ones see: auto, all or none", choices=BRIDGES)
+    hessian: str = option("fisher", "weights of the error: fisher or kl (as published)", choices=HESSIANS)
     twin: bool = option(False, "two ranges for softmax and GELU outputs, as in PTQ4ViT")
-    num_candidates: int = option(
-        100, "steps of a grid that a search tries", check=lambda v: v >= 2, allowed="2 or more"
-    )
-    rounds: int = option(3, "turns of weights and inputs", check=lambda v: v >= 1, allowed="1 or more")
+    num_candidates: int = option(100, "steps of a grid that a search tries", least=2)
+    rounds: int = option(3, "turns of weights and inputs", least=1)
 
     @classmethod
     def recipes(cls, kind: str) -> Sequence[Sequence[Method]]:

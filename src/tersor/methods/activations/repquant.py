@@ -42,6 +42,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -97,13 +98,11 @@ class RepQuant(ModelMethod):
         "practical/quantization",
     )
 
-    w_bits: int = option(4, "bits a weight", check=lambda v: v in range(2, 9), allowed="2 to 8")
-    a_bits: int = option(4, "bits an activation", check=lambda v: v in range(2, 9), allowed="2 to 8")
+    w_bits: int = option(4, "bits a weight", least=2, most=8)
+    a_bits: int = option(4, "bits an activation", least=2, most=8)
     dual_clipping: bool = option(False, "learn the ranges of what LayerNorms give out, each end by itself")
     reconstruct: bool = option(False, "choose weights by the layer's output on quantized inputs, not by rounding")
-    num_images: int = option(
-        32, "calibration samples, of those given; they run as one batch", check=lambda v: v >= 1, allowed="1 or more"
-    )
+    num_images: int = option(32, "calibration samples, of those given; they run as one batch", least=1)
 
     @classmethod
     def recipes(cls, kind: str) -> Sequence[Sequence[Method]]:
@@ -244,14 +243,11 @@ def product_sites(
         found.add(running[-1])
         return a, b
 
-    handles = []
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda _m, _args, name=name: running.append(name)))
-        handles.append(module.register_forward_hook(lambda *_: running.pop() and None))
-    with Products(note):
+    with ExitStack() as hooks, Products(note):
+        for name, module in model.named_modules():
+            hooks.enter_context(module.register_forward_pre_hook(lambda _m, _args, name=name: running.append(name)))
+            hooks.enter_context(module.register_forward_hook(lambda *_: running.pop() and None))
         call(model, probe)
-    for handle in handles:
-        handle.remove()
     modules = dict(model.named_modules())
     sites = {name: modules[name] for name in modules if name in found and wanted(name)}
     for name in list(sites):

@@ -95,11 +95,8 @@ class Stack:
             hidden = args[0] if args else kwargs["hidden_states"]
             return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-        handle = self.blocks[n].register_forward_hook(skip, with_kwargs=True, prepend=True)
-        try:
+        with self.blocks[n].register_forward_hook(skip, with_kwargs=True, prepend=True):
             yield
-        finally:
-            handle.remove()
 
     def remove(self, n: int, recorded: Sequence[Calls] = ()) -> None:
         """Remove block n from the model, and from the records of batches."""

@@ -61,7 +61,7 @@ class DropBlocks(ModelMethod):
         allowed="a share between 0 and 1, or a whole number",
     )
     choose: str | int = option("macro-influence", f"by what: {CHOICE}", check=is_choice, allowed=CHOICE, word=True)
-    batch_size: int = option(8, "samples that run at once", check=lambda v: v >= 1, allowed="at least 1")
+    batch_size: int = option(8, "samples that run at once", least=1)
 
     @classmethod
     def recipes(cls, kind: str) -> Sequence[Sequence[Method]]:

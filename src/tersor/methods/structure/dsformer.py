@@ -94,26 +94,22 @@ class DSFormer(ModelMethod):
         "practical/pruning",
     )
 
-    ratio: float = option(
-        2.0, "how many times smaller each weight becomes", check=lambda v: 1 < v <= 1000, allowed="above 1"
-    )
+    ratio: float = option(2.0, "how many times smaller each weight becomes", above=1, most=1000)
     nonzeros: float = option(
         0.25,
         "numbers in a row of the sparse matrix; below 1 their share of the basis",
         check=lambda v: 0 < v < 1 or (v >= 1 and v == int(v)),
         allowed="a share between 0 and 1, or a whole number",
     )
-    rows: int = option(0, "outputs in a block; 0: all", check=lambda v: v >= 0, allowed="0 or more")
-    columns: int = option(0, "inputs in a block; 0: all", check=lambda v: v >= 0, allowed="0 or more")
-    rounds: int = option(10, "rounds of coding at the start", check=lambda v: v >= 0, allowed="0 or more")
+    rows: int = option(0, "outputs in a block; 0: all", least=0)
+    columns: int = option(0, "inputs in a block; 0: all", least=0)
+    rounds: int = option(10, "rounds of coding at the start", least=0)
     weighted: bool = option(False, "start from what fits the outputs for the samples instead of the weights")
-    loss: str = option("distill", "distill or task", check=lambda v: v in LOSSES, allowed=f"one of {', '.join(LOSSES)}")
-    epochs: int = option(3, "rounds of training over the samples; 0: none", check=lambda v: v >= 0, allowed="0 or more")
-    batch_size: int = option(8, "samples a step", check=lambda v: v >= 1, allowed="at least 1")
-    lr: float = option(5e-5, "learning rate of AdamW", check=lambda v: v >= 0, allowed="0 or more")
-    latent_lr: float = option(
-        1e-3, "learning rate of the latent coefficients", check=lambda v: v >= 0, allowed="0 or more"
-    )
+    loss: str = option("distill", "distill or task", choices=LOSSES)
+    epochs: int = option(3, "rounds of training over the samples; 0: none", least=0)
+    batch_size: int = option(8, "samples a step", least=1)
+    lr: float = option(5e-5, "learning rate of AdamW", least=0)
+    latent_lr: float = option(1e-3, "learning rate of the latent coefficients", least=0)
 
     @property
     def trains(self) -> bool:

@@ -95,37 +95,20 @@ class FuseGPT(ModelMethod):
         allowed="a share between 0 and 1, or a whole number",
     )
     choose: str | int = option("macro-influence", f"by what: {CHOICE}", check=is_choice, allowed=CHOICE, word=True)
-    mode: str = option(
-        "lora",
-        "coefficients of a fused weight: lora, matrix or vector",
-        check=lambda v: v in MODES,
-        allowed=f"one of {', '.join(MODES)}",
-    )
-    lora_rank: int = option(128, "rank of the coefficients in mode lora", check=lambda v: v >= 1, allowed="at least 1")
+    mode: str = option("lora", "coefficients of a fused weight: lora, matrix or vector", choices=MODES)
+    lora_rank: int = option(128, "rank of the coefficients in mode lora", least=1)
     blocks_per_group: int = option(
         8,
         "blocks that learn together, the removed one among them",
         check=lambda v: v >= 2 and v % 2 == 0,
         allowed="an even number of 2 or more",
     )
-    loss: str = option(
-        "squared",
-        "squared, channels, or batch as published",
-        check=lambda v: v in LOSSES,
-        allowed=f"one of {', '.join(LOSSES)}",
-    )
-    epochs: int = option(20, "rounds over the samples", check=lambda v: v >= 0, allowed="0 or more")
-    coef_lr: float = option(1e-3, "learning rate of the coefficients", check=lambda v: v >= 0, allowed="0 or more")
-    base_lr: float = option(
-        9.65e-6,
-        "learning rate of the weights' low-rank change, norms and biases",
-        check=lambda v: v >= 0,
-        allowed="0 or more",
-    )
-    batch_size: int = option(8, "samples a step", check=lambda v: v >= 1, allowed="at least 1")
-    influence_batches: int = option(
-        4, "batches on which blocks are chosen", check=lambda v: v >= 1, allowed="at least 1"
-    )
+    loss: str = option("squared", "squared, channels, or batch as published", choices=LOSSES)
+    epochs: int = option(20, "rounds over the samples", least=0)
+    coef_lr: float = option(1e-3, "learning rate of the coefficients", least=0)
+    base_lr: float = option(9.65e-6, "learning rate of the weights' low-rank change, norms and biases", least=0)
+    batch_size: int = option(8, "samples a step", least=1)
+    influence_batches: int = option(4, "batches on which blocks are chosen", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -106,31 +106,22 @@ class Greenformers(ModelMethod):
     rank: float | None = option(
         None,
         "of every layer; below 1 a share of the rank at which nothing is saved (0.5, where no other choice is made)",
-        check=lambda v: v is None or 0 < v < float("inf"),
-        allowed="a positive number",
+        above=0,
+        below=float("inf"),
     )
     energy: float | None = option(
-        None,
-        "instead of a rank: the share of the squared singular values that each layer keeps",
-        check=lambda v: v is None or 0 < v < 1,
-        allowed="between 0 and 1, exclusive",
+        None, "instead of a rank: the share of the squared singular values that each layer keeps", above=0, below=1
     )
     budget: float | None = option(
-        None,
-        "instead of a rank: the share of its parameters that the model keeps",
-        check=lambda v: v is None or 0 < v < 1,
-        allowed="between 0 and 1, exclusive",
+        None, "instead of a rank: the share of its parameters that the model keeps", above=0, below=1
     )
-    solver: str = option(
-        "svd", "svd, snmf, nmf or random", check=lambda v: v in SOLVERS, allowed=f"one of {', '.join(SOLVERS)}"
-    )
-    num_iter: int = option(10, "iterations of snmf and nmf", check=lambda v: v >= 1, allowed="at least 1")
+    solver: str = option("svd", "svd, snmf, nmf or random", choices=SOLVERS)
+    num_iter: int = option(10, "iterations of snmf and nmf", least=1)
     whiten: bool = option(False, "fit to the outputs for the calibration samples instead of to the weights")
     multiple: int = option(
         1,
         "round ranks down to a multiple of this (up, where none is below): 32 or more to quantize afterwards",
-        check=lambda v: v >= 1,
-        allowed="at least 1",
+        least=1,
     )
     head: bool = option(False, "take the direct children of the model too, such as an output head")
 

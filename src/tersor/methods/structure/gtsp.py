@@ -66,7 +66,7 @@ from tersor.methods.structure.gtsp_schedule import (
 
 WINDOW = (0.1, 0.8)  # of the training, in which the density of the weights falls
 LAST_RATE = 0.01  # of prune_rate, at the end of the training
-SHARE: dict[str, Any] = {"check": lambda v: 0 < v <= 1, "allowed": "above 0, at most 1"}
+SHARE: dict[str, Any] = {"above": 0, "most": 1}
 
 
 @dataclass(frozen=True)
@@ -96,32 +96,16 @@ class GTSP(ModelMethod):
 
     tokens: float = option(1.0, "share of a graph's nodes that attention runs over", **SHARE)
     heads: float = option(1.0, "share of each layer's heads that is left", **SHARE)
-    attention_layers: float = option(
-        1.0, "share of the layers that keep their attention", check=lambda v: 0 <= v <= 1, allowed="0 to 1"
-    )
+    attention_layers: float = option(1.0, "share of the layers that keep their attention", least=0, most=1)
     weights: float = option(1.0, "density of the layers' weights in the end", **SHARE)
-    schedule: str = option(
-        "granet",
-        "how weights go: granet, gmp, dst or uniform",
-        check=lambda v: v in WAYS,
-        allowed=f"one of {', '.join(WAYS)}",
-    )
-    drop_path: float = option(
-        0.0,
-        "probability that a node skips attention while training",
-        check=lambda v: 0 <= v < 1,
-        allowed="0 or more, below 1",
-    )
+    schedule: str = option("granet", "how weights go: granet, gmp, dst or uniform", choices=WAYS)
+    drop_path: float = option(0.0, "probability that a node skips attention while training", least=0, below=1)
     published_tokens: bool = option(False, "mask nodes as published, which saves no operations")
-    epochs: int = option(100, "rounds over the samples", check=lambda v: v >= 0, allowed="0 or more")
-    update_frequency: int = option(
-        200, "steps between updates of heads and weights", check=lambda v: v >= 1, allowed="at least 1"
-    )
-    prune_rate: float = option(
-        0.5, "share of those alive that dies at an update", check=lambda v: 0 <= v < 1, allowed="0 or more, below 1"
-    )
-    lr: float = option(1e-3, "learning rate of Adam", check=lambda v: v >= 0, allowed="0 or more")
-    weight_decay: float = option(1e-5, "weight decay of Adam", check=lambda v: v >= 0, allowed="0 or more")
+    epochs: int = option(100, "rounds over the samples", least=0)
+    update_frequency: int = option(200, "steps between updates of heads and weights", least=1)
+    prune_rate: float = option(0.5, "share of those alive that dies at an update", least=0, below=1)
+    lr: float = option(1e-3, "learning rate of Adam", least=0)
+    weight_decay: float = option(1e-5, "weight decay of Adam", least=0)
 
     @property
     def trains(self) -> bool:

@@ -76,32 +76,21 @@ class NViTPruning(ModelMethod):
         "practical/distillation",
     )
 
-    latency_target: float = option(
-        0.7, "share of the unpruned latency to reach", check=lambda v: 0 < v < 1, allowed="above 0 and below 1"
-    )
+    latency_target: float = option(0.7, "share of the unpruned latency to reach", above=0, below=1)
     latency_table: str = option("", "file with a latency table (JSON); without one it is measured on this device")
-    latency_weight: float = option(
-        2e-5, "weight of a unit's latency against its worth", check=lambda v: v >= 0, allowed="0 or more"
-    )
-    prune_per_step: int = option(
-        128,
-        "units that a pruning step aims at",
-        check=lambda v: v >= 16,
-        allowed="16 (the index counts in groups of 16) or more",
-    )
-    prune_interval: int = option(2, "batches between pruning steps", check=lambda v: v >= 1, allowed="at least 1")
+    latency_weight: float = option(2e-5, "weight of a unit's latency against its worth", least=0)
+    prune_per_step: int = option(128, "units that a pruning step aims at", least=16)
+    prune_interval: int = option(2, "batches between pruning steps", least=1)
     fixed: str = option(
         "",
         "kinds that are not pruned, of emb,head,qk,v,mlp",
         check=lambda v: all(kind in units.KINDS for kind in _words(v)) and len(set(_words(v))) < len(units.KINDS),
         allowed="some, not all, of emb,head,qk,v,mlp with commas between",
     )
-    finetune_steps: int = option(0, "training steps after the pruning", check=lambda v: v >= 0, allowed="0 or more")
-    batch_size: int = option(32, "images a step", check=lambda v: v >= 1, allowed="at least 1")
-    lr: float = option(1e-4, "learning rate of AdamW", check=lambda v: v >= 0, allowed="0 or more")
-    kd_weight: float = option(
-        1.0, "weight of the distillation from the unpruned model", check=lambda v: v >= 0, allowed="0 or more"
-    )
+    finetune_steps: int = option(0, "training steps after the pruning", least=0)
+    batch_size: int = option(32, "images a step", least=1)
+    lr: float = option(1e-4, "learning rate of AdamW", least=0)
+    kd_weight: float = option(1.0, "weight of the distillation from the unpruned model", least=0)
 
     @property
     def trains(self) -> bool:

@@ -66,14 +66,9 @@ class SsmTokenPruning(ModelMethod):
         check=lambda v: v == "" or LAYERS.fullmatch(v) is not None,
         allowed="numbers with commas between, such as 10,20",
     )
-    keep: float = option(
-        0.8, "share of the tokens that stays each time", check=lambda v: 0 < v <= 1, allowed="above 0, 1 at most"
-    )
+    keep: float = option(0.8, "share of the tokens that stays each time", above=0, most=1)
     pruning: str = option(
-        "paper",
-        "`paper`, or `snapshot`: what the released code of Vim does",
-        check=lambda v: v in ("paper", "snapshot"),
-        allowed="paper or snapshot",
+        "paper", "`paper`, or `snapshot`: what the released code of Vim does", choices=("paper", "snapshot")
     )
 
     def compress_model(self, model: nn.Module, work: Work) -> nn.Module:

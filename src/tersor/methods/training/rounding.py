@@ -73,18 +73,11 @@ class Rounding(PackedMethod):
         "practical/quantization",
     )
 
-    epochs: int = option(4, "passes over the samples for each block", check=lambda v: v >= 1, allowed="at least 1")
-    travel: float = option(
-        1.3, "how far an integer's offset could go in all steps together", check=lambda v: v > 0, allowed="above 0"
-    )
-    step_lr: float = option(
-        5e-3,
-        "learning rate of the scales, a share of their size; 0: they stay",
-        check=lambda v: 0 <= v < 1,
-        allowed="0, or below 1",
-    )
-    batch_size: int = option(2, "samples a step", check=lambda v: v >= 1, allowed="at least 1")
-    order_seed: int = option(0, "seed of the order of samples", check=lambda v: v >= 0, allowed="0 or more")
+    epochs: int = option(4, "passes over the samples for each block", least=1)
+    travel: float = option(1.3, "how far an integer's offset could go in all steps together", above=0)
+    step_lr: float = option(5e-3, "learning rate of the scales, a share of their size; 0: they stay", least=0, below=1)
+    batch_size: int = option(2, "samples a step", least=1)
+    order_seed: int = option(0, "seed of the order of samples", least=0)
 
     @property
     def moves_integers(self) -> bool:

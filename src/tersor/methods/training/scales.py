@@ -78,17 +78,13 @@ class Scales(PackedMethod):
         "practical/quantization",
     )
 
-    epochs: int = option(2, "passes over the samples", check=lambda v: v >= 1, allowed="at least 1")
-    lr: float = option(
-        1e-2, "learning rate of Adam, a share of each step's size", check=lambda v: 0 < v < 1, allowed="between 0 and 1"
-    )
-    batch_size: int = option(1, "samples a step", check=lambda v: v >= 1, allowed="at least 1")
+    epochs: int = option(2, "passes over the samples", least=1)
+    lr: float = option(1e-2, "learning rate of Adam, a share of each step's size", above=0, below=1)
+    batch_size: int = option(1, "samples a step", least=1)
     integers: bool = option(False, "let integers move by one too")
-    travel: float = option(
-        2.0, "how far an integer's offset could go in all steps together", check=lambda v: v > 0, allowed="above 0"
-    )
+    travel: float = option(2.0, "how far an integer's offset could go in all steps together", above=0)
     recompute: bool = option(True, "compute activations inside blocks again for the gradient, which takes less memory")
-    order_seed: int = option(0, "seed of the order of samples", check=lambda v: v >= 0, allowed="0 or more")
+    order_seed: int = option(0, "seed of the order of samples", least=0)
 
     @property
     def moves_integers(self) -> bool:

@@ -52,7 +52,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -122,23 +122,14 @@ class TeacherIntervention(ModelMethod):
         allowed="2 to 8, or 32",
     )
     per_output: bool = option(False, "one grid for each output of a layer, not one for the layer")
-    clip: float = option(
-        2.5, "largest magnitude of weights and activations; 0: any", check=lambda v: v >= 0, allowed="0 or more"
-    )
-    intervention: str = option(
-        "gradual",
-        "what the teacher gives at first: " + ", ".join(SCHEDULES),
-        check=lambda v: v in SCHEDULES,
-        allowed="one of " + ", ".join(SCHEDULES),
-    )
-    intervention_steps: int = option(60, "steps with it", check=lambda v: v >= 0, allowed="0 or more")
-    steps: int = option(600, "steps in all", check=lambda v: v >= 1, allowed="at least 1")
-    batch_size: int = option(16, "samples a step", check=lambda v: v >= 1, allowed="at least 1")
-    lr: float = option(2e-5, "learning rate of BertAdam", check=lambda v: v > 0, allowed="above 0")
+    clip: float = option(2.5, "largest magnitude of weights and activations; 0: any", least=0)
+    intervention: str = option("gradual", "what the teacher gives at first: " + ", ".join(SCHEDULES), choices=SCHEDULES)
+    intervention_steps: int = option(60, "steps with it", least=0)
+    steps: int = option(600, "steps in all", least=1)
+    batch_size: int = option(16, "samples a step", least=1)
+    lr: float = option(2e-5, "learning rate of BertAdam", above=0)
     dropout: bool = option(True, "train with the dropout that the model's config has (models of transformers)")
-    order_seed: int = option(
-        0, "seed of the order of samples, dropout and `stochastic`", check=lambda v: v >= 0, allowed="0 or more"
-    )
+    order_seed: int = option(0, "seed of the order of samples, dropout and `stochastic`", least=0)
     state_dir: str = option("", "folder for the state of the training; the same command goes on from it")
 
     def __post_init__(self) -> None:
@@ -258,11 +249,11 @@ def layers_to_round(
 
         return hook
 
-    handles = [module.register_forward_hook(note(name)) for name, module in found.items()]
-    handles.append(blocks[0].module.register_forward_pre_hook(lambda *_: started.append(True)))
-    output = call(model, probe)
-    for handle in handles:
-        handle.remove()
+    with ExitStack() as hooks:
+        for name, module in found.items():
+            hooks.enter_context(module.register_forward_hook(note(name)))
+        hooks.enter_context(blocks[0].module.register_forward_pre_hook(lambda *_: started.append(True)))
+        output = call(model, probe)
     logits = logits_of(output)
     chosen: dict[str, nn.Module] = {}
     for name, module in found.items():

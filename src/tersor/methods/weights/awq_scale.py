@@ -45,7 +45,7 @@ from tersor.methods.method import Method, ModelMethod, Report, Work, from_option
 from tersor.methods.structure.greenformers import input_hessians, turns
 from tersor.methods.weights.gptq_solver import solve_rtn
 from tersor.methods.weights.scale_places import find_places, fold, sizes_of
-from tersor.methods.weights.uniform import BITS_HELP, GROUP_HELP, SYM_HELP, check_grid, is_bits, is_group_size
+from tersor.methods.weights.uniform import bits_option, check_grid, group_size_option, sym_option
 
 SMALLEST = 1e-4  # of aᵅ
 
@@ -73,12 +73,10 @@ class AWQScale(ModelMethod):
     )
     keeps_size: ClassVar[bool] = True
 
-    bits: Bits = option(
-        4, f"of the rounding that follows: {BITS_HELP}", check=is_bits, allowed="2, 3, 4, 8 or 'ternary'", word=True
-    )
-    group_size: int = option(128, GROUP_HELP, check=is_group_size, allowed="-1 or a positive number")
-    sym: bool = option(True, SYM_HELP, flag="--sym/--asym")
-    grid: int = option(20, "how many values of alpha are tried", check=lambda v: v >= 1, allowed="at least 1")
+    bits: Bits = bits_option(4, "of the rounding that follows: {}")
+    group_size: int = group_size_option(128)
+    sym: bool = sym_option()
+    grid: int = option(20, "how many values of alpha are tried", least=1)
     linears: bool = option(
         True, "scale between two linear layers too, such as v and o, up and down", flag="--linears/--norms-only"
     )

@@ -14,16 +14,16 @@ from typing import ClassVar
 from torch import Tensor
 
 from tersor.errors import TersorError
-from tersor.formats.grid import Bits, ClipSearch, Stored
+from tersor.formats.grid import ClipSearch, Stored
 from tersor.formats.layout import Layout, UniformGrids
 from tersor.layers.linear_map import weight_matrix
 from tersor.methods.block import Block, Statistics
-from tersor.methods.method import BlockMethod, Method, check_options, option, register
+from tersor.methods.method import Method, option, register
 from tersor.methods.weights.asymmetric import asymmetric_target
 from tersor.methods.weights.factors import Factors
 from tersor.methods.weights.gptq_solver import Factor, Solution, solve_factorized
 from tersor.methods.weights.rtn import RTN
-from tersor.methods.weights.uniform import BITS_HELP, GROUP_HELP, SYM_HELP, check_grid, is_bits, is_group_size, width_of
+from tersor.methods.weights.uniform import OnGrids, width_of
 
 # On texts of another kind than the one that calibrates, 2,048 tokens were worse than rounding in 10 of 12 cells at 4 and 3 bits,
 # 8,192 better in 19 of 24 (benchmarks/results/calibration_size.md, on layers 384 and 1,024 wide: wider ones need no less).
@@ -32,7 +32,7 @@ TOKENS_THAT_PAY = 8192
 
 @register
 @dataclass(frozen=True)
-class GPTQ(BlockMethod):
+class GPTQ(OnGrids):
     """Quantize to `bits` with error compensation from calibration samples."""
 
     name: ClassVar[str] = "gptq"
@@ -45,39 +45,24 @@ class GPTQ(BlockMethod):
         "inference/quantization-llm",
         "practical/quantization",
     )
-    layouts: ClassVar[tuple[str, ...]] = ("gptq", "gptq_v2", "compressed-tensors")
 
-    bits: Bits = option(4, BITS_HELP, check=is_bits, allowed="2, 3, 4, 8 or 'ternary'", word=True)
-    group_size: int = option(128, GROUP_HELP, check=is_group_size, allowed="-1 or a positive number")
-    sym: bool = option(True, SYM_HELP, flag="--sym/--asym")
     desc_act: bool = option(False, "solve the columns with the largest activations first")
     static_groups: bool = option(False, "fit all groups beforehand, so that desc_act costs nothing at inference")
     true_sequential: bool = option(
         True, "within a block, let later layers see the inputs that the quantized earlier ones make"
     )
-    damp: float = option(
-        0.01,
-        "added to the Hessian's diagonal, as a fraction of its mean",
-        check=lambda v: 0 < v < 1,
-        allowed="between 0 and 1, exclusive",
-    )
+    damp: float = option(0.01, "added to the Hessian's diagonal, as a fraction of its mean", above=0, below=1)
     mse: bool = option(False, "search for the clipping range with the least error in each group")
     weighted: bool = option(False, "the same, with errors counted as the Hessian counts them")
     asymmetric: float = option(
-        0.0,
-        "how much of what the layers before it lost each layer makes up for, from 0 to 1 (all)",
-        check=lambda v: 0 <= v <= 1,
-        allowed="between 0 and 1",
+        0.0, "how much of what the layers before it lost each layer makes up for, from 0 to 1 (all)", least=0, most=1
     )
     refits: int = option(
-        0,
-        "how often the steps are fitted to the integers anew, and the integers to the steps",
-        check=lambda v: v >= 0,
-        allowed="0 or a positive number",
+        0, "how often the steps are fitted to the integers anew, and the integers to the steps", least=0
     )
 
     def __post_init__(self) -> None:
-        check_options(self)
+        super().__post_init__()
         if self.mse and self.weighted:
             raise TersorError("mse and weighted are two ways to search for the same ranges: choose one")
 
@@ -104,7 +89,7 @@ class GPTQ(BlockMethod):
         return RTN(bits=self.bits, group_size=self.group_size, sym=self.sym, mse=self.mse or self.weighted)
 
     def check_linear(self, name: str, out_features: int, in_features: int, layout: Layout | None) -> None:
-        check_grid(name, self.bits, self.group_size, self.sym, out_features, in_features, layout)
+        super().check_linear(name, out_features, in_features, layout)
         scattered = self.desc_act and not self.static_groups and self.group_size != -1
         if scattered and layout is not None and not layout.scattered_groups:
             raise TersorError(

@@ -287,19 +287,20 @@ def solve_block(
     W, scale, zero [rows, width], U [width, width]. Returns codes and levels [rows, width]; adds to errors [rows].
     pruner: chooses weights that become zero before they are rounded; first: the number of the block's first column.
     """
-    W = W.clone()
-    codes, levels = torch.empty_like(W), torch.empty_like(W)
-    gone = torch.zeros_like(W, dtype=torch.bool)
-    for i in range(W.shape[1]):
-        if pruner is not None and i % pruner.step(W.shape[1]) == 0:
-            group = slice(i, i + pruner.step(W.shape[1]))
-            gone[:, group] = pruner.removed(W[:, group].square() / U.diagonal()[group].square(), first + i)
-        codes[:, i] = quantize(W[:, i].masked_fill(gone[:, i], 0), scale[:, i], zero[:, i], bits)
-        levels[:, i] = dequantize(codes[:, i], scale[:, i], zero[:, i], bits)
-        error = (W[:, i] - levels[:, i]) / U[i, i]
+    # One column after another is read and written, so columns are laid out as rows.
+    w, scale, zero = (each.t().clone(memory_format=torch.contiguous_format) for each in (W, scale, zero))
+    codes, levels = torch.empty_like(w), torch.empty_like(w)
+    gone = torch.zeros_like(w, dtype=torch.bool)
+    for i in range(len(w)):
+        if pruner is not None and i % pruner.step(len(w)) == 0:
+            group = slice(i, i + pruner.step(len(w)))
+            gone[group] = pruner.removed(w[group].t().square() / U.diagonal()[group].square(), first + i).t()
+        codes[i] = quantize(w[i].masked_fill(gone[i], 0) if pruner else w[i], scale[i], zero[i], bits)
+        levels[i] = dequantize(codes[i], scale[i], zero[i], bits)
+        error = (w[i] - levels[i]) / U[i, i]
         errors += error.square() / 2
-        W[:, i:] -= torch.outer(error, U[i, i:])
-    return codes.to(torch.uint8), levels
+        w[i:] -= torch.outer(U[i, i:], error)
+    return codes.t().to(torch.uint8), levels.t()
 
 
 def _inverse(R: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,10 +137,9 @@ def _linear_places(model: nn.Module, maps: Mapping[str, nn.Module], batch: Batch
         inside = {paths[id(each)]: each for each in block.modules() if id(each) in paths}
         order: list[str] = []
         inputs: dict[str, Tensor] = {}
-        with _handles() as handles:
-            handles.extend(
-                each.register_forward_pre_hook(_noting(name, order, inputs)) for name, each in inside.items()
-            )
+        with ExitStack() as hooks:
+            for name, each in inside.items():
+                hooks.enter_context(each.register_forward_pre_hook(_noting(name, order, inputs)))
             reference = first_tensor(block(*args, **kwargs))
         counts, used = Counter(order), set[str]()
         for n, reader in enumerate(order):
@@ -175,9 +174,9 @@ def _calls(model: nn.Module, batch: Batch) -> dict[nn.Module, tuple[tuple[Any, .
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.setdefault(module, (args, kwargs))
 
-    with _handles() as handles:
+    with ExitStack() as hooks:
         for unit in find_blocks(model):
-            handles.append(unit.module.register_forward_pre_hook(note, with_kwargs=True))
+            hooks.enter_context(unit.module.register_forward_pre_hook(note, with_kwargs=True))
         call(model, batch)
     return found
 
@@ -199,25 +198,15 @@ def _follows(
         seen.append(given[0])
         return (given[0] / s, *given[1:])
 
-    with _handles() as handles:
-        handles.append(source.register_forward_hook(lambda _module, _args, y: y * s))
-        handles.append(reader.register_forward_pre_hook(undo))
+    with ExitStack() as hooks:
+        hooks.enter_context(source.register_forward_hook(lambda _module, _args, y: y * s))
+        hooks.enter_context(reader.register_forward_pre_hook(undo))
         y = first_tensor(block(*args, **kwargs))
     return y is not None and len(seen) == 1 and _alike(seen[0], x * s) and _alike(y, reference)
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool((a - b).float().norm() <= TOLERANCE * b.float().norm()) and bool(b.any())
-
-
-@contextmanager
-def _handles() -> Iterator[list[Any]]:
-    handles: list[Any] = []
-    try:
-        yield handles
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass
@@ -254,9 +243,9 @@ def sizes_of(model: nn.Module, places: Sequence[Place], work: Work) -> dict[Plac
 
         return hook
 
-    with _handles() as handles:
+    with ExitStack() as hooks:
         for place in places:
-            handles.append(model.get_submodule(place.readers[0]).register_forward_pre_hook(note(place)))
+            hooks.enter_context(model.get_submodule(place.readers[0]).register_forward_pre_hook(note(place)))
         for n, sample in enumerate(work.samples):
             call(model, without_target(sample))
             work.progress("measuring the channels", n + 1, len(work.samples))

@@ -61,9 +61,7 @@ class SmoothQuant(ModelMethod):
     )
     keeps_size: ClassVar[bool] = True
 
-    alpha: float = option(
-        0.5, "how much of the outliers goes into the weights", check=lambda v: 0 <= v <= 1, allowed="between 0 and 1"
-    )
+    alpha: float = option(0.5, "how much of the outliers goes into the weights", least=0, most=1)
     linears: bool = option(
         True, "scale between two linear layers too, such as v and o, up and down", flag="--linears/--norms-only"
     )

@@ -67,16 +67,17 @@ def solve_sparse(
 def prune_block(W: Tensor, U: Tensor, pruner: Pruner, errors: Tensor, *, first: int) -> Tensor:
     """The columns of one block [rows, width] after pruning. Adds to errors [rows]. first: the number of the block's first
     column."""
-    W, costs = W.clone(), U.diagonal().square()
-    kept = torch.empty_like(W)
-    gone = torch.zeros_like(W, dtype=torch.bool)
-    step = pruner.step(W.shape[1])
-    for i in range(W.shape[1]):
+    w = W.t().clone(memory_format=torch.contiguous_format)  # columns as rows, since one after another is read
+    costs = U.diagonal().square()
+    kept = torch.empty_like(w)
+    gone = torch.zeros_like(w, dtype=torch.bool)
+    step = pruner.step(len(w))
+    for i in range(len(w)):
         if i % step == 0:
             group = slice(i, i + step)
-            gone[:, group] = pruner.removed(W[:, group].square() / costs[group], first + i)
-        kept[:, i] = W[:, i].masked_fill(gone[:, i], 0)
-        error = (W[:, i] - kept[:, i]) / U[i, i]
+            gone[group] = pruner.removed(w[group].t().square() / costs[group], first + i).t()
+        kept[i] = w[i].masked_fill(gone[i], 0)
+        error = (w[i] - kept[i]) / U[i, i]
         errors += error.square() / 2
-        W[:, i:] -= torch.outer(error, U[i, i:])
-    return kept
+        w[i:] -= torch.outer(U[i, i:], error)
+    return kept.t()

@@ -37,7 +37,7 @@ from tersor.methods.solution import AnySolution
 from tersor.methods.weights.factors import Factors
 from tersor.methods.weights.sparse_solver import solve_sparse
 from tersor.methods.weights.sparsity import HALF, SPARSITY_HELP, Pruning, is_sparsity
-from tersor.methods.weights.uniform import BITS_HELP, GROUP_HELP, SYM_HELP, check_grid, is_bits, is_group_size, width_of
+from tersor.methods.weights.uniform import bits_option, check_grid, group_size_option, sym_option, width_of
 
 GROUP_SIZE = 128
 
@@ -57,23 +57,10 @@ class SparseGPT(Pruning):
     )
 
     sparsity: float = option(HALF, SPARSITY_HELP, check=is_sparsity, allowed="0 or more, below 1")
-    bits: Bits | None = option(
-        None,
-        f"{BITS_HELP}: quantize what stays, too",
-        check=lambda v: v is None or is_bits(v),
-        allowed="2, 3, 4, 8 or 'ternary'; left out, nothing is quantized",
-        word=True,
-    )
-    group_size: int = option(
-        GROUP_SIZE, f"with bits: {GROUP_HELP}", check=is_group_size, allowed="-1 or a positive number"
-    )
-    sym: bool = option(True, f"with bits: {SYM_HELP}", flag="--sym/--asym")
-    damp: float = option(
-        0.01,
-        "added to the Hessian's diagonal, as a fraction of its mean",
-        check=lambda v: 0 < v < 1,
-        allowed="between 0 and 1, exclusive",
-    )
+    bits: Bits | None = bits_option(None, "{}: quantize what stays, too")
+    group_size: int = group_size_option(GROUP_SIZE, "with bits: {}")
+    sym: bool = sym_option("with bits: {}")
+    damp: float = option(0.01, "added to the Hessian's diagonal, as a fraction of its mean", above=0, below=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -58,8 +58,7 @@ class Pruning(BlockMethod):
     pattern: str = option(
         UNSTRUCTURED,
         "unstructured, or 2:4 or 4:8: so many weights stay of every 4 or 8 consecutive inputs",
-        check=lambda v: v in PATTERNS,
-        allowed=" or ".join(map(repr, PATTERNS)),
+        choices=PATTERNS,
     )
 
     def __post_init__(self) -> None:

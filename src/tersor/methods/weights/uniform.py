@@ -1,25 +1,54 @@
-"""What all methods with grids of 2 to 8 bits share: the help texts and checks of bits and groups."""
+"""What all methods with grids of 2 to 8 bits share: the options of a grid, and their check against a layer."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from tersor.errors import TersorError
 from tersor.formats.grid import Bits
 from tersor.formats.layout import BITS, Layout
 from tersor.formats.packing import WORD
-
-BITS_HELP = "2, 3, 4, 8 or ternary"
-GROUP_HELP = "input columns that share a step and a zero point; -1 for one group a row"
-SYM_HELP = "levels symmetric around zero, or with a fitted zero point"
+from tersor.methods.method import BlockMethod, option
 
 
-def is_bits(value: Any) -> bool:
-    return value == "ternary" or (isinstance(value, int) and not isinstance(value, bool) and value in BITS)
+def bits_option(default: Bits | None, help: str = "{}") -> Any:
+    """help: of the option, around what values there are."""
+
+    def check(value: Any) -> bool:
+        if value is None or value == "ternary":
+            return value == "ternary" or default is None
+        return isinstance(value, int) and not isinstance(value, bool) and value in BITS
+
+    left_out = "; left out, nothing is quantized" if default is None else ""
+    allowed = f"2, 3, 4, 8 or 'ternary'{left_out}"
+    return option(default, help.format("2, 3, 4, 8 or ternary"), check=check, allowed=allowed, word=True)
 
 
-def is_group_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and (value == -1 or value > 0)
+def group_size_option(default: int, help: str = "{}") -> Any:
+    def check(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and (value == -1 or value > 0)
+
+    told = help.format("input columns that share a step and a zero point; -1 for one group a row")
+    return option(default, told, check=check, allowed="-1 or a positive number")
+
+
+def sym_option(help: str = "{}") -> Any:
+    return option(True, help.format("levels symmetric around zero, or with a fitted zero point"), flag="--sym/--asym")
+
+
+@dataclass(frozen=True)
+class OnGrids(BlockMethod):
+    """A method that rounds every weight to a grid."""
+
+    layouts: ClassVar[tuple[str, ...]] = ("gptq", "gptq_v2", "compressed-tensors")
+
+    bits: Bits = bits_option(4)
+    group_size: int = group_size_option(128)
+    sym: bool = sym_option()
+
+    def check_linear(self, name: str, out_features: int, in_features: int, layout: Layout | None) -> None:
+        check_grid(name, self.bits, self.group_size, self.sym, out_features, in_features, layout)
 
 
 def width_of(bits: Bits) -> int:

@@ -36,7 +36,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tersor.errors import TersorError
-from tersor.kernels.flashrnn import CELLS, flashrnn
+from tersor.kernels.flashrnn import flashrnn
+from tersor.kernels.flashrnn_cells import CELLS
 from tersor.layers.checks import at_least, divides, one_of
 from tersor.models.registry import register
 
