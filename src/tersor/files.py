@@ -31,6 +31,11 @@ def settle(partial: Path, path: Path) -> None:
 
 
 def umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    """The user's mask for new files. Linux tells it; elsewhere it has to be set for a moment, which other threads would see."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("Umask:")), 8)
+    except (OSError, StopIteration, ValueError):
+        mask = os.umask(0)
+        os.umask(mask)
+        return mask

@@ -6,11 +6,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tersor.files import replacing
 from tersor.kernels import nvrtc
 
 
@@ -30,10 +29,9 @@ def recall(asked: str, among: Sequence[str]) -> str | None:
 def keep(asked: str, microseconds: Mapping[str, float]) -> None:
     """Where the cache cannot be written, the next process measures again."""
     said = json.dumps({"asked": asked, "microseconds": dict(microseconds)}, indent=1)
-    try:  # written beside and moved into place: another process may be doing the same
+    try:  # another process may be doing the same
         nvrtc.CACHE.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=nvrtc.CACHE, delete=False) as file:
-            file.write(said)
-        os.replace(file.name, _file(asked))
+        with replacing(_file(asked)) as new:
+            new.write_text(said)
     except OSError:
         pass

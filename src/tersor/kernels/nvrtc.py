@@ -10,12 +10,13 @@ import ctypes
 import functools
 import hashlib
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from tersor.files import replacing
 
 CACHE = Path.home() / ".cache" / "tersor" / "kernels"
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CUfunction_attribute
@@ -76,11 +77,10 @@ def compile_source(source: str, arch: str) -> bytes:
     getattr(nvrtc, f"nvrtcGet{kind}")(program, cubin)
     nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
-    try:  # written beside and moved into place: another process may be doing the same
+    try:  # another process may be doing the same
         CACHE.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=CACHE, delete=False) as file:
-            file.write(cubin.raw)
-        os.replace(file.name, cached)
+        with replacing(cached) as new:
+            new.write_bytes(cubin.raw)
     except OSError:
         pass  # without a cache, the next process compiles again: a second
     return cubin.raw
