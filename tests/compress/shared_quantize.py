@@ -25,14 +25,15 @@ def happen(accident: str) -> None:
     """Let the process of rank 1 end or stand still in the second block."""
     original, seen = block.call_order, []
 
-    def call_order(*arguments: Any) -> Any:
-        seen.append(1)
+    def call_order(linears: Any, calls: Any) -> Any:
+        if all(name.startswith("model.") for name in linears):  # not those that a forecast solves for practice
+            seen.append(1)
         if len(seen) == SECOND_BLOCK and os.environ.get("RANK") == "1":
             if accident == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             print("standing still", flush=True)
             time.sleep(600)
-        return original(*arguments)
+        return original(linears, calls)
 
     block.call_order = call_order
 

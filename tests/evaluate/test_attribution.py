@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import _thread
 import copy
 import json
 import math
 import shlex
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -137,22 +134,20 @@ def _measured(state: Path) -> dict[str, object]:
 
 
 def test_ctrl_c_while_the_suggestion_is_tried_loses_no_measurement(
-    small: Path, tmp_path: Path, tersor_command: Command
+    small: Path, tmp_path: Path, tersor_command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, out = tmp_path / "made", tmp_path / "lost.json"
     tersor.compress(small, tersor.RTN(bits=2, group_size=32), out=made, device="cpu")
     command = ("attribute", made, "--against", small, *QUICK, "--out", out)
     state, wanted = state_file(out), 1 + 2 + 14  # the total, blocks, layers
 
-    def interrupt() -> None:
-        for _ in range(6000):
-            if state.exists() and len(_measured(state)) == wanted:
-                _thread.interrupt_main()
-                return
-            time.sleep(0.005)
+    def interrupted(*_: object, **__: object) -> None:
+        assert len(_measured(state)) == wanted
+        raise KeyboardInterrupt
 
-    threading.Thread(target=interrupt, daemon=True).start()
-    ran = tersor_command(*command)
+    with monkeypatch.context() as patch:
+        patch.setattr("tersor.tasks.attribution.suggest", interrupted)
+        ran = tersor_command(*command)
     assert ran.status == 130
     assert "interrupted: give the same command again" in ran.err
     assert not out.exists()

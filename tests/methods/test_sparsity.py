@@ -296,7 +296,7 @@ def test_a_stopped_job_goes_on_and_gives_the_same_bytes(tmp_path: Path, monkeypa
     real, calls = Wanda.compress_block, itertools.count()
 
     def stopping(self: Wanda, block: Any) -> None:
-        if next(calls) == 1:
+        if block.name and next(calls) == 1:  # a forecast solves blocks without a name
             raise KeyboardInterrupt
         real(self, block)
 
