@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import shlex
 import statistics
 import sys
 import tempfile
@@ -202,8 +203,10 @@ def kept() -> list[Row]:
 
 
 def write(rows: list[Row], original: float, arguments: argparse.Namespace) -> None:
-    command = f"python benchmarks/ladder.py --samples {arguments.samples} --seq-len {arguments.seq_len}"
-    command += f" --windows {arguments.windows} --dtype {arguments.dtype} --processes {arguments.processes} --write"
+    command = f"python benchmarks/ladder.py {shlex.join(sys.argv[1:])}"
+    runs = list(
+        dict.fromkeys([*kept_numbers("ladder").get("runs", []), f"`{command}`; {where()}; {versions('transformers')}"])
+    )
     evaluated, learned = (
         f"{arguments.windows} windows of {SEQ_LEN}",
         f"{arguments.samples} samples of {arguments.seq_len}",
@@ -218,11 +221,10 @@ Rows on a GPU learned in its default precision, bfloat16, those on a CPU in that
 
 {table(rows)}
 
-Command of the last rows: `{command}`. {where()}; {versions("transformers")}.
+{chr(10).join(f"- {run}" for run in runs)}
 """
     write_table("ladder", text)
-    content = {"command": command, "machine": where(), "versions": versions("transformers"), "original": original}
-    write_numbers("ladder", content | {"rows": [asdict(row) for row in rows]})
+    write_numbers("ladder", {"runs": runs, "original": original, "rows": [asdict(row) for row in rows]})
 
 
 if __name__ == "__main__":
