@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from tersor.errors import TersorError
+from tersor.files import proc_field
 
 DType = str | torch.dtype  # "auto", a name such as "float32", or the dtype itself
 
@@ -41,11 +42,9 @@ def peak_memory(device: torch.device) -> int:
     spawned process inherits its parent's `ru_maxrss`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
-    except (OSError, StopIteration, ValueError):
-        pass
+    told = proc_field("self/status", "VmHWM")
+    if told is not None:
+        return 1024 * int(told)
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return resident if sys.platform == "darwin" else resident * 1024
 

@@ -98,6 +98,12 @@ def ask(model: Path, budget: Budget, evidence: Path, **changes: Any) -> Any:
     )
 
 
+def little(evidence: Path) -> tuple[object, ...]:
+    """Words of a command that measures no recipe."""
+    data = ("--max-eval-samples", UNITS, "--samples", 2, "--seq-len", 64)
+    return (*data, "--device", "cpu", "--evidence", evidence, "--max-recipes", 0)
+
+
 def test_sizes_are_those_on_disk(small: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(small)
     lazy = skeleton(checkpoint)
@@ -152,21 +158,7 @@ def test_what_a_process_holds_is_no_less_than_the_formula(small_source: Path) ->
 def test_the_command_ends_with_status_1_where_nothing_fits(
     small_source: Path, seen: Path, tersor_command: Command
 ) -> None:
-    how = (
-        "--max-eval-samples",
-        UNITS,
-        "--device",
-        "cpu",
-        "--evidence",
-        seen,
-        "--max-recipes",
-        0,
-        "--samples",
-        2,
-        "--seq-len",
-        64,
-    )
-    ran = tersor_command("advise", small_source, "--max-latency", "1us", *how)
+    ran = tersor_command("advise", small_source, "--max-latency", "1us", *little(seen))
     assert ran.status == 1
     assert "--max-latency" in ran.err.splitlines()[-1]
     assert "Traceback" not in ran.err
@@ -176,21 +168,7 @@ def test_the_command_of_a_recipe_has_the_settings_that_were_measured(
     small_source: Path, seen: Path, tersor_command: Command
 ) -> None:
     out = seen.with_name("my recipe.yaml")
-    how = (
-        "--max-eval-samples",
-        UNITS,
-        "--device",
-        "cpu",
-        "--evidence",
-        seen,
-        "--max-recipes",
-        0,
-        "--samples",
-        2,
-        "--seq-len",
-        64,
-    )
-    asked = ("advise", small_source, "--max-loss", "90%", *how, "--out", out)
+    asked = ("advise", small_source, "--max-loss", "90%", *little(seen), "--out", out)
     ran = tersor_command(*asked)
     assert ran.status == 0, ran.err
     told = shlex.split(ran.out.strip().splitlines()[-1].partition(": ")[2])

@@ -119,6 +119,11 @@ def check_tokens(module: Any, ids: Tensor, tokenizer: Any = None) -> None:
             )
 
 
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a model directory holds files of a tokenizer."""
+    return any((directory / name).is_file() for name in TOKENIZER_FILES)
+
+
 def load_tokenizer(directory: Path) -> Any:
     """The tokenizer in a model directory or GGUF file, or None where it has none. For a model of `tersor train` it is the one
     that the model was trained with."""
@@ -130,7 +135,7 @@ def load_tokenizer(directory: Path) -> Any:
             raise
         except Exception as error:  # the tokenizers library raises Rust's errors as a bare Exception
             raise TersorError(f"the tokenizer of {directory} cannot be loaded: {first_words(error)}") from error
-    if any((directory / name).is_file() for name in TOKENIZER_FILES):
+    if has_tokenizer(directory):
         return named_tokenizer(directory)
     said = read_json_object(directory / PREPROCESSOR) if (directory / PREPROCESSOR).is_file() else {}
     trained_with = said.get("tokenizer")

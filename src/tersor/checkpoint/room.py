@@ -194,9 +194,8 @@ def check_free(target: Path, *, overwrite: bool, inputs: Inputs | None = None) -
 class Held:
     """The hold that a job has on its output directory (`alone_in`)."""
 
-    mark: str | None = (
-        None  # of the job: by it a finished result is known, also where the process was killed before it said more
-    )
+    # Of the job: by it a finished result is known, also where the process was killed before it said more.
+    mark: str | None = None
     locks: list[int] = field(default_factory=list)
 
     def sign(self, folder: Path) -> None:

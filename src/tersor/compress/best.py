@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tersor.checkpoint.lazy_model import LazyModel, compute_dtype
-from tersor.checkpoint.load import TOKENIZER_FILES
+from tersor.checkpoint.load import has_tokenizer
 from tersor.checkpoint.positions import positions_of
 from tersor.checkpoint.source import open_checkpoint
 from tersor.compress.forecast import COMPARED, PASSES, products_per_second
@@ -30,10 +30,8 @@ from tersor.methods.weights.gptq import GPTQ
 
 NAMES = ("best", "best-fast")
 TAKEN = ("bits", "group_size", "sym")  # the options that they leave to the user
-TOKENS, STEPS = (
-    4096,
-    32,
-)  # a step of learning takes about so many tokens; a pass over the samples at least so many steps
+TOKENS = 4096  # a step of learning takes about so many
+STEPS = 32  # a pass over the samples takes at least so many
 ROWS = 64  # of a sample that is no text, such as a picture's patches
 LEARNING_BYTES = 22  # a weight: its offset, gradient and Adam's two means, its integer, and W while it is made
 ROOM = 0.9  # of the memory
@@ -78,7 +76,7 @@ def steps_for(name: str, model: str, options: Mapping[str, Any], asked: Settings
     lazy = LazyModel(checkpoint, dtype=dtype, device=place)
     shapes = [matrix_shape(each) for each in linear_maps(lazy.module).values()]
     weights = sum(rows * columns for rows, columns in shapes)
-    text = any((checkpoint.directory / file).is_file() for file in TOKENIZER_FILES)
+    text = has_tokenizer(checkpoint.directory)
     length = min(asked.seq_len, positions_of(lazy.module) or asked.seq_len) if text else ROWS
     together = learns_together(weights, checkpoint.size(), memory_total(place))
     steps = best_steps(name, options, samples=asked.samples, seq_len=length, together=together)

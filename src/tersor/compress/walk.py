@@ -39,9 +39,8 @@ class FirstPass:
 
     seconds: dict[str, float] = field(default_factory=dict)  # by unit, to run it on the probe
     loading: float = 0.0  # seconds to read all weights
-    inputs: dict[str, list[list[str]]] = field(
-        default_factory=dict
-    )  # by unit: its maps in order, those of one input together
+    # By unit: its maps in order, those of one input together.
+    inputs: dict[str, list[list[str]]] = field(default_factory=dict)
     arguments: list[Tensor] = field(default_factory=list)  # of the first block, on the meta device
 
 

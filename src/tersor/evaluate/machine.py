@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from tersor.devices import memory_total, pick_device
+from tersor.files import proc_field
 from tersor.formats.packing import packed_size
 from tersor.formats.quantized_weight import QuantizedWeight
 from tersor.kernels import cpp
@@ -263,11 +264,8 @@ def _version(package: str) -> str | None:
 
 def memory_available() -> int | None:
     """The memory that new work can have without swapping; only Linux tells without a package."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
-        return None
+    told = proc_field("meminfo", "MemAvailable")
+    return None if told is None else 1024 * int(told)
 
 
 def _writable(folder: Path) -> bool:

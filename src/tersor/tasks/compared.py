@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor import models
-from tersor.checkpoint.load import TOKENIZER_FILES, load_tokenizer
+from tersor.checkpoint.load import has_tokenizer, load_tokenizer
 from tersor.checkpoint.source import Checkpoint, Openable, open_checkpoint
 from tersor.data.series_memory import ScaledTable, scaled
 from tersor.data.tables import SeriesTable, TableConfig, read_series
@@ -94,7 +94,7 @@ def _kind(checkpoint: Checkpoint, name: str) -> str:
     kind = str(architectures[0]) if isinstance(architectures, list) else ""
     if kind.endswith("ForImageClassification") or "architecture" in checkpoint.config:
         return "images"
-    tokenized = any((checkpoint.directory / each).is_file() for each in TOKENIZER_FILES)
+    tokenized = has_tokenizer(checkpoint.directory)
     encodes = kind.endswith("Model") and not kind.endswith("LMHeadModel")
     return "sentences" if encodes and tokenized and checkpoint.gguf is None else "text"
 

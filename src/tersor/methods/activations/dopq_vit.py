@@ -19,9 +19,9 @@ Yang et al., arXiv 2408.03291. The procedure is RepQ-ViT's (`methods/activations
   (1/C) Σ |s_i - s~|: their median (of an even number the lower of the two in the middle, so that it is some channel's own), where
   RepQ-ViT takes the mean. The zero point is the median of the channels' zero points too.
 
-`softmax="logarithmic"` with `merge="mean"` is RepQ-ViT. `blocks` adds reconstruction: block after block, weights learn so that
-the quantized block computes what the original one did (`methods/activations/block_reconstruction.py`). They are fitted to the
-32 images: on demo-vit this cost 0.4 points at W4A4 and gained 1.7 at W3A4.
+`softmax="logarithmic"` with `merge="mean"` is RepQ-ViT. `tune_blocks` adds reconstruction: block after block, weights learn so
+that the quantized block computes what the original one did (`methods/activations/block_reconstruction.py`). They are fitted to
+the 32 images: on demo-vit this cost 0.4 points at W4A4 and gained 1.7 at W3A4.
 
 Origin: no code of the paper was found. The form of TanQ, the search for k, the zero point and the reconstruction are our own.
 
