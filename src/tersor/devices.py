@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from tersor.errors import TersorError
-from tersor.files import proc_field
 
 DType = str | torch.dtype  # "auto", a name such as "float32", or the dtype itself
 
@@ -42,9 +41,9 @@ def peak_memory(device: torch.device) -> int:
     spawned process inherits its parent's `ru_maxrss`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    told = proc_field("self/status", "VmHWM")
+    told = proc_kilobytes("self/status", "VmHWM")
     if told is not None:
-        return 1024 * int(told)
+        return 1024 * told
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return resident if sys.platform == "darwin" else resident * 1024
 
@@ -67,4 +66,13 @@ def memory_total(device: torch.device) -> int | None:
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, AttributeError, OSError):
+        return None
+
+
+def proc_kilobytes(file: str, name: str) -> int | None:
+    """The number of a line `NAME: ... kB` in a file of /proc, as Linux has them; None where there is none."""
+    try:
+        lines = Path("/proc", file).read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+    except (OSError, StopIteration, ValueError):
         return None

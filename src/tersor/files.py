@@ -32,18 +32,10 @@ def settle(partial: Path, path: Path) -> None:
 
 def umask() -> int:
     """The user's mask for new files. Linux tells it; elsewhere it has to be set for a moment, which other threads would see."""
-    told = proc_field("self/status", "Umask")
-    if told is not None:
-        return int(told, 8)
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def proc_field(file: str, name: str) -> str | None:
-    """The first word of a line `NAME: ...` in a file of /proc, as Linux has them; None where there is none."""
     try:
-        lines = Path("/proc", file).read_text(encoding="ascii").splitlines()
-        return next(line.split()[1] for line in lines if line.startswith(f"{name}:"))
-    except (OSError, StopIteration, ValueError, IndexError):
-        return None
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("Umask:")), 8)
+    except (OSError, StopIteration, ValueError):
+        mask = os.umask(0)
+        os.umask(mask)
+        return mask

@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from tersor.devices import memory_total, pick_device
-from tersor.files import proc_field
+from tersor.devices import memory_total, pick_device, proc_kilobytes
 from tersor.formats.packing import packed_size
 from tersor.formats.quantized_weight import QuantizedWeight
 from tersor.kernels import cpp
@@ -264,8 +263,8 @@ def _version(package: str) -> str | None:
 
 def memory_available() -> int | None:
     """The memory that new work can have without swapping; only Linux tells without a package."""
-    told = proc_field("meminfo", "MemAvailable")
-    return None if told is None else 1024 * int(told)
+    told = proc_kilobytes("meminfo", "MemAvailable")
+    return None if told is None else 1024 * told
 
 
 def _writable(folder: Path) -> bool:
