@@ -43,7 +43,9 @@ GRIDS: dict[str, dict[str, Any]] = {
     "2 bits, g128": {"bits": 2},
     "2 bits, g32 asym": {"bits": 2, "group_size": 32, "sym": False},
     "ternary, g128": {"bits": "ternary"},
+    "3.25 bits, any mixture": {},
 }
+TARGETS = {"3.25 bits, any mixture": 3.25}  # bits a weight in all, where the job chooses each layer's
 DRAWS = 3
 WEIGHTED, ASYMMETRIC = "GPTQ, act-order, static groups, weighted", "the same, asymmetric"
 FAST, BEST = "best-fast", "best"
@@ -91,11 +93,13 @@ def climb(
     with tempfile.TemporaryDirectory() as folder:
         made = {rung: Path(folder) / str(n) for n, (rung, *_) in enumerate(steps)}
         for rung, below, method in steps:
-            if rung not in needed and rung not in wanted:
-                continue
+            if (rung not in needed and rung not in wanted) or (name in TARGETS and rung == "rounding"):
+                continue  # rounding cannot choose
             asked: dict[str, Any] = {"out": made[rung], "dtype": dtype}
             if rung != "rounding":
                 asked |= {"calibration": CALIBRATION, "samples": samples, "seq_len": seq_len, "seed": draw}
+            if not below and name in TARGETS:
+                asked["target_bits"] = TARGETS[name]
             done = compress(made[below], method, original=MODEL, **asked) if below else compress(MODEL, method, **asked)
             seconds[rung] = seconds[below] + done.summary.seconds
             if rung in wanted:

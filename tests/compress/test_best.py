@@ -62,11 +62,27 @@ def test_one_flag_is_all_that_it_takes(
     assert [step["name"] for step in steps] == ["gptq", "scales"]
     for more, said in (
         (("--damp", 0.1), "best chooses damp itself"),
-        (("--target-bits", 3.5), "--target-bits chooses for gptq alone"),
+        (("--target-bits", 3.5, "--bits", 3), "--bits does nothing beside --target-bits"),
     ):
         refused = tersor_command("quantize", "demo", "--method", "best", *more, "--out", tmp_path / "no")
         assert refused.status == 2
         assert said in " ".join(refused.err.split())
+
+
+def test_best_tunes_layers_whose_bits_a_target_chose(tmp_path: Path) -> None:
+    build("llama").float().save_pretrained(tmp_path / "model")
+    drawn = torch.Generator().manual_seed(0)
+    samples = [{"input_ids": torch.randint(0, 96, (1, 16), generator=drawn)} for _ in range(8)]
+    job: dict[str, Any] = {"calibration": samples, "target_bits": 4.5}
+    steps = best_steps("best-fast", {"group_size": 32})
+    chosen = tersor.compress(tmp_path / "model", steps[:1], out=tmp_path / "chosen", **job).summary
+    tuned = tersor.compress(tmp_path / "model", steps, out=tmp_path / "tuned", **job).summary
+    assert chosen.bits_per_weight == tuned.bits_per_weight <= 4.5
+    config = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("chosen", "tuned")]
+    assert config[0]["quantization_config"]["dynamic"]  # not all layers got the same
+    assert config[0]["quantization_config"]["dynamic"] == config[1]["quantization_config"]["dynamic"]
+    saved = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("chosen", "tuned")]
+    assert saved[0] != saved[1]
 
 
 def test_best_goes_on_with_the_step_that_it_had_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from tersor.compress import compress
 from tersor.compress.best import steps_for
 from tersor.compress.recipe import Recipe
 from tersor.compress.settings import Settings, applies, settings_of
-from tersor.errors import FinishedError, TersorError
+from tersor.errors import FinishedError
 from tersor.methods.method import Method
 from tersor.processes import is_first
 
@@ -97,8 +97,6 @@ def run_best(
     as_json: bool,
 ) -> None:
     """`run_job` with the steps of `best` or `best-fast`, said before they start."""
-    if "target_bits" in settings:
-        raise TersorError(f"--target-bits chooses for gptq alone, and {name} takes one number of bits: leave one out")
     with progress_bar(quiet=as_json) as progress:
         steps = steps_for(name, model, options, settings_of({**settings, "progress": progress}))
     run_job(model, out, steps, settings, every_layer=every_layer, as_json=as_json)

@@ -42,13 +42,13 @@ def _quantize(
     tersor quantize demo --bits 4 --out demo-4bit
     """
     settings, options = split(given, QUANTIZING.values())
-    if recipe is None and method in NAMES:
-        run_best(opened_as(model, variant), out, method, options, settings, every_layer=every_layer, as_json=as_json)
-        return
     if "target_bits" in settings and "bits" in options:
         raise TersorError(
             "--bits does nothing beside --target-bits, which chooses each layer's: leave one of the two out"
         )
+    if recipe is None and method in NAMES:
+        run_best(opened_as(model, variant), out, method, options, settings, every_layer=every_layer, as_json=as_json)
+        return
     if recipe is None:
         _check(method or "gptq")
         chosen = Recipe(from_options(method or "gptq", options))
