@@ -2,6 +2,7 @@
 
     TERSOR_DATA=../shared/data python benchmarks/calibration_size.py --device cuda --processes 14 --write
                                 prints the tables and keeps them in benchmarks/results/calibration_size.md and .json
+    ... --models opt gpt-neox   these alone. With --write, what is kept is not measured again, and stays
     ... --again                 measures nothing: writes the tables anew from the kept numbers
     ... --minutes 4             begins no job after so many minutes: what is missing has no cell (draws go one after another)
     ... --quick                 a job of each kind in the smallest size: whether it runs, not what it is worth
@@ -22,6 +23,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import math
+import shlex
 import statistics
 import sys
 import tempfile
@@ -55,6 +57,7 @@ IMAGES = (8, 32, 128, 512)
 BITS, DRAWS = (4, 3), 3
 LENGTH, WINDOWS, AT_ONCE = 1024, 24, 4  # what is measured on: tokens of a window, windows of a text, windows at once
 STUDENTS = ("opt", "gpt-neox")
+MODELS = ("demo", "demo-vit", *STUDENTS)
 WRITTEN, BATCH, STEPS = 2048, 32, 600  # texts that `demo` writes; of these in a step of learning; steps
 TEXTS = ("python docs", "books", "wikitext")  # python docs: the built-in text
 
@@ -276,20 +279,23 @@ def teach(name: str, folder: Path, device: str, *, quick: bool) -> str:
     return name
 
 
-def measure_all(folder: Path, arguments: argparse.Namespace, keep: Callable[[list[Row]], None]) -> list[Row]:
-    """`demo` and `demo-vit` at once, a student's jobs as soon as it has learned."""
-    rows: list[Row] = []
+def measure_all(
+    folder: Path, arguments: argparse.Namespace, kept: Sequence[Row], keep: Callable[[list[Row]], None]
+) -> list[Row]:
+    """The kept rows and those that they lack. `demo` and `demo-vit` at once, a student's jobs as soon as it has learned."""
+    rows, known = list(kept), {row.task for row in kept}
     started, limit = time.perf_counter(), 60 * arguments.minutes
     with ProcessPoolExecutor(arguments.processes, mp_context=get_context("spawn")) as pool:
         waiting: set[Future[Any]] = set()
-        for name in STUDENTS:
+        for name in [name for name in STUDENTS if name in arguments.models]:
             waiting.add(pool.submit(teach, name, folder, arguments.device, quick=arguments.quick))
 
         def submit(model: str) -> None:
             for task in tasks_of(model, quick=arguments.quick):
-                waiting.add(pool.submit(measure, task, folder, arguments.device, windows_of(arguments)))
+                if task not in known:
+                    waiting.add(pool.submit(measure, task, folder, arguments.device, windows_of(arguments)))
 
-        for model in ("demo", "demo-vit"):
+        for model in [model for model in ("demo", "demo-vit") if model in arguments.models]:
             submit(model)
         late = False
         while waiting:
@@ -401,7 +407,7 @@ def missing(rows: Sequence[Row]) -> list[str]:
     return found
 
 
-def report(rows: Sequence[Row], command: str, where: str, originals: Mapping[str, str]) -> str:
+def report(rows: Sequence[Row], runs: Sequence[str], originals: Mapping[str, str]) -> str:
     parts = [f"# {(__doc__ or '').split(chr(10))[0]}"]
     about = "\n\n".join((__doc__ or "").split("\n\n")[2:]).strip()
     parts.append("## In short")
@@ -431,7 +437,7 @@ def report(rows: Sequence[Row], command: str, where: str, originals: Mapping[str
                 named = "wrong answers, %" if model == "demo-vit" else "perplexity"
                 parts += ["KL:", table(rows, model, bits, "kl", measured)]
                 parts += [f"{named}:".capitalize(), table(rows, model, bits, "loss", measured)]
-    parts.append(f"Command: `{command}`. {where}.")
+    parts.append("\n".join(f"- {run}" for run in runs))
     return "\n\n".join(parts)
 
 
@@ -459,36 +465,37 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--processes", type=int, default=1, help="jobs beside one another")
     parser.add_argument("--minutes", type=float, default=600, help="begins no job after so many")
+    parser.add_argument("--models", nargs="*", default=MODELS, choices=MODELS)
     parser.add_argument("--again", action="store_true", help="write the tables anew from the kept numbers")
     parser.add_argument("--quick", action="store_true", help="whether it runs")
     parser.add_argument("--write", action="store_true", help="keep the result in benchmarks/results/")
     arguments = parser.parse_args()
+    kept = kept_numbers("calibration_size") if arguments.again or arguments.write else {}
+    found = [Row(Task(**each.pop("task")), **each) for each in kept.get("rows", [])]
+    runs, originals = kept.get("runs", []), kept.get("originals", {})
     if arguments.again:
-        kept = kept_numbers("calibration_size")
-        found = [Row(Task(**each.pop("task")), **each) for each in kept["rows"]]
-        write_table("calibration_size", report(found, kept["command"], kept["machine"], kept["originals"]))
+        write_table("calibration_size", report(found, runs, originals))
         return
     if arguments.quick and arguments.write:
         sys.exit("--quick measures nothing that is worth keeping: leave --write out")
-    command = (
-        f"python benchmarks/calibration_size.py --device {arguments.device} --processes {arguments.processes} --write"
-    )
     where = gpu("transformers") if arguments.device.startswith("cuda") else machine()
+    runs = list(dict.fromkeys([*runs, f"`python benchmarks/calibration_size.py {shlex.join(sys.argv[1:])}`; {where}"]))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         split_texts(folder)
 
-        def numbers(rows: list[Row], originals: Mapping[str, str] | None = None) -> None:
+        def numbers(rows: list[Row]) -> None:
             if arguments.write:
-                kept = {"command": command, "machine": where, "originals": originals or {}}
-                write_numbers("calibration_size", {**kept, "rows": [asdict(row) for row in rows]})
+                write_numbers(
+                    "calibration_size", {"runs": runs, "originals": originals, "rows": [asdict(row) for row in rows]}
+                )
 
-        rows = measure_all(folder, arguments, numbers)
+        rows = measure_all(folder, arguments, found, numbers)
         rows.sort(key=lambda row: (row.task.model, row.task.text, row.task.recipe, size_of(row.task), row.task.draw))
-        models = list(dict.fromkeys(row.task.model for row in rows))
-        originals = originals_of(folder, arguments.device, models, windows_of(arguments))
-        text = report(rows, command, where, originals)
-        numbers(rows, originals)
+        models = [name for name in MODELS if name not in originals and any(row.task.model == name for row in rows)]
+        originals |= originals_of(folder, arguments.device, models, windows_of(arguments))
+        numbers(rows)
+        text = report(rows, runs, originals)
         if arguments.write:
             write_table("calibration_size", text)
         print(text)

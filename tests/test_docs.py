@@ -21,6 +21,7 @@ import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -53,36 +54,30 @@ def blocks_of(page: Path) -> list[Block]:
     ]
 
 
+@contextlib.contextmanager
+def programs_of(folder: Path) -> Iterator[dict[str, str]]:
+    """An environment in which `tersor` and `python` are the ones under test. folder: where they are put."""
+    (folder / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (folder / "python").chmod(0o755)
+    source = os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with tersor_program(folder):
+        path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+        yield {**os.environ, "PATH": path, "PYTHONPATH": source, "COLUMNS": "120"}
+
+
 @pytest.fixture(scope="module")
 def terminal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """An environment in which `tersor` and `python` are the ones under test."""
-    programs = tmp_path_factory.mktemp("bin")
-    (programs / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
-    (programs / "python").chmod(0o755)
-    source = os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    with tersor_program(programs):
-        yield {
-            **os.environ,
-            "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": source,
-            "COLUMNS": "120",
-        }
+    with programs_of(tmp_path_factory.mktemp("bin")) as found:
+        yield found
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks_of(p)], ids=lambda p: str(p.relative_to(ROOT)))
-def test_code_blocks_run(page: Path, tmp_path: Path, terminal: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "page"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    namespace = types.ModuleType("page")
-    monkeypatch.setitem(sys.modules, "page", namespace)
-    monkeypatch.setattr("tersor.methods.method._METHODS", dict(methods()))  # methods that a page adds go with it
+def run_page(page: Path, terminal: dict[str, str], namespace: dict[str, Any]) -> None:
+    """Run a page's blocks in the working directory. Fails at the first that ends with an error."""
     for block in blocks_of(page):
         where = f"{page.name}:{block.line + 1}"
         if block.language == "python":
             # The padding makes a traceback name the page's own line.
-            exec(compile("\n" * block.line + block.code, str(page), "exec", dont_inherit=True), namespace.__dict__)
+            exec(compile("\n" * block.line + block.code, str(page), "exec", dont_inherit=True), namespace)
             continue
         lines = block.code.splitlines()
         if all(line.startswith("tersor ") and not set(line) & set("|>;&$") for line in lines):
@@ -94,6 +89,18 @@ def test_code_blocks_run(page: Path, tmp_path: Path, terminal: dict[str, str], m
             shell = ["bash", "-euo", "pipefail", "-c", block.code]
             done = subprocess.run(shell, env=terminal, capture_output=True, text=True, timeout=300)
             assert done.returncode == 0, f"{where}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks_of(p)], ids=lambda p: str(p.relative_to(ROOT)))
+def test_code_blocks_run(page: Path, tmp_path: Path, terminal: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "page"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    namespace = types.ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", namespace)
+    monkeypatch.setattr("tersor.methods.method._METHODS", dict(methods()))  # methods that a page adds go with it
+    run_page(page, terminal, namespace.__dict__)
 
 
 def options_table(verb: str) -> str:
@@ -145,22 +152,19 @@ def pictures_of(page: Path) -> list[str]:
 def test_pictures_are_made_by_the_pages_own_commands(page: Path) -> None:
     code = "\n".join(block.code for block in blocks_of(page))
     for name in pictures_of(page):
-        assert (ROOT / "docs" / "images" / name).is_file(), "run `python tests/test_docs.py` to make it"
+        assert (ROOT / "docs" / "images" / name).is_file(), "run `python tests/test_docs.py pictures` to make it"
         assert f"--plot {name}" in code
 
 
 def make_pictures(page: Path) -> None:
     """Run a page's blocks and keep the pictures that it shows."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        namespace: dict[str, object] = {}
-        for block in blocks_of(page):
-            if block.language == "python":
-                exec(block.code, namespace)
-            for line in block.code.splitlines() if block.language == "bash" else ():
-                with contextlib.suppress(SystemExit):
-                    main(shlex.split(line)[1:])
+    with tempfile.TemporaryDirectory() as folder, programs_of(Path(folder)) as terminal:
+        work = Path(folder) / "page"
+        work.mkdir()
+        with contextlib.chdir(work):
+            run_page(page, terminal, {})
         for name in pictures_of(page):
-            shutil.copy(name, ROOT / "docs" / "images" / name)
+            shutil.copy(work / name, ROOT / "docs" / "images" / name)
 
 
 def message_templates() -> list[str]:
@@ -220,5 +224,5 @@ def test_docstrings_show_on_pages_as_they_read() -> None:
 if __name__ == "__main__":
     for each in PAGES:
         each.write_text(with_current_options(each.read_text(encoding="utf-8")), encoding="utf-8")
-        if pictures_of(each):
+        if "pictures" in sys.argv[1:] and pictures_of(each):
             make_pictures(each)

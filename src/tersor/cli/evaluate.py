@@ -81,9 +81,9 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Evaluate only the first documents of each of --tasks.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(help="Examples before each question of --tasks.")] = None,
     batch_size: Annotated[str, typer.Option(help="Requests of --tasks that run together: a number, or auto.")] = "auto",
-    apply_chat_template: Annotated[
+    chat: Annotated[
         bool,
-        typer.Option("--apply-chat-template", help="Put the questions of --tasks in the tokenizer's form of a chat."),
+        typer.Option("--chat", help="Put the model's chat template around the questions of --tasks."),
     ] = False,
     device: Device = "auto",
     variant: Variant = None,
@@ -120,13 +120,13 @@ def evaluate(
         )
         length = seq_len if given(context, "seq_len") else None
         show_harness(
-            model, tasks, tasks_dir, limit, num_fewshot, batch_size, length, apply_chat_template, dtype, device, as_json
+            model, tasks, tasks_dir, limit, num_fewshot, batch_size, length, chat, dtype, device, as_json
         )
         return
     refuse(
         context,
         "perplexity and accuracy",
-        ("tasks_dir", "limit", "num_fewshot", "batch_size", "apply_chat_template"),
+        ("tasks_dir", "limit", "num_fewshot", "batch_size", "chat"),
         "give --tasks",
     )
     source: str | Path = text if text == "builtin" else Path(text)

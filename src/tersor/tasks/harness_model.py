@@ -145,7 +145,7 @@ class TersorLM(TemplateLM):  # type: ignore[misc,unused-ignore]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         if not self.tokenizer.chat_template:
-            raise TersorError("the model's tokenizer has no chat template; leave --apply-chat-template out")
+            raise TersorError("the model's tokenizer has no chat template; leave --chat out")
         try:
             text: str = self.tokenizer.apply_chat_template(
                 chat_history,
