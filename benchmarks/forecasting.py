@@ -4,11 +4,12 @@
     TERSOR_DATA=../shared/data python benchmarks/forecasting.py exchange etth1 --models s_mamba --horizons 96
     ... --device cuda            # Autoformer and Informer take hours on a CPU
 
-Protocol of tersor.data.series: look-back 96, all variates; MSE and MAE of the scaled test part.
-Training as published: Adam 1e-4 and batches of 32 (S-Mamba: 7e-5 on ETTh1, 5e-5 at horizon 720, batches of 16 on Exchange at
-96), at most 10 epochs, the rate halved from the third on, the best epoch by validation MSE, patience 3. Autoformer and Informer
-see the last 48 steps again in the decoder. One deviation: validation is on all windows, the published code drops a last partial
-batch. Rows named "published" are of this protocol (look-back 96) as the papers or later ones print them.
+Protocol of tersor.data.series: look-back 96, all variates; MSE and MAE of the scaled test part. Training as published: Adam
+1e-4 and batches of 32 (S-Mamba: 7e-5 on ETTh1, 5e-5 at horizon 720, batches of 16 on Exchange at 96), at most 10 epochs, the
+rate halved from the third on, the best epoch by validation MSE, patience 3. Autoformer and Informer see the last 48 steps
+again in the decoder. One deviation: validation is on all windows, the published code drops a last partial batch. Minutes on a
+GPU are of one that some twenty trainings shared. Rows named "published" are of this protocol (look-back 96) as the papers or
+later ones print them.
 
 Yardsticks: "last value" repeats the window's last row. "ridge" is one linear map from the look-back to the horizon shared by all
 variates, on windows minus their last value (added back), closed form with penalty 10, from about 4,000 evenly spaced training
