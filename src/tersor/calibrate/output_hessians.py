@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersor.calibrate.batches import Batch, call, first_tensor
+from tersor.calibrate.batches import Batch, call, first_tensor, predicts
 from tersor.errors import NotFiniteError, TersorError
-from tersor.models.registry import find
 from tersor.progress import Progress
 
 SEED = 0  # of the drawn labels
@@ -69,14 +68,6 @@ def gather_output_hessians(
         if float(mean) > 0:
             found[name] = (total / mean).cpu()
     return found
-
-
-def predicts(model: nn.Module, made: Any) -> bool:
-    """Whether the output holds logits of a distribution."""
-    system = getattr(type(model), "system", None)
-    return isinstance(getattr(made, "logits", None), Tensor) or (
-        isinstance(system, str) and find(system).task.startswith("classify")
-    )
 
 
 def _drawn(output: Tensor, predictions: bool, chance: torch.Generator) -> Tensor:
