@@ -232,7 +232,9 @@ def train(model: nn.Module, tokens: Tensor, steps: int) -> None:
         optimizer.zero_grad()
         if step % 500 == 0 or step == steps - 1:
             print(
-                f"step {step}: KL {float(loss):.3f}, {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True
+                f"step {step}: KL {float(loss.detach()):.3f}, {time.perf_counter() - began:.0f} s",
+                file=sys.stderr,
+                flush=True,
             )
     model.eval().requires_grad_(False)
 
