@@ -8,6 +8,10 @@ The built-in model `demo`, weights only, symmetric, in groups of 128, the output
 same 128 samples of 512 tokens of English books. Each has its own defaults beside these (AutoRound: 200 iterations, batches of 8),
 runs in float32 (tersor: its default) and writes its own files. tersor reads these and evaluates: perplexity on WikiText-2 (test
 split, the first 60 windows of 1024 tokens). Seconds are on the clock, with the loading of the model, until the files are there.
+
+AutoRound 0.16.1 and llm-compressor 0.14.0.1 (with compressed-tensors 0.19.0, as it asks for) were installed without their
+dependencies into folders of their own. GPTQModel 7.7.0 is missing: it asks for torch 2.14.1, and its pypcre is built from source,
+which took more than five minutes.
 """
 
 from __future__ import annotations
@@ -133,20 +137,11 @@ def llm_compressor_awq(bits: int, out: Path, size: Size) -> None:
     llm_compressor(bits, out, size, awq=True)
 
 
-def gptqmodel(bits: int, out: Path, size: Size) -> None:
-    from gptqmodel import GPTQModel, QuantizeConfig
-
-    model = GPTQModel.load(str(resolve(MODEL)), QuantizeConfig(bits=bits, group_size=GROUP), device=str(DEVICE))
-    model.quantize([each[0].tolist() for each in samples_of(size)], batch_size=1)
-    model.save(str(out))
-
-
 TOOLS: dict[str, tuple[str, Callable[[int, Path, Size], None]]] = {
     **{name: ("tersor", ours(name)) for name in ("tersor-gptq", "tersor-best-fast", "tersor-best")},
     "auto-round": ("auto-round", auto_round),
     "llm-compressor": ("llmcompressor", llm_compressor),
     "llm-compressor-awq": ("llmcompressor", llm_compressor_awq),
-    "gptqmodel": ("gptqmodel", gptqmodel),
 }
 
 
