@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from tersor.calibrate.batches import to_device
 from tersor.calibrate.output_hessians import gather_output_hessians
 from tersor.checkpoint.lazy_model import LazyModel
 from tersor.compress.in_memory import Source
@@ -31,13 +32,19 @@ def output_hessians(source: Source, first: Prepared, job: Job) -> dict[str, Tens
         if method.weighs_outputs
         for name in names
     }
-    shapes = {name: matrix_shape(each) for name, each in plan.all_linears().items() if name in asking and _called(each)}
+    shapes = {
+        name: matrix_shape(each)
+        for name, each in plan.all_linears().items()
+        if name in asking and isinstance(each, nn.Module)
+    }
     if not shapes or first.probe is None:
         return {}
     if processes() > 1:
         raise TersorError("output_factor runs the whole model in one process: start it without torchrun")
-    model = source.module
-    weights = sum(parameter.numel() for parameter in model.parameters()) * source.dtype.itemsize
+    model, dtype = source.module, source.dtype
+    if isinstance(source, LazyModel) and dtype == torch.float16:
+        dtype = torch.float32  # gradients underflow
+    weights = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     factors = 4 * sum(rows * rows for rows, _ in shapes.values())
     for place in {source.device, torch.device("cpu")}:
         total = memory_total(place)
@@ -48,13 +55,8 @@ def output_hessians(source: Source, first: Prepared, job: Job) -> dict[str, Tens
                 f"{place} has {total / 2**30:.1f} GiB: leave it out, or choose fewer layers with --include"
             )
     if isinstance(source, LazyModel):
-        dtype = torch.float32 if source.dtype == torch.float16 else source.dtype  # gradients underflow
         model = LazyModel(source.checkpoint, dtype=dtype, device=source.device).load_all().to(source.device).eval()
     model.requires_grad_(False)
     layers = {name: model.get_submodule(name) for name in shapes}
-    return gather_output_hessians(model, layers, first.batches, job.progress)
-
-
-def _called(each: object) -> bool:
-    """Whether it is a module of its own, which a backward pass can watch."""
-    return isinstance(each, nn.Module)
+    batches = [to_device(batch, source.device, dtype) for batch in first.batches]
+    return gather_output_hessians(model, layers, batches, job.progress)

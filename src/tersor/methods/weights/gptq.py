@@ -16,6 +16,7 @@ from torch import Tensor
 from tersor.errors import TersorError
 from tersor.formats.grid import ClipSearch, Stored
 from tersor.formats.layout import Layout, UniformGrids
+from tersor.layers.experts import ExpertMap
 from tersor.layers.linear_map import weight_matrix
 from tersor.methods.block import Block, Statistics
 from tersor.methods.method import Method, option, register
@@ -129,7 +130,8 @@ class GPTQ(OnGrids):
         if self.output_factor and name in block.outputs:
             output = factorize_outputs(block.outputs[name].to(factor.R), damp=self.damp)
         elif self.output_factor:
-            notes.append("no output factor: no gradient reached it")
+            stacked = isinstance(block.linears[name], ExpertMap)
+            notes.append(f"no output factor: {'experts are not watched' if stacked else 'no gradient reached it'}")
         solution = self.solution(weight, factor, block.stored, output)
         if statistics[name].tokens == 0:
             instead = "solved with the mean of its layer's experts" if informed else "rounded to nearest"

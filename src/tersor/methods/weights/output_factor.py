@@ -98,7 +98,8 @@ def solve_tile(
         mine.diagonal().copy_(weights[k] - levels[k])
         end = min(k + width, waves)
         w[k + 1 : end] -= later[1 : end - k, first : first + rows] * error
-    return *(_by_row(each, rows, width).contiguous() for each in (codes, levels, shift)), lost
+    codes, levels, shift = (_by_row(each, rows, width).contiguous() for each in (codes, levels, shift))
+    return codes, levels, shift, lost
 
 
 def _by_row(x: Tensor, rows: int, width: int) -> Tensor:
