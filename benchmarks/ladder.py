@@ -20,7 +20,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ GRIDS: dict[str, dict[str, Any]] = {
 TARGETS = {"3.25 bits, any mixture": 3.25}  # bits a weight in all, where the job chooses each layer's
 DRAWS = 3
 WEIGHTED, ASYMMETRIC = "GPTQ, act-order, static groups, weighted", "the same, asymmetric"
+OUTPUTS = "the same, asymmetric, with output factor"
 FAST, BEST = "best-fast", "best"
 ALWAYS = ("GPTQ", WEIGHTED, ASYMMETRIC, FAST, BEST)  # the rungs of every draw
 
@@ -69,12 +70,14 @@ def rungs(grid: dict[str, Any], samples: int, seq_len: int) -> list[tuple[str, s
         [step.method for step in best_steps(name, grid, samples=samples, seq_len=seq_len)] for name in (FAST, BEST)
     )
     assert fast[0] == best[0]
+    assert isinstance(best[0], GPTQ)
     size = best[1].batch_size  # type: ignore[attr-defined]
     return [
         ("rounding", "", RTN(**grid)),
         ("GPTQ", "", GPTQ(**grid)),
         (WEIGHTED, "", GPTQ(**grid, desc_act=True, static_groups=True, weighted=True)),
         (ASYMMETRIC, "", best[0]),
+        (OUTPUTS, "", replace(best[0], output_factor=True)),
         (FAST, ASYMMETRIC, fast[1]),
         (BEST, ASYMMETRIC, best[1]),
         ("best, not asymmetric", WEIGHTED, best[1]),

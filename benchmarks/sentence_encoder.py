@@ -36,7 +36,7 @@ def sentences(part: str, count: int) -> list[str]:
 
 @torch.no_grad()
 def embeddings(model: nn.Module, tokenizer: Any, texts: list[str]) -> Tensor:
-    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    batch = tokenizer(texts, padding=True, return_tensors="pt").to(next(model.parameters()).device)
     hidden, mask = model(**batch).last_hidden_state, batch["attention_mask"][..., None]
     return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 

@@ -164,3 +164,12 @@ def _check_named(layout: str, suffix: str, change) -> None:  # type: ignore[no-u
 def test_an_unknown_format_names_the_known_ones() -> None:
     with pytest.raises(TersorError, match="unknown format 'gguf'; known: gptq, gptq_v2, compressed-tensors"):
         layout_named("gguf")
+
+
+@pytest.mark.parametrize("layout", ["gptq", "compressed-tensors"])
+def test_negative_steps_are_read_as_other_writers_mean_them(layout: str) -> None:
+    weight = example(sym=True, g_idx=False)
+    weight = QuantizedWeight(**{**weight.__dict__, "scales": with_value(weight.scales, -0.5)})
+    found = read(layout, write(weight, layout_named(layout), sym=True), weight, sym=True)
+    assert_same(found, weight)
+    assert torch.equal(found.dequantize(torch.float32), weight.dequantize(torch.float32))

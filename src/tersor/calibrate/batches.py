@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from tersor.data.long_text import LONG, pieces, text_length
 from tersor.data.text import builtin_text, hub_text, read_text
 from tersor.errors import TersorError
+from tersor.models.registry import find
 
 Batch = dict[str, Any]
 SAMPLES_OF_A_SHORT_TEXT = 4096  # so many may be drawn from any text, although some are then alike
 BYTES_A_TOKEN = 8  # read of a long text for each token; twice as many where they are too few
 MARGIN = 16  # tokens at both ends of a piece that are not used: words cut in two, and what a tokenizer adds
 TOKENS_AT_ONCE = 8192  # run through a block together, on a GPU
+WITH_LOGITS = ("classify", "language-model", "masked-language-model", "node-classify")  # tasks of models of the tree
 Calibration = str | Path | Sequence[str] | Iterable[Any] | None
 
 
@@ -281,6 +283,14 @@ def call(model: Any, batch: Batch) -> Any:
     """model(*args, **rest): `args` holds positional inputs."""
     rest = {name: value for name, value in batch.items() if name != "args"}
     return model(*batch.get("args", ()), **rest)
+
+
+def predicts(model: Any, output: Any) -> bool:
+    """Whether the first tensor of a model's output holds the logits of a distribution."""
+    system = getattr(type(model), "system", None)
+    return isinstance(getattr(output, "logits", None), Tensor) or (
+        isinstance(system, str) and find(system).task in WITH_LOGITS
+    )
 
 
 def first_tensor(output: Any) -> Tensor | None:

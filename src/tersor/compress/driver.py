@@ -23,6 +23,7 @@ from tersor.compress.describe import quantization_config
 from tersor.compress.first_run import prepare
 from tersor.compress.forecast import by_first_block
 from tersor.compress.in_memory import InMemory, Source
+from tersor.compress.outputs import output_hessians
 from tersor.compress.plan import Plan, make_plan, with_fitting_layout, without_stacks
 from tersor.compress.result import Compressed, Tally
 from tersor.compress.samples import samples_of, text_tokens
@@ -79,6 +80,7 @@ def compress_blocks(source: Source, sink: Sink, job: Job) -> Compressed:
     with torch.no_grad(), without_cache(module):
         source.load_rest([unit.module for unit in units_of(module)])
         first = prepare(source, plan, job, batches, probe)
+        first = replace(first, outputs=output_hessians(source, first, job))
         sink.start(first)
         _remark(job, first)
         # An error in the loop ends the walk's threads.

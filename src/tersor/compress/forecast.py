@@ -166,7 +166,8 @@ def rehearsal(
         linear = nn.Linear(columns, rows, bias=False, device=device, dtype=dtype)
         x = torch.randn(1, 2 * columns, columns, device=device).to(dtype)
         call = Call(0, (0,), (x,), {}, linear, Activations("device"))
-        block = Block("", linear, {"layer": linear}, [call], stored, torch.float32, Routing())
+        outputs = {"layer": torch.eye(rows)} if method.weighs_outputs else {}
+        block = Block("", linear, {"layer": linear}, [call], stored, torch.float32, Routing(), outputs=outputs)
         started = _now(device)
         method.compress_block(block)
         return _now(device) - started

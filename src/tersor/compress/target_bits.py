@@ -2,7 +2,7 @@
 
 Each layer is tried alone with every candidate: 2, 3, 4 and 8 bits in groups as asked, 2 and 3 bits also in groups of 32. GPTQ
 solves the layer on the samples, the solution takes the layer's place, and the model's output is compared with the original's (KL
-divergence where there are `logits`, else the relative squared error). Layers that read the same input (q, k and v; gate and up)
+divergence of predictions, of other outputs the relative squared error). Layers that read the same input (q, k and v; gate and up)
 are taken together, because servers fuse them. Among all choices within the bytes that the target allows, scales and zero points
 included, the one with the least sum of divergences is found exactly (`knapsack.py`). It becomes the rules of the recipe that the
 job then runs. An unfinished job keeps its choice in its marks. The whole model is in memory while layers are tried.
@@ -24,7 +24,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersor.calibrate.batches import Batch, call, fingerprint, first_tensor, probe_of, without_cache, without_target
+from tersor.calibrate.batches import (
+    Batch,
+    call,
+    fingerprint,
+    first_tensor,
+    predicts,
+    probe_of,
+    without_cache,
+    without_target,
+)
 from tersor.calibrate.statistics import kind_of
 from tersor.checkpoint.lazy_model import LazyModel, compute_dtype, dtypes_to_try
 from tersor.checkpoint.load import load_tokenizer
@@ -222,7 +231,7 @@ def _measure(
                 solver = replace(method, bits=bits, group_size=group)
                 for name in item.names:
                     set_weight_matrix(layers[name], solver.solution(kept[name], factor, stored).dequantize())
-                lost = sum(_lost(call(module, each), was) for each, was in zip(judged, wanted, strict=True))
+                lost = sum(_lost(module, call(module, each), was) for each, was in zip(judged, wanted, strict=True))
                 taken = sum(size(shape, bits, group) for shape in item.shapes)
                 lost = lost if math.isfinite(lost) else math.inf  # an overflow or NaN is never chosen
                 item.options.append(((bits, group), taken, lost / len(judged)))
@@ -301,12 +310,12 @@ def _together(module: nn.Module, layers: dict[str, nn.Module], batch: Batch) -> 
     return groups
 
 
-def _lost(output: Any, wanted: Any) -> float:
+def _lost(model: nn.Module, output: Any, wanted: Any) -> float:
     mine, other = first_tensor(output), first_tensor(wanted)
     assert mine is not None
     assert other is not None
     mine, other = mine.float(), other.float()
-    if isinstance(getattr(wanted, "logits", None), Tensor):
+    if predicts(model, wanted):
         p, q = other.log_softmax(-1), mine.log_softmax(-1)
         return float((p.exp() * (p - q)).sum(-1).mean())
     return float((mine - other).square().mean() / other.square().mean().clamp(min=1e-30))

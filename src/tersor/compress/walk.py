@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,6 +68,7 @@ class Prepared:
     plan: Plan
     batches: list[Batch]  # the samples as the model takes them
     probe: Probe | None  # None: nothing is run, because no method needs samples
+    outputs: Mapping[str, Tensor] = field(default_factory=dict)  # H_O of layers, where a method asks
 
 
 def trace(source: Source, batch: Batch, progress: Progress, *, held_out: bool = True) -> Probe:
@@ -185,7 +186,17 @@ def walk(
 
     def compressed(unit: Unit, calls: Sequence[Call], original: Original | None) -> Block:
         linears = first.plan.linears[unit.name]
-        block = Block(unit.name, unit.module, linears, calls, stored, hessian_dtype, job.routing, original=original)
+        block = Block(
+            unit.name,
+            unit.module,
+            linears,
+            calls,
+            stored,
+            hessian_dtype,
+            job.routing,
+            original=original,
+            outputs=first.outputs,
+        )
         if not restore(block):
             for method, names in first.plan.by_method(block.name).items():
                 method.compress_block(block.part(names))

@@ -200,7 +200,7 @@ def checked_weight(
     group_size: int,
     in_features: int,
 ) -> QuantizedWeight:
-    bad = ~torch.isfinite(scales.float()) | (scales <= 0)
+    bad = ~torch.isfinite(scales.float()) | (scales == 0)  # AutoRound writes negative steps too
     if bool(bad.any()):
         group, output = (int(n) for n in bad.nonzero()[0])
         raise TersorError(

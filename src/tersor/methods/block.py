@@ -84,6 +84,7 @@ class Block:
     packed: dict[str, PackedWeight] = field(default_factory=dict)  # the finished layers, by full name
     reports: list[LayerReport] = field(default_factory=list)
     original: Original | None = None  # where a method compares with it
+    outputs: Mapping[str, Tensor] = field(default_factory=dict)  # H_O of maps by full name, where a method asks
 
     def part(self, names: Sequence[str]) -> Block:
         """The same block with only some of its linear maps; results go to the same place."""

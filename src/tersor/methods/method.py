@@ -99,6 +99,11 @@ class BlockMethod(Method):
         """Whether it needs the inputs of the original model's layers too, not only those of the compressed model's."""
         return False
 
+    @property
+    def weighs_outputs(self) -> bool:
+        """Whether it asks what errors of the layers' outputs cost, which takes a backward pass through the whole model."""
+        return False
+
     def compress_block(self, block: Block) -> None:
         """Compress the linear maps of one block: call `block.replace(name, ...)` for each of `block.linears`."""
         raise NotImplementedError

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersor.calibrate.batches import Batch, call, first_tensor, without_target
+from tersor.calibrate.batches import Batch, call, first_tensor, predicts, without_target
 from tersor.errors import TersorError
 from tersor.methods.training.batches import joined, order_of, shapes_of
 from tersor.methods.training.tuned_weight import requiring
@@ -88,7 +88,7 @@ def as_batches(samples: Sequence[Batch]) -> list[tuple[Batch, float]]:
 
 
 def divergence(model: nn.Module, original: nn.Module, samples: Sequence[Batch]) -> Tensor:
-    """The mean over samples, in float32: KL(original || model) of predictions where the model has `logits`, else the squared
+    """The mean over samples, in float32: KL(original || model) of predictions where the model makes any, else the squared
     error of its first output relative to the output. Padding does not count."""
     return torch.stack([_loss(model, original, batch) * weight for batch, weight in as_batches(samples)]).sum()
 
@@ -104,7 +104,7 @@ def _loss(model: nn.Module, original: nn.Module, batch: Batch) -> Tensor:
     if not isinstance(shown, Tensor) or output.dim() != 3 or shown.shape != output.shape[:2]:
         shown = torch.ones(output.shape[:-1], device=output.device)
     share = shown / shown.sum()
-    if isinstance(getattr(made, "logits", None), Tensor):
+    if predicts(model, made):
         found: Tensor = Divergence.apply(output.flatten(0, -2), wanted.flatten(0, -2), share.flatten().float())  # type: ignore[no-untyped-call]
         return found
     output, wanted = output.float(), wanted.float()

@@ -16,12 +16,14 @@ from torch import Tensor
 from tersor.errors import TersorError
 from tersor.formats.grid import ClipSearch, Stored
 from tersor.formats.layout import Layout, UniformGrids
+from tersor.layers.experts import ExpertMap
 from tersor.layers.linear_map import weight_matrix
 from tersor.methods.block import Block, Statistics
 from tersor.methods.method import Method, option, register
 from tersor.methods.weights.asymmetric import asymmetric_target
 from tersor.methods.weights.factors import Factors
-from tersor.methods.weights.gptq_solver import Factor, Solution, solve_factorized
+from tersor.methods.weights.gptq_solver import Factor, Solution, factorize_outputs, solve_factorized
+from tersor.methods.weights.output_factor import OutputFactor
 from tersor.methods.weights.rtn import RTN
 from tersor.methods.weights.uniform import OnGrids, width_of
 
@@ -57,6 +59,9 @@ class GPTQ(OnGrids):
     asymmetric: float = option(
         0.0, "how much of what the layers before it lost each layer makes up for, from 0 to 1 (all)", least=0, most=1
     )
+    output_factor: bool = option(
+        False, "let errors of a layer's outputs make up for each other, by what they cost the model's predictions"
+    )
     refits: int = option(
         0, "how often the steps are fitted to the integers anew, and the integers to the steps", least=0
     )
@@ -65,10 +70,16 @@ class GPTQ(OnGrids):
         super().__post_init__()
         if self.mse and self.weighted:
             raise TersorError("mse and weighted are two ways to search for the same ranges: choose one")
+        if self.refits and self.output_factor:
+            raise TersorError("refits works on each row alone, output_factor on all rows together: choose one")
 
     @property
     def compares(self) -> bool:
         return self.asymmetric > 0
+
+    @property
+    def weighs_outputs(self) -> bool:
+        return self.output_factor
 
     @classmethod
     def recipes(cls, kind: str) -> Sequence[Sequence[Method]]:
@@ -115,7 +126,13 @@ class GPTQ(OnGrids):
             weight = asymmetric_target(weight, deviation, factor, self.asymmetric)
         elif self.compares and statistics[name].tokens:
             notes.append("not asymmetric: the original's experts see other tokens")
-        solution = self.solution(weight, factor, block.stored)
+        output = None
+        if self.output_factor and name in block.outputs:
+            output = factorize_outputs(block.outputs[name].to(factor.R), damp=self.damp)
+        elif self.output_factor:
+            stacked = isinstance(block.linears[name], ExpertMap)
+            notes.append(f"no output factor: {'experts are not watched' if stacked else 'no gradient reached it'}")
+        solution = self.solution(weight, factor, block.stored, output)
         if statistics[name].tokens == 0:
             instead = "solved with the mean of its layer's experts" if informed else "rounded to nearest"
             notes.append(f"no calibration token reached it: {instead}")
@@ -125,8 +142,10 @@ class GPTQ(OnGrids):
             notes.append("factorized in float64")
         return solution, "; ".join(notes)
 
-    def solution(self, weight: Tensor, factor: Factor, stored: Stored | None) -> Solution:
-        """Solve a weight [out, in]. factor: of its inputs' Hessian. stored: what the file keeps of a grid."""
+    def solution(
+        self, weight: Tensor, factor: Factor, stored: Stored | None, output: OutputFactor | None = None
+    ) -> Solution:
+        """Solve a weight [out, in]. factor: of its inputs' Hessian. stored: what the file keeps of a grid. output: of H_O."""
         return solve_factorized(
             weight,
             factor,
@@ -138,6 +157,7 @@ class GPTQ(OnGrids):
             weighted=self.weighted,
             refits=self.refits,
             stored=stored,
+            output=output,
         )
 
     def quantization(self) -> UniformGrids:

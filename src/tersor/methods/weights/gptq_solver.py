@@ -26,6 +26,7 @@ from tersor.errors import TersorError
 from tersor.formats.grid import Bits, ClipSearch, Grid, Stored, as_stored, dequantize, fit_grid, quantize
 from tersor.formats.quantized_weight import QuantizedWeight, natural_groups
 from tersor.kernels import gptq_block
+from tersor.methods.weights.output_factor import OutputFactor, solve_rows
 from tersor.methods.weights.refit import column_weights, refit_scales
 from tersor.methods.weights.sparsity import Pruner, zeros_in
 
@@ -114,6 +115,16 @@ def factorize(hessian: Tensor, *, damp: float = 0.01, desc_act: bool = False) ->
     )
 
 
+def factorize_outputs(hessian: Tensor, *, damp: float = 0.01) -> OutputFactor:
+    """Damp and factorize H_O [rows, rows], which is not changed. Its scale does not matter. Raises as `factorize` does."""
+    H = hessian / hessian.diagonal().mean()
+    order = torch.argsort(H.diagonal(), descending=True, stable=True)
+    R = factorize(H[order][:, order], damp=damp).R
+    diagonal = R.diagonal()
+    weights = diagonal.square()
+    return OutputFactor(order, R / diagonal, weights / weights.mean())
+
+
 def solve_gptq(
     weight: Tensor, hessian: Tensor, *, bits: Bits, damp: float = 0.01, desc_act: bool = False, **how: Any
 ) -> Solution:
@@ -139,15 +150,18 @@ def solve_factorized(
     stored: Stored | None = None,
     grid: Grid | None = None,
     pruner: Pruner | None = None,
+    output: OutputFactor | None = None,
 ) -> Solution:
     """As `solve_gptq`, for one of several layers that share their Hessian.
 
     weighted: the search for ranges weighs a column's errors by the Hessian. refits: how often steps are fitted to the integers
     again, and integers to the steps. grid: of the rows, where it is not to be fitted here (with group_size=-1). pruner: chooses
-    weights that become zero (with the columns in their own order).
+    weights that become zero (with the columns in their own order). output: what errors of the outputs cost together.
     """
     R, order = factor.R, factor.order
     W = weight.detach().to(R.device, R.dtype, copy=True)
+    if output is not None:
+        W = W[output.order]
     columns = W.shape[1]
     size = columns if group_size == -1 else group_size
     if weighted:
@@ -173,7 +187,7 @@ def solve_factorized(
             inside = slice(group * size, (group + 1) * size)
             _store(scales, zeros, group, fit(W[:, inside], inside))
         groups = groups[order]
-    in_kernel = pruner is None and gptq_block.has_kernel(W, block_size)
+    in_kernel = pruner is None and output is None and gptq_block.has_kernel(W, block_size)
     fit_in_loop = whole is None and not static_groups
     fit_in_kernel = fit_in_loop and in_kernel and clip_search is None and gptq_block.can_fit(size, block_size, stored)
     grids = gptq_block.Grids(bits, sym, stored, size) if fit_in_kernel else gptq_block.Grids(bits)
@@ -182,7 +196,7 @@ def solve_factorized(
     codes, errors = _solve(
         ordered, R, inverses, scales, zeros, groups, grids, in_kernel,
         fit=(lambda x, first: fit(x, order[first : first + size])) if fit_in_loop and not fit_in_kernel else None, size=size,
-        pruner=pruner,
+        pruner=pruner, output=output,
     )  # fmt: skip
     for _ in range(refits):
         newer = _refitted(ordered, codes, scales, zeros, groups, R, bits, stored)
@@ -191,6 +205,9 @@ def solve_factorized(
         better = (less < errors)[:, None]
         codes, scales = torch.where(better, found, codes), torch.where(better, newer, scales)
         zeros, errors = torch.where(better, new_zeros, zeros), torch.minimum(less, errors)
+    if output is not None:
+        own_order = torch.argsort(output.order)
+        codes, scales, zeros = codes[own_order], scales[own_order], zeros[own_order]
     inverse_order = torch.argsort(order)
     solution = Solution(
         codes=codes[:, inverse_order],
@@ -219,6 +236,7 @@ def _solve(
     fit: Callable[[Tensor, int], Grid] | None = None,
     size: int = 0,
     pruner: Pruner | None = None,
+    output: OutputFactor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The integers [rows, columns] and each row's loss. W: its columns in the order of solving. inverses: of R's diagonal blocks.
 
@@ -250,9 +268,13 @@ def _solve(
                 now, U, W[:, block], scales, zeros, groups32[block], codes[:, block], D[:, block], errors, grids
             )
         else:
-            scale, zero = scales[:, groups[block]], zeros[:, groups[block]]
+            scale, zero, mine = scales[:, groups[block]], zeros[:, groups[block]], W[:, block]
+            if output is not None:
+                codes[:, block], levels, shift = solve_rows(mine, now, U, scale, zero, grids.bits, errors, output)
+                D[:, block] = mine + shift - levels
+                continue
             codes[:, block], levels = solve_block(now, U, scale, zero, grids.bits, errors, pruner, first=start)
-            D[:, block] = W[:, block] - levels
+            D[:, block] = mine - levels
     return codes, errors
 
 
