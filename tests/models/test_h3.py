@@ -60,6 +60,37 @@ def test_the_shift_kernel_is_the_correlation_of_reading_and_writing() -> None:
     torch.testing.assert_close(shift(10)[0].double(), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("longest", [512, 48, 17])
+def test_flashconv_whole_and_in_pieces_equals_the_layer(longest: int) -> None:
+    """With its gradients; a last piece may be shorter than the others."""
+    torch.manual_seed(0)
+    layer, u = H3Layer(6, H3LayerConfig(d_state=8)).double(), torch.randn(2, 100, 6).double().requires_grad_()
+
+    def flash(u: torch.Tensor) -> torch.Tensor:
+        q, k, v = (project(u).transpose(1, 2) for project in (layer.q_proj, layer.k_proj, layer.v_proj))
+        return layer.output_linear(layer.flash(q, k, v, longest=longest).transpose(1, 2))
+
+    leaves = [u, *layer.parameters()]
+    expected, found = layer(u)[0], flash(u)
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn_like(expected)
+    gradients = (torch.autograd.grad(each, leaves, weights) for each in (found, expected))
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("length", [700, 9000])  # in one piece, in three
+def test_on_a_gpu(length: int) -> None:
+    torch.manual_seed(0)
+    layer, u = H3Layer(6, H3LayerConfig(d_state=8)), torch.randn(3, length, 6)
+    expected = torch.autograd.grad(layer(u)[0].square().mean(), list(layer.parameters()))
+    layer, u = layer.cuda(), u.cuda()
+    found = torch.autograd.grad(layer(u)[0].square().mean(), list(layer.parameters()))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.cpu(), other, rtol=2e-3, atol=1e-4)
+
+
 @torch.no_grad()
 def test_at_first_the_delay_line_writes_its_newest_place() -> None:
     shift = H3Layer(4, H3LayerConfig(d_state=6)).ssm_k_kernel

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tersor.kernels.fft_conv import causal_taps, fft_conv
+
 
 def long_convolution(x: Tensor, kernel: Tensor, *, backward_kernel: Tensor | None = None) -> Tensor:
     """x (..., L), kernel (..., Lk), their leading axes broadcast; the result has x's length and dtype.
@@ -23,6 +25,18 @@ def long_convolution(x: Tensor, kernel: Tensor, *, backward_kernel: Tensor | Non
     spectrum = torch.fft.rfft(wide(x), n=total) * torch.fft.rfft(wide(kernel), n=total)
     y: Tensor = torch.fft.irfft(spectrum, n=total)
     return y[..., :length].to(x.dtype)
+
+
+def convolve_overlapped(x: Tensor, kernel: Tensor, piece: int) -> Tensor:
+    """x (b, h, L) of any length with a short causal kernel (h, Lk), with FFTs of pieces only: each piece begins with the last
+    Lk - 1 positions of the one before it."""
+    batch, length, past = len(x), x.shape[-1], kernel.shape[-1] - 1
+    fresh = piece - past
+    count = -(-length // fresh)
+    pieces = F.pad(x, (past, count * fresh - length)).unfold(-1, piece, fresh).transpose(1, 2)  # (b, P, h, piece)
+    taps = causal_taps(F.pad(kernel, (0, piece - kernel.shape[-1])))
+    y = fft_conv(pieces.flatten(0, 1), taps)[..., past:].unflatten(0, (batch, count))
+    return y.transpose(1, 2).flatten(-2)[..., :length]
 
 
 def wide(x: Tensor) -> Tensor:

@@ -46,11 +46,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tersor.errors import TersorError
+from tersor.kernels.fft_conv import LONGEST, causal_taps, fft_conv
 from tersor.layers.causal_attention import attend
 from tersor.layers.checks import at_least, divides, one_of
-from tersor.layers.diagonal_state_space import DiagonalRecurrence, discretize, parameter_groups, vandermonde
+from tersor.layers.diagonal_state_space import (
+    DiagonalRecurrence,
+    convolve_in_pieces,
+    discretize,
+    parameter_groups,
+    vandermonde,
+)
 from tersor.layers.hippo import initial_state_space
-from tersor.layers.long_convolution import long_convolution
+from tersor.layers.long_convolution import convolve_overlapped, long_convolution
 from tersor.layers.positions import rotary_table, rotate
 from tersor.models.key_maps import rename
 from tersor.models.registry import register
@@ -204,6 +211,8 @@ class H3Layer(nn.Module):
         """keep: also give the state after the last place."""
         length = u.shape[1]
         q, k, v = (project(u).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj))  # (B, d, L)
+        if state is None and not keep and self._fused(length, u.device):
+            return self.output_linear(self.flash(q, k, v).transpose(1, 2)), None
         before = k if state is None else torch.cat((state[0], k), -1)
         shifted = (
             long_convolution(before, self.ssm_k_kernel(before.shape[-1]))[..., -length:] + self.ssm_k_D[:, None] * k
@@ -221,6 +230,24 @@ class H3Layer(nn.Module):
             after = (F.pad(before, (self.past, 0))[..., before.shape[-1] :], memory)
         z = torch.einsum("bihl,bijhl->bjhl", rearrange(q, "b (h e) l -> b e h l", e=self.head_dim), y)
         return self.output_linear(z.flatten(1, 2).transpose(1, 2)), after
+
+    def _fused(self, length: int, device: torch.device) -> bool:
+        """Whether `flash` does the same: with heads of one channel and kernels as long as the text. It is for GPUs."""
+        whole = self.kernel.l_max is None or length <= self.kernel.l_max
+        return device.type == "cuda" and self.head_dim == 1 and whole and self.D.dtype != torch.float64
+
+    def flash(self, q: Tensor, k: Tensor, v: Tensor, *, longest: int = LONGEST) -> Tensor:
+        """q, k, v (B, d, L) -> q ssm(v shift(k)): FlashConv, both gates within its kernel; longer texts in pieces of `longest`,
+        with the states passed on."""
+        length = k.shape[-1]
+        shift = self.ssm_k_kernel(length)[0]
+        shift = torch.cat((shift[:, :1] + self.ssm_k_D[:, None], shift[:, 1:]), 1)
+        if length > longest:
+            kv = convolve_overlapped(k, shift, longest) * v
+            return q * convolve_in_pieces(self.kernel.kernel.recurrence(), kv, self.D, longest)
+        shift = F.pad(shift, (0, length - shift.shape[1]))
+        taps = causal_taps(self.kernel(length)[0], self.D)
+        return fft_conv(fft_conv(k, causal_taps(shift)), taps, gate_in=v, gate_out=q)
 
 
 def _wide(x: Tensor) -> Tensor:
