@@ -1,9 +1,9 @@
 """What the sequence models learn: Game of Life, chains of thought, regression in context, parity, three tasks of the LRA.
 
     python benchmarks/sequence_proofs.py data FOLDER                            draws what takes long to draw, on all cores
-    python benchmarks/sequence_proofs.py train lifegpt FOLDER --seconds 400     one training; the names are those of --list
-    python benchmarks/sequence_proofs.py table FOLDER                           the rows that are there
-    python benchmarks/sequence_proofs.py table FOLDER --write                   and keeps them, with curves and pictures
+    python benchmarks/sequence_proofs.py train lifegpt FOLDER --seconds 400     one training; another name lists them all
+    python benchmarks/sequence_proofs.py gather FOLDER                          rows.json and curves.csv of what is done
+    python benchmarks/sequence_proofs_table.py FOLDER --write                   keeps the table, with curves and pictures
 
 Every training is `tersor.train.trainer.train` on a model of tersor and a task of tersor: AdamW, a warm-up, a cosine. It first
 measures how many steps a second it gets, and plans so many as its seconds allow; where a comparison is of equal samples, the
@@ -649,23 +649,9 @@ def keep(folder: Path, rows: list[dict[str, Any]], curves: list[dict[str, Any]])
             writer.writerows(curves)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| training | seed | parameters | steps | batch | result |", "| --- | ---: | ---: | ---: | ---: | --- |"]
-    for row in rows:
-        scores = "; ".join(f"{name} {_shown(value)}" for name, value in row["scores"].items())
-        lines.append(
-            f"| {row['name']} | {row['seed']} | {row['parameters']:,} | {row['steps']:,} | {row['batch']} | {scores} |"
-        )
-    return "\n".join(lines)
-
-
-def _shown(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) or (value > 1 and value == int(value)) else f"{value:.4f}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("what", choices=("data", "train", "gather", "table"))
+    parser.add_argument("what", choices=("data", "train", "gather"))
     parser.add_argument("name", nargs="?", default="", help="with train: which one")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seconds", type=float, default=400.0)
@@ -674,7 +660,6 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=14, help="with data")
     parser.add_argument("--quick", action="store_true", help="whether it runs")
     parser.add_argument("--out", type=Path, help="with gather: where rows and curves go")
-    parser.add_argument("--write", action="store_true", help="with table: keep it in benchmarks/results/")
     asked = parser.parse_args()
     if asked.what == "data":
         draw(asked.folder / "data", quick=asked.quick, processes=asked.processes)
@@ -689,11 +674,8 @@ def main() -> None:
             device=asked.device,
             quick=asked.quick,
         )
-    elif asked.what == "gather":
-        keep(asked.out or asked.folder, *gather(asked.folder))
     else:
-        rows = json.loads((asked.folder / "rows.json").read_text())
-        print(table(rows))
+        keep(asked.out or asked.folder, *gather(asked.folder))
 
 
 if __name__ == "__main__":
