@@ -19,7 +19,9 @@ An H3 mixer, H = d_model / head_dim heads, N = d_state:
 
 ssm is a diagonal state space (S4D): a = -exp(inv_A_real) + i A_imag, bilinear, C times B. No activation anywhere. Here
 `*` is the causal convolution by FFT; `prefill` of one piece after another is the same with the states passed on, for
-texts whose FFT does not fit, and `step` is the recurrence.
+texts whose FFT does not fit, and `step` is the recurrence. On a GPU, with head_dim 1, both convolutions and both gates are
+FlashConv (tersor.kernels.fft_conv): transforms of up to 4,096 positions stay on the chip, longer texts go through it in
+pieces, the state passed on.
 
 Quirks kept: z is flattened as (j, h), with h last, though q, k, v are split as (h, i); with head_dim 1 that is the same.
 With l_max the convolution's kernel ends there, the recurrence does not. dt, A and B learn at 0.001 at most without
