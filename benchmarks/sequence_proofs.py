@@ -24,7 +24,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +31,15 @@ import numpy as np
 import torch
 from common import DATA, gpu, machine
 from safetensors.torch import load_file
+from sequence_proofs_data import LENGTH, LISTOPS_LENGTH, SMALL, draw, stacked
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tersor import models
-from tersor.data.chain_of_thought import EOS, chain_targets, direct, draw_chains, find_task, make_chains
+from tersor.data.chain_of_thought import chain_targets, make_chains
 from tersor.data.in_context import make_in_context
 from tersor.data.life import make_life, random_boards
-from tersor.data.long_range import BENCHMARKS, LongRange, LongRangeConfig, Raw, load_long_range
+from tersor.data.long_range import BENCHMARKS, LongRange, LongRangeConfig, load_long_range
 from tersor.data.seeding import mixed_seed
 from tersor.evaluate import chain_of_thought
 from tersor.evaluate.life import cell_accuracy
@@ -52,7 +52,6 @@ from tersor.train.objectives import Batch, Objective, answering
 from tersor.train.self_pretraining import self_pretrain, transfer
 from tersor.train.trainer import train, validate
 
-SMALL = 40  # times fewer samples with --quick
 WAIT = 300  # seconds for drawn data
 
 
@@ -248,9 +247,6 @@ def life(run: Run) -> dict[str, Any]:
 
 # -- chains of thought -------------------------------------------------------------------------------------------------
 
-LENGTH = 6
-CHAINS, CHAIN_PIECES = 480_000, 16
-
 
 def chains(run: Run, *, chain: bool) -> dict[str, Any]:
     """Arithmetic with six operators: the steps written down, or the answer at once, by one and the same model."""
@@ -370,8 +366,6 @@ def parity(run: Run, *, name: str) -> dict[str, Any]:
 
 # -- Long Range Arena --------------------------------------------------------------------------------------------------
 
-LISTOPS_LENGTH, LISTOPS, LISTOPS_PIECES = 256, 32_000, 40
-PATHFINDER, PATHFINDER_PIECES = 8_000, 40
 _S4 = {"d_model": 128, "n_layers": 6, "norm": "layer", "prenorm": True}
 _SPT = {"d_model": 128, "n_layers": 4, "heads": 4, "expand": 4, "pos": False, "rotary": True, "dropout": 0.1}
 READERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # system, sizes, settings
@@ -442,7 +436,7 @@ def pictures(run: Run, *, task: str) -> dict[str, Any]:
         few = LongRangeConfig(seed=run.seed, train=run.count(18_000), validation=run.count(1000), test=run.count(1000))
         raw = load_long_range("image", _cifar(run.out / "cifar"), few)
         sets = {
-            part: _stacked(LongRange(each, BENCHMARKS["image"], form="numbers", name="x"))
+            part: stacked(LongRange(each, BENCHMARKS["image"], form="numbers", name="x"))
             for part, each in zip(("train", "validation", "test"), (raw.train, raw.validation, raw.test), strict=True)
         }
     else:
@@ -474,95 +468,6 @@ def _cifar(folder: Path) -> Path:
 
 def _labels(each: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: each[name] for name in ("lengths", "target")}
-
-
-def _stacked(data: LongRange) -> dict[str, Tensor]:
-    return dict(torch.utils.data.default_collate([data[index] for index in range(len(data))]))
-
-
-# -- what takes long to draw -------------------------------------------------------------------------------------------
-
-
-def draw(folder: Path, *, quick: bool, processes: int) -> None:
-    """ListOps, the chains and Pathfinder into `folder`, each as soon as it is there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    jobs: list[tuple[str, Callable[[tuple[int, int]], Any], int, int, Callable[[list[Any]], Any]]] = [
-        ("listops", _listops_piece, LISTOPS, LISTOPS_PIECES, _apart),
-        ("chains", _chains_piece, CHAINS, CHAIN_PIECES, _both),
-        ("pathfinder", _pathfinder_piece, PATHFINDER, PATHFINDER_PIECES, _apart),
-    ]
-    with get_context("spawn").Pool(processes) as pool:
-        for name, piece, count, pieces, join in jobs:
-            pieces = 2 if quick else pieces
-            each = (count // SMALL if quick else count) // pieces
-            each = min(each, 12) if quick else each
-            begun = time.perf_counter()
-            made = join(pool.map(piece, [(seed, each) for seed in range(pieces)], chunksize=1))
-            torch.save(made, folder / f"{name}.partial")
-            (folder / f"{name}.partial").rename(folder / f"{name}.pt")
-            print(f"{name}: {pieces * each} drawn in {time.perf_counter() - begun:.0f} s", flush=True)
-
-
-def _chains_piece(piece: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The same problems with their steps and without."""
-    seed, count = piece
-    drawn = draw_chains("arithmetic", count, length=LENGTH, shorter=True, seed=seed)
-    return _ids(drawn), _ids([direct("arithmetic", words) for words in drawn])
-
-
-def _ids(rows: list[list[str]]) -> Tensor:
-    known = find_task("arithmetic")
-    ids = torch.zeros(len(rows), max(map(len, rows)) + 1, dtype=torch.uint8)
-    for row, words in zip(ids, rows, strict=True):
-        row[: len(words) + 1] = torch.tensor([*known.ids(words), EOS])
-    return ids
-
-
-def _both(pieces: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    made = {}
-    for name, parts in zip(("chain", "direct"), zip(*pieces, strict=True), strict=True):
-        longest = max(part.shape[1] for part in parts)
-        made[name] = torch.cat([F.pad(part, (0, longest - part.shape[1])) for part in parts])
-    return made
-
-
-def _listops_piece(piece: tuple[int, int]) -> dict[str, dict[str, Tensor]]:
-    seed, count = piece
-    config = LongRangeConfig(
-        length=LISTOPS_LENGTH, train=count, validation=max(2, count // 40), test=max(2, count // 25), seed=seed
-    )
-    return _tensors("listops", load_long_range("listops", None, config), "tokens", config.length)
-
-
-def _pathfinder_piece(piece: tuple[int, int]) -> dict[str, dict[str, Tensor]]:
-    seed, count = piece
-    config = LongRangeConfig(train=count, validation=max(2, count // 16), test=max(2, count // 8), seed=seed)
-    return _tensors("pathfinder", load_long_range("pathfinder", None, config), "numbers", 0)
-
-
-def _tensors(task: str, raw: Any, form: str, length: int) -> dict[str, dict[str, Tensor]]:
-    parts: dict[str, Raw] = {"train": raw.train, "validation": raw.validation, "test": raw.test}
-    made = {
-        part: _stacked(LongRange(each, BENCHMARKS[task], form=form, name="x", length=length))
-        for part, each in parts.items()
-    }
-    if form == "tokens":
-        for each in made.values():
-            each["x"] = each["x"].byte()
-    return made
-
-
-def _apart(pieces: list[dict[str, dict[str, Tensor]]]) -> dict[str, dict[str, Tensor]]:
-    """The pieces' parts in one; a sample that was trained on is in no other part."""
-    joined = {
-        part: {name: torch.cat([piece[part][name] for piece in pieces]) for name in pieces[0][part]}
-        for part in pieces[0]
-    }
-    known = {bytes(row.numpy().tobytes()) for row in joined["train"]["x"]}
-    for part in ("validation", "test"):
-        new = torch.tensor([row.numpy().tobytes() not in known for row in joined[part]["x"]])
-        joined[part] = {name: value[new] for name, value in joined[part].items()}
-    return joined
 
 
 def _drawn(run: Run, name: str) -> Any:

@@ -15,7 +15,8 @@ from typing import Any
 
 import sequence_proofs
 from common import RESULTS, write_numbers, write_table
-from sequence_proofs import LENGTH, LONG, REGRESSIONS, SHORT
+from sequence_proofs import LONG, REGRESSIONS, SHORT
+from sequence_proofs_data import LENGTH
 
 
 def table(rows: list[dict[str, Any]]) -> str:
