@@ -1,8 +1,9 @@
 """What the sequence models learn: Game of Life, chains of thought, regression in context, parity, three tasks of the LRA.
 
-    python benchmarks/sequence_proofs.py data FOLDER                            draws what takes long to draw, on all cores
+    python benchmarks/sequence_proofs.py all FOLDER --seconds 430               everything side by side on one GPU
+    python benchmarks/sequence_proofs.py data FOLDER                            draws what takes long to draw, on many cores
     python benchmarks/sequence_proofs.py train lifegpt FOLDER --seconds 400     one training; another name lists them all
-    python benchmarks/sequence_proofs.py gather FOLDER                          rows.json and curves.csv of what is done
+    python benchmarks/sequence_proofs.py gather FOLDER                          rows.json and curves.csv of what is done so far
     python benchmarks/sequence_proofs_table.py FOLDER --write                   keeps the table, with curves and pictures
 
 Every training is `tersor.train.trainer.train` on a model of tersor and a task of tersor: AdamW, a warm-up, a cosine. It first
@@ -22,8 +23,10 @@ import math
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +55,7 @@ from tersor.train.objectives import Batch, Objective, answering
 from tersor.train.self_pretraining import self_pretrain, transfer
 from tersor.train.trainer import train, validate
 
-WAIT = 300  # seconds for drawn data
+WAIT = 240  # seconds for drawn data
 
 
 @dataclass(frozen=True)
@@ -554,19 +557,66 @@ def keep(folder: Path, rows: list[dict[str, Any]], curves: list[dict[str, Any]])
             writer.writerows(curves)
 
 
+# Names that one process trains one after the other, in equal parts of the seconds.
+LANES: tuple[tuple[str, ...], ...] = (
+    ("lifegpt",),
+    ("cot-chain",),
+    ("cot-direct",),
+    *(tuple(f"regression/{kind}/{name}" for name in LEARNERS) for kind in REGRESSIONS),
+    tuple(f"parity/{name}" for name in COUNTERS),
+    ("listops/transformer",),
+    ("listops/transformer + SPT",),
+    ("listops/S4",),
+    ("listops/S4D",),
+    ("listops/Mamba-2",),
+    ("listops/LongVQ",),
+    ("image/S4",),
+    ("pathfinder/S4",),
+)
+
+
+def prove_all(folder: Path, out: Path, *, seconds: float, seed: int, device: str, quick: bool, processes: int) -> None:
+    """All lanes side by side, and the data drawn beside them; rows and curves are gathered as they come. The processes are
+    forked, so that torch is imported once: this one must not touch the GPU."""
+    fork, until = get_context("fork"), time.perf_counter() + seconds + 90
+    how: dict[str, Any] = {"seed": seed, "device": device, "quick": quick}
+    drawing = fork.Process(target=draw, args=(folder / "data",), kwargs={"quick": quick, "processes": processes})
+    lanes = [fork.Process(target=_lane, args=(names, folder, seconds / len(names), how)) for names in LANES]
+    for process in (drawing, *lanes):
+        process.start()
+    while any(lane.is_alive() for lane in lanes) and time.perf_counter() < until:
+        time.sleep(min(20, max(0.1, until - time.perf_counter())))
+        keep(out, *gather(folder))
+    for process in (drawing, *lanes):
+        process.terminate()
+        process.join()
+    keep(out, *gather(folder))
+
+
+def _lane(names: Sequence[str], folder: Path, seconds: float, how: dict[str, Any]) -> None:
+    for name in names:
+        try:
+            prove(name, folder, seconds=seconds, **how)
+        except Exception:  # the other trainings go on
+            traceback.print_exc()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("what", choices=("data", "train", "gather"))
+    parser.add_argument("what", choices=("all", "data", "train", "gather"))
     parser.add_argument("name", nargs="?", default="", help="with train: which one")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seconds", type=float, default=400.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--processes", type=int, default=14, help="with data")
+    parser.add_argument("--device", default="cuda", help="cuda or cpu")
+    parser.add_argument("--processes", type=int, default=8, help="that draw data")
     parser.add_argument("--quick", action="store_true", help="whether it runs")
-    parser.add_argument("--out", type=Path, help="with gather: where rows and curves go")
+    parser.add_argument("--out", type=Path, help="where rows and curves go; FOLDER where left out")
     asked = parser.parse_args()
-    if asked.what == "data":
+    if asked.what == "all":
+        how = {"seconds": asked.seconds, "seed": asked.seed, "device": asked.device, "quick": asked.quick}
+        prove_all(asked.folder, asked.out or asked.folder, processes=asked.processes, **how)
+    elif asked.what == "data":
         draw(asked.folder / "data", quick=asked.quick, processes=asked.processes)
     elif asked.what == "train":
         if asked.name not in PROOFS:

@@ -20,9 +20,9 @@ from tersor.data.long_range import BENCHMARKS, LongRange, LongRangeConfig, Raw, 
 
 SMALL = 40  # times fewer samples with --quick
 LENGTH = 6  # operators of the arithmetic
-CHAINS, CHAIN_PIECES = 480_000, 16
-LISTOPS_LENGTH, LISTOPS, LISTOPS_PIECES = 256, 32_000, 40
-PATHFINDER, PATHFINDER_PIECES = 8_000, 40
+CHAINS, CHAIN_PIECES = 320_000, 16
+LISTOPS_LENGTH, LISTOPS, LISTOPS_PIECES = 256, 24_000, 40
+PATHFINDER, PATHFINDER_PIECES = 4_000, 40
 
 
 def draw(folder: Path, *, quick: bool, processes: int) -> None:
@@ -33,7 +33,7 @@ def draw(folder: Path, *, quick: bool, processes: int) -> None:
         ("chains", _chains_piece, CHAINS, CHAIN_PIECES, _both),
         ("pathfinder", _pathfinder_piece, PATHFINDER, PATHFINDER_PIECES, _apart),
     ]
-    with get_context("spawn").Pool(processes) as pool:
+    with get_context("fork").Pool(processes) as pool:
         for name, piece, count, pieces, join in jobs:
             pieces = 2 if quick else pieces
             each = (count // SMALL if quick else count) // pieces
