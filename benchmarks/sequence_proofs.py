@@ -68,6 +68,7 @@ class Run:
     seed: int
     device: str
     quick: bool
+    steps: int = 0  # instead of what a training has or plans
     begun: float = field(default_factory=time.perf_counter)
 
     @property
@@ -159,8 +160,7 @@ def learn(
     torch.set_float32_matmul_precision("high")
     model.to(run.device).train()
     end = time.perf_counter() + share * run.left
-    if run.quick:
-        steps = 6
+    steps = 6 if run.quick else run.steps or steps
     config = replace(config, epochs=10**6, seed=run.seed, device=run.device)
     if not steps:
         rate = _rate(run, copy.deepcopy(model), training, objective, config, part)
@@ -519,8 +519,10 @@ def _folder(name: str, seed: int) -> str:
     return f"{name.replace('/', '-').replace(', ', '-').replace(' ', '')}-{seed}"
 
 
-def prove(name: str, folder: Path, *, seconds: float, seed: int, device: str, quick: bool) -> None:
-    run = Run(folder / "runs" / _folder(name, seed), folder / "data", seconds, seed, device, quick)
+def prove(
+    name: str, folder: Path, *, seconds: float, seed: int, device: str, quick: bool = False, steps: int = 0
+) -> None:
+    run = Run(folder / "runs" / _folder(name, seed), folder / "data", seconds, seed, device, quick, steps)
     shutil.rmtree(run.out, ignore_errors=True)
     run.out.mkdir(parents=True)
     torch.set_num_threads(1)
@@ -607,6 +609,7 @@ def main() -> None:
     parser.add_argument("name", nargs="?", default="", help="with train: which one")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seconds", type=float, default=400.0)
+    parser.add_argument("--steps", type=int, default=0, help="with train: their number")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda", help="cuda or cpu")
     parser.add_argument("--processes", type=int, default=8, help="that draw data")
@@ -628,6 +631,7 @@ def main() -> None:
             seed=asked.seed,
             device=asked.device,
             quick=asked.quick,
+            steps=asked.steps,
         )
     else:
         keep(asked.out or asked.folder, *gather(asked.folder))

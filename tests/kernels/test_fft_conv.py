@@ -55,14 +55,14 @@ def test_what_does_not_fit_together_is_refused() -> None:
         fft_conv(torch.zeros(1, 2, 5), torch.zeros(2, 9))
     with pytest.raises(TersorError, match="gates"):
         fft_conv(torch.zeros(1, 2, 5), torch.zeros(2, 10), gate_out=torch.zeros(1, 2, 4))
-    assert [fft_length(length) for length in (1, 512, 513, 4096)] == [1024, 1024, 2048, 8192]
+    assert [fft_length(length) for length in (1, 512, 513, 2048)] == [1024, 1024, 2048, 4096]
 
 
 def test_triton_interpreted() -> None:
     run_interpreted(
         """
         from tersor.kernels import fft_conv, fft_conv_triton
-        for b, h, length in ((3, 2, 700), (2, 1, 4096)):
+        for b, h, length in ((3, 2, 700), (2, 1, 2048)):
             u, a, z, grad = (torch.randn(b, h, length) for _ in range(4))
             N = fft_conv.fft_length(length)
             taps = torch.randn(h, N) / length**0.5
@@ -82,10 +82,11 @@ def test_triton_interpreted() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("b", "h", "length"), [(3, 5, 500), (4, 3, 1024), (1, 2, 2000), (5, 2, 4096)])
 def test_on_a_gpu(b: int, h: int, length: int, dtype: torch.dtype) -> None:
+    """In Triton where the data have 16 bits and fit, by torch.fft elsewhere."""
     torch.manual_seed(0)
     u = torch.randn(b, h, length, device="cuda").to(dtype)
     taps = causal_taps(torch.randn(h, length, device="cuda") / length**0.5, torch.randn(h, device="cuda"))
-    assert module._on_chip(u, taps)
+    assert module._on_chip(u, taps) == (dtype == torch.bfloat16 and length <= 2048)
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
     for which in ("", "gate_in gate_out"):
         more = gates(u, which)
@@ -97,4 +98,4 @@ def test_on_a_gpu(b: int, h: int, length: int, dtype: torch.dtype) -> None:
         found = [y, *torch.autograd.grad(y, leaves, grad)]
         wanted = [expected, *torch.autograd.grad(expected, wide, grad.double())]
         for each, other in zip(found, wanted, strict=True):
-            assert float((each.double() - other).norm() / other.norm()) < tolerance
+            assert float((each.double() - other).detach().norm() / other.detach().norm()) < tolerance

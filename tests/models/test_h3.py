@@ -80,15 +80,16 @@ def test_flashconv_whole_and_in_pieces_equals_the_layer(longest: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("length", [700, 9000])  # in one piece, in three
-def test_on_a_gpu(length: int) -> None:
+@pytest.mark.parametrize("length", [700, 5000])  # in one piece, in three
+def test_flashconv_on_a_gpu(length: int) -> None:
     torch.manual_seed(0)
-    layer, u = H3Layer(6, H3LayerConfig(d_state=8)), torch.randn(3, length, 6)
-    expected = torch.autograd.grad(layer(u)[0].square().mean(), list(layer.parameters()))
-    layer, u = layer.cuda(), u.cuda()
-    found = torch.autograd.grad(layer(u)[0].square().mean(), list(layer.parameters()))
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one.cpu(), other, rtol=2e-3, atol=1e-4)
+    layer = H3Layer(6, H3LayerConfig(d_state=8)).cuda()
+    q, k, v = (torch.randn(3, 6, length, device="cuda").bfloat16() for _ in range(3))
+    assert layer._flashes(k) == (length == 700)
+    with torch.no_grad():
+        found = layer.flash(q, k, v).cpu().double()
+        expected = layer.cpu().double().flash(*(each.cpu().double() for each in (q, k, v)), longest=length)
+    assert (found - expected).norm() < 0.02 * expected.norm()
 
 
 @torch.no_grad()

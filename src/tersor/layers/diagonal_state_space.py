@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -66,16 +67,17 @@ def convolve_in_pieces(recurrence: DiagonalRecurrence, u: Tensor, skip: Tensor, 
     """
     batch, length, log_A = len(u), u.shape[-1], torch.log(recurrence.A)
     count = -(-length // piece)
-    pieces = F.pad(u, (0, count * piece - length)).unflatten(-1, (count, piece)).transpose(1, 2)  # (batch, P, H, piece)
+    pieces = rearrange(F.pad(u, (0, count * piece - length)), "b h (p l) -> b p h l", p=count)
     kernel = vandermonde(recurrence.C * recurrence.B, log_A, piece)[0]
     inside = fft_conv(pieces.flatten(0, 1), causal_taps(kernel, skip))
 
     s = math.isqrt(piece - 1) + 1  # A^l = A^(i s) A^j, as in `vandermonde`
     position = torch.arange(s, device=u.device)
     fine, coarse = (torch.exp(log_A[..., None] * each) for each in (position, position * s))  # [H, n, s]
-    latest = F.pad(pieces.flip(-1).to(fine.real.dtype), (0, s * s - piece)).unflatten(-1, (s, s))  # (batch, P, H, i, j)
+    latest = F.pad(pieces.flip(-1).to(fine.real.dtype), (0, s * s - piece))
     both = torch.view_as_real(fine.transpose(1, 2).contiguous()).flatten(-2)  # [H, j, 2 n]
-    sums = torch.view_as_complex((latest @ both).unflatten(-1, (-1, 2)))  # (batch, P, H, i, n)
+    sums = rearrange(latest, "b p h (i j) -> b p h i j", j=s) @ both
+    sums = torch.view_as_complex(rearrange(sums, "b p h i (n two) -> b p h i n two", two=2))
     gained = torch.einsum("bphin,hni->bphn", sums, coarse) * recurrence.B
 
     whole, state, before = recurrence.A**piece, recurrence.initial_state(batch), []
@@ -83,8 +85,8 @@ def convolve_in_pieces(recurrence: DiagonalRecurrence, u: Tensor, skip: Tensor, 
         before.append(state)
         state = whole * state + each
     heard = vandermonde(recurrence.C * recurrence.A * torch.stack(before, 1), log_A, piece)  # (batch, P, H, piece)
-    y = inside.unflatten(0, (batch, count)) + heard.to(u.dtype)
-    return y.transpose(1, 2).flatten(-2)[..., :length]
+    y = rearrange(inside, "(b p) h l -> b p h l", p=count) + heard.to(u.dtype)
+    return rearrange(y, "b p h l -> b h (p l)")[..., :length]
 
 
 def discretize(a: Tensor, b: Tensor, dt: Tensor, method: str) -> tuple[Tensor, Tensor]:

@@ -19,9 +19,12 @@ An H3 mixer, H = d_model / head_dim heads, N = d_state:
 
 ssm is a diagonal state space (S4D): a = -exp(inv_A_real) + i A_imag, bilinear, C times B. No activation anywhere. Here
 `*` is the causal convolution by FFT; `prefill` of one piece after another is the same with the states passed on, for
-texts whose FFT does not fit, and `step` is the recurrence. On a GPU, with head_dim 1, both convolutions and both gates are
-FlashConv (tersor.kernels.fft_conv): transforms of up to 4,096 positions stay on the chip, longer texts go through it in
-pieces, the state passed on.
+texts whose FFT does not fit, and `step` is the recurrence.
+
+On a GPU, in 16 bits, with head_dim 1 and up to 1,024 tokens, a layer takes FlashConv (tersor.kernels.fft_conv): both
+convolutions and both gates with transforms that stay on the chip, there 1.4 times as fast as torch.fft in training and in a
+third of its memory (benchmarks/results/flash_conv.md). `H3Layer.flash` does longer ones too, in pieces with the state
+passed on: equal to the whole on a CPU; its speed on a GPU has not been measured.
 
 Quirks kept: z is flattened as (j, h), with h last, though q, k, v are split as (h, i); with head_dim 1 that is the same.
 With l_max the convolution's kernel ends there, the recurrence does not. dt, A and B learn at 0.001 at most without
@@ -64,6 +67,7 @@ from tersor.layers.positions import rotary_table, rotate
 from tersor.models.key_maps import rename
 from tersor.models.registry import register
 
+FASTER = 1024  # positions up to which FlashConv is faster than torch.fft
 LayerState = tuple[Tensor, ...]
 State = list[LayerState]
 
@@ -213,7 +217,7 @@ class H3Layer(nn.Module):
         """keep: also give the state after the last place."""
         length = u.shape[1]
         q, k, v = (project(u).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj))  # (B, d, L)
-        if state is None and not keep and self._fused(length, u.device):
+        if state is None and not keep and self._flashes(k):
             return self.output_linear(self.flash(q, k, v).transpose(1, 2)), None
         before = k if state is None else torch.cat((state[0], k), -1)
         shifted = (
@@ -233,14 +237,15 @@ class H3Layer(nn.Module):
         z = torch.einsum("bihl,bijhl->bjhl", rearrange(q, "b (h e) l -> b e h l", e=self.head_dim), y)
         return self.output_linear(z.flatten(1, 2).transpose(1, 2)), after
 
-    def _fused(self, length: int, device: torch.device) -> bool:
-        """Whether `flash` does the same: with heads of one channel and kernels as long as the text. It is for GPUs."""
-        whole = self.kernel.l_max is None or length <= self.kernel.l_max
-        return device.type == "cuda" and self.head_dim == 1 and whole and self.D.dtype != torch.float64
+    def _flashes(self, k: Tensor) -> bool:
+        """Whether the layer takes `flash`: where it does the same and is faster (benchmarks/results/flash_conv.md)."""
+        whole = self.kernel.l_max is None or k.shape[-1] <= self.kernel.l_max
+        fast = k.is_cuda and k.dtype in (torch.bfloat16, torch.float16) and k.shape[-1] <= FASTER
+        return fast and whole and self.head_dim == 1
 
     def flash(self, q: Tensor, k: Tensor, v: Tensor, *, longest: int = LONGEST) -> Tensor:
-        """q, k, v (B, d, L) -> q ssm(v shift(k)): FlashConv, both gates within its kernel; longer texts in pieces of `longest`,
-        with the states passed on."""
+        """q, k, v (B, d, L) -> q ssm(v shift(k)) for head_dim 1: FlashConv, both gates within its kernel; longer texts in pieces
+        of `longest`, with the states passed on."""
         length = k.shape[-1]
         shift = self.ssm_k_kernel(length)[0]
         shift = torch.cat((shift[:, :1] + self.ssm_k_D[:, None], shift[:, 1:]), 1)
