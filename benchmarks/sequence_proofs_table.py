@@ -16,24 +16,23 @@ from typing import Any
 import sequence_proofs
 from common import RESULTS, write_numbers, write_table
 from sequence_proofs import LONG, REGRESSIONS, SHORT
-from sequence_proofs_data import LENGTH
+from sequence_proofs_data import LENGTH, LISTOPS, LISTOPS_LENGTH, PATHFINDER
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """One table a proof, each with its goal."""
-    return "\n".join(
-        [
-            *_life_table(_of(rows, "lifegpt")),
-            *_chain_table(_of(rows, "cot-")),
-            *_regression_table(_of(rows, "regression/")),
-            *_parity_table(_of(rows, "parity/")),
-            *_arena_table(_of(rows, "listops/") + _of(rows, "image/") + _of(rows, "pathfinder/")),
-        ]
+    """One table for each proof that has rows, with its goal."""
+    made = (
+        (_life_table, _of(rows, "lifegpt")),
+        (_chain_table, _of(rows, "cot-")),
+        (_regression_table, _of(rows, "regression/")),
+        (_parity_table, _of(rows, "parity/")),
+        (_arena_table, _of(rows, "listops/", "image/", "pathfinder/")),
     )
+    return "\n".join(line for make, mine in made if mine for line in make(mine))
 
 
-def _of(rows: list[dict[str, Any]], prefix: str) -> list[dict[str, Any]]:
-    return [row for row in rows if row["name"].startswith(prefix)]
+def _of(rows: list[dict[str, Any]], *prefixes: str) -> list[dict[str, Any]]:
+    return [row for row in rows if row["name"].startswith(prefixes)]
 
 
 def _heading(title: str, *columns: str) -> list[str]:
@@ -101,16 +100,16 @@ def _parity_table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _arena_table(rows: list[dict[str, Any]]) -> list[str]:
-    lines = _heading("Long Range Arena, at the scale said above", "pretraining steps", "accuracy")
+    scale = f"ListOps of {LISTOPS_LENGTH // 4 + 1} to {LISTOPS_LENGTH - 1} tokens, {LISTOPS:,} of them; {PATHFINDER:,} Pathfinders"
+    lines = _heading(f"Long Range Arena: {scale}", "pretraining steps", "accuracy")
     for row in rows:
         before = row["scores"].get("steps of pretraining", 0)
-        named = {**row, "name": " ".join(row["name"].split("/"))}
-        named["name"] = named["name"].replace("/", " ")
+        named = {**row, "name": row["name"].replace("/", " ")}
         lines.append(_line(named, f"{before:,.0f}" if before else "", _percent(row["scores"]["accuracy"])))
     return lines
 
 
-def write(folder: Path) -> None:
+def write(folder: Path, command: str) -> None:
     """The kept table with its rows, the curves (at most 100 places each) and their picture."""
     rows = json.loads((folder / "rows.json").read_text())
     with (folder / "curves.csv").open(newline="") as file:
@@ -127,8 +126,8 @@ def write(folder: Path) -> None:
     _picture(kept, Path(__file__).parents[1] / "docs" / "images" / "sequence-proofs.png")
     about = (sequence_proofs.__doc__ or "").split("\n\n", 2)[2].strip()
     text = ["# What the sequence models learn", "", about, table(rows), "", rows[0]["where"]]
-    commands = "`python benchmarks/sequence_proofs.py train NAME FOLDER --seconds S`, then `gather FOLDER`"
-    text += [f"{commands}; curves in sequence_proofs.csv, drawn in docs/images/sequence-proofs.png"]
+    made = f"`python benchmarks/sequence_proofs.py {command}`"
+    text += [f"{made}; curves in sequence_proofs.csv, drawn in docs/images/sequence-proofs.png"]
     write_table("sequence_proofs", "\n".join(text))
     write_numbers("sequence_proofs", {"rows": rows})
 
@@ -149,8 +148,13 @@ def _picture(curves: list[dict[str, Any]], path: Path) -> None:
         "Image": "image-",
         "Pathfinder": "pathfinder-",
     }
-    figure, axes = pyplot.subplots(3, 3, figsize=(13, 10), layout="constrained")
-    for axis, (title, prefix) in zip(axes.flat, groups.items(), strict=True):
+    groups = {key: each for key, each in groups.items() if any(line["training"].startswith(each) for line in curves)}
+    columns = min(3, len(groups))
+    rows = math.ceil(len(groups) / columns)
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(5.5 * columns, 3.5 * rows), layout="constrained", squeeze=False
+    )
+    for axis, (title, prefix) in zip(axes.flat, groups.items(), strict=False):
         for name in dict.fromkeys(line["training"] for line in curves if line["training"].startswith(prefix)):
             mine = [line for line in curves if line["training"] == name and line["part"] == "training"]
             label = name.removeprefix(prefix).rpartition("-")[0].replace("_", " ") or title
@@ -171,10 +175,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--write", action="store_true", help="keep the result in benchmarks/results/")
+    parser.add_argument("--command", default="all FOLDER --seconds 430", help="with --write: how the rows were made")
     asked = parser.parse_args()
     print(table(json.loads((asked.folder / "rows.json").read_text())))
     if asked.write:
-        write(asked.folder)
+        write(asked.folder, asked.command)
 
 
 if __name__ == "__main__":
