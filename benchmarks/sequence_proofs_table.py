@@ -100,7 +100,9 @@ def _parity_table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _arena_table(rows: list[dict[str, Any]]) -> list[str]:
-    scale = f"ListOps of {LISTOPS_LENGTH // 4 + 1} to {LISTOPS_LENGTH - 1} tokens, {LISTOPS:,} of them; {PATHFINDER:,} Pathfinders"
+    scale = (
+        f"{LISTOPS:,} ListOps of {LISTOPS_LENGTH // 4 + 1} to {LISTOPS_LENGTH - 1} tokens, {PATHFINDER:,} Pathfinders"
+    )
     lines = _heading(f"Long Range Arena: {scale}", "pretraining steps", "accuracy")
     for row in rows:
         before = row["scores"].get("steps of pretraining", 0)
