@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import RESULTS, processor
+from common import processor, versions, write_table
 from torch import Tensor
 
 from tersor.kernels import selective_scan, ssd
@@ -105,8 +105,8 @@ def main() -> None:
     machine = torch.cuda.get_device_name() if arguments.device == "cuda" else processor()
     header = f"""# Mamba's recurrences, times faster than token by token
 
-{machine}, one thread, torch {torch.__version__}.
-Command: `python benchmarks/scan.py --device {arguments.device}`.
+{machine}, one thread, {versions()}.
+Command: `python benchmarks/scan.py --device {arguments.device} --turns {arguments.turns} --write`.
 The op is `chunked` torch on a CPU, Triton on a GPU, there with bfloat16 for Mamba-2.
 
 | model | tokens | | op, ms | chunked torch | op |
@@ -115,7 +115,7 @@ The op is `chunked` torch on a CPU, Triton on a GPU, there with bfloat16 for Mam
     text = header + "\n".join(rows(arguments.device, arguments.turns)) + "\n"
     print(text)
     if arguments.write:
-        (RESULTS / f"scan_{arguments.device}.md").write_text(text)
+        write_table(f"scan_{arguments.device}", text)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,38 @@ def test_the_shift_kernel_is_the_correlation_of_reading_and_writing() -> None:
     torch.testing.assert_close(shift(10)[0].double(), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("longest", [512, 48, 17])
+def test_flashconv_whole_and_in_pieces_equals_the_layer(longest: int) -> None:
+    """With its gradients; a last piece may be shorter than the others."""
+    torch.manual_seed(0)
+    layer, u = H3Layer(6, H3LayerConfig(d_state=8)).double(), torch.randn(2, 100, 6).double().requires_grad_()
+
+    def flash(u: torch.Tensor) -> torch.Tensor:
+        q, k, v = (project(u).transpose(1, 2) for project in (layer.q_proj, layer.k_proj, layer.v_proj))
+        return layer.output_linear(layer.flash(q, k, v, longest=longest).transpose(1, 2))
+
+    leaves = [u, *layer.parameters()]
+    expected, found = layer(u)[0], flash(u)
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn_like(expected)
+    gradients = (torch.autograd.grad(each, leaves, weights) for each in (found, expected))
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("length", [700, 5000])  # in one piece, in three
+def test_flashconv_on_a_gpu(length: int) -> None:
+    torch.manual_seed(0)
+    layer = H3Layer(6, H3LayerConfig(d_state=8)).cuda()
+    q, k, v = (torch.randn(3, 6, length, device="cuda").bfloat16() for _ in range(3))
+    assert layer._flashes(k) == (length == 700)
+    with torch.no_grad():
+        found = layer.flash(q, k, v).cpu().double()
+        expected = layer.cpu().double().flash(*(each.cpu().double() for each in (q, k, v)), longest=length)
+    assert (found - expected).norm() < 0.02 * expected.norm()
+
+
 @torch.no_grad()
 def test_at_first_the_delay_line_writes_its_newest_place() -> None:
     shift = H3Layer(4, H3LayerConfig(d_state=6)).ssm_k_kernel

@@ -16,9 +16,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tersor.errors import TersorError
+from tersor.kernels.fft_conv import causal_taps, fft_conv
 
 _OWN_RATE = (
     "inv_dt",
@@ -54,6 +57,36 @@ class DiagonalRecurrence:
         powers = torch.exp(torch.log(self.A)[..., None] * torch.arange(length, device=u.device))  # [H, n, L]
         added = torch.einsum("bhl,hnl->bhn", u.flip(-1).to(powers.dtype), powers) * self.B
         return self.A**length * state + added
+
+
+def convolve_in_pieces(recurrence: DiagonalRecurrence, u: Tensor, skip: Tensor, piece: int) -> Tensor:
+    """k * u + skip u for u (batch, H, L) of any length, with FFTs of pieces only: (batch, H, L). One channel of C; skip [H].
+
+    FlashConv's state passing (arXiv 2212.14052, section 4.2): each piece is convolved by itself, what all pieces add to the
+    state is gathered at once, the states go from piece to piece, and each piece hears what the state before it still says.
+    """
+    batch, length, log_A = len(u), u.shape[-1], torch.log(recurrence.A)
+    count = -(-length // piece)
+    pieces = rearrange(F.pad(u, (0, count * piece - length)), "b h (p l) -> b p h l", p=count)
+    kernel = vandermonde(recurrence.C * recurrence.B, log_A, piece)[0]
+    inside = fft_conv(pieces.flatten(0, 1), causal_taps(kernel, skip))
+
+    s = math.isqrt(piece - 1) + 1  # A^l = A^(i s) A^j, as in `vandermonde`
+    position = torch.arange(s, device=u.device)
+    fine, coarse = (torch.exp(log_A[..., None] * each) for each in (position, position * s))  # [H, n, s]
+    latest = F.pad(pieces.flip(-1).to(fine.real.dtype), (0, s * s - piece))
+    both = torch.view_as_real(fine.transpose(1, 2).contiguous()).flatten(-2)  # [H, j, 2 n]
+    sums = rearrange(latest, "b p h (i j) -> b p h i j", j=s) @ both
+    sums = torch.view_as_complex(rearrange(sums, "b p h i (n two) -> b p h i n two", two=2))
+    gained = torch.einsum("bphin,hni->bphn", sums, coarse) * recurrence.B
+
+    whole, state, before = recurrence.A**piece, recurrence.initial_state(batch), []
+    for each in gained.unbind(1):
+        before.append(state)
+        state = whole * state + each
+    heard = vandermonde(recurrence.C * recurrence.A * torch.stack(before, 1), log_A, piece)  # (batch, P, H, piece)
+    y = rearrange(inside, "(b p) h l -> b p h l", p=count) + heard.to(u.dtype)
+    return rearrange(y, "b p h l -> b h (p l)")[..., :length]
 
 
 def discretize(a: Tensor, b: Tensor, dt: Tensor, method: str) -> tuple[Tensor, Tensor]:

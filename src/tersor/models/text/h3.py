@@ -21,6 +21,11 @@ ssm is a diagonal state space (S4D): a = -exp(inv_A_real) + i A_imag, bilinear, 
 `*` is the causal convolution by FFT; `prefill` of one piece after another is the same with the states passed on, for
 texts whose FFT does not fit, and `step` is the recurrence.
 
+On a GPU, in 16 bits, with head_dim 1 and up to 1,024 tokens, a layer takes FlashConv (tersor.kernels.fft_conv): both
+convolutions and both gates with transforms that stay on the chip, there 1.4 times as fast as torch.fft in training and in a
+third of its memory (benchmarks/results/flash_conv.md). `H3Layer.flash` does longer ones too, in pieces with the state
+passed on: equal to the whole on a CPU; its speed on a GPU has not been measured.
+
 Quirks kept: z is flattened as (j, h), with h last, though q, k, v are split as (h, i); with head_dim 1 that is the same.
 With l_max the convolution's kernel ends there, the recurrence does not. dt, A and B learn at 0.001 at most without
 weight decay: `model.parameter_groups(lr=6e-4, weight_decay=0.1)`. The published decoding is for head_dim 1 only, this
@@ -46,15 +51,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tersor.errors import TersorError
+from tersor.kernels.fft_conv import LONGEST, causal_taps, fft_conv
 from tersor.layers.causal_attention import attend
 from tersor.layers.checks import at_least, divides, one_of
-from tersor.layers.diagonal_state_space import DiagonalRecurrence, discretize, parameter_groups, vandermonde
+from tersor.layers.diagonal_state_space import (
+    DiagonalRecurrence,
+    convolve_in_pieces,
+    discretize,
+    parameter_groups,
+    vandermonde,
+)
 from tersor.layers.hippo import initial_state_space
-from tersor.layers.long_convolution import long_convolution
+from tersor.layers.long_convolution import convolve_overlapped, long_convolution
 from tersor.layers.positions import rotary_table, rotate
 from tersor.models.key_maps import rename
 from tersor.models.registry import register
 
+FASTER = 1024  # positions up to which FlashConv is faster than torch.fft
 LayerState = tuple[Tensor, ...]
 State = list[LayerState]
 
@@ -204,6 +217,8 @@ class H3Layer(nn.Module):
         """keep: also give the state after the last place."""
         length = u.shape[1]
         q, k, v = (project(u).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj))  # (B, d, L)
+        if state is None and not keep and self._flashes(k):
+            return self.output_linear(self.flash(q, k, v).transpose(1, 2)), None
         before = k if state is None else torch.cat((state[0], k), -1)
         shifted = (
             long_convolution(before, self.ssm_k_kernel(before.shape[-1]))[..., -length:] + self.ssm_k_D[:, None] * k
@@ -221,6 +236,25 @@ class H3Layer(nn.Module):
             after = (F.pad(before, (self.past, 0))[..., before.shape[-1] :], memory)
         z = torch.einsum("bihl,bijhl->bjhl", rearrange(q, "b (h e) l -> b e h l", e=self.head_dim), y)
         return self.output_linear(z.flatten(1, 2).transpose(1, 2)), after
+
+    def _flashes(self, k: Tensor) -> bool:
+        """Whether the layer takes `flash`: where it does the same and is faster (benchmarks/results/flash_conv.md)."""
+        whole = self.kernel.l_max is None or k.shape[-1] <= self.kernel.l_max
+        fast = k.is_cuda and k.dtype in (torch.bfloat16, torch.float16) and k.shape[-1] <= FASTER
+        return fast and whole and self.head_dim == 1
+
+    def flash(self, q: Tensor, k: Tensor, v: Tensor, *, longest: int = LONGEST) -> Tensor:
+        """q, k, v (B, d, L) -> q ssm(v shift(k)) for head_dim 1: FlashConv, both gates within its kernel; longer texts in pieces
+        of `longest`, with the states passed on."""
+        length = k.shape[-1]
+        shift = self.ssm_k_kernel(length)[0]
+        shift = torch.cat((shift[:, :1] + self.ssm_k_D[:, None], shift[:, 1:]), 1)
+        if length > longest:
+            kv = convolve_overlapped(k, shift, longest) * v
+            return q * convolve_in_pieces(self.kernel.kernel.recurrence(), kv, self.D, longest)
+        shift = F.pad(shift, (0, length - shift.shape[1]))
+        taps = causal_taps(self.kernel(length)[0], self.D)
+        return fft_conv(fft_conv(k, causal_taps(shift)), taps, gate_in=v, gate_out=q)
 
 
 def _wide(x: Tensor) -> Tensor:
