@@ -9,7 +9,7 @@ layers, 256 bins.
 
 Downstream: imitate one controller on the cart and pole (LQR gain, standard costs) from 8 of its runs of 60 steps, 600 steps of
 training. Error: of the action over its spread, root mean square, on 20 new runs; "failed": the sensors of place and angle give
-nothing, in training too. Balanced: steps of 100 with the pole within 12 degrees and the cart on its track, mean of 20 starts. Mean
+nothing, in training too. Balanced: steps of 100 with the pole within 12 degrees and the cart on its track, of 20 starts. Mean
 and standard deviation of 3 seeds, each with a pretraining of its own.
 
 MLP: two layers of 256 on the newest state alone; of a failed sensor it sees 0. MLP, window: the same on all 8 steps. PASTA: its
