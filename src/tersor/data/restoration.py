@@ -106,6 +106,10 @@ class Feeder:
     def _feasible(self) -> dict[frozenset[int], NDArray[np.bool_]]:
         return {}
 
+    @cached_property
+    def _flows(self) -> dict[frozenset[int], tuple[Floats, Floats]]:
+        return {}
+
     def weighted(self) -> Floats:
         """The load of each cell as it counts for the reward."""
         return np.array(self.load_p, np.float64) * np.array(self.priority or 1.0, np.float64)
@@ -123,6 +127,11 @@ class Feeder:
 
     def flow(self, closed: frozenset[int]) -> tuple[Floats, Floats]:
         """Voltage of each cell (0: dead, or collapsed), and P, Q into each cell from its parent or source [cells, 2]."""
+        if closed not in self._flows:
+            self._flows[closed] = self._flow(closed)
+        return self._flows[closed]
+
+    def _flow(self, closed: frozenset[int]) -> tuple[Floats, Floats]:
         tree = self.tree(closed)
         squared, power = self._sweep(tree, np.full(len(self.load_p), np.inf))
         for _ in range(_MOST_SWEEPS if self.losses else 0):
