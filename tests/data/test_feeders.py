@@ -7,7 +7,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -123,7 +123,7 @@ def feeders(draw: st.DrawFn) -> Feeder:
         raise
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, phases=(Phase.generate,))
 @given(feeder=feeders(), seed=st.integers(0, 99))
 def test_no_feasible_run_ever_has_a_violated_voltage(feeder: Feeder, seed: int) -> None:
     for closed in walk(feeder, seed):
