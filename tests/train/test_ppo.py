@@ -91,6 +91,9 @@ def test_what_was_played_is_what_the_model_says_of_whole_episodes() -> None:
         assert sum(step[1] for step in told) == pytest.approx(float(played.returns()[b]), abs=1e-6)
         assert told[-1][2] == bool(played.ended[b])
         assert told[-1][4]["success"] == bool(played.success[b])
+        length = int(played.lengths[b])  # the state after the last step is valued too: a cut episode goes on from there
+        seen = torch.tensor(np.stack([played.states[0, b].numpy(), *(step[0] for step in told)]))
+        torch.testing.assert_close(played.values[length, b], model(seen[:, None])[-1, 0, -1], rtol=1e-4, atol=1e-5)
 
 
 def test_the_first_loss_has_a_ratio_of_one_and_clips_what_went_too_far() -> None:
