@@ -6,7 +6,7 @@
 
 An epoch of the trainer is one turn of PPO: `Played.set_epoch` has the policy play whole episodes, and the epoch goes through
 them `passes` times. So interruption, logs and the best weights are the trainer's. A run that was interrupted within an epoch
-plays that epoch anew, by the weights it has then.
+plays that epoch anew, by the weights it has then. Leave `ema` at 0: it is the weights that learn that play, in validation too.
 
 The model is called on whole episodes, and step by step with `stream(x, memory) -> (y, memory)`, which are to agree: x
 (T, B, states), y (T, B, actions + 1), the logits of the actions and the state's value V. With rho the probability of the action
