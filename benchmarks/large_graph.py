@@ -4,7 +4,7 @@
     ... --quick                 10,000 nodes alone: whether it runs, not what it is worth
 
 tersor.data.large_graph generates power-law graphs (exponent 2.5) with ten directed edges a node, and 16 random features. Hop
-features are computed once. Then batches of 256 random nodes: 50 nodes are drawn of each one's neighbours within two edges (at
+features are computed once. Then batches of 64 random nodes: 50 nodes are drawn of each one's neighbours within two edges (at
 most 64 of each node's edges are looked at) and their 150 tokens gathered; LargeGT (width 64, 1,024 codes, 16 random positions)
 makes a training step. Seconds of processor time, one thread, medians of 15 batches; each size in a process of its own, whose peak
 memory is shown. Labels are random: this says nothing of accuracy.
@@ -37,7 +37,7 @@ from torch.nn import functional as F
 import tersor.models
 from tersor.data.large_graph import Neighbours, hop_features, hop_tokens, power_law_graph, sample_nodes
 
-SIZES, DEGREE, WIDTH, BATCH, LENGTH, MOST, TURNS = (100_000, 1_000_000, 10_000_000), 10, 16, 256, 50, 64, 15
+SIZES, DEGREE, WIDTH, BATCH, LENGTH, MOST, TURNS = (100_000, 1_000_000, 10_000_000), 10, 16, 64, 50, 64, 15
 
 
 def timed(task: Callable[[], Any]) -> tuple[Any, float]:

@@ -126,7 +126,8 @@ def run(job: Job, turns: int = TURNS, ends: float = math.inf) -> dict[str, Any] 
 def jobs_of(rows: list[dict[str, Any]]) -> list[Job]:
     """First those of the corridor of FIRST, then those whose rates they chose; without what is done."""
     done = {tuple(row["job"]) for row in rows}
-    first: list[Job] = [(name, FIRST, rate, seed) for name in MODELS for rate in RATES for seed in SEEDS]
+    order = sorted(RATES, key=lambda rate: abs(math.log(rate / RATES[1])))  # the middle one first
+    first: list[Job] = [(name, FIRST, rate, seed) for rate in order for seed in SEEDS for name in MODELS]
     if not done.issuperset(first):
         return [job for job in first if job not in done]
     rest = [(name, length, best_rate(rows, name), seed) for length in LENGTHS for name in MODELS for seed in SEEDS]
