@@ -104,3 +104,16 @@ def test_refuses_what_cannot_work() -> None:
     _, memory = build().stream(steps(), None)
     with pytest.raises(TersorError, match="memory is"):
         build().stream(steps()[:, :2], memory)
+
+
+@torch.no_grad()
+def test_the_heads_read_the_results_that_there_are_without_them() -> None:
+    torch.manual_seed(0)
+    without = build()
+    model = tersor.models.create("gtrxl", **SMALL, actions=3).double().eval()
+    model.load_state_dict(without.state_dict(), strict=False)
+    x = steps()
+    torch.testing.assert_close(model(x), without(x) @ model.heads.weight.T + model.heads.bias)
+    assert model(x).shape == (12, 3, 4)
+    assert model(x)[..., :3].softmax(-1).sub(1 / 3).abs().max() < 0.05  # all actions alike at first
+    torch.testing.assert_close(streamed(model, x, [5, 7]), model(x), rtol=1e-9, atol=1e-9)

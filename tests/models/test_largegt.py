@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import tersor.models
-from tersor.data.large_graph import Neighbours, hop_features, hop_tokens, sample_nodes
+from tersor.data.large_graph import Neighbours, hop_features, hop_tokens, power_law_graph, sample_nodes
 from tersor.errors import TersorError
 from tersor.models.graph.largegt import VectorQuantizer
 
@@ -119,3 +119,24 @@ def test_refuses_what_cannot_work() -> None:
         tersor.models.create("largegt", **{**SMALL, "num_centroids": 40_000})
     with pytest.raises(TersorError, match="num_layers"):
         tersor.models.create("largegt", **SMALL, num_layers=2)
+
+
+def test_power_law_graphs_have_the_edges_that_are_asked_for_and_hubs() -> None:
+    graph = power_law_graph(3000, 30_000, seed=1)
+    assert len(graph) == 3000
+    assert len(graph.nodes) == graph.starts[-1] == 30_000
+    rows = np.split(graph.nodes, graph.starts[1:-1])
+    assert all((np.diff(row) > 0).all() for row in rows)  # sorted, and none twice
+    assert graph.nodes.min() >= 0
+    assert graph.nodes.max() < 3000
+    for degrees in (np.diff(graph.starts), np.bincount(graph.nodes, minlength=3000)):
+        assert degrees.max() > 20 * degrees.mean()
+        assert np.median(degrees) < 0.7 * degrees.mean()
+    # a share of nodes with at least k edges that falls as k^(1 - 2.5)
+    large = np.diff(power_law_graph(200_000, 600_000, seed=2).starts)
+    shares = [(large >= k).mean() for k in (16, 64)]
+    assert np.log(shares[0] / shares[1]) / np.log(4) == pytest.approx(1.5, abs=0.25)
+    again = power_law_graph(3000, 30_000, seed=1)
+    assert np.array_equal(again.nodes, graph.nodes)
+    with pytest.raises(TersorError, match="no power-law graph of 10 nodes, 50 edges"):
+        power_law_graph(10, 50)

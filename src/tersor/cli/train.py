@@ -59,7 +59,7 @@ def _train(
         typer.Option(
             "--data",
             help="CSV or Parquet file (series, events), folder (or .npz) of images, folder of point clouds, graph, or text file; "
-            ".gz too. "
+            ".gz too. Environment to act in: tmaze, or a name that gymnasium knows. "
             "lra/listops, lra/pathfinder and lra/pathx are drawn without.",
         ),
     ] = None,
@@ -78,7 +78,7 @@ def _train(
     **options: Any,
 ) -> None:
     """Train a model by its task: to classify images or point clouds, enlarge or segment images, forecast series, predict graphs,
-    or model text.
+    model text, or act.
 
     `tersor train lra/TASK --model MODEL` trains a sequence model on listops, text, retrieval, image, pathfinder or pathx;
     `--set pretrain.epochs=N` first trains it to fill holes in the same sequences.

@@ -5,6 +5,8 @@
     ids = sample_nodes(graph, targets, 50, random)            # each epoch anew; [B, 50]
     seq = hop_tokens(ids, (x, *hops))                         # [B, 150, in]
 
+    graph = power_law_graph(10_000_000, 100_000_000)          # to try it on
+
 `Neighbours` holds two integer arrays, which may be memory-mapped files; so may x and its hops. Sampling needs memory only
 in proportion to the neighbours of the targets' neighbours, at most B (1 + most) most entries where `most` is given,
 and the hop features a block of rows at a time beside their results.
@@ -60,6 +62,39 @@ class Neighbours:
             return owner, self.nodes[place].astype(np.int64)
         owner, place = _counted(counts)
         return owner, self.nodes[place + first[owner]].astype(np.int64)
+
+
+def power_law_graph(num_nodes: int, num_edges: int, *, exponent: float = 2.5, seed: int = 0) -> Neighbours:
+    """Exactly num_edges different directed edges, drawn at random; the share of nodes with k edges out, and of those with k
+    in, falls as k^-exponent. Ends are drawn with weights (rank + 1)^(-1 / (exponent - 1)), ranks of a node out and in
+    independent. Memory: about 30 bytes an edge at most.
+    """
+    if not 1 <= num_edges <= num_nodes * num_nodes // 4 or not exponent > 2:
+        raise TersorError(
+            f"there is no power-law graph of {num_nodes} nodes, {num_edges} edges and exponent {exponent}"
+        )
+    random = np.random.default_rng(seed)
+    ranks = [random.permutation(num_nodes) for _ in range(2)]
+    power = 1 / (1 - 1 / (exponent - 1))  # of u in [0, 1): the inverse of the weights' sum
+    keys = np.empty(0, np.int64)
+    while len(keys) < num_edges:
+        missing = (num_edges - len(keys)) * 11 // 10 + 100
+        drawn = np.empty(len(keys) + missing, np.int64)
+        drawn[: len(keys)] = keys
+        for start in range(len(keys), len(drawn), 1 << 22):
+            count = min(1 << 22, len(drawn) - start)
+            ends = [rank[(num_nodes * random.random(count) ** power).astype(np.int64)] for rank in ranks]
+            drawn[start : start + count] = ends[0] * num_nodes + ends[1]
+        drawn.sort()
+        keys = drawn[np.concatenate(([True], drawn[1:] != drawn[:-1]))]
+        del drawn
+    keys = np.delete(keys, random.choice(len(keys), len(keys) - num_edges, replace=False))
+    counts, nodes = np.zeros(num_nodes, np.int64), np.empty(num_edges, np.int32 if num_nodes < 2**31 else np.int64)
+    for start in range(0, num_edges, 1 << 22):
+        part = keys[start : start + (1 << 22)]
+        counts += np.bincount(part // num_nodes, minlength=num_nodes)
+        nodes[start : start + (1 << 22)] = part % num_nodes
+    return Neighbours(np.concatenate(([0], np.cumsum(counts))), nodes)
 
 
 def hop_features(graph: Neighbours, x: Tensor, hops: int, *, block: int = 1 << 18) -> list[Tensor]:

@@ -41,6 +41,8 @@ EXTRAS = {  # extra: its package, and what it is for
     "compressed-tensors": ("compressed-tensors", "loading compressed-tensors checkpoints with transformers itself"),
     "gguf": ("gguf", "`tersor export` to GGUF, and reading types such as the K types"),
     "graphs": ("torch_geometric", "checkpoints and data of torch_geometric"),
+    "control": ("gymnasium", "environments, for policies that learn by acting"),
+    "power": ("pandapower", "power flow beside that of `tersor.data.restoration`"),
     "plots": ("matplotlib", "pictures of forecasts, of samples and of what was lost where"),
     "tables": ("pandas", "tables from CSV and Parquet files"),
     "report": ("plotly", "`tersor report`, pages about compressed models"),

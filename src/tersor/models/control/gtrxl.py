@@ -1,7 +1,8 @@
 """GTrXL, a Transformer-XL that reinforcement learning can train (Parisotto et al., ICML 2020, arXiv 1910.06764).
 
 What it is for: the memory of an agent. Every step attends to what was seen in the current segment and in the memory, so
-that what mattered long ago can still decide. Policy and value heads are the learner's.
+that what mattered long ago can still decide. With actions=A it has the heads of a learner: y (T, B, A + 1), the logits of
+A actions and the state's value (tersor.train.ppo trains them by acting).
 
     model = tersor.models.create("gtrxl", d_model=64, layers=2, heads=2, d_head=32, d_ff=128, memory_len=200)
     y, memory = model.stream(x, None)                          # x (T, B, d_model) -> (T, B, d_model)
@@ -51,6 +52,7 @@ GATES = ("gru", "input", "output", "highway", "sigtanh", "none")
 @dataclass(frozen=True, kw_only=True)
 class GTrXLConfig:
     input_dim: int = 0  # of x; 0: d_model, without the embedding Linear ReLU
+    actions: int = 0  # that the heads choose among, beside a value; 0: no heads
     d_model: int = 256  # D
     layers: int = 12
     heads: int = 8
@@ -73,7 +75,7 @@ class GTrXLConfig:
         one_of("gtrxl", "gate", self.gate, GATES)
         one_of("gtrxl", "memory_starts", self.memory_starts, ("empty", "zeros"))
         at_least("gtrxl", 1, layers=self.layers, heads=self.heads, d_head=self.d_head, mlp_layers=self.mlp_layers)
-        at_least("gtrxl", 0, input_dim=self.input_dim, memory_len=self.memory_len)
+        at_least("gtrxl", 0, input_dim=self.input_dim, actions=self.actions, memory_len=self.memory_len)
         if self.d_model < 2 or self.d_model % 2:
             raise TersorError(f"gtrxl's d_model is even, half of it sines and half cosines; it is {self.d_model}")
 
@@ -214,7 +216,7 @@ class Layer(nn.Module):
     small={"input_dim": 6, "d_model": 16, "layers": 2, "heads": 2, "d_head": 8, "d_ff": 24, "memory_len": 12},
 )
 class GTrXL(nn.Module):
-    """x (T, B, input_dim), time first -> (T, B, d_model)."""
+    """x (T, B, input_dim), time first -> (T, B, d_model), or (T, B, actions + 1) where it has heads."""
 
     def __init__(self, config: GTrXLConfig) -> None:
         super().__init__()
@@ -224,6 +226,10 @@ class GTrXL(nn.Module):
         self.embedding = nn.Linear(config.input_dim, d) if config.input_dim else None
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.dropout = nn.Dropout(config.dropout)
+        self.heads = nn.Linear(d, config.actions + 1) if config.actions else None
+        if self.heads is not None:
+            nn.init.normal_(self.heads.weight, std=0.01)  # all actions alike at first
+            nn.init.zeros_(self.heads.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.stream(x, None)[0]
@@ -249,7 +255,8 @@ class GTrXL(nn.Module):
             seen.append(torch.cat((before, x.detach())))
             x = layer(x, before, distances, self.u, self.v)
         kept = min(len(seen[0]), self.config.memory_len)
-        return self.dropout(x), torch.stack(seen)[:, len(seen[0]) - kept :]
+        y = self.dropout(x)
+        return y if self.heads is None else self.heads(y), torch.stack(seen)[:, len(seen[0]) - kept :]
 
     def _sinusoids(self, distances: Tensor) -> Tensor:
         """[S] -> [S, D]: sines, then cosines."""
