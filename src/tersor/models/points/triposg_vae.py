@@ -306,15 +306,16 @@ class TripoSGVAE(nn.Module):
         eikonal_weight: float = 0.1,
         kl_weight: float = 0.001,
         interval: float | None = None,
+        rows: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """points (B, P, 6) with unit normals, query_points (B, Q, 3), their signed distances (B, Q), negative inside.
 
         Scalars by name; "loss" is their weighted sum. The gradient is taken at the query points and at the first `surface` of
-        the points, where it should be the normal; exactly, or by central differences over 2 `interval`.
+        the points, where it should be the normal; exactly, or by central differences over 2 `interval`. rows: as in `encode`.
         """
         if self.config.in_channels < 3 or points.shape[-1] < 6:
             raise TersorError(f"the normal loss needs points with normals (batch, number, 6), not {list(points.shape)}")
-        posterior = self.encode(points)
+        posterior = self.encode(points, rows=rows)
         tokens = self.tokens(posterior.sample() if self.training else posterior.mean)
         near, normals = points[:, :surface, :3], points[:, :surface, 3:6]
         s, gradient = self.with_gradient(tokens, torch.cat((query_points, near), 1), interval=interval)

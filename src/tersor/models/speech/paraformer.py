@@ -338,11 +338,11 @@ class Paraformer(nn.Module):
             guessed = self.decode(embeds, lengths, h, mask).argmax(-1)
         real = padding_mask(lengths, labels.shape[1])
         wrong = (lengths - ((guessed == labels) & real).sum(1)).tolist()
-        shown = torch.zeros_like(real)
+        shown = torch.zeros(real.shape, dtype=torch.bool, device="cpu")  # a GPU would be asked once a row
         for row, (count, length) in enumerate(zip(wrong, lengths.tolist(), strict=True)):
             shown[row, order(length)[: int(count * self.config.sampling_ratio)].to(shown.device)] = True
         known = self.decoder.embed(labels.clamp(min=0))
-        return torch.where(shown[..., None], known, embeds) * real[..., None]
+        return torch.where(shown.to(real.device)[..., None], known, embeds) * real[..., None]
 
     def ctc_loss(self, h: Tensor, mask: Tensor, text: Tensor, text_lengths: Tensor) -> Tensor:
         log_probs = self.ctc(h).transpose(0, 1)
