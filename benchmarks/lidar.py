@@ -5,7 +5,7 @@
 
 Sweeps are made by a simple LiDAR: 64 beams, from 18 degrees below the horizon to 2 above, closer towards the horizon, on a mast
 of 1.8 m above flat ground, among 120 boxes of the sizes of cars, lorries, people and walls within 75 m. Each ray ends at the
-first thing that it meets, which hides what is behind, with a range noise of 2 cm. The number of directions around sets the number
+first thing that it meets, which hides what is behind; noise of 2 cm along the ray and 0.1 degrees up and down. The number of directions around sets the number
 of points. Points become pillars of 0.32 m on the grid of the published Waymo model (468 x 468), each with a mean of its points'
 coordinates, mapped to 128 channels.
 
@@ -52,13 +52,14 @@ def sweep(directions: int, seed: int = 0) -> Tensor:
     turn = 2 * math.pi * torch.rand(120, generator=chance)
     centre = torch.stack((away * side.cos(), away * side.sin(), sizes[kind, 2] / 2), 1)
 
-    up = (2 - 20 * torch.linspace(0, 1, 64) ** 1.5).deg2rad()
+    up = 2 - 20 * torch.linspace(0, 1, 64)[:, None] ** 1.5  # (64, directions), degrees
+    up = (up + 0.1 * torch.randn(64, directions, generator=chance)).deg2rad()
     around = torch.arange(directions) * (2 * math.pi / directions)
     rays = torch.stack(
         (
-            up.cos()[:, None] * around.cos(),
-            up.cos()[:, None] * around.sin(),
-            up.sin()[:, None].expand(-1, directions),
+            up.cos() * around.cos(),
+            up.cos() * around.sin(),
+            up.sin(),
         ),
         -1,
     ).flatten(0, 1)  # (rays, 3)

@@ -146,10 +146,15 @@ def inside_of(field: Field) -> Tensor:
 
 @torch.no_grad()
 def whole(field: Field, mesh: Mesh, truth: Tensor, file: Path) -> dict[str, Any]:
-    made = surface_of(distance_grid(field, cells=CELLS))
+    found = iou(inside_of(field), truth)
+    try:
+        made = surface_of(distance_grid(field, cells=CELLS))
+    except TersorError as error:  # nothing is inside
+        print(f"{file.stem}: {error}")
+        return {"IoU": found, "chamfer, %": math.nan, "closed": False}
     write_mesh(made, file)
     apart = chamfer(mesh, moved(made, str(mesh.vertices.device)))
-    return {"IoU": iou(inside_of(field), truth), "chamfer, %": 100 * apart, "closed": open_edges(made) == 0}
+    return {"IoU": found, "chamfer, %": 100 * apart, "closed": open_edges(made) == 0}
 
 
 def triposg(meshes: dict[str, Mesh], truths: dict[str, Tensor], asked: argparse.Namespace) -> list[dict[str, Any]]:
@@ -266,12 +271,8 @@ def levels(
             z = tokenizer.tokens(tokenizer.features(tokens[index : index + 1], scales=k))
             field = of_tokens(tokenizer, z, sign=-1.0)
             row[f"IoU to {scale}"] = iou(inside_of(field), truths[name])
-        try:
-            found = whole(field, mesh, truths[name], out / f"{told['of']}-{name}.glb")
-            rows.append(row | {column: found[column] for column in ("chamfer, %", "closed")})
-        except TersorError as error:  # an empty field has no surface
-            print(f"{told['of']}, {name}: {error}")
-            rows.append(row | {"chamfer, %": math.nan, "closed": False})
+        found = whole(field, mesh, truths[name], out / f"{told['of']}-{name}.glb")
+        rows.append(row | {column: found[column] for column in ("chamfer, %", "closed")})
         print("ROW", json.dumps(rows[-1]), flush=True)
     return rows
 
