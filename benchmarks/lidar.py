@@ -5,9 +5,9 @@
 
 Sweeps are made by a simple LiDAR: 64 beams, from 18 degrees below the horizon to 2 above, closer towards the horizon, on a mast
 of 1.8 m above flat ground, among 120 boxes of the sizes of cars, lorries, people and walls within 75 m. Each ray ends at the
-first thing that it meets, which hides what is behind; noise of 2 cm along the ray and 0.1 degrees up and down. The number of directions around sets the number
-of points. Points become pillars of 0.32 m on the grid of the published Waymo model (468 x 468), each with a mean of its points'
-coordinates, mapped to 128 channels.
+first thing that it meets, which hides what is behind; noise of 2 cm along the ray and 0.1 degrees up and down. The number of
+directions around sets the number of points. Points become pillars of 0.32 m on the grid of the published Waymo model (468 x
+468), each with a mean of its points' coordinates, mapped to 128 channels.
 
 All have the same 8 layers of width 128 (FlatFormer's own, with the same weights) on windows of 13 x 13 cells, every second
 layer's windows moved by half:
