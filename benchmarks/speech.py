@@ -216,9 +216,10 @@ def scores(model: Any, tests: Strings) -> tuple[float, float]:
 def real_time(ours: Any, peer: WriterDecoder, front: FrontEnd, tests: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     """Seconds a second of speech, on the clock: of features, encoder, and what follows."""
     spent = {"ours": torch.zeros(3), "peer": torch.zeros(3)}
+    models: dict[str, Any] = {"ours": ours, "peer": peer}
     for turn in range(2):
         for sound, _ in tests:
-            for name, model in (("ours", ours), ("peer", peer)):
+            for name, model in models.items():
                 times = [time.perf_counter()]
                 speech = front(sound)[None]
                 lengths = torch.tensor([speech.shape[1]])

@@ -191,7 +191,8 @@ def _squared(q: Tensor, triangles: Tensor) -> Tensor:
     size = normal.square().sum(-1)
     inside = size > 0
     for start, end in ((a, b), (b, c), (c, a)):
-        inside = inside & (((end - start).cross(q - start, dim=-1) * normal).sum(-1) >= 0)
+        turned = torch.linalg.cross((end - start).expand_as(q - start), q - start)
+        inside = inside & ((turned * normal).sum(-1) >= 0)
     plane = ((q - a) * normal).sum(-1).square() / size.clamp(min=1e-300)
     nearest_edge = torch.stack(edges).amin(0)
     return torch.where(inside, plane, nearest_edge)
