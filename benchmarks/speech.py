@@ -120,7 +120,9 @@ class WriterDecoder(nn.Module):
     def decode(self, tokens: Tensor, h: Tensor, mask: Tensor) -> Tensor:
         x = self.embed(tokens) + self.places.weight[: tokens.shape[1]]
         ahead = torch.triu(torch.full((tokens.shape[1],) * 2, -math.inf, device=h.device), 1)
-        logits: Tensor = self.out(self.decoder(x, h, tgt_mask=ahead, memory_key_padding_mask=~mask.bool()))
+        logits: Tensor = self.out(
+            self.decoder(x, h, tgt_mask=ahead, tgt_is_causal=True, memory_key_padding_mask=~mask.bool())
+        )
         return logits
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
@@ -181,12 +183,22 @@ def models_of(seed: int) -> tuple[Any, WriterDecoder]:
     return ours, WriterDecoder()
 
 
-def learn_both(ours: Any, peer: WriterDecoder, data: Strings, *, device: str, seconds: float, steps: int) -> int:
-    on_device = Strings(data.speech.half().to(device), data.speech_lengths, data.text, data.text_lengths)
-    chance = torch.Generator().manual_seed(1)
+def learn_both(
+    ours: Any, peer: WriterDecoder, data: Strings, *, device: str, seconds: float, steps: int, graph: bool
+) -> int:
+    torch.manual_seed(1)
+    data = Strings(
+        *(each.to(device) for each in (data.speech.half(), data.speech_lengths, data.text, data.text_lengths))
+    )
 
-    def loss() -> Tensor:
-        batch = on_device.batch(torch.randint(len(data.text), (BATCH,), generator=chance), device)
+    def loss() -> Tensor:  # batches are as wide as the longest string, so that a step can be recorded
+        rows = torch.randint(len(data.text), (BATCH,), device=device)
+        batch = {
+            "speech": data.speech[rows].float(),
+            "speech_lengths": data.speech_lengths[rows],
+            "text": data.text[rows],
+            "text_lengths": data.text_lengths[rows],
+        }
         hide = (
             torch.rand(batch["speech"].shape[:2], device=device) < 0.08
         )  # frames hidden at random, alike for both models
@@ -194,9 +206,8 @@ def learn_both(ours: Any, peer: WriterDecoder, data: Strings, *, device: str, se
         total: Tensor = ours.losses(**batch).loss + peer.loss(batch)
         return total
 
-    return learn(
-        [ours.to(device), peer.to(device)], loss, rate=2e-3, seconds=seconds, steps=steps, clip=5.0, told="speech"
-    )
+    models = [ours.to(device), peer.to(device)]
+    return learn(models, loss, rate=2e-3, seconds=seconds, steps=steps, clip=5.0, told="speech", graph=graph)
 
 
 @torch.no_grad()
@@ -268,7 +279,9 @@ def learned(
         ours.load_state_dict(kept["ours"])
         peer.load_state_dict(kept["peer"])
     else:
-        kept["steps"] = learn_both(ours, peer, data, device=asked.device, seconds=asked.seconds, steps=asked.steps)
+        kept["steps"] = learn_both(
+            ours, peer, data, device=asked.device, seconds=asked.seconds, steps=asked.steps, graph=asked.graph
+        )
         kept |= {"ours": ours.cpu().half().state_dict(), "peer": peer.cpu().half().state_dict()}
         asked.weights.mkdir(parents=True, exist_ok=True)
         torch.save(kept, file)
@@ -282,6 +295,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seconds", type=float, default=math.inf, help="of learning, at most")
     parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--graph", action="store_true", help="record a step of learning and replay it (GPU)")
     parser.add_argument("--strings", type=int, default=3000)
     parser.add_argument("--tests", type=int, default=300)
     asked = parser.parse_args()
