@@ -126,10 +126,11 @@ def main() -> None:
         big = tersor.models.create(f"any2point_{name}")
         sizes.append(f"{name} {100 * weights(big, learned=True, head=False) / weights(big):.2f} %")
     where = gpu() if device.startswith("cuda") else machine()
+    command = f"`python benchmarks/clouds.py --device {device} --seconds {asked.seconds:.0f}`"
     described = (__doc__ or "").strip()
     text = ["# Eight shapes from noisy points", "", described[described.index("The frozen") :], "", *lines, ""]
     text += [f"Of the published sizes, without the head, learned is of all weights: {', '.join(sizes)}.", ""]
-    write_table("clouds", "\n".join([*text, f"Batches of {BATCH}. {where}", ""]))
+    write_table("clouds", "\n".join([*text, f"Batches of {BATCH}. {where}.", command, ""]))
 
 
 if __name__ == "__main__":

@@ -222,9 +222,10 @@ def main() -> None:
         "",
         *lines,
         "",
-        f"{asked.turns} turns. {where}",
+        f"{asked.turns} turns. {where}.",
     ]
-    write_table("lidar_h200" if on_gpu else "lidar", "\n".join([*text, ""]))
+    text += ["", f"`python benchmarks/lidar.py --device {asked.device} --turns {asked.turns}`", ""]
+    write_table("lidar_h200" if on_gpu else "lidar", "\n".join(text))
 
 
 if __name__ == "__main__":

@@ -325,6 +325,9 @@ def main() -> None:
                     f"{rows[0]['steps']:,} steps. {kept['where']}",
                     "",
                 ]
+        lines += [
+            "`python benchmarks/shapes.py --model MODEL --device cuda --out shapes --seconds 330`, then `--out shapes` alone"
+        ]
         write_table("shapes", "\n".join(lines))
         return
     torch.set_float32_matmul_precision("high")

@@ -198,8 +198,8 @@ def main() -> None:
     x = clips(asked.tests, torch.Generator().manual_seed(1)).to(asked.device)
     lines = ["| | steps of sampling | forward | between |", "| --- | ---: | ---: | ---: |"]
 
-    def row(name: str, steps: str, forward: float, between: float) -> None:
-        lines.append(f"| {name} | {steps} | {forward:.4f} | {between:.4f} |")
+    def row(name: str, steps: str, forward: float | None, between: float) -> None:
+        lines.append(f"| {name} | {steps} | {'' if forward is None else f'{forward:.4f}'} | {between:.4f} |")
         print(lines[-1], flush=True)
 
     def measured(name: str, module: Any, sampler: str, steps: int) -> dict[str, Tensor]:
@@ -208,7 +208,7 @@ def main() -> None:
         return made
 
     row("copy", "", *(error(copied(x, task), x, task) for task in TASKS))
-    row("blend", "", math.nan, error(blended(x), x, "between"))
+    row("blend", "", None, error(blended(x), x, "between"))
     kept = measured("VDT", model, "ddim", asked.samples)
     parts = {"truth": x[0].cpu()} | {task: made[0].cpu() for task, made in kept.items()}
     write_clip(strip(parts), asked.out / "vdt-moving-shapes.png", kind=".png")
@@ -217,9 +217,10 @@ def main() -> None:
         measured(name, module, "ddim", asked.samples)
     measured("VDT", model, "ddpm", 5 * asked.samples)
     where = gpu() if asked.device.startswith("cuda") else machine()
+    command = f"`python benchmarks/video.py --device {asked.device} --out film --seconds {asked.seconds:.0f}`"
     described = (__doc__ or "").strip()
     text = ["# Moving shapes", "", described[described.index("Clips of 9") :], "", *lines, ""]
-    write_table("video", "\n".join([*text, f"Learned in {done:,} steps of {BATCH} clips. {where}", ""]))
+    write_table("video", "\n".join([*text, f"Learned in {done:,} steps of {BATCH} clips. {where}.", command, ""]))
 
 
 if __name__ == "__main__":
