@@ -1,16 +1,21 @@
 """Strings of spoken digits: Paraformer beside a decoder that writes one token after another.
 
-    TERSOR_DATA=../shared/data OMP_NUM_THREADS=1 python benchmarks/speech.py
+    export TERSOR_DATA=../shared/data
+    python benchmarks/speech.py --device cuda --weights speech --split official        learns, and keeps speech/official.pt
+    python benchmarks/speech.py --device cuda --weights speech --split "new voice"
+    OMP_NUM_THREADS=1 python benchmarks/speech.py --weights speech                     measures both, and keeps the table
 
 Strings of 1 to 6 digits are joined from recordings of single digits (three people, 8 kHz), with pauses of 0.05 to 0.3 seconds.
 "official": takes 0 to 4 of each person are for testing; "new voice": theo is heard in testing only. Both models have the same
-encoder (SANM, width 144, 4 blocks) and learn from the same strings for the same number of steps; the peer's decoder is PyTorch's
+encoder (SANM, width 144, 4 blocks) and learn from the same batches, side by side; the peer's decoder is PyTorch's
 TransformerDecoder with about as many weights as Paraformer's, decoded greedily with what it has written so far.
 
 Errors: insertions, deletions and replacements per hundred digits, over 300 strings (the 95 % interval is about +-2 points
 at 10 %). Count: strings whose number of digits is right. Real-time factor: seconds of computing for a second of speech, one
-string at a time, features included, one thread, both in turn. 8 and 4 bits: GPTQ of the linear layers, one scale for each
-output, calibrated on 64 of the training strings.
+string at a time, both in turn, of a processor's time, one thread, so that other work on the machine counts less; in brackets
+with the features, which are the same for both. Decoder: the same of what follows the encoder (predictor and decoder, or the
+decoder's steps). In 8 to 2 bits: GPTQ of the linear layers of the encoder, or of all but the output, one scale for each
+output, calibrated on 64 of the training strings. Learned on an H200 that was shared.
 """
 
 from __future__ import annotations
@@ -20,10 +25,11 @@ import csv
 import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from common import DATA, machine, write_table
+from common import DATA, learn, machine, write_table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -33,10 +39,11 @@ from tersor.data.speech import read_audio
 from tersor.data.speech_features import Normalization
 from tersor.methods.weights.gptq import GPTQ
 from tersor.models.speech.paraformer_parts import padding_mask
-from tersor.tasks.transcribe import FrontEnd, Recordings
+from tersor.tasks.transcribe import FrontEnd
 from tersor.train.mwer import edit_distance
 
 RATE, WIDTH, BLOCKS, START, END, FIRST = 8000, 144, 4, 1, 2, 3  # digit d is token FIRST + d
+BATCH = 64
 VOCABULARY = FIRST + 10
 MODEL = {
     "input_size": 280,
@@ -113,8 +120,10 @@ class WriterDecoder(nn.Module):
 
     def decode(self, tokens: Tensor, h: Tensor, mask: Tensor) -> Tensor:
         x = self.embed(tokens) + self.places.weight[: tokens.shape[1]]
-        ahead = torch.triu(torch.full((tokens.shape[1],) * 2, -math.inf), 1)
-        logits: Tensor = self.out(self.decoder(x, h, tgt_mask=ahead, memory_key_padding_mask=~mask.bool()))
+        ahead = torch.triu(torch.full((tokens.shape[1],) * 2, -math.inf, device=h.device), 1)
+        logits: Tensor = self.out(
+            self.decoder(x, h, tgt_mask=ahead, tgt_is_causal=True, memory_key_padding_mask=~mask.bool())
+        )
         return logits
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
@@ -126,68 +135,168 @@ class WriterDecoder(nn.Module):
     @torch.no_grad()
     def transcribe(self, speech: Tensor, lengths: Tensor) -> list[list[int]]:
         h, mask = self.encode(speech, lengths)
-        tokens = torch.full((1, 1), START)
+        return self.write(h, mask)
+
+    def write(self, h: Tensor, mask: Tensor) -> list[list[int]]:
+        tokens = torch.full((len(h), 1), START, device=h.device)
         for _ in range(12):
-            following = self.decode(tokens, h, mask)[:, -1:].argmax(-1)
-            if int(following) == END:
+            tokens = torch.cat((tokens, self.decode(tokens, h, mask)[:, -1:].argmax(-1)), 1)
+            if bool((tokens == END).any(1).all()):
                 break
-            tokens = torch.cat((tokens, following), 1)
-        return [tokens[0, 1:].tolist()]
+        rows = tokens[:, 1:].tolist()
+        return [row[: row.index(END)] if END in row else row for row in rows]
 
 
-def learn(model: Any, data: list[dict[str, Tensor]], steps: int, seed: int) -> None:
+@dataclass(frozen=True)
+class Strings:
+    """Features (N, T, 280), filled up with zeros, and tokens (N, 6), filled up with -1."""
+
+    speech: Tensor
+    speech_lengths: Tensor
+    text: Tensor
+    text_lengths: Tensor
+
+    def batch(self, rows: Tensor, device: str) -> dict[str, Tensor]:
+        longest = int(self.speech_lengths[rows].max())
+        found = {
+            "speech": self.speech[rows.to(self.speech.device), :longest].float(),
+            "speech_lengths": self.speech_lengths[rows],
+            "text": self.text[rows, : int(self.text_lengths[rows].max())],
+            "text_lengths": self.text_lengths[rows],
+        }
+        return {name: value.to(device) for name, value in found.items()}
+
+
+def features_of(sounds: list[tuple[Tensor, Tensor]], front: FrontEnd) -> Strings:
+    features = [front(sound) for sound, _ in sounds]
+    padded = nn.utils.rnn.pad_sequence
+    return Strings(
+        padded(features, batch_first=True),
+        torch.tensor([len(each) for each in features]),
+        padded([tokens for _, tokens in sounds], batch_first=True, padding_value=-1),
+        torch.tensor([len(tokens) for _, tokens in sounds]),
+    )
+
+
+def models_of(seed: int) -> tuple[Any, WriterDecoder]:
     torch.manual_seed(seed)
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 2e-3 * min((step + 1) / 50, (1 + math.cos(math.pi * step / steps)) / 2)
-        batch = Recordings.collate([data[int(n)] for n in torch.randint(len(data), (16,))])
-        hide = torch.rand(batch["speech"].shape[:2]) < 0.08  # frames hidden at random, alike for both models
+    ours: Any = tersor.models.create("paraformer", **MODEL)
+    return ours, WriterDecoder()
+
+
+def learn_both(
+    ours: Any, peer: WriterDecoder, data: Strings, *, device: str, seconds: float, steps: int, graph: bool
+) -> int:
+    torch.manual_seed(1)
+    data = Strings(
+        *(each.to(device) for each in (data.speech.half(), data.speech_lengths, data.text, data.text_lengths))
+    )
+
+    def loss() -> Tensor:  # batches are as wide as the longest string, so that a step can be recorded
+        rows = torch.randint(len(data.text), (BATCH,), device=device)
+        batch = {
+            "speech": data.speech[rows].float(),
+            "speech_lengths": data.speech_lengths[rows],
+            "text": data.text[rows],
+            "text_lengths": data.text_lengths[rows],
+        }
+        hide = (
+            torch.rand(batch["speech"].shape[:2], device=device) < 0.08
+        )  # frames hidden at random, alike for both models
         batch["speech"] = batch["speech"].masked_fill(hide[..., None], 0)
-        loss = model.loss(batch) if isinstance(model, WriterDecoder) else model.losses(**batch).loss
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-        optimizer.step()
-    model.eval()
+        total: Tensor = ours.losses(**batch).loss + peer.loss(batch)
+        return total
+
+    models = [ours.to(device), peer.to(device)]
+    return learn(models, loss, rate=2e-3, seconds=seconds, steps=steps, clip=5.0, told="speech", graph=graph)
 
 
-def scores(model: Any, front: FrontEnd, tests: list[tuple[Tensor, Tensor]]) -> tuple[float, float]:
-    wrong = total = counted = 0
-    for sound, tokens in tests:
-        speech = front(sound)[None]
-        (said,) = model.transcribe(speech, torch.tensor([speech.shape[1]]))
-        wrong += edit_distance(said, tokens.tolist())
-        counted += len(said) == len(tokens)
-        total += len(tokens)
-    return 100 * wrong / total, 100 * counted / len(tests)
+@torch.no_grad()
+def scores(model: Any, tests: Strings) -> tuple[float, float]:
+    """Errors and right counts, per cent."""
+    wrong = counted = 0
+    for rows in torch.arange(len(tests.text)).split(50):
+        batch = tests.batch(rows, "cpu")
+        said = model.transcribe(batch["speech"], batch["speech_lengths"])
+        for found, tokens, count in zip(said, batch["text"].tolist(), batch["text_lengths"].tolist(), strict=True):
+            wrong += edit_distance(found, tokens[:count])
+            counted += len(found) == count
+    return 100 * wrong / int(tests.text_lengths.sum()), 100 * counted / len(tests.text)
 
 
-def real_time(models: dict[str, Any], front: FrontEnd, tests: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
-    spent = dict.fromkeys(models, 0.0)
+@torch.no_grad()
+def real_time(ours: Any, peer: WriterDecoder, front: FrontEnd, tests: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Seconds a second of speech, of the processor: of features, encoder, and what follows."""
+    spent = {"ours": torch.zeros(3), "peer": torch.zeros(3)}
+    models: dict[str, Any] = {"ours": ours, "peer": peer}
     for turn in range(2):
-        for sound, _ in tests[:60]:
+        for sound, _ in tests:
             for name, model in models.items():
-                started = time.process_time()
+                times = [time.process_time()]
                 speech = front(sound)[None]
-                model.transcribe(speech, torch.tensor([speech.shape[1]]))
-                spent[name] += (time.process_time() - started) * turn  # the first turn warms up
-    seconds = sum(len(sound) for sound, _ in tests[:60]) / RATE
-    return {name: each / seconds for name, each in spent.items()}
+                lengths = torch.tensor([speech.shape[1]])
+                times.append(time.process_time())
+                h, mask = model.encode(speech, lengths)
+                times.append(time.process_time())
+                if model is ours:
+                    predicted = ours.predictor(h, mask)
+                    ours.decode(predicted.embeds, predicted.token_num.long(), h, mask).argmax(-1).tolist()
+                else:
+                    peer.write(h, mask)
+                times.append(time.process_time())
+                spent[name] += torch.tensor(times).diff() * turn  # the first turn warms up
+    return {name: each / (sum(len(sound) for sound, _ in tests) / RATE) for name, each in spent.items()}
 
 
-def quantized(model: Any, bits: int, data: list[dict[str, Tensor]]) -> Any:
-    calibration = [{key: each[key][None] for key in ("speech", "speech_lengths")} for each in data[:64]]
-    return tersor.compress(model, GPTQ(bits=bits, group_size=-1), calibration=calibration).model
+def quantized(model: Any, bits: int, data: Strings, include: list[str]) -> Any:
+    calibration = [
+        {"speech": data.speech[row : row + 1, : int(length)].float(), "speech_lengths": length[None]}
+        for row, length in enumerate(data.speech_lengths[:64])
+    ]
+    return tersor.compress(model, GPTQ(bits=bits, group_size=-1), calibration=calibration, include=include).model
 
 
 def weights(module: nn.Module) -> int:
     return sum(each.numel() for each in module.parameters())
 
 
+def learned(
+    split: str, people: list[Digit], asked: argparse.Namespace
+) -> tuple[Any, WriterDecoder, FrontEnd, Strings, int]:
+    """From the file of an earlier run, or learned now and kept there."""
+    file = asked.weights / f"{split.replace(' ', '-')}.pt"
+    kept = torch.load(file) if file.exists() else None
+    plain = FrontEnd(RATE, 40, 7, 6)
+    data = features_of(strings(people, 64 if kept else asked.strings, 0), plain)
+    ours, peer = models_of(0)
+    if kept is None:
+        every = torch.cat([row[:length] for row, length in zip(data.speech, data.speech_lengths.tolist(), strict=True)])
+        kept = {"shift": -every.mean(0), "scale": 1 / every.std(0)}
+    front = FrontEnd(RATE, 40, 7, 6, Normalization(kept["shift"], kept["scale"]))
+    assert front.normalize is not None
+    inside = torch.arange(data.speech.shape[1]) < data.speech_lengths[:, None]
+    data = Strings(front.normalize(data.speech) * inside[..., None], data.speech_lengths, data.text, data.text_lengths)
+    if "ours" in kept:
+        ours.load_state_dict(kept["ours"])
+        peer.load_state_dict(kept["peer"])
+    else:
+        kept["steps"] = learn_both(
+            ours, peer, data, device=asked.device, seconds=asked.seconds, steps=asked.steps, graph=asked.graph
+        )
+        kept |= {"ours": ours.cpu().half().state_dict(), "peer": peer.cpu().half().state_dict()}
+        asked.weights.mkdir(parents=True, exist_ok=True)
+        torch.save(kept, file)
+    return ours.float().eval(), peer.float().eval(), front, data, kept["steps"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--weights", type=Path, required=True, help="folder of learned weights")
+    parser.add_argument("--split", choices=("official", "new voice"), help="of one split alone; no table is kept")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="of learning, at most")
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--graph", action="store_true", help="record a step of learning and replay it (GPU)")
     parser.add_argument("--strings", type=int, default=3000)
     parser.add_argument("--tests", type=int, default=300)
     asked = parser.parse_args()
@@ -197,38 +306,30 @@ def main() -> None:
         "official": ([d for d in every if d.take > 4], [d for d in every if d.take <= 4]),
         "new voice": ([d for d in every if d.speaker != "theo"], [d for d in every if d.speaker == "theo"]),
     }
-    lines = ["| split | model | weights, million | errors % | count right % | real-time factor |"]
-    lines += ["| --- | --- | ---: | ---: | ---: | ---: |"]
+    lines = ["| split | model | steps | weights, million | errors % | count right % | real-time factor | decoder |"]
+    lines += ["| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
     for split, (of_training, of_testing) in splits.items():
-        training, tests = strings(of_training, asked.strings, 0), strings(of_testing, asked.tests, 1)
-        plain = FrontEnd(RATE, 40, 7, 6)
-        features = [plain(sound) for sound, _ in training]
-        every_frame = torch.cat(features)
-        front = FrontEnd(RATE, 40, 7, 6, Normalization(-every_frame.mean(0), 1 / every_frame.std(0)))
-        assert front.normalize is not None
-        data = [
-            {
-                "speech": front.normalize(feature),
-                "speech_lengths": torch.tensor(len(feature)),
-                "text": tokens,
-                "text_lengths": torch.tensor(len(tokens)),
-            }
-            for feature, (_, tokens) in zip(features, training, strict=True)
-        ]
-        torch.manual_seed(0)
-        ours: Any = tersor.models.create("paraformer", **MODEL)
-        models: dict[str, Any] = {"Paraformer": ours, "one token after another": WriterDecoder()}
-        for model in models.values():
-            learn(model, data, asked.steps, seed=1)
-        speed = real_time(models, front, tests)
-        for bits in (8, 4):
-            models[f"Paraformer, {bits} bits"] = quantized(ours, bits, data)
+        if asked.split not in (None, split):
+            continue
+        ours, peer, front, data, steps = learned(split, of_training, asked)
+        sounds = strings(of_testing, asked.tests, 1)
+        tests = features_of(sounds, front)
+        speed = real_time(ours, peer, front, sounds[:60])
+        models: dict[str, Any] = {"Paraformer": ours, "one token after another": peer}
+        for bits in (8, 4, 3, 2):
+            for place, include in {"encoder": ["encoder.*"], "all": ["*"]}.items():
+                models[f"Paraformer, {place} in {bits} bits"] = quantized(ours, bits, data, include)
         for name, model in models.items():
-            wrong, counted = scores(model, front, tests)
-            size = f"{weights(model) / 1e6:.2f}" if name in speed else ""
-            pace = f"{speed[name]:.4f}" if name in speed else ""
-            lines.append(f"| {split} | {name} | {size} | {wrong:.1f} | {counted:.0f} | {pace} |")
-            print(lines[-1], flush=True)
+            wrong, counted = scores(model, tests)
+            line = f"| {split} | {name} |  |  | {wrong:.1f} | {counted:.0f} |  |  |"
+            if model in (ours, peer):
+                front_end, encoder, rest = speed["ours" if model is ours else "peer"].tolist()
+                pace = f"{encoder + rest:.4f} ({front_end + encoder + rest:.4f}) | {rest:.4f}"
+                line = f"| {split} | {name} | {steps:,} | {weights(model) / 1e6:.2f} | {wrong:.1f} | {counted:.0f} | {pace} |"
+            lines.append(line)
+            print(line, flush=True)
+    if asked.split is not None:
+        return
     described = (__doc__ or "").strip()
     text = [
         "# Strings of spoken digits",
@@ -237,12 +338,13 @@ def main() -> None:
         "",
         *lines,
         "",
-        machine(),
+        f"{machine()}.",
+    ]
+    text += [
+        "`OMP_NUM_THREADS=1 python benchmarks/speech.py --weights speech`, the weights by `--device cuda --seconds 330`",
         "",
     ]
-    write_table(
-        "speech", "\n".join([*text, f"`OMP_NUM_THREADS=1 python benchmarks/speech.py --steps {asked.steps}`", ""])
-    )
+    write_table("speech", "\n".join(text))
 
 
 if __name__ == "__main__":

@@ -120,6 +120,19 @@ def test_glancing_shows_labels_where_the_first_pass_is_wrong() -> None:
     assert torch.equal(shown[:, 3], embeds[:, 3])
 
 
+def test_glancing_draws_other_positions_each_time_as_many_and_none_in_the_padding() -> None:
+    model, lengths = build(), torch.tensor([4, 2])
+    h, mask = model.encode(torch.randn(2, 30, 8).double(), torch.tensor([30, 30]))
+    embeds = torch.randn(2, 4, 16).double()
+    labels = (model.decode(embeds, lengths, h, mask).argmax(-1) + 1) % 11  # all wrong
+    drawn = [
+        (model.glance(embeds, labels, lengths, h, mask, None) == model.decoder.embed(labels)).all(-1) for _ in range(20)
+    ]
+    assert all(shown.sum(1).tolist() == [3, 1] for shown in drawn)  # 0.75 of 4 and of 2
+    assert not any(bool(shown[1, 2:].any()) for shown in drawn)
+    assert len({tuple(shown.flatten().tolist()) for shown in drawn}) > 1
+
+
 def test_error_rate_loss_is_zero_for_equal_paths_and_raises_the_better_ones() -> None:
     logits = torch.zeros(1, 2, 6, dtype=torch.float64, requires_grad=True)
     reference, two = torch.tensor([[3, 4]]), torch.tensor([2])

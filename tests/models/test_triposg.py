@@ -298,6 +298,15 @@ def test_the_same_cloud_gives_the_same_tokens_and_training_draws() -> None:
         assert not torch.equal(model.train().encode(points).mean, model.encode(points).mean)
 
 
+def test_losses_take_the_rows_that_become_tokens() -> None:
+    model, points = vae(), cloud(40)
+    q, distances = torch.rand(1, 4, 3).to(points), torch.rand(1, 4).to(points)
+    rows = model.choose(points[..., :3])
+    found = model.losses(points, q, distances, rows=rows)["loss"]
+    torch.testing.assert_close(found, model.losses(points, q, distances)["loss"])
+    assert float(model.losses(points, q, distances, rows=rows.flip(1) * 0)["loss"]) != float(found)
+
+
 def test_farthest_points_are_spread_out() -> None:
     line = torch.tensor([[[0.0, 0, 0], [1, 0, 0], [2, 0, 0], [10, 0, 0], [4, 0, 0]]])
     assert farthest_points(line, 4).tolist() == [[0, 3, 4, 2]]

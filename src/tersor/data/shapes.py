@@ -163,6 +163,9 @@ def distance(mesh: Mesh, q: Tensor) -> Tensor:
     radius = (corners - centre[:, None]).norm(dim=2).amax(1)
     found = []
     for part in torch.split(q.double(), _at_a_time(mesh)):
+        if part.is_cuda:  # to look at all triangles takes less time than to choose some
+            found.append(_squared(part[:, None], corners).amin(1).sqrt())
+            continue
         bounds = torch.cdist(part, centre) - radius  # (q, F), never above the distance
         count = min(LOOKED_AT, len(centre))
         lowest, rows = bounds.topk(count, 1, largest=False)
@@ -188,7 +191,8 @@ def _squared(q: Tensor, triangles: Tensor) -> Tensor:
     size = normal.square().sum(-1)
     inside = size > 0
     for start, end in ((a, b), (b, c), (c, a)):
-        inside = inside & (((end - start).cross(q - start, dim=-1) * normal).sum(-1) >= 0)
+        turned = torch.linalg.cross((end - start).expand_as(q - start), q - start)
+        inside = inside & ((turned * normal).sum(-1) >= 0)
     plane = ((q - a) * normal).sum(-1).square() / size.clamp(min=1e-300)
     nearest_edge = torch.stack(edges).amin(0)
     return torch.where(inside, plane, nearest_edge)

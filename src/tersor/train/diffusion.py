@@ -85,6 +85,13 @@ class GaussianDiffusion:
         self.mean_of_x0 = betas * a_before.sqrt() / (1 - a)
         self.mean_of_x = (1 - a_before) * (1 - betas).sqrt() / (1 - a)
 
+    def to(self, device: str | torch.device) -> GaussianDiffusion:
+        """With the tables on the device, so that no step waits for a copy of them. Returns itself."""
+        for name, table in vars(self).items():
+            if isinstance(table, Tensor):
+                setattr(self, name, table.to(device))
+        return self
+
     def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         return _at(self.a.sqrt(), t, x0) * x0 + _at((1 - self.a).sqrt(), t, x0) * noise
 
@@ -220,12 +227,11 @@ def respaced_steps(steps: int, respacing: str) -> list[int]:
 def discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
     """log P of x in [-1, 1] rounded to 256 levels under a Gaussian, whose distribution function is the tanh approximation."""
 
-    def below(edge: Tensor) -> Tensor:
+    def below(edge: float) -> Tensor:
         z = (x - mean + edge) * (-log_scale).exp()
         return 0.5 * (1 + (math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)).tanh())
 
-    half = x.new_tensor(1 / 255)
-    upper, lower = below(half), below(-half)
+    upper, lower = below(1 / 255), below(-1 / 255)
     middle = (upper - lower).clamp(min=1e-12).log()
     high = (1 - lower).clamp(min=1e-12).log()  # the outermost levels reach to infinity
     return torch.where(x < -0.999, upper.clamp(min=1e-12).log(), torch.where(x > 0.999, high, middle))

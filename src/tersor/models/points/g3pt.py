@@ -26,7 +26,8 @@ training shows it with the share `condition_dropout`.
 
 Origin: the paper has neither code nor weights. Not in its abstract, so a reconstruction: one softmax over the codes (not d
 single bits), conditions as tokens in front, pre-norm blocks, the sizes. Proven, as properties: the block-causal mask, cached
-passes equal to the whole, S passes whatever the number of tokens. Not proven: any published number.
+passes equal to the whole, S passes whatever the number of tokens. It writes five shapes that it learned
+(benchmarks/results/shapes.md). Not proven: any published number.
 """
 
 from __future__ import annotations

@@ -28,7 +28,8 @@ training a batch is decoded from its first k scales, k at random, with the share
 Origin: the paper has neither code nor weights. What its abstract does not say (sizes, scales, LFQ's bits, the losses' weights) is
 a reconstruction, as are the blocks (pre-norm, MLP of four times the width). Proven: LFQ's golden case (of a well-known
 re-implementation) and the properties of the scheme: order does not count, Z - f = Zhat, codes and indices, straight-through
-gradients, scale-wise decoding. Not proven: any published number.
+gradients, scale-wise decoding; five shapes come back with an IoU of 0.94 to 0.97 (benchmarks/results/shapes.md). Not
+proven: any published number.
 """
 
 from __future__ import annotations

@@ -33,7 +33,8 @@ Heads are cut from joined q, k, v as in `triposg`. Origin: VAST-AI-Research/Trip
 Tencent HunyuanDiT and FlashVDM (see its NOTICE); written anew. Its `vae/` folder loads without a key map.
 
 Proven: the golden cases (tiny and published size), the parameter count, gradients against differences, chunks equal to the whole.
-Not proven: the published training, the official file's reconstructions.
+Not proven: the published training (a small one of 1,556 steps is far from done, benchmarks/results/shapes.md), the official
+file's reconstructions.
 """
 
 from __future__ import annotations
@@ -306,15 +307,16 @@ class TripoSGVAE(nn.Module):
         eikonal_weight: float = 0.1,
         kl_weight: float = 0.001,
         interval: float | None = None,
+        rows: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """points (B, P, 6) with unit normals, query_points (B, Q, 3), their signed distances (B, Q), negative inside.
 
         Scalars by name; "loss" is their weighted sum. The gradient is taken at the query points and at the first `surface` of
-        the points, where it should be the normal; exactly, or by central differences over 2 `interval`.
+        the points, where it should be the normal; exactly, or by central differences over 2 `interval`. rows: as in `encode`.
         """
         if self.config.in_channels < 3 or points.shape[-1] < 6:
             raise TersorError(f"the normal loss needs points with normals (batch, number, 6), not {list(points.shape)}")
-        posterior = self.encode(points)
+        posterior = self.encode(points, rows=rows)
         tokens = self.tokens(posterior.sample() if self.training else posterior.mean)
         near, normals = points[:, :surface, :3], points[:, :surface, 3:6]
         s, gradient = self.with_gradient(tokens, torch.cat((query_points, near), 1), interval=interval)

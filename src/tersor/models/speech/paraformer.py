@@ -151,11 +151,15 @@ class Predictor(nn.Module):
         alphas = self.cif_output(y.relu()).sigmoid()[..., 0]
         return (alphas * config.smooth_factor - config.noise_threshold).relu() * mask
 
-    def forward(self, h: Tensor, mask: Tensor, target_lengths: Tensor | None = None) -> Predicted:
+    def forward(
+        self, h: Tensor, mask: Tensor, target_lengths: Tensor | None = None, length: int | None = None
+    ) -> Predicted:
+        """length: N in training, where it is known; else a GPU is asked for the largest of target_lengths."""
         alphas = self.weights(h, mask)
         if target_lengths is not None:
             total = alphas.sum(1)
-            embeds, peaks = self.fire(h, alphas * (target_lengths / total)[:, None], int(target_lengths.max()))
+            length = int(target_lengths.max()) if length is None else length
+            embeds, peaks = self.fire(h, alphas * (target_lengths / total)[:, None], length)
             return Predicted(embeds, total, alphas, peaks)
         h, alphas = F.pad(h, (0, 0, 0, 1)), F.pad(alphas, (0, 1))  # a frame of zeros
         if self.config.tail_threshold > 0:
@@ -306,20 +310,22 @@ class Paraformer(nn.Module):
         text: Tensor,
         text_lengths: Tensor,
         *,
-        order: Callable[[int], Tensor] = torch.randperm,  # of a row's positions: its first k are shown the label
+        order: Callable[[int], Tensor]
+        | None = None,  # of a row's positions: its first k are shown the label; None: random
     ) -> ParaformerLosses:
         config = self.config
         h, mask = self.encode(speech, speech_lengths)
         ctc = self.ctc_loss(h, mask, text, text_lengths) if config.ctc_weight > 0 else h.new_zeros(())
         labels, lengths = (text, text_lengths) if not config.predictor_bias else _with_end(text, text_lengths)
-        predicted = self.predictor(h, mask, lengths)
+        predicted = self.predictor(h, mask, lengths, labels.shape[1])
         embeds = predicted.embeds
         if config.sampling_ratio > 0:
             embeds = self.glance(embeds, labels, lengths, h, mask, order)
         logits = self.decode(embeds, lengths, h, mask)
         normalizer = lengths.sum() if config.length_normalized_loss else len(speech)
         real = padding_mask(lengths, labels.shape[1])
-        attention = smoothed_cross_entropy(logits[real], labels[real], config.lsm_weight).sum() / normalizer
+        each = smoothed_cross_entropy(logits, labels.clamp(min=0), config.lsm_weight)
+        attention = torch.where(real, each, 0).sum() / normalizer
         length = (lengths - predicted.token_num).abs().sum() / normalizer
         loss = config.ctc_weight * ctc + (1 - config.ctc_weight) * attention + config.predictor_weight * length
         return ParaformerLosses(loss, attention, length, ctc, embeds, logits)
@@ -331,16 +337,21 @@ class Paraformer(nn.Module):
         lengths: Tensor,
         h: Tensor,
         mask: Tensor,
-        order: Callable[[int], Tensor],
+        order: Callable[[int], Tensor] | None,
     ) -> Tensor:
         """The embeddings with those of labels at some positions, more where the first pass is wrong more."""
         with torch.no_grad():
             guessed = self.decode(embeds, lengths, h, mask).argmax(-1)
         real = padding_mask(lengths, labels.shape[1])
-        wrong = (lengths - ((guessed == labels) & real).sum(1)).tolist()
-        shown = torch.zeros_like(real)
-        for row, (count, length) in enumerate(zip(wrong, lengths.tolist(), strict=True)):
-            shown[row, order(length)[: int(count * self.config.sampling_ratio)].to(shown.device)] = True
+        wrong = lengths - ((guessed == labels) & real).sum(1)
+        if order is None:
+            keys = torch.rand(real.shape, device=h.device).masked_fill(~real.bool(), 2.0)
+        else:
+            keys = torch.full(real.shape, 2.0)
+            for row, length in enumerate(lengths.tolist()):
+                keys[row, order(length)] = torch.arange(length) / length
+        rank = keys.to(h.device).argsort(1).argsort(1)  # a position's place in its row's order
+        shown = rank < (wrong * self.config.sampling_ratio).long()[:, None]
         known = self.decoder.embed(labels.clamp(min=0))
         return torch.where(shown[..., None], known, embeds) * real[..., None]
 
@@ -356,9 +367,9 @@ class Paraformer(nn.Module):
 
 
 def smoothed_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    """(n,): KL from softmax to 1 - smoothing on the label and the rest even on all others."""
+    """Logits (..., V), labels (...) -> (...): KL from softmax to 1 - smoothing on the label and the rest even on all others."""
     others = smoothing / (logits.shape[-1] - 1)
-    target = torch.full_like(logits, others).scatter_(-1, labels[:, None], 1 - smoothing)
+    target = torch.full_like(logits, others).scatter_(-1, labels[..., None], 1 - smoothing)
     return F.kl_div(logits.log_softmax(-1), target, reduction="none").sum(-1)
 
 

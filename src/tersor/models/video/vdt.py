@@ -30,7 +30,8 @@ tables of its checkpoints are dropped, they follow from the config.
 Proven: the golden cases of the published code (video and image mode, S/2 and L/2 sizes, masked training loss with
 gradients, respaced sampling with a mask, masks); parameter counts of its code, without the two fixed tables that it
 counts as frozen parameters (the paper's 28.5M and 595.9M seem to leave out the modulation). Not proven: FVD on any
-published data set; loading of the official Sky Time-Lapse file itself.
+published data set; loading of the official Sky Time-Lapse file itself; that its forecast of moving shapes beats a copy (after
+895 steps it did not, benchmarks/results/video.md).
 """
 
 from __future__ import annotations
