@@ -245,16 +245,14 @@ def table(results: dict[str, dict[str, Any]]) -> str:
                     f"| `{pair.ours}` | {pair.peer.replace(':', ' ')} | {pair.side} | {' | '.join(cells)} | {pair.claim} |"
                 ]
             lines += [""]
-        notes = [
-            f"{name.replace(' ', ' beside ')}: the peer is left out ({row['no peer']})."
-            for name, row in found["rows"].items()
-            if "no peer" in row
-        ]
-        notes += [
-            f"{name.replace(' ', ' beside ')}: not compiled: {', '.join(f'{what} ({why})' for what, why in row['missing'].items())}."
-            for name, row in found["rows"].items()
-            if row["missing"]
-        ]
+        notes = []
+        for name, row in found["rows"].items():
+            pair_of = name.replace(" ", " beside ")
+            if "no peer" in row:
+                notes.append(f"{pair_of}: the peer is left out ({row['no peer']}).")
+            if row["missing"]:
+                told = ", ".join(f"{what} ({why})" for what, why in row["missing"].items())
+                notes.append(f"{pair_of}: not compiled: {told}.")
         lines += [
             *(f"- {each}" for each in notes),
             *([""] if notes else []),

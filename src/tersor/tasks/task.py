@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -103,4 +103,7 @@ class Task:
     defaults: Mapping[str, Any] = field(default_factory=dict)  # settings of the training, where the user gives none
     sample: Sample | None = None  # None where models of this task make nothing of noise
     makes: frozenset[str] = frozenset()  # the endings of the files that `sample` writes
+    # of (sample, what the model gives for it, the sets): input, truth and prediction, as pictures or words, for the sheet that
+    # `tersor train` leaves; None where a sample is no picture
+    panels: Callable[[Mapping[str, Tensor], Any, Sets], Sequence[Any]] | None = None
     evaluated_on: str = ""  # text, sentences, images, data or graph, for `eval --against`; empty: not compared yet
