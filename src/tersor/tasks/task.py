@@ -95,6 +95,7 @@ class Task:
     load_data: Callable[[Any, Path, Path | None, Mapping[str, Any]], Sets]
     predict: Predict | None = None  # None where no verb shows predictions of this task yet
     suffixes: frozenset[str] = frozenset()  # of the files that it reads
+    inside: Callable[[Path], Sequence[Path]] | None = None  # the inputs in a folder, where they are not files alone
     marker: str = ""  # the name of a file that makes a folder one input
     writes: bool = False  # whether its results are files
     compares: bool = False  # whether results can be compared with a reference

@@ -286,7 +286,10 @@ class MaskUnitAttention(nn.Module):
         q, k, v = qkv.permute(3, 0, 4, 2, 1, 5)  # (B, h, units, tokens, C/h) each
         if self.pool > 1:
             q = q.reshape(B, self.heads, units, self.pool, -1, q.shape[-1]).amax(3)
-        mixed = F.scaled_dot_product_attention(q, k, v)
+        q, k, v = (
+            each.flatten(1, 2) for each in (q, k, v)
+        )  # (B, h units, tokens, C/h): ONNX has no attention of five dimensions
+        mixed = F.scaled_dot_product_attention(q, k, v).unflatten(1, (self.heads, units))
         return self.proj(mixed.permute(0, 3, 2, 1, 4).reshape(B, N // self.pool, -1))
 
 
