@@ -25,6 +25,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,9 +41,10 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, default_collate
 
 import tersor
-from tersor.data.images import ImageConfig, load_images
+from tersor.data.images import ImageConfig, Images, flip_and_shift, load_images
 from tersor.data.masks import MaskConfig, load_masks
 from tersor.data.pictures import PictureConfig, load_pictures
+from tersor.data.seeding import mixed_seed
 from tersor.evaluate.fidelity import fidelity
 from tersor.tasks.task import Sets
 from tersor.train.config import TrainConfig
@@ -75,13 +77,34 @@ class Training:
     what: str  # the score's name
     batch: int = 128
     lr: float = 1e-3
-    workers: int = 2
+    workers: int = 1
+
+
+class Held(Dataset[dict[str, Tensor]]):
+    """Images decoded once, and mirrored and shifted anew in each epoch as `Images` does it."""
+
+    def __init__(self, images: Images) -> None:
+        samples = [images[n] for n in range(len(images))]
+        self.images, self.targets = (torch.stack([each[name] for each in samples]) for name in ("image", "target"))
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        chance = torch.Generator().manual_seed(mixed_seed(0, self.epoch, index))
+        return {"image": flip_and_shift(self.images[index], chance), "target": self.targets[index]}
 
 
 def cifar(_: Path) -> Sets:
-    packed = [DATA / "images" / f"cifar10_{name}.npz" for name in ("train_20000", "test_1000")]
-    training, test = (load_images(path, ImageConfig(size=64, augment="train" in path.name)) for path in packed)
-    return Sets(training, test=test)
+    training, test = (
+        load_images(DATA / "images" / f"cifar10_{name}.npz", ImageConfig(size=64))
+        for name in ("train_20000", "test_1000")
+    )
+    return Sets(Held(training), test=test)
 
 
 def pictures() -> Path:
@@ -256,8 +279,8 @@ class LateError(Exception):
     """The time is over."""
 
 
-def trained(name: str, seconds: float, device: str) -> dict[str, Any]:
-    """Train one, quantize it, and return its row."""
+def trained(name: str, seconds: float, device: str) -> Iterator[dict[str, Any]]:
+    """Train one and quantize it. Yields its row as soon as it has a score, and again with each width."""
     how = TRAININGS[name]
     torch.manual_seed(0)
     model = tersor.models.create(how.system, **how.config)
@@ -279,7 +302,7 @@ def trained(name: str, seconds: float, device: str) -> dict[str, Any]:
         started = time.perf_counter()
 
         def watch(_: str, done: int, __: int) -> None:
-            if time.perf_counter() - started > 1.25 * seconds:
+            if time.perf_counter() - started > seconds:
                 raise LateError(done)
 
         out, stopped = Path(folder) / "run", steps
@@ -293,11 +316,12 @@ def trained(name: str, seconds: float, device: str) -> dict[str, Any]:
             "system": how.system, "what": how.what, "parameters": sum(each.numel() for each in model.parameters()),
             "steps": stopped, "planned": steps, "batch": how.batch, "seconds": round(took, 1),
         }  # fmt: skip
-        row |= quantized(model.eval(), how, sets)
-    return row
+        for found in quantized(model.eval(), how, sets):
+            row |= found
+            yield row
 
 
-def quantized(model: nn.Module, how: Training, sets: Sets) -> dict[str, Any]:
+def quantized(model: nn.Module, how: Training, sets: Sets) -> Iterator[dict[str, Any]]:
     """Scores before and after, and the errors of the outputs."""
     base, target, inputs = outputs(model, sets.test)
     row: dict[str, Any] = {"before": how.score(base, target)}
@@ -305,6 +329,7 @@ def quantized(model: nn.Module, how: Training, sets: Sets) -> dict[str, Any]:
     if how.score is psnr:
         plain = bicubic(inputs)
         row["bicubic"] = psnr(plain, target)
+    yield row
     chosen = torch.linspace(0, len(sets.train) - 1, CALIBRATION).int().tolist()
     calibration = [default_collate([sets.train[n] for n in chosen[s : s + 16]]) for s in range(0, CALIBRATION, 16)]
     for batch in calibration:
@@ -316,7 +341,7 @@ def quantized(model: nn.Module, how: Training, sets: Sets) -> dict[str, Any]:
         row[f"{bits} bits"] = how.score(found, target)
         row[f"error {bits}"] = float((found - base).norm() / (base - plain).norm())
         row["layers"] = len(result.summary.layers)
-    return row
+        yield row
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
@@ -337,8 +362,9 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
             steps = f"{row['steps']:,} x {row['batch']}"
             if row["steps"] < row["planned"]:
                 steps += f" (of {row['planned']:,}: stopped by time)"
-            scores = " | ".join(f"{row[each]:.2f}" for each in ("before", "8 bits", "4 bits"))
-            errors = " | ".join(f"{100 * row[f'error {bits}']:.2g} %" for bits in BITS)
+            scores = " | ".join(f"{row[each]:.2f}" if each in row else "" for each in ("before", "8 bits", "4 bits"))
+            told = (row.get(f"error {bits}") for bits in BITS)
+            errors = " | ".join("" if each is None else f"{100 * each:.2g} %" for each in told)
             lines += [
                 f"| {name} (`{row['system']}`) | {row['parameters']:,} | {steps} | {row['seconds']} | {scores} | {errors} |"
             ]
@@ -370,7 +396,8 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)  # in a process of its own
     given = parser.parse_args()
     if given.one:
-        print("ROW " + json.dumps(trained(given.one, given.seconds, given.device)), flush=True)
+        for row in trained(given.one, given.seconds, given.device):
+            print("ROW " + json.dumps(row), flush=True)
         return
     names = given.names or list(TRAININGS)
     if unknown := set(names) - set(TRAININGS):
@@ -384,16 +411,29 @@ def main() -> None:
         for name in names
     }
     rows = kept_numbers("vision_training")
+    lock = threading.Lock()
+
+    def follow(name: str, child: subprocess.Popen[str]) -> None:
+        """Keep each row that a child prints, so that a run that is cut off has left what was done."""
+        nonlocal rows
+        assert child.stdout is not None
+        for line in child.stdout:
+            print(f"{name}: {line}", end="", flush=True)
+            if line.startswith("ROW "):
+                with lock:
+                    rows[name] = json.loads(line[4:]) | place
+                    rows = {each: rows[each] for each in TRAININGS if each in rows}
+                    write_numbers("vision_training", rows)
+                    write_table("vision_training", table(rows))
+        if child.wait():
+            print(f"{name} FAILED with status {child.returncode}", flush=True)
+
     with ended(children):
-        for name, child in children.items():
-            said = child.communicate()[0]
-            found = [line[4:] for line in said.splitlines() if line.startswith("ROW ")]
-            print(name, found[0] if found else f"FAILED with status {child.returncode}", flush=True)
-            if found:
-                rows[name] = json.loads(found[0]) | place
-                rows = {each: rows[each] for each in TRAININGS if each in rows}
-                write_numbers("vision_training", rows)
-                write_table("vision_training", table(rows))
+        threads = [threading.Thread(target=follow, args=each) for each in children.items()]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
 
 
 if __name__ == "__main__":

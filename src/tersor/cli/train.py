@@ -60,9 +60,8 @@ def _train(
         Path | None,
         typer.Option(
             "--data",
-            help="CSV or Parquet file (series, events), folder (or .npz) of images, folder of videos or "
-            "point clouds, graph, or text file; "
-            ".gz too. "
+            help="CSV or Parquet file (series, events), folder (or .npz) of images, folder of videos or point clouds, graph, "
+            "or text file; .gz too. "
             "lra/listops, lra/pathfinder and lra/pathx are drawn without.",
         ),
     ] = None,
@@ -80,8 +79,8 @@ def _train(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
     **options: Any,
 ) -> None:
-    """Train a model by its task: to classify images, videos or point clouds, enlarge or segment images, forecast series, predict graphs,
-    or model text.
+    """Train a model by its task: to classify images, videos or point clouds, enlarge or segment images, forecast series,
+    predict graphs, or model text.
 
     `tersor train lra/TASK --model MODEL` trains a sequence model on listops, text, retrieval, image, pathfinder or pathx;
     `--set pretrain.epochs=N` first trains it to fill holes in the same sequences.
