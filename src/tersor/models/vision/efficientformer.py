@@ -247,7 +247,7 @@ class EfficientFormer(nn.Module):
     def features(self, image: Tensor) -> list[Tensor]:
         """The stages' maps, strides 4, 8, 16, 32."""
         *maps, tokens = self._stages(image)
-        return [*maps, tokens.transpose(1, 2).unflatten(2, (self.side, self.side))]
+        return [*maps, tokens.transpose(1, 2).reshape(tokens.shape[0], -1, self.side, self.side)]
 
     def _stages(self, image: Tensor) -> list[Tensor]:
         """The first three stages' maps, and the last one's tokens (B, N, d)."""
