@@ -120,7 +120,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tersor.cli.main import main
 
     folder = tmp_path_factory.mktemp("videos")
-    for number in range(8):
+    for number in range(4):
         write_gif(folder / "data" / "red" / f"{number}.gif", [RED] * 6, seed=number)
         write_gif(folder / "data" / "blue" / f"{number}.gif", [BLUE] * 6, seed=number)
     small = find("driver").small | {"num_classes": 2, "dropout_ratio": 0.0, "drop_path_rate": 0.0}
@@ -131,7 +131,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         main(
             [
                 *("train", "driver", "--data", data, "--validation", data, "--out", str(folder / "run")),
-                *("--device", "cpu", "--epochs", "4", "--batch-size", "8", "--lr", "0.01", *sizes, *table),
+                *("--device", "cpu", "--epochs", "4", "--batch-size", "4", "--lr", "0.01", *sizes, *table),
             ]
         )
     assert ended.value.code == 0
