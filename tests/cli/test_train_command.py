@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import csv
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +101,42 @@ def test_trains_a_classifier(tmp_path: Path) -> None:
         *("--set", "data.size=64", "--set", "data.augment=true"),
     )
     assert (tmp_path / "run" / "config.json").exists()
+    sheet = pillow.open(tmp_path / "run" / "samples.png")
+    assert sheet.size == (3 * 200 + 8, 8 * 200 + 24)  # eight samples: input, truth, prediction
+    tiles = np.asarray(sheet).astype(int)
+    for row, (name, n) in enumerate((name, n) for name in "ab" for n in range(4)):
+        seen = tiles[24 + 200 * row : 216 + 200 * row : 3, 8:200:3]
+        assert abs(seen - np.asarray(pillow.open(tmp_path / "images" / name / f"{n}.png"))).max() <= 1
+    truth = tiles[24:, 208:400]
+    assert [(part != 255).any() for part in np.split(truth, 8)] == [True] * 8
+    assert np.array_equal(truth[:200], truth[200:400])  # the same class
+    assert not np.array_equal(truth[:200], truth[800:1000])
+
+
+def test_tensorboard_gets_what_the_log_says(tmp_path: Path, series: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    usual = ["itransformer", "--data", str(series), "--out", str(tmp_path / "run"), *SMALL, "--set", "model.pred_len=4"]
+    run(*usual, *QUICK, "--log-every", "1", "--tensorboard")
+    (file,) = (tmp_path / "run" / "tensorboard").iterdir()
+    found: dict[str, list[float]] = {}
+    for event in EventFileLoader(str(file)).Load():
+        for value in event.summary.value:
+            found.setdefault(value.tag, []).append(value.tensor.float_val[0])
+    with (tmp_path / "run" / "log.csv").open(newline="") as log:
+        rows = list(csv.DictReader(log))
+    assert [row["step"] for row in rows] == ["1", "2", "3"]
+    assert found["loss"] == pytest.approx([float(row["loss"]) for row in rows])
+    assert found["validation"] == pytest.approx([float(rows[-1]["validation"])])
+
+
+def test_without_the_package_tensorboard_is_refused(
+    tmp_path: Path, series: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    usual = ["itransformer", "--data", str(series), "--out", str(tmp_path / "run"), *SMALL, "--set", "model.pred_len=4"]
+    assert "pip install 'tersor[tensorboard]'" in failure(capsys, *usual, *QUICK, "--tensorboard")
 
 
 @pytest.mark.parametrize(

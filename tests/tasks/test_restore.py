@@ -172,6 +172,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_the_training_leaves_a_sheet_of_what_it_restores(trained: Path) -> None:
+    sheet = np.asarray(pillow.open(trained / "run" / "samples.png")).astype(int)
+    assert sheet.shape == (2 * 200 + 24, 3 * 200 + 8, 3)
+    small, truth, made = (sheet[24:216, left : left + 192] for left in (8, 208, 408))
+    large = np.asarray(pillow.open(trained / "large" / "0.png"))[12:36, 9:33]  # the middle, 24 pixels a side
+    assert np.array_equal(truth[::8, ::8], large)
+    assert np.array_equal(small[::16, ::16], np.asarray(pillow.fromarray(large).resize((12, 12), 3)))
+    assert abs(made - truth).mean() < 40
+
+
 def test_a_trained_model_enlarges_and_is_measured(
     trained: Path, tmp_path: Path, tersor_command: Callable[..., Any]
 ) -> None:

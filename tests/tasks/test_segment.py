@@ -123,6 +123,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_the_training_leaves_a_sheet_of_the_classes(trained: Path) -> None:
+    sheet = np.asarray(pillow.open(trained / "run" / "samples.png"))
+    assert sheet.shape == (8 * 200 + 24, 3 * 200 + 8, 3)
+    tiles = [slice(24 + 200 * row, 216 + 200 * row) for row in range(8)]
+    truth, found = (
+        np.concatenate([sheet[rows, left : left + 192] for rows in tiles]).reshape(-1, 3) for left in (208, 408)
+    )
+    assert {tuple(each) for each in truth.tolist()} == {colour(0), colour(1), (255, 255, 255)}
+    assert (truth == found).all(1).mean() > 0.8
+
+
 def test_a_trained_model_finds_the_red_half(trained: Path, tmp_path: Path, tersor_command: Callable[..., Any]) -> None:
     write_pair(tmp_path, "new", left=60, height=64, width=120)
     photo, out = tmp_path / "images" / "new.png", tmp_path / "out"

@@ -106,7 +106,7 @@ def _linformer(shape: Shape) -> Callable[[Tensor], Tensor]:
 
 
 def _performer(shape: Shape) -> Callable[[Tensor], Tensor]:
-    plain = {"node_encoder": "LinearNode", "edge_encoder": "LinearEdge", "layers": 1}
+    plain: dict[str, Any] = {"node_encoder": "LinearNode", "edge_encoder": "LinearEdge", "layers": 1}
     model = models.create("graphgps", **plain, layer_type="GINE+Performer", dim_hidden=shape.d, n_heads=shape.heads)
     layer = _part(model, "Performer")
     return lambda x: layer(x, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device), None)

@@ -36,8 +36,8 @@ def predict(
     as_json: AsJson = False,
     device: Device = "auto",
 ) -> None:
-    """Predict for files of your own, by the model's task: the five likeliest classes of a picture, point cloud or mesh, the
-    picture enlarged, the classes of its pixels, or what the nodes of a graph are.
+    """Predict for files of your own, by the model's task: the five likeliest classes of a picture, point cloud or mesh, what
+    happens when in a video, the picture enlarged, the classes of its pixels, or what the nodes of a graph are.
 
     A file that cannot be read is named on standard error and skipped; the exit status is then 1.
 
@@ -47,7 +47,7 @@ def predict(
     if as_csv and as_json:
         raise TersorError("--csv and --json exclude each other")
     predictor = open_predictor(model, checkpoint=checkpoint, device=device, out=out, reference=reference)
-    files = input_files(inputs, predictor.task.suffixes, predictor.task.marker)
+    files = input_files(inputs, predictor.task.suffixes, predictor.task.marker, predictor.task.inside)
     skipped, told = 0, []
     table = csv.writer(sys.stdout, lineterminator="\n")
     with progress_bar(quiet=len(files) == 1) as progress:

@@ -33,6 +33,7 @@ from tersor.processes import is_first
 from tersor.progress import Progress
 from tersor.tasks import Sets, Task, task_of
 from tersor.tasks.long_range_arena import PREFIX, prepare
+from tersor.tasks.sheet import write_sheet
 from tersor.train.config import TrainConfig
 from tersor.train.objectives import Objective, answering
 from tersor.train.self_pretraining import self_pretrain
@@ -40,6 +41,7 @@ from tersor.train.trainer import train as run_training
 from tersor.train.trainer import validate
 from tersor.untrusted import read_json, read_json_object, read_toml, readable
 
+SHEET = "samples.png"
 SECTIONS = ("model", "data", "train", "pretrain")
 Tables = dict[str, dict[str, Any]]
 
@@ -58,8 +60,8 @@ def _train(
         Path | None,
         typer.Option(
             "--data",
-            help="CSV or Parquet file (series, events), folder (or .npz) of images, folder of point clouds, graph, or text file; "
-            ".gz too. Environment to act in: tmaze, or a name that gymnasium knows. "
+            help="CSV or Parquet file (series, events), folder (or .npz) of images, folder of videos or point clouds, graph, "
+            "or text file; .gz too. Environment to act in: tmaze, or a name that gymnasium knows. "
             "lra/listops, lra/pathfinder and lra/pathx are drawn without.",
         ),
     ] = None,
@@ -77,8 +79,8 @@ def _train(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
     **options: Any,
 ) -> None:
-    """Train a model by its task: to classify images or point clouds, enlarge or segment images, forecast series, predict graphs,
-    model text, or act.
+    """Train a model by its task: to classify images, videos or point clouds, enlarge or segment images, forecast series,
+    predict graphs, model text, or act.
 
     `tersor train lra/TASK --model MODEL` trains a sequence model on listops, text, retrieval, image, pathfinder or pathx;
     `--set pretrain.epochs=N` first trains it to fill holes in the same sequences.
@@ -114,6 +116,9 @@ def _train(
         )
     told: dict[str, Any] = {"out": str(out), "steps": result.steps, "best_step": result.best_step}
     told["validation"] = result.validation
+    if first and task is not None and task.panels is not None:
+        told["samples"] = str(out / SHEET)
+        write_sheet(net, sets.train if sets.validation is None else sets.validation, task.panels, sets, out / SHEET)
     if sets.test is not None:
         told["test"] = validate(net, sets.test, objective, batch_size=settings.batch_size)
     first = is_first()
@@ -192,6 +197,8 @@ def _print(told: dict[str, Any], *, as_json: bool) -> None:
         print_json(told)
         return
     typer.echo(f"{told['out']}: {told['steps']} steps, the weights of step {told['best_step']} kept")
+    if "samples" in told:
+        typer.echo(f"samples with what is predicted: {told['samples']}")
     for part in ("validation", "test"):
         if told.get(part):
             typer.echo(f"{part}: " + ", ".join(f"{name} {value:.4f}" for name, value in told[part].items()))

@@ -118,14 +118,25 @@ def open_image(encoded: Path | bytes, *, upright: bool = False) -> Any:
 def open_frames(path: Path, most: int) -> list[Any]:
     """At most the first `most` frames of a picture, as RGB images of Pillow; a picture that does not move has one."""
 
-    def frames(opened: Any) -> list[Any]:
-        found = []
+    return [image for _, image in open_timed_frames(path, most)]
+
+
+def open_timed_frames(
+    path: Path, most: int, stride: int = 1, make: Callable[[Any], Any] = lambda image: image
+) -> list[tuple[float, Any]]:
+    """Of the first `most` frames of a picture every stride-th: its time in seconds, and what `make` makes of it as an RGB image
+    of Pillow. A frame that says no time is shown for a tenth of a second."""
+
+    def frames(opened: Any) -> list[tuple[float, Any]]:
+        found, seconds = [], 0.0
         for number in range(min(most, getattr(opened, "n_frames", 1))):
             opened.seek(number)
-            found.append(_to_rgb(opened.copy()))
+            if number % stride == 0:
+                found.append((seconds, make(_to_rgb(opened.copy()))))
+            seconds += (opened.info.get("duration") or 100) / 1000
         return found
 
-    found: list[Any] = _opened(path, frames)
+    found: list[tuple[float, Any]] = _opened(path, frames)
     return found
 
 

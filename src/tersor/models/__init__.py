@@ -3,6 +3,7 @@
     tersor.models.list("vision/*")                      # what there is; imports no model and no torch
     tersor.models.create("shvit_s1", num_classes=10)    # a fresh model; any field of its config may be given
     tersor.models.load("shvit_s1", "shvit_s1.pth")      # the official checkpoint, in eval mode
+    tersor.models.create("smt_t", features_only=True)   # a backbone: the maps of its stages
     tersor.models.config_of(model)                      # a plain dict; create(**it) builds the same model again
 
 A model is one file in models/<family>/; docs/contributing-models.md says what it holds.

@@ -7,7 +7,7 @@ reading the file, taking the weights out of a training checkpoint, and comparing
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,18 +27,76 @@ _PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.co
 _NAMES_SHOWN = 4
 
 
-def load(name: str, checkpoint: str | Path | Mapping[str, Tensor], /, **overrides: Any) -> nn.Module:
+def load(
+    name: str, checkpoint: str | Path | Mapping[str, Tensor], /, *, features_only: bool = False, **overrides: Any
+) -> nn.Module:
     """The model `name` with a checkpoint's weights, in eval mode and float32.
 
     checkpoint: a .safetensors, .pth, .pt, .bin or .pdparams file, a folder with such files, or the tensors by name.
-    overrides: fields of the model's config, for checkpoints of another size than the published variant.
+    features_only: a features.Backbone of the loaded model; `out_indices` chooses among its maps.
+    overrides: fields of the model's config, for checkpoints of another size than the published variant. With `num_classes`
+    (0: no head) and `in_chans` the checkpoint may have others: heads of other classes stay fresh, and the first layer's
+    weights are summed over three colours to one channel, or else repeated and scaled, as timm does.
     """
+    if features_only:
+        from tersor.models.features import Backbone
+
+        out_indices = overrides.pop("out_indices", None)
+        return Backbone(load(name, checkpoint, **overrides), out_indices).eval()
     model = create(name, **overrides)
+    fit = _fitting(name, model, overrides)
     if isinstance(checkpoint, (str, Path)):
-        load_state(model, read_state(checkpoint), what=f"{name} cannot take {Path(checkpoint).name}")
+        load_state(model, read_state(checkpoint), what=f"{name} cannot take {Path(checkpoint).name}", fit=fit)
     else:
-        load_state(model, dict(checkpoint), what=f"{name} cannot take this checkpoint")
+        load_state(model, dict(checkpoint), what=f"{name} cannot take this checkpoint", fit=fit)
     return model.eval()
+
+
+def _fitting(name: str, model: nn.Module, overrides: Mapping[str, Any]) -> Callable[[State], State] | None:
+    """How a checkpoint of other classes or channels is brought to a model for which they were chosen; None: not at all.
+
+    What depends on the number of classes is found by building the model a second time, without weights and with the published
+    number.
+    """
+    chosen = {"num_classes", "in_chans"} & set(overrides)
+    if not chosen:
+        return None
+
+    def fit(state: State) -> State:
+        import torch
+
+        wanted = model.state_dict()
+        if "num_classes" in chosen:
+            with torch.device("meta"):
+                published = create(name, **{key: value for key, value in overrides.items() if key != "num_classes"})
+            of_classes = {
+                key
+                for key, value in published.state_dict().items()
+                if key not in wanted or value.shape != wanted[key].shape
+            }
+            others = {
+                key for key in of_classes & set(state) if key not in wanted or state[key].shape != wanted[key].shape
+            }
+            state = {key: value for key, value in state.items() if key not in others}
+            if others:
+                state |= {key: wanted[key] for key in of_classes & set(wanted) if key not in state}
+        if "in_chans" in chosen:
+            for key, value in state.items():
+                if key in wanted:
+                    state[key] = _for_channels(value, wanted[key])
+        return state
+
+    return fit
+
+
+def _for_channels(weight: Tensor, wanted: Tensor) -> Tensor:
+    """A convolution's weights (out, 3, ...) for the channels of `wanted` (out, c, ...); others are returned as they are."""
+    c = wanted.shape[1] if wanted.dim() >= 4 else 3
+    if weight.dim() != wanted.dim() or c == 3 or weight.shape != (wanted.shape[0], 3, *wanted.shape[2:]):
+        return weight
+    if c == 1:
+        return weight.sum(1, keepdim=True)
+    return weight.repeat(1, -(-c // 3), *[1] * (weight.dim() - 2))[:, :c] * (3 / c)
 
 
 def read_state(path: str | Path) -> State:
@@ -77,11 +135,16 @@ def _shards_of(index: Path) -> list[str]:
         raise TersorError(f"{index} is not an index of shards: {error}") from None
 
 
-def load_state(model: nn.Module, state: State, *, what: str) -> None:
-    """Copy `state` into `model` after its own key map; TersorError with `what` in front where anything does not fit."""
+def load_state(model: nn.Module, state: State, *, what: str, fit: Callable[[State], State] | None = None) -> None:
+    """Copy `state` into `model` after its own key map; TersorError with `what` in front where anything does not fit.
+
+    fit: changes the mapped state before it is compared.
+    """
     convert = getattr(model, "convert_checkpoint", None)
     if convert is not None:
         state = convert(state)
+    if fit is not None:
+        state = fit(state)
     wanted = model.state_dict()
     missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
     left_over = [key for key in state if key not in wanted]

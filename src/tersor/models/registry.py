@@ -101,8 +101,16 @@ def find(name: str) -> ModelInfo:
     raise TersorError(f"no model is named {name!r}; {hint}")
 
 
-def create(name: str, /, **overrides: Any) -> nn.Module:
-    """A freshly initialised model. `overrides` are fields of its config; lists and nested dicts (JSON) are welcome."""
+def create(name: str, /, *, features_only: bool = False, **overrides: Any) -> nn.Module:
+    """A freshly initialised model. `overrides` are fields of its config; lists and nested dicts (JSON) are welcome.
+
+    features_only: a features.Backbone, which gives the maps of a vision model's stages; `out_indices` chooses among them.
+    """
+    if features_only:
+        from tersor.models.features import Backbone
+
+        out_indices = overrides.pop("out_indices", None)
+        return Backbone(create(name, **overrides), out_indices)
     info = find(name)
     model_class = info.load_class()
     config_class = typing.get_type_hints(model_class.__init__)["config"]

@@ -15,6 +15,7 @@ from tersor.checkpoint.preprocessing import preprocessor_config
 from tersor.data.images import SUFFIXES, ImageConfig, Images, load_images
 from tersor.errors import TersorError
 from tersor.models.config import checked_config
+from tersor.tasks.sheet import shown
 from tersor.tasks.task import Sets, Task
 from tersor.train.objectives import classification
 
@@ -91,4 +92,12 @@ def likeliest(path: Path, logits: Tensor, labels: Mapping[int, str]) -> Classes:
     return Classes(path, tuple(names), tuple(shares.tolist()))
 
 
-TASK = Task(classification, load_data, predict, frozenset(SUFFIXES), evaluated_on="images")
+def panels(sample: Mapping[str, Tensor], logits: Tensor, sets: Sets) -> tuple[Any, str, str]:
+    named = dict(enumerate(sets.labels))
+    found = likeliest(Path(), logits, named)
+    told = (f"{name} {100 * share:.1f}%" for name, share in zip(found.names, found.probabilities, strict=True))
+    truth = int(sample["target"])
+    return shown(sample["image"], sets.preprocessing), named.get(truth, f"class {truth}"), ", ".join(told)
+
+
+TASK = Task(classification, load_data, predict, frozenset(SUFFIXES), panels=panels, evaluated_on="images")

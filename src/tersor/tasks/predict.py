@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,10 +76,15 @@ def open_predictor(
     return Predictor(load(opened, device=device).eval(), task, settings, labels_of(opened.config), out, reference)
 
 
-def input_files(inputs: Sequence[str], suffixes: frozenset[str], marker: str = "") -> list[Path]:
+def input_files(
+    inputs: Sequence[str],
+    suffixes: frozenset[str],
+    marker: str = "",
+    inside: Callable[[Path], Sequence[Path]] | None = None,
+) -> list[Path]:
     """The files that are meant: files as they are, folders by what they hold, patterns by what they match.
 
-    A folder that holds a file called `marker` is one input.
+    A folder that holds a file called `marker` is one input. inside: finds the inputs in a folder, where it is given.
 
     Hidden files and folders are passed over. Raises TersorError where an input gives no file.
     """
@@ -89,8 +94,11 @@ def input_files(inputs: Sequence[str], suffixes: frozenset[str], marker: str = "
         if marker and (path / marker).is_file():
             files = [path]
         elif path.is_dir():
-            inside = [each for each in sorted(path.rglob("*")) if not _is_hidden(each.relative_to(path))]
-            files = [each for each in inside if each.suffix.lower() in suffixes and each.is_file()]
+            if inside is None:
+                below = [each for each in sorted(path.rglob("*")) if not _is_hidden(each.relative_to(path))]
+                files = [each for each in below if each.suffix.lower() in suffixes and each.is_file()]
+            else:
+                files = list(inside(path))
             if not files:
                 raise TersorError(f"{path} holds no file that ends in {', '.join(sorted(suffixes))}")
         elif path.exists():

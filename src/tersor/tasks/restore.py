@@ -19,6 +19,7 @@ from tersor.errors import TersorError
 from tersor.evaluate.fidelity import Fidelity, fidelity
 from tersor.files import replacing
 from tersor.models.config import checked_config
+from tersor.tasks.sheet import levels
 from tersor.tasks.task import Sets, Task
 from tersor.tasks.tiles import in_tiles
 from tersor.train.objectives import restoration
@@ -108,4 +109,17 @@ def _compared(large: Any, reference: Path, scale: int) -> Fidelity:
     return fidelity(large, original[:height, :width], border=scale)
 
 
-TASK = Task(restoration, load_data, predict, frozenset(SUFFIXES), writes=True, compares=True, normalises=False)
+def panels(sample: Mapping[str, Tensor], made: Tensor, sets: Sets) -> tuple[Any, Any, Any]:
+    return levels(sample["image"]), levels(sample["target"]), levels(made)
+
+
+TASK = Task(
+    restoration,
+    load_data,
+    predict,
+    frozenset(SUFFIXES),
+    writes=True,
+    compares=True,
+    normalises=False,
+    panels=panels,
+)

@@ -19,8 +19,9 @@ from tersor.data.masks import MaskConfig, load_masks, normalised, scaled
 from tersor.errors import TersorError
 from tersor.files import replacing
 from tersor.models.config import checked_config
+from tersor.tasks.sheet import shown
 from tersor.tasks.task import Sets, Task
-from tersor.train.objectives import segmentation
+from tersor.train.objectives import IGNORED, segmentation
 
 SIZE = 512  # of the shorter side for official checkpoints, as ADE20K is evaluated
 GOLDEN = 0.618034  # hues that far apart stay distinct, however many there are
@@ -74,8 +75,7 @@ def predict(
     numbers, counts = np.unique(classes, return_counts=True)
     order = np.argsort(-counts, kind="stable")
     mask, overlay = (out / f"{path.stem}_{kind}.png" for kind in ("mask", "overlay"))
-    colours = np.array([colour(number) for number in range(int(numbers.max()) + 1)], np.uint8)[classes]
-    for file, values in ((mask, classes), (overlay, np.asarray(picture) // 2 + colours // 2)):
+    for file, values in ((mask, classes), (overlay, np.asarray(picture) // 2 + coloured(classes) // 2)):
         with replacing(file) as partial:
             from_pixels(values).save(partial, format="PNG")
     found = tuple(int(numbers[n]) for n in order)
@@ -112,4 +112,16 @@ def colour(number: int) -> tuple[int, int, int]:
     return round(255 * r), round(255 * g), round(255 * b)
 
 
-TASK = Task(segmentation, load_data, predict, frozenset(SUFFIXES), writes=True, size=SIZE)
+def coloured(classes: Any) -> Any:
+    """The colour of each class (H, W) as a picture (H, W, 3)."""
+    return np.array([colour(number) for number in range(int(classes.max()) + 1)], np.uint8)[classes]
+
+
+def panels(sample: Mapping[str, Tensor], output: Tensor, sets: Sets) -> tuple[Any, Any, Any]:
+    target = sample["target"].numpy()
+    truth = coloured(target)
+    truth[target == IGNORED] = 255  # white
+    return shown(sample["image"], sets.preprocessing), truth, coloured(winners(output[None], target.shape))
+
+
+TASK = Task(segmentation, load_data, predict, frozenset(SUFFIXES), writes=True, size=SIZE, panels=panels)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -95,6 +95,7 @@ class Task:
     load_data: Callable[[Any, Path, Path | None, Mapping[str, Any]], Sets]
     predict: Predict | None = None  # None where no verb shows predictions of this task yet
     suffixes: frozenset[str] = frozenset()  # of the files that it reads
+    inside: Callable[[Path], Sequence[Path]] | None = None  # the inputs in a folder, where they are not files alone
     marker: str = ""  # the name of a file that makes a folder one input
     writes: bool = False  # whether its results are files
     compares: bool = False  # whether results can be compared with a reference
@@ -103,4 +104,7 @@ class Task:
     defaults: Mapping[str, Any] = field(default_factory=dict)  # settings of the training, where the user gives none
     sample: Sample | None = None  # None where models of this task make nothing of noise
     makes: frozenset[str] = frozenset()  # the endings of the files that `sample` writes
+    # of (sample, what the model gives for it, the sets): input, truth and prediction, as pictures or words, for the sheet that
+    # `tersor train` leaves; None where a sample is no picture
+    panels: Callable[[Mapping[str, Tensor], Any, Sets], Sequence[Any]] | None = None
     evaluated_on: str = ""  # text, sentences, images, data or graph, for `eval --against`; empty: not compared yet

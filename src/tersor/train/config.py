@@ -41,6 +41,7 @@ class TrainConfig:
     patience: int = _option(0, "Stop after so many validations in a row without a new best; 0: never.")
     save_every: int = _option(0, "Steps from one last.pt to the next; 0: at each validation.")
     log_every: int = _option(10, "Steps from one line of log.csv to the next.")
+    tensorboard: bool = _option(False, "Write the course also for TensorBoard, into tensorboard/ of the run.")
     seed: int = _option(0, "Of the order of the data and of dropout.")
     workers: int = _option(0, "Processes that load data, for each device.")
     device: str = _option("auto", "auto, cpu, cuda, cuda:1, ...")

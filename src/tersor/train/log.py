@@ -1,4 +1,4 @@
-"""What a training run writes down: one CSV row a step or validation, the same to TensorBoard where it is installed."""
+"""What a training run writes down: one CSV row a step or validation, the same to TensorBoard where it is asked for."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
+from tersor.errors import TersorError
 from tersor.files import replacing
 
 LOG_FILE = "log.csv"
@@ -13,10 +14,11 @@ COLUMNS = ("step", "epoch", "lr", "loss", "grad_norm", "validation", "seconds")
 
 
 class RunLog:
-    """`log.csv` in a run's folder, and TensorBoard in `tensorboard/`. Broken rows, and those of a killed run after `step`,
-    are removed."""
+    """`log.csv` in a run's folder, and with `tensorboard` the same in `tensorboard/`. Broken rows are removed, and those of a
+    killed run after `step`."""
 
-    def __init__(self, folder: Path, *, step: int) -> None:
+    def __init__(self, folder: Path, *, step: int, tensorboard: bool = False) -> None:
+        self._board = _writer(folder / "tensorboard", step) if tensorboard else None
         path = folder / LOG_FILE
         kept: list[dict[str, Any]] = []
         if path.exists():
@@ -34,7 +36,6 @@ class RunLog:
             file.flush()
         self._file = path.open("a", newline="")
         self._rows = csv.DictWriter(self._file, COLUMNS, restval="")
-        self._board = _tensorboard(folder / "tensorboard", step)
 
     def write(self, step: int, **values: float) -> None:
         self._rows.writerow({"step": step, **{name: f"{value:.7g}" for name, value in values.items()}})
@@ -49,9 +50,11 @@ class RunLog:
             self._board.close()
 
 
-def _tensorboard(folder: Path, step: int) -> Any:
+def _writer(folder: Path, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
+    except ImportError as error:
+        raise TersorError(
+            f"tensorboard needs a package that is not installed ({error}): pip install 'tersor[tensorboard]'"
+        ) from None
     return SummaryWriter(str(folder), purge_step=step + 1)

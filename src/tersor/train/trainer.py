@@ -9,7 +9,7 @@ devices changes the speed and the last bits, not the training. `out` holds
 
     model.safetensors, config.json   weights (the EMA's, if any) of the best validation, for models.load
     last.pt                          everything that is needed to go on
-    log.csv, tensorboard/            loss, gradient norm, rate and validation by step
+    log.csv                          loss, gradient norm, rate and validation by step; with `tensorboard` also in tensorboard/
 
 Every file is replaced at once or not at all. A killed run goes on from last.pt when it is started again, and on a CPU
 ends in the very same bits, since the weights and the optimizer are all that it needs of the past: the order of the
@@ -50,7 +50,7 @@ from tersor.train.config import DTYPES, TrainConfig, learning_rate
 from tersor.train.log import RunLog
 from tersor.train.objectives import Batch, Objective
 
-FREE_TO_CHANGE = ("save_every", "log_every", "workers", "device")  # of a run that is resumed
+FREE_TO_CHANGE = ("save_every", "log_every", "tensorboard", "workers", "device")  # of a run that is resumed
 
 
 @dataclass
@@ -120,7 +120,7 @@ def train(
     own_loss = getattr(model, "auxiliary_loss", None)  # what the model asks of itself, after each forward
     if world > 1:
         net = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-    log = RunLog(out, step=run.step) if rank == 0 else None
+    log = RunLog(out, step=run.step, tensorboard=config.tensorboard) if rank == 0 else None
     batches: Iterator[Batch] = iter(())
     losses, started = torch.zeros(2, device=device), time.perf_counter()  # the sum of losses, their number
 

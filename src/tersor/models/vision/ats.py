@@ -54,7 +54,7 @@ from torch.nn import functional as F
 
 from tersor.errors import TersorError
 from tersor.models.registry import register
-from tersor.models.vision.vit import Attention, Mlp, PatchEmbed, ViTConfig
+from tersor.models.vision.vit import Attention, Mlp, PatchEmbed, ViTConfig, classifier
 
 EPSILON = 1e-6
 FEWEST_TOKENS = 8  # of a budget, as published
@@ -238,7 +238,7 @@ class ATS(nn.Module):
         if config.representation_size:
             self.pre_logits.add_module("fc", nn.Linear(width, config.representation_size))
             self.pre_logits.add_module("act", nn.Tanh())
-        self.head = nn.Linear(config.representation_size or width, config.num_classes)
+        self.head = classifier(config.representation_size or width, config.num_classes)
 
     def forward(self, image: Tensor) -> Tensor:
         return self._run(image)[0]

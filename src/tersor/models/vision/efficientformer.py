@@ -55,6 +55,7 @@ class EfficientFormerConfig:
     downsamples: tuple[bool, ...] = (True, True, True, True)  # after each stage; the last is not used
     mlp_ratios: float = 4
     pool_size: int = 3
+    in_chans: int = 3
     num_classes: int = 1000  # 0: no classifier, forward returns pooled features
     distillation: bool = True  # a second classifier, taught by a teacher
     drop_rate: float = 0.0
@@ -175,10 +176,10 @@ class Embedding(nn.Module):
         return self.norm(self.proj(x))
 
 
-def stem(d: int) -> nn.Sequential:
-    """image (B, 3, H, W) -> (B, d, H/4, W/4), with an activation also at the end."""
+def stem(in_chans: int, d: int) -> nn.Sequential:
+    """image (B, in_chans, H, W) -> (B, d, H/4, W/4), with an activation also at the end."""
     return nn.Sequential(
-        nn.Conv2d(3, d // 2, 3, 2, 1),
+        nn.Conv2d(in_chans, d // 2, 3, 2, 1),
         nn.BatchNorm2d(d // 2),
         nn.ReLU(),
         nn.Conv2d(d // 2, d, 3, 2, 1),
@@ -215,12 +216,12 @@ def stem(d: int) -> nn.Sequential:
     },
 )
 class EfficientFormer(nn.Module):
-    """image (B, 3, R, R) -> logits (B, num_classes)."""
+    """image (B, C, R, R) -> logits (B, num_classes)."""
 
     def __init__(self, config: EfficientFormerConfig) -> None:
         super().__init__()
         self.config = config
-        self.patch_embed = stem(config.embed_dims[0])
+        self.patch_embed = stem(config.in_chans, config.embed_dims[0])
         self.network = nn.ModuleList()
         self.side = math.ceil(config.resolution / 4)  # of the map in the stage being built; at last of the token grid
         rates = linear_rates(config.drop_path_rate, config.layers)
@@ -243,24 +244,35 @@ class EfficientFormer(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, image: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    def features(self, image: Tensor) -> list[Tensor]:
+        """The stages' maps, strides 4, 8, 16, 32."""
+        *maps, tokens = self._stages(image)
+        return [*maps, tokens.transpose(1, 2).reshape(tokens.shape[0], -1, self.side, self.side)]
+
+    def _stages(self, image: Tensor) -> list[Tensor]:
+        """The first three stages' maps, and the last one's tokens (B, N, d)."""
         wanted = self.config.resolution
         if any(-(-side // 32) != -(-wanted // 32) for side in image.shape[-2:]):
             found = " x ".join(map(str, image.shape[-2:]))
             raise TersorError(
                 f"the model takes images of {wanted} x {wanted} pixels, not {found}; resolution sets another size"
             )
-        x = self.patch_embed(image)
+        x, ends = self.patch_embed(image), []
         for stage in self.network:
             x = stage(x)
-        x = self.norm(x).mean(1)  # (B, N, d) -> (B, d)
+            if isinstance(stage, nn.Sequential):  # a stage, not what stands between two
+                ends.append(x)
+        return ends
+
+    def forward(self, image: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        x = self.norm(self._stages(image)[-1]).mean(1)  # (B, N, d) -> (B, d)
         if not self.config.distillation:
             return self.head(x)
         logits, distilled = self.head(x), self.dist_head(x)
         return (logits, distilled) if self.training else (logits + distilled) / 2
 
     def example_inputs(self, batch_size: int = 2) -> dict[str, Tensor]:
-        return {"image": torch.randn(batch_size, 3, self.config.resolution, self.config.resolution)}
+        return {"image": torch.randn(batch_size, self.config.in_chans, self.config.resolution, self.config.resolution)}
 
     def convert_checkpoint(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         converted = {_published_name(key): value for key, value in state.items()}

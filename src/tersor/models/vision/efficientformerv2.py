@@ -63,6 +63,7 @@ class EfficientFormerV2Config:
     )
     vit_num: int = 0  # blocks with attention at the end of stages 3 and 4
     downsamples: tuple[bool, ...] = (True, True, True, True)  # after each stage; the last is not used
+    in_chans: int = 3
     num_classes: int = 1000  # 0: no classifier, forward returns pooled features
     distillation: bool = True  # a second classifier, taught by a teacher
     drop_rate: float = 0.0
@@ -229,10 +230,10 @@ class Block(nn.Module):
         return x + self.drop_path(g2 * self.mlp(x))
 
 
-def stem(d: int) -> nn.Sequential:
-    """image (B, 3, H, W) -> (B, d, H/4, W/4), with an activation also at the end."""
+def stem(in_chans: int, d: int) -> nn.Sequential:
+    """image (B, in_chans, H, W) -> (B, d, H/4, W/4), with an activation also at the end."""
     return nn.Sequential(
-        *conv_and_norm(3, d // 2, 3, stride=2), nn.GELU(), *conv_and_norm(d // 2, d, 3, stride=2), nn.GELU()
+        *conv_and_norm(in_chans, d // 2, 3, stride=2), nn.GELU(), *conv_and_norm(d // 2, d, 3, stride=2), nn.GELU()
     )
 
 
@@ -287,12 +288,12 @@ def stem(d: int) -> nn.Sequential:
     },
 )
 class EfficientFormerV2(nn.Module):
-    """image (B, 3, R, R) -> logits (B, num_classes), or with fork_feat the maps [(B, d, R/4, R/4), ..., R/32]."""
+    """image (B, C, R, R) -> logits (B, num_classes), or with fork_feat the maps [(B, d, R/4, R/4), ..., R/32]."""
 
     def __init__(self, config: EfficientFormerV2Config) -> None:
         super().__init__()
         self.config = config
-        self.patch_embed = stem(config.embed_dims[0])
+        self.patch_embed = stem(config.in_chans, config.embed_dims[0])
         self.network = nn.ModuleList()
         side = math.ceil(config.resolution / 4)
         rates = linear_rates(config.drop_path_rate, config.layers)
@@ -321,7 +322,8 @@ class EfficientFormerV2(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, image: Tensor) -> Tensor | tuple[Tensor, Tensor] | list[Tensor]:
+    def features(self, image: Tensor) -> list[Tensor]:
+        """The stages' maps, strides 4, 8, 16, 32; normed with fork_feat."""
         wanted = self.config.resolution
         if any(-(-side // 16) != -(-wanted // 16) for side in image.shape[-2:]):
             found = " x ".join(map(str, image.shape[-2:]))
@@ -336,14 +338,20 @@ class EfficientFormerV2(nn.Module):
         if self.config.fork_feat:
             norms = (self.norm0, self.norm2, self.norm4, self.norm6)
             return [norm(features) for norm, features in zip(norms, maps, strict=True)]
-        x = self.norm(x).mean((2, 3))
+        return maps
+
+    def forward(self, image: Tensor) -> Tensor | tuple[Tensor, Tensor] | list[Tensor]:
+        maps = self.features(image)
+        if self.config.fork_feat:
+            return maps
+        x = self.norm(maps[-1]).mean((2, 3))
         if not self.config.distillation:
             return self.head(x)
         logits, distilled = self.head(x), self.dist_head(x)
         return (logits, distilled) if self.training else (logits + distilled) / 2
 
     def example_inputs(self, batch_size: int = 2) -> dict[str, Tensor]:
-        return {"image": torch.randn(batch_size, 3, self.config.resolution, self.config.resolution)}
+        return {"image": torch.randn(batch_size, self.config.in_chans, self.config.resolution, self.config.resolution)}
 
     def convert_checkpoint(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         wanted = self.state_dict()

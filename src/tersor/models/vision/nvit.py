@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from tersor.errors import TersorError
 from tersor.models.registry import register
-from tersor.models.vision.vit import MatMul, Mlp
+from tersor.models.vision.vit import MatMul, Mlp, classifier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class NViTConfig:
     img_size: int = 224
     patch_size: int = 16
     in_chans: int = 3
-    num_classes: int = 1000
+    num_classes: int = 1000  # 0: no head, forward returns the class token
     embed_dim: int = 768  # D
     heads: tuple[int, ...] = (12,) * 12  # of each block, as the next three
     qk: tuple[int, ...] = (64,) * 12  # per head
@@ -225,8 +225,8 @@ class NViT(nn.Module):
         self.patch_embed = PatchEmbed(config)
         self.blocks = nn.ModuleList(NViTBlock(config, n) for n in range(len(config.heads)))
         self.norm = PrunedLayerNorm(config)
-        self.head = nn.Linear(width, config.num_classes)
-        self.head_dist = nn.Linear(width, config.num_classes) if config.distilled else None
+        self.head = classifier(width, config.num_classes)
+        self.head_dist = classifier(width, config.num_classes) if config.distilled else None
 
     def forward(self, image: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         patches = self.patch_embed(image)

@@ -57,6 +57,7 @@ Unit = tuple[int, int, int, bool, str, int]  # kernel, inner width, outer width,
 
 @dataclass(frozen=True, kw_only=True)
 class PPMobileSegConfig:
+    in_chans: int = 3
     num_classes: int = 150
     upsample: str = "interpolate"  # or "vim"
     cfgs: tuple[tuple[Unit, ...], ...] = (  # the units of each stage; the defaults are those of Base
@@ -84,7 +85,14 @@ class PPMobileSegConfig:
         name = "pp_mobileseg"
         one_of(name, "upsample", self.upsample, ("interpolate", "vim"))
         one_of(name, "inj_type", self.inj_type, ("AAM", "AAMSx8"))
-        at_least(name, 1, num_classes=self.num_classes, num_heads=self.num_heads, out_channels=self.out_channels)
+        at_least(
+            name,
+            1,
+            in_chans=self.in_chans,
+            num_classes=self.num_classes,
+            num_heads=self.num_heads,
+            out_channels=self.out_channels,
+        )
         for option, count in (
             ("cfgs", 4), ("channels", 4), ("embed_dims", 2), ("key_dims", 2), ("depths", 2), ("mlp_ratios", 2),
             ("out_feat_chs", 3),
@@ -151,10 +159,11 @@ class MobileUnit(nn.Module):
 
 
 class MobileStage(nn.Module):
-    def __init__(self, d_in: int, units: tuple[Unit, ...], *, stem: bool) -> None:
+    def __init__(self, d_in: int, units: tuple[Unit, ...], *, in_chans: int = 0) -> None:
+        """in_chans: of the image, for the first stage."""
         super().__init__()
         d = round8(d_in)
-        self.conv = ConvNorm(3, d, 3, stride=2, act="hardswish") if stem else nn.Identity()
+        self.conv = ConvNorm(in_chans, d, 3, stride=2, act="hardswish") if in_chans else nn.Identity()
         self.blocks = nn.Sequential()
         for unit in units:
             self.blocks.append(MobileUnit(d, unit))
@@ -287,7 +296,7 @@ class StrideFormer(nn.Module):
     def __init__(self, config: PPMobileSegConfig) -> None:
         super().__init__()
         self.smb1, self.smb2, self.smb3, self.smb4 = (
-            MobileStage(width, units, stem=stage == 0)
+            MobileStage(width, units, in_chans=0 if stage else config.in_chans)
             for stage, (width, units) in enumerate(zip(config.channels, config.cfgs, strict=True))
         )
         self.trans1, self.trans2 = Transformer(config, 0), Transformer(config, 1)
@@ -360,7 +369,7 @@ class Head(nn.Module):
     },
 )
 class PPMobileSeg(nn.Module):
-    """image (B, 3, H, W) -> logits (B, num_classes, H, W), or with upsample="vim" classes (B, H, W) in eval mode."""
+    """image (B, C, H, W) -> logits (B, num_classes, H, W), or with upsample="vim" classes (B, H, W) in eval mode."""
 
     def __init__(self, config: PPMobileSegConfig) -> None:
         super().__init__()
@@ -369,7 +378,7 @@ class PPMobileSeg(nn.Module):
         self.decode_head = Head(config)
 
     def forward(self, image: Tensor) -> Tensor:
-        check_image("pp_mobileseg", image, channels=3, at_least=16)
+        check_image("pp_mobileseg", image, channels=self.config.in_chans, at_least=16)
         logits, size = self.decode_head(self.backbone(image)), (image.shape[2], image.shape[3])
         if self.config.upsample == "vim" and not self.training and self.config.num_classes >= VIM_CLASSES:
             return valid_classes(logits, size, align_corners=self.config.align_corners)
@@ -377,11 +386,11 @@ class PPMobileSeg(nn.Module):
 
     def features(self, image: Tensor) -> list[Tensor]:
         """F8, F16, F32 of the module docstring."""
-        check_image("pp_mobileseg", image, channels=3, at_least=16)
+        check_image("pp_mobileseg", image, channels=self.config.in_chans, at_least=16)
         return self.backbone.maps(image)
 
     def example_inputs(self, batch_size: int = 2) -> dict[str, Tensor]:
-        return {"image": torch.randn(batch_size, 3, 64, 96)}
+        return {"image": torch.randn(batch_size, self.config.in_chans, 64, 96)}
 
     def convert_checkpoint(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Paddle's names of BatchNorm's statistics to PyTorch's; the kernels lie the same way."""

@@ -236,8 +236,16 @@ class SHViT(nn.Module):
         if config.distillation:
             self.head_dist = NormLinear(d3, config.num_classes) if config.num_classes else nn.Identity()
 
+    def features(self, image: Tensor) -> list[Tensor]:
+        """The stages' maps, strides 16, 32, 64."""
+        x, maps = self.patch_embed(image), []
+        for blocks in (self.blocks1, self.blocks2, self.blocks3):
+            x = blocks(x)
+            maps.append(x)
+        return maps
+
     def forward(self, image: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        x = self.blocks3(self.blocks2(self.blocks1(self.patch_embed(image)))).mean((2, 3))
+        x = self.features(image)[-1].mean((2, 3))
         if not self.config.distillation:
             return self.head(x)
         logits, distilled = self.head(x), self.head_dist(x)

@@ -286,8 +286,12 @@ class MaskUnitAttention(nn.Module):
         q, k, v = qkv.permute(3, 0, 4, 2, 1, 5)  # (B, h, units, tokens, C/h) each
         if self.pool > 1:
             q = q.reshape(B, self.heads, units, self.pool, -1, q.shape[-1]).amax(3)
+        q, k, v = (
+            each.flatten(1, 2) for each in (q, k, v)
+        )  # (B, h units, tokens, C/h): ONNX's attention has four dimensions
         mixed = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(mixed.permute(0, 3, 2, 1, 4).reshape(B, N // self.pool, -1))
+        mixed = mixed.reshape(B, self.heads, units, *mixed.shape[2:]).permute(0, 3, 2, 1, 4)
+        return self.proj(mixed.reshape(B, N // self.pool, -1))
 
 
 class Mlp(nn.Module):

@@ -40,7 +40,7 @@ class ViTConfig:
     img_size: int = 224
     patch_size: int = 16
     in_chans: int = 3
-    num_classes: int = 1000
+    num_classes: int = 1000  # 0: no head, forward returns the class token
     embed_dim: int = 768  # D
     depth: int = 12
     num_heads: int = 12
@@ -117,6 +117,11 @@ class PatchEmbed(nn.Module):
         return rearrange(self.proj(image), "b d h w -> b (h w) d")
 
 
+def classifier(width: int, classes: int) -> nn.Module:
+    """tokens [B, width] -> logits [B, classes], or themselves for 0 classes."""
+    return nn.Linear(width, classes) if classes else nn.Identity()
+
+
 @register(
     "vit",
     task="classify",
@@ -147,8 +152,8 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(config)
         self.blocks = nn.ModuleList(ViTBlock(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(width, eps=config.norm_eps)
-        self.head = nn.Linear(width, config.num_classes)
-        self.head_dist = nn.Linear(width, config.num_classes) if config.distilled else None
+        self.head = classifier(width, config.num_classes)
+        self.head_dist = classifier(width, config.num_classes) if config.distilled else None
 
     def embed(self, image: Tensor) -> Tensor:
         """The tokens that the first block sees, [B, 1 (2) + n, D]."""
