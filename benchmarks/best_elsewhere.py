@@ -102,7 +102,7 @@ def rows_of(
 
 
 def vision(size: Size) -> list[Row]:
-    model = tersor.load("demo-vit").to(DEVICE)
+    model = tersor.load("demo-vit", dtype="float32").to(DEVICE)
     test = [each.to(DEVICE) for each in read_images("demo-vit", DATA / "images" / "cifar10_test_1000.npz")]
     train, _ = read_images("demo-vit", DATA / "images" / "cifar10_train_512.npz")
 

@@ -2,12 +2,13 @@
 
     python benchmarks/forecast_latency.py
 
-Series of 200 rows that are in memory, look-back 96, horizon 96, without intervals; each model untrained, at its published size for
-ETTh1, one column a series. Ours: `tersor.tasks.forecast_table.forecast_series`. Rows of neuralforecast are its `predict` on a long
-table of the same series, after one training step, with the same sizes; its iTransformer takes all series as one sample, and that of
-10,000 would attend over 10,000 tokens, so it is left out there, and Autoformer and Informer are left out for both, as they would
-take a quarter of an hour. Seconds of processor time, the best of three (of one for 10,000 series); memory is what the process grew
-by at its peak. Without neuralforecast (pip install neuralforecast) its rows are missing.
+Series of 200 rows that are in memory, look-back 96, horizon 96, without intervals; each model untrained, at its published
+size for ETTh1, one column a series. Ours: `tersor.tasks.forecast_table.forecast_series`. Rows of neuralforecast are its
+`predict` on a long table of the same series, after one training step, with the same sizes; its iTransformer takes all series
+as one sample, and that of 10,000 would attend over 10,000 tokens, so it is left out there, and Autoformer and Informer are
+left out for both, as they would take a quarter of an hour. Seconds of processor time, the best of three (of one for 10,000
+series); memory is what the process grew by at its peak. Without neuralforecast (pip install neuralforecast) its rows are
+missing.
 """
 
 from __future__ import annotations
