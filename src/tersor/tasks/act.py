@@ -90,7 +90,7 @@ def steps_of(config: EnvConfig, env: Any) -> int:
     own = getattr(env.unwrapped, "most_steps", None) or getattr(env.spec, "max_episode_steps", None)
     if not (config.steps or own):
         raise TersorError(f"{config.env} does not end by itself; --set data.steps=200 cuts its episodes")
-    return min(config.steps or own, own or config.steps)
+    return min(each for each in (config.steps, own) if each)
 
 
 def check_fits(model: Any, config: EnvConfig, env: Any) -> None:
@@ -137,11 +137,11 @@ def load_data(model: Any, data: Path, validation: Path | None, table: Mapping[st
     steps = steps_of(config, env)
     make = lambda: make_env(config)  # noqa: E731
     # Validation comes every few steps, the test once.
-    shown = [
+    shown = (
         Shown(model, make, steps=steps, episodes=count, seed=recipe.seed + 1 + n) for n, count in enumerate((32, 200))
-    ]
+    )
     said = {"env": config.env, "options": dict(config.options), "steps": config.steps}
-    return Sets(Played(model, make, steps=steps, config=recipe), *shown, preprocessing=said)
+    return Sets(Played(model, make, steps=steps, config=recipe), next(shown), next(shown), preprocessing=said)
 
 
 def read_env(path: Path) -> EnvConfig:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -85,8 +86,8 @@ def play(model: Any, envs: Sequence[Any], *, steps: int, seed: int, best: bool =
     was_training = model.training
     model.eval()
     device, draw, count = next(model.parameters()).device, torch.Generator().manual_seed(seed), len(envs)
-    space = envs[0].observation_space
-    now = np.stack([flatten(space, env.reset(seed=mixed_seed(seed, n) % 2**31)[0]) for n, env in enumerate(envs)])
+    flat: Callable[[Any], Any] = partial(flatten, envs[0].observation_space)
+    now = np.stack([flat(env.reset(seed=mixed_seed(seed, n) % 2**31)[0]) for n, env in enumerate(envs)])
     alive, ended = np.ones(count, bool), np.zeros(count, bool)
     lengths, success = np.zeros(count, np.int64), np.full(count, np.nan, np.float32)
     kept: dict[str, list[Any]] = {name: [] for name in ("states", "actions", "logits", "rewards", "values")}
@@ -103,9 +104,9 @@ def play(model: Any, envs: Sequence[Any], *, steps: int, seed: int, best: bool =
         rewards = np.zeros(count, np.float32)
         lengths += alive
         before = alive.copy()
-        for n in np.flatnonzero(before):
+        for n in np.flatnonzero(before).tolist():
             state, rewards[n], ended[n], cut, info = envs[n].step(actions[n].item())
-            now[n] = flatten(space, state)
+            now[n] = flat(state)
             alive[n] = not (ended[n] or cut or lengths[n] >= steps)
             if not alive[n]:
                 success[n] = info.get("success", np.nan)
