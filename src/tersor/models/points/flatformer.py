@@ -31,7 +31,8 @@ from the facts. Its keys, with or without `middle_encoder.`, are accepted; the o
 
 Proven: the golden cases (index maps, positions, blocks, BEV map; published and small sizes), the parameter count; on an H200
 1.6 to 2.4 times as fast as windows that are filled up, and 4 times as a dense map (benchmarks/results/lidar_h200.md; on a CPU
-2 to 8 and 56 times, lidar.md). Not proven: Waymo results (L2 mAPH 67.2 with one sweep published; no weights were released), the published speeds.
+2 to 8 and 56 times, lidar.md). Not proven: Waymo results (L2 mAPH 67.2 with one sweep published; no weights were released), the
+published speeds.
 """
 
 from __future__ import annotations
