@@ -47,7 +47,7 @@ MODEL = {
 def source() -> dict[str, Tensor]:
     """demo-vit as a checkpoint of the source: layer scales of 1, and a larger table of positions."""
     state = dict(tersor.load("demo-vit").float().state_dict())
-    for block in range(MODEL["depth"]):  # type: ignore[arg-type, call-overload]
+    for block in range(MODEL["depth"]):  # type: ignore[call-overload]
         for scale in ("ls1", "ls2"):
             state[f"blocks.{block}.{scale}.gamma"] = torch.ones(192)
     first, table = state["pos_embed"].split([1, 64], 1)

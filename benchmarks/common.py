@@ -57,56 +57,30 @@ def learn(
     steps: int,
     clip: float = 1.0,
     told: str = "",
-    graph: bool = False,
 ) -> int:
     """AdamW with 50 steps of warm-up, then a cosine down to 0 at the last of `steps`, or at the end of `seconds` where that comes
-    first. loss() is the sum over all models; each has its own clipping. graph: record a step once and replay it, which spares a
-    slow host; loss() then waits for nothing and draws with the device's own generator. Returns the number of steps."""
+    first. loss() is the sum over all models; each has its own clipping. Returns the number of steps."""
     learned = [[p for p in model.parameters() if p.requires_grad] for model in models]
     every = [p for part in learned for p in part]
-    lr = torch.tensor(rate, device=every[0].device)
-    optimizer = torch.optim.AdamW(every, lr, weight_decay=0.01, fused=every[0].is_cuda, capturable=every[0].is_cuda)
+    optimizer = torch.optim.AdamW(every, rate, weight_decay=0.01, fused=every[0].is_cuda)
     for model in models:
         model.train()
 
-    def one() -> Tensor:
+    step = 0
+    for step, share in enumerate(_shares(seconds, steps), 1):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(step / 50, (1 + math.cos(math.pi * share)) / 2)
         value = loss()
         optimizer.zero_grad()
-        torch.autograd.backward(value)
+        value.backward()
         for part in learned:
             nn.utils.clip_grad_norm_(part, clip)
         optimizer.step()
-        return value.detach()
-
-    run = _recorded(one, lr) if graph else one
-    step = 0
-    for step, share in enumerate(_shares(seconds, steps), 1):
-        lr.fill_(rate * min(step / 50, (1 + math.cos(math.pi * share)) / 2))
-        value = run()
         if step % 100 == 0:
             print(f"{told} step {step}, {100 * share:.0f} %: loss {value.item():.4f}", flush=True)
     for model in models:
         model.eval()
     return step
-
-
-def _recorded(step: Callable[[], Tensor], lr: Tensor) -> Callable[[], Tensor]:
-    lr.fill_(0)  # the steps that warm up learn nothing
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        value = step()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return value
-
-    return replay
 
 
 def _shares(seconds: float, steps: int) -> Iterator[float]:

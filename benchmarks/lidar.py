@@ -193,7 +193,7 @@ def main() -> None:
     on_gpu = asked.device.startswith("cuda")
     model: Any = tersor.models.create("flatformer_waymo")
     model = model.to(asked.device, torch.bfloat16 if on_gpu else torch.float32).eval()
-    ways = {
+    ways: dict[str, Callable[..., tuple[Tensor, float]]] = {
         "flat": flat,
         "filled": partial(filled, limits=(WINDOW**2,)),
         "by length": partial(filled, limits=(36, 72, WINDOW**2)),

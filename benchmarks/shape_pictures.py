@@ -1,6 +1,6 @@
 """The picture of docs/sample.md: meshes that the small models of benchmarks/shapes.py made, beside the true ones.
 
-python benchmarks/shape_pictures.py shapes          # the folder that shapes.py wrote; writes docs/images/shapes.png
+python benchmarks/shape_pictures.py shapes          # the folder that shapes.py wrote; writes docs/images/small-shapes.png
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main() -> None:
             if row == 0:
                 axes.set_title(title, fontsize=9)
     figure.subplots_adjust(0, 0, 1, 0.95, 0, 0)
-    figure.savefig(IMAGES / "shapes.png", dpi=90, metadata={"Software": None})
+    figure.savefig(IMAGES / "small-shapes.png", dpi=90, metadata={"Software": None})
 
 
 if __name__ == "__main__":

@@ -267,7 +267,7 @@ def levels(
     for index, (name, mesh) in enumerate(meshes.items()):
         row = told | {"shape": name}
         field: Field = torch.Tensor.sum
-        for k, scale in enumerate(TOKENIZER["scales"], 1):
+        for k, scale in enumerate(tokenizer.config.scales, 1):
             z = tokenizer.tokens(tokenizer.features(tokens[index : index + 1], scales=k))
             field = of_tokens(tokenizer, z, sign=-1.0)
             row[f"IoU to {scale}"] = iou(inside_of(field), truths[name])

@@ -84,7 +84,7 @@ def clips(count: int, chance: torch.Generator | None, device: str = "cpu") -> Te
     return (2 * ink.amax(1) - 1)[:, :, None]
 
 
-def learn_video(model: nn.Module, *, device: str, seconds: float, steps: int, graph: bool) -> int:
+def learn_video(model: nn.Module, *, device: str, seconds: float, steps: int) -> int:
     diffusion = GaussianDiffusion(DiffusionConfig()).to(device)
     drawn = torch.Generator().manual_seed(0)
     masks = torch.stack([MASKS.draw_for_training(drawn) for _ in range(2048)]).to(device)
@@ -99,7 +99,7 @@ def learn_video(model: nn.Module, *, device: str, seconds: float, steps: int, gr
         t = torch.randint(diffusion.steps, (BATCH,), device=device)
         return diffusion.losses(predicted, clips(BATCH, None, device), t, mask=masks[rows]).loss.mean()
 
-    return learn([model.to(device)], loss, rate=1e-3, seconds=seconds, steps=steps, told="video", graph=graph)
+    return learn([model.to(device)], loss, rate=1e-3, seconds=seconds, steps=steps, told="video")
 
 
 def mask_of(task: str, like: Tensor) -> Tensor:
@@ -185,7 +185,6 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seconds", type=float, default=math.inf, help="of learning, at most")
     parser.add_argument("--steps", type=int, default=12_000)
-    parser.add_argument("--graph", action="store_true", help="record a step and replay it (GPU)")
     parser.add_argument("--tests", type=int, default=TESTS)
     parser.add_argument("--samples", type=int, default=50, help="steps of sampling")
     asked = parser.parse_args()
@@ -193,7 +192,7 @@ def main() -> None:
     torch.manual_seed(0)
     asked.out.mkdir(parents=True, exist_ok=True)
     model: Any = tersor.models.create("vdt", **MODEL)
-    done = learn_video(model, device=asked.device, seconds=asked.seconds, steps=asked.steps, graph=asked.graph)
+    done = learn_video(model, device=asked.device, seconds=asked.seconds, steps=asked.steps)
     torch.save({name: value.half() for name, value in model.state_dict().items()}, asked.out / "vdt.pt")
     x = clips(asked.tests, torch.Generator().manual_seed(1)).to(asked.device)
     lines = ["| | steps of sampling | forward | between |", "| --- | ---: | ---: | ---: |"]

@@ -65,6 +65,11 @@ def test_given_latents_enter_clean_and_are_pasted_on_request() -> None:
     assert torch.equal(seen[-1][0], given[:, 0])
 
 
+def test_all_tables_go_to_the_device() -> None:
+    diffusion = GaussianDiffusion(DiffusionConfig()).to("meta")
+    assert {each.device.type for each in vars(diffusion).values() if isinstance(each, torch.Tensor)} == {"meta"}
+
+
 def test_loss_of_the_ideal_model_is_zero() -> None:
     diffusion = GaussianDiffusion(DiffusionConfig())
     x0 = torch.randn(2, 3, 4, 4, 4, dtype=torch.float64)

@@ -30,6 +30,7 @@ from tersor.methods.weights.uniform import OnGrids, width_of
 # On texts of another kind than the one that calibrates, 2,048 tokens were worse than rounding in 10 of 12 cells at 4 and 3 bits,
 # 8,192 better in 19 of 24 (benchmarks/results/calibration_size.md, on layers 384 and 1,024 wide: wider ones need no less).
 TOKENS_THAT_PAY = 8192
+OUTPUT_DAMP = 1.0  # of H_O, a share of its mean diagonal: it is known from few draws, and its errors are not made up for
 
 
 @register
@@ -128,7 +129,7 @@ class GPTQ(OnGrids):
             notes.append("not asymmetric: the original's experts see other tokens")
         output = None
         if self.output_factor and name in block.outputs:
-            output = factorize_outputs(block.outputs[name].to(factor.R), damp=self.damp)
+            output = factorize_outputs(block.outputs[name].to(factor.R), damp=OUTPUT_DAMP)
         elif self.output_factor:
             stacked = isinstance(block.linears[name], ExpertMap)
             notes.append(f"no output factor: {'experts are not watched' if stacked else 'no gradient reached it'}")

@@ -35,12 +35,12 @@ the origin are never sampled; a place that falls on a row of the line's table gi
 block and once more before the first, `vision` before every block, `audio` once. Where a neighbourhood is flat, the published
 code gives NaN, this one 0. The projection to another width than 768 is trained here (published sizes have none).
 
-Proven: the golden cases of the published code (`language` and `vision`, tiny sizes and the ScanObjectNN size) to 3e-7;
-trained weights without the head 0.95 (language), 0.80 (vision), 0.87 million (audio), 1.1, 0.9 and 1.0 % of all, published
-0.9, 0.8 and 0.8 (the head has 0.46 million more); the frozen part equal to transformers' CLIP and DINOv2 from their weights;
-by default a cloud's result does not depend on its batch; eight shapes are told apart (benchmarks/results/clouds.md). Not
-proven: accuracies (91.9, 87.7 and 87.0 on ScanObjectNN published); `audio` and the ModelNet type beyond properties, as no
-case holds them; loading of the official files themselves.
+Proven: the golden cases of the published code (`language` and `vision`, tiny sizes and the ScanObjectNN size) to 3e-7; trained
+weights without the head 0.95 (language), 0.80 (vision), 0.87 million (audio), 1.1, 0.9 and 1.0 % of all, published 0.9, 0.8 and
+0.8 (the head has 0.46 million more); the frozen part equal to transformers' CLIP and DINOv2 from their weights; by default a
+cloud's result does not depend on its batch; eight shapes are told apart (benchmarks/results/clouds.md). Not proven: accuracies
+(91.9, 87.7 and 87.0 on ScanObjectNN published); `audio` and the ModelNet type beyond properties, as no case holds them; loading
+of the official files themselves.
 """
 
 from __future__ import annotations

@@ -30,8 +30,9 @@ Origin: mit-han-lab/flatformer at 31dc5a9 (mmdet3d/models/middle_encoders/flatfo
 from the facts. Its keys, with or without `middle_encoder.`, are accepted; the other parts of a detector's file are left out.
 
 Proven: the golden cases (index maps, positions, blocks, BEV map; published and small sizes), the parameter count; on an H200
-1.6 to 2.4 times as fast as windows that are filled up, and 4 times as a dense map (benchmarks/results/lidar_h200.md). Not
-proven: Waymo results (L2 mAPH 67.2 with one sweep published; no weights were released), the published speeds.
+1.6 to 2.4 times as fast as windows that are filled up, and 4 times as a dense map (benchmarks/results/lidar_h200.md; on a CPU
+2 to 8 and 56 times, lidar.md). Not proven: Waymo results (L2 mAPH 67.2 with one sweep published; no weights were released), the
+published speeds.
 """
 
 from __future__ import annotations

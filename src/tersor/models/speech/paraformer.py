@@ -33,8 +33,8 @@ wraps; the last token's vector in training may be zero by rounding. Initialisati
 
 Proven: the golden cases of the published code (both encoders and decoders, both predictors, training loss with gradients,
 integrate-and-fire, front end), parameter counts of the Chinese large model and the AISHELL-1 recipe; properties of
-streaming, padding and the error-rate loss. Not proven: error rates (1.95 % and 5.11 % on AISHELL-1 published); the
-streaming encoder, timestamps, and beam search are not here.
+streaming, padding and the error-rate loss; spoken digits, learned by a small one (benchmarks/results/speech.md). Not proven:
+error rates (1.95 % and 5.11 % on AISHELL-1 published); the streaming encoder, timestamps, and beam search are not here.
 """
 
 from __future__ import annotations
