@@ -89,7 +89,8 @@ def power_law_graph(num_nodes: int, num_edges: int, *, exponent: float = 2.5, se
         keys = drawn[np.concatenate(([True], drawn[1:] != drawn[:-1]))]
         del drawn
     keys = np.delete(keys, random.choice(len(keys), len(keys) - num_edges, replace=False))
-    counts, nodes = np.zeros(num_nodes, np.int64), np.empty(num_edges, np.int32 if num_nodes < 2**31 else np.int64)
+    counts = np.zeros(num_nodes, np.int64)
+    nodes: NDArray[np.integer] = np.empty(num_edges, np.int32 if num_nodes < 2**31 else np.int64)
     for start in range(0, num_edges, 1 << 22):
         part = keys[start : start + (1 << 22)]
         counts += np.bincount(part // num_nodes, minlength=num_nodes)

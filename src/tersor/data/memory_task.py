@@ -25,7 +25,7 @@ FORWARD, LEFT, RIGHT = range(3)
 Floats = NDArray[np.float32]
 
 
-class TMaze(gymnasium.Env[Floats, np.int64]):
+class TMaze(gymnasium.Env[Floats, np.int64]):  # type: ignore[misc]  # gymnasium is optional
     def __init__(self, *, length: int = 20) -> None:
         if isinstance(length, bool) or not isinstance(length, int) or not 1 <= length <= 100_000:
             raise TersorError(f"the corridor of a T-maze has 1 to 100000 steps, not {length!r}")

@@ -103,7 +103,7 @@ def play(model: Any, envs: Sequence[Any], *, steps: int, seed: int, best: bool =
         rewards = np.zeros(count, np.float32)
         lengths += alive
         before = alive.copy()
-        for n in np.flatnonzero(before):
+        for n in np.flatnonzero(before).tolist():
             state, rewards[n], ended[n], cut, info = envs[n].step(actions[n].item())
             now[n] = flatten(space, state)
             alive[n] = not (ended[n] or cut or lengths[n] >= steps)
