@@ -184,9 +184,7 @@ def models_of(seed: int) -> tuple[Any, WriterDecoder]:
     return ours, WriterDecoder()
 
 
-def learn_both(
-    ours: Any, peer: WriterDecoder, data: Strings, *, device: str, seconds: float, steps: int
-) -> int:
+def learn_both(ours: Any, peer: WriterDecoder, data: Strings, *, device: str, seconds: float, steps: int) -> int:
     torch.manual_seed(1)
     data = Strings(
         *(each.to(device) for each in (data.speech.half(), data.speech_lengths, data.text, data.text_lengths))
@@ -280,9 +278,7 @@ def learned(
         ours.load_state_dict(kept["ours"])
         peer.load_state_dict(kept["peer"])
     else:
-        kept["steps"] = learn_both(
-            ours, peer, data, device=asked.device, seconds=asked.seconds, steps=asked.steps
-        )
+        kept["steps"] = learn_both(ours, peer, data, device=asked.device, seconds=asked.seconds, steps=asked.steps)
         kept |= {"ours": ours.cpu().half().state_dict(), "peer": peer.cpu().half().state_dict()}
         asked.weights.mkdir(parents=True, exist_ok=True)
         torch.save(kept, file)

@@ -87,10 +87,10 @@ def make_env(config: EnvConfig) -> Any:
 
 def steps_of(config: EnvConfig, env: Any) -> int:
     """The most steps of an episode."""
-    own = getattr(env.unwrapped, "most_steps", None) or getattr(env.spec, "max_episode_steps", None)
+    own = int(getattr(env.unwrapped, "most_steps", 0) or getattr(env.spec, "max_episode_steps", 0) or 0)
     if not (config.steps or own):
         raise TersorError(f"{config.env} does not end by itself; --set data.steps=200 cuts its episodes")
-    return min(each for each in (config.steps, own) if each)
+    return min(config.steps or own, own or config.steps)
 
 
 def check_fits(model: Any, config: EnvConfig, env: Any) -> None:
@@ -136,12 +136,11 @@ def load_data(model: Any, data: Path, validation: Path | None, table: Mapping[st
     check_fits(model, config, env)
     steps = steps_of(config, env)
     make = lambda: make_env(config)  # noqa: E731
-    # Validation comes every few steps, the test once.
-    shown = (
-        Shown(model, make, steps=steps, episodes=count, seed=recipe.seed + 1 + n) for n, count in enumerate((32, 200))
-    )
+    learned = Played(model, make, steps=steps, config=recipe)
+    often = Shown(model, make, steps=steps, episodes=32, seed=recipe.seed + 1)
+    once = Shown(model, make, steps=steps, episodes=200, seed=recipe.seed + 2)
     said = {"env": config.env, "options": dict(config.options), "steps": config.steps}
-    return Sets(Played(model, make, steps=steps, config=recipe), next(shown), next(shown), preprocessing=said)
+    return Sets(learned, often, once, preprocessing=said)
 
 
 def read_env(path: Path) -> EnvConfig:

@@ -30,7 +30,9 @@ from tersor.methods.weights.uniform import OnGrids, width_of
 # On texts of another kind than the one that calibrates, 2,048 tokens were worse than rounding in 10 of 12 cells at 4 and 3 bits,
 # 8,192 better in 19 of 24 (benchmarks/results/calibration_size.md, on layers 384 and 1,024 wide: wider ones need no less).
 TOKENS_THAT_PAY = 8192
-OUTPUT_DAMP = 1.0  # of H_O, a share of its mean diagonal: it is known from few draws, and its errors are not made up for
+OUTPUT_DAMP = (
+    1.0  # of H_O, a share of its mean diagonal: it is known from few draws, and its errors are not made up for
+)
 
 
 @register
