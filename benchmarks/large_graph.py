@@ -126,6 +126,8 @@ def table(rows: list[dict[str, Any]], where: str) -> str:
             f"{1000 * row['sampling']:.0f} | {BATCH / row['sampling']:,.0f} | {1000 * row['step']:.0f} | {theirs} | "
             f"{row['memory of graph']:.2f}, {row['memory of hops']:.2f}, {row['memory']:.2f} |"
         )
+    if missing := [f"{nodes:,}" for nodes in SIZES if nodes not in {row["nodes"] for row in rows}]:
+        lines += ["", f"Not measured yet: {', '.join(missing)} nodes."]
     return "\n".join([*lines, "", where, "`OMP_NUM_THREADS=1 python benchmarks/large_graph.py --write`"])
 
 

@@ -24,7 +24,7 @@ of one node loses its batch axis. The published option `skip` is without effect.
 
 Proven: the golden cases of the published code (both sizes, three codebook updates, hop features), its parameter count,
 the properties of the codebook and of the order of tokens, sampled nodes against lists made by hand. Not proven:
-published accuracies, speed on a graph of millions of nodes.
+published accuracies, speed beyond a million nodes (benchmarks/results/large_graph.md).
 """
 
 from __future__ import annotations
