@@ -137,10 +137,15 @@ def test_trained_by_the_trainer_it_remembers_the_cue(tmp_path: Path) -> None:
     [
         ("tmaze", {"length": 30}, "--set model.memory_len=55"),
         ("CartPole-v1", {}, "--set model.input_dim=4 --set model.actions=2 --set model.memory_len=500"),
-        ("CartPole-v1", {"steps": 10}, "up to 10 steps an episode; --set model.input_dim=4 --set model.actions=2$"),
+        (
+            "CartPole-v1",
+            {"steps": 10},
+            "up to 10 steps an episode; train with --set model.input_dim=4 --set model.actions=2$",
+        ),
         ("Pendulum-v1", {}, "Pendulum-v1 takes actions Box"),
         ("Nothing-v0", {}, "no environment 'Nothing-v0'"),
-        ("tmaze", {"lenght": 3}, "lenght"),
+        ("tmaze", {"lenght": 3}, r"^the environment tmaze cannot be made with the options \{'lenght': 3\}: "),
+        ("CartPole-v1", {"lenght": 3}, "^the environment CartPole-v1 cannot be made"),
         ("tmaze", {"discount": 2.0}, "discount is 2.0"),
         ("tmaze", {"length": "long"}, "not 'long'"),
     ],
