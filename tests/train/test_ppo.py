@@ -163,6 +163,9 @@ def test_models_that_do_not_learn_by_acting_are_named(tmp_path: Path) -> None:
     (tmp_path / "what.json").write_text("{}")
     with pytest.raises(TersorError, match="does not say which environment"):
         TASK.predict(policy(), tmp_path / "what.json", settings={}, labels={}, out=None, reference=None)
+    (tmp_path / "what.json").write_text('{"env": "antigravity:Maze-v0"}')
+    with pytest.raises(TersorError, match=r"what\.json names the module of its environment, 'antigravity:Maze-v0'"):
+        TASK.predict(policy(), tmp_path / "what.json", settings={}, labels={}, out=None, reference=None)
     with pytest.raises(TersorError, match="steps -1"):
         make_env(EnvConfig(steps=-1))
 

@@ -151,6 +151,11 @@ def read_env(path: Path) -> EnvConfig:
     described = read_json_object(path)
     if not isinstance(described.get("env"), str):
         raise TersorError(f'{path} does not say which environment it is, as {{"env": "tmaze"}}')
+    if ":" in described["env"]:  # gymnasium would import what stands before it
+        raise TersorError(
+            f"{path} names the module of its environment, {described['env']!r}, and tersor imports none that a file names; "
+            "give a name that gymnasium knows without it, such as CartPole-v1"
+        )
     options = described.pop("options", {})
     return dataclasses.replace(checked_config(EnvConfig, described, str(path)), options=options)
 
