@@ -137,6 +137,7 @@ def test_without_the_package_tensorboard_is_refused(
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     usual = ["itransformer", "--data", str(series), "--out", str(tmp_path / "run"), *SMALL, "--set", "model.pred_len=4"]
     assert "pip install 'tersor[tensorboard]'" in failure(capsys, *usual, *QUICK, "--tensorboard")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,10 @@ def test_stages_are_chosen_by_index_also_from_the_end() -> None:
         ("smt", {"out_indices": (4,)}, r"out_indices \(4,\): SMT has 4 maps, 0 to 3"),
         ("smt", {"out_indices": ()}, r"out_indices \(\)"),
         ("shvit", {"out_indices": (-4,)}, "0 to 2"),
+        ("shvit", {"out_indices": 2}, "out_indices 2: SHViT has 3 maps"),
+        ("shvit", {"out_indices": "12"}, "out_indices '12': SHViT has 3 maps"),
+        ("shvit", {"out_indices": [0.5]}, r"out_indices \(0.5,\): SHViT has 3 maps"),
+        ("itransformer", {}, "ITransformer has no stages"),
     ],
 )
 def test_refuses_what_has_no_maps(name: str, overrides: dict[str, Any], told: str) -> None:

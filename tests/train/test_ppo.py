@@ -137,10 +137,15 @@ def test_trained_by_the_trainer_it_remembers_the_cue(tmp_path: Path) -> None:
     [
         ("tmaze", {"length": 30}, "--set model.memory_len=55"),
         ("CartPole-v1", {}, "--set model.input_dim=4 --set model.actions=2 --set model.memory_len=500"),
-        ("CartPole-v1", {"steps": 10}, "up to 10 steps an episode; --set model.input_dim=4 --set model.actions=2$"),
+        (
+            "CartPole-v1",
+            {"steps": 10},
+            "up to 10 steps an episode; train with --set model.input_dim=4 --set model.actions=2$",
+        ),
         ("Pendulum-v1", {}, "Pendulum-v1 takes actions Box"),
         ("Nothing-v0", {}, "no environment 'Nothing-v0'"),
-        ("tmaze", {"lenght": 3}, "lenght"),
+        ("tmaze", {"lenght": 3}, r"^the environment tmaze cannot be made with the options \{'lenght': 3\}: "),
+        ("CartPole-v1", {"lenght": 3}, "^the environment CartPole-v1 cannot be made"),
         ("tmaze", {"discount": 2.0}, "discount is 2.0"),
         ("tmaze", {"length": "long"}, "not 'long'"),
     ],
@@ -157,6 +162,9 @@ def test_models_that_do_not_learn_by_acting_are_named(tmp_path: Path) -> None:
         TASK.load_data(pidt, Path("tmaze"), None, {})
     (tmp_path / "what.json").write_text("{}")
     with pytest.raises(TersorError, match="does not say which environment"):
+        TASK.predict(policy(), tmp_path / "what.json", settings={}, labels={}, out=None, reference=None)
+    (tmp_path / "what.json").write_text('{"env": "antigravity:Maze-v0"}')
+    with pytest.raises(TersorError, match=r"what\.json names the module of its environment, 'antigravity:Maze-v0'"):
         TASK.predict(policy(), tmp_path / "what.json", settings={}, labels={}, out=None, reference=None)
     with pytest.raises(TersorError, match="steps -1"):
         make_env(EnvConfig(steps=-1))

@@ -36,6 +36,7 @@ REQUIRED = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 EXTRAS = {  # extra: its package, and what it is for
     "hub-data": ("datasets", "calibration texts from hub data sets"),
     "images": ("pillow", "images from files"),
+    "video": ("av", "MP4 and other films"),
     "audio": ("soundfile", "recordings from files, at any rate"),
     "meshes": ("trimesh", "point clouds and meshes, from files and as files"),
     "compressed-tensors": ("compressed-tensors", "loading compressed-tensors checkpoints with transformers itself"),
@@ -48,6 +49,7 @@ EXTRAS = {  # extra: its package, and what it is for
     "report": ("plotly", "`tersor report`, pages about compressed models"),
     "ray": ("ray", "sweeps on a Ray cluster"),
     "lm-eval": ("lm-eval", "`tersor eval --tasks`: EleutherAI's harness"),
+    "tensorboard": ("tensorboard", "`tersor train --tensorboard`"),
     "onnx": ("onnxruntime", "`tersor export --onnx`"),
 }
 BITS = (4, 8, 3, 2)

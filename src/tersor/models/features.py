@@ -53,9 +53,13 @@ class Backbone(nn.Module):
         self.model = model
         maps, image = _measured(model)
         chosen = range(len(maps)) if out_indices is None else out_indices
-        if not chosen or any(not -len(maps) <= each < len(maps) for each in chosen):
+        in_range = isinstance(chosen, Sequence) and all(
+            isinstance(each, int) and -len(maps) <= each < len(maps) for each in chosen
+        )
+        if not chosen or not in_range:
+            told = tuple(chosen) if isinstance(chosen, list | tuple) else repr(chosen)
             raise TersorError(
-                f"out_indices {tuple(chosen)}: {type(model).__name__} has {len(maps)} maps, 0 to {len(maps) - 1}"
+                f"out_indices {told}: {type(model).__name__} has {len(maps)} maps, 0 to {len(maps) - 1}; give a list of numbers"
             )
         places = [each % len(maps) for each in chosen]
         self.feature_info = FeatureInfo(
@@ -76,8 +80,9 @@ def _measured(model: Any) -> tuple[list[Tensor], Tensor]:
     """The maps of the model's example, and that example. What does not bear on them is removed from the model."""
     was_training = model.training
     with torch.random.fork_rng(), torch.enable_grad():
-        (image,) = model.example_inputs(1).values()
-        maps = model.eval().features(image) if hasattr(model, "features") else None
+        example = list(model.example_inputs(1).values())
+        image = example[0]
+        maps = model.eval().features(image) if len(example) == 1 and hasattr(model, "features") else None
         model.train(was_training)
         if not isinstance(maps, list) or any(each.dim() < 4 for each in maps):
             raise TersorError(

@@ -67,7 +67,7 @@ class Returns:
 
 
 def make_env(config: EnvConfig) -> Any:
-    """Raises TersorError where there is no such environment."""
+    """Raises TersorError where there is no such environment, or it does not take the options."""
     try:
         import gymnasium
     except ImportError:
@@ -80,7 +80,10 @@ def make_env(config: EnvConfig) -> Any:
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")  # what is out of date
             return gymnasium.make(config.env, **config.options)
-    except (gymnasium.error.Error, ImportError, TypeError, ValueError, AttributeError) as error:
+    except (gymnasium.error.DependencyNotInstalled, TypeError, ValueError, AttributeError) as error:
+        options = f" with the options {dict(config.options)}" if config.options else ""
+        raise TersorError(f"the environment {config.env} cannot be made{options}: {error}") from None
+    except (gymnasium.error.Error, ImportError) as error:
         known = f"{TMAZE}, or a name that gymnasium knows, such as CartPole-v1"
         raise TersorError(f"there is no environment {config.env!r} ({error}); an environment is {known}") from None
 
@@ -118,7 +121,7 @@ def check_fits(model: Any, config: EnvConfig, env: Any) -> None:
         wanted.append(f"model.memory_len={steps}")
     if wanted:
         raise TersorError(
-            f"{config.env} has {width} numbers a state, {actions.n} actions and up to {steps} steps an episode; "
+            f"{config.env} has {width} numbers a state, {actions.n} actions and up to {steps} steps an episode; train with "
             f"{' '.join(f'--set {each}' for each in wanted)}"
         )
 
@@ -147,6 +150,11 @@ def read_env(path: Path) -> EnvConfig:
     described = read_json_object(path)
     if not isinstance(described.get("env"), str):
         raise TersorError(f'{path} does not say which environment it is, as {{"env": "tmaze"}}')
+    if ":" in described["env"]:  # gymnasium would import what stands before it
+        raise TersorError(
+            f"{path} names the module of its environment, {described['env']!r}, and tersor imports none that a file names; "
+            "give a name that gymnasium knows without it, such as CartPole-v1"
+        )
     options = described.pop("options", {})
     return dataclasses.replace(checked_config(EnvConfig, described, str(path)), options=options)
 

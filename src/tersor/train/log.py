@@ -18,7 +18,7 @@ class RunLog:
     killed run after `step`."""
 
     def __init__(self, folder: Path, *, step: int, tensorboard: bool = False) -> None:
-        self._board = _writer(folder / "tensorboard", step) if tensorboard else None
+        self._board = writer_class()(str(folder / "tensorboard"), purge_step=step + 1) if tensorboard else None
         path = folder / LOG_FILE
         kept: list[dict[str, Any]] = []
         if path.exists():
@@ -50,11 +50,12 @@ class RunLog:
             self._board.close()
 
 
-def _writer(folder: Path, step: int) -> Any:
+def writer_class() -> Any:
+    """torch's SummaryWriter. Raises TersorError where TensorBoard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise TersorError(
             f"tensorboard needs a package that is not installed ({error}): pip install 'tersor[tensorboard]'"
         ) from None
-    return SummaryWriter(str(folder), purge_step=step + 1)
+    return SummaryWriter

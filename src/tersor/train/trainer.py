@@ -47,7 +47,7 @@ from tersor.errors import TersorError
 from tersor.progress import Progress
 from tersor.train.checkpoint import load_best, load_run, save_model, save_run
 from tersor.train.config import DTYPES, TrainConfig, learning_rate
-from tersor.train.log import RunLog
+from tersor.train.log import RunLog, writer_class
 from tersor.train.objectives import Batch, Objective
 
 FREE_TO_CHANGE = ("save_every", "log_every", "tensorboard", "workers", "device")  # of a run that is resumed
@@ -96,6 +96,8 @@ def train(
         raise TersorError(f"a batch of {config.batch_size} cannot be shared by {world} x {config.accumulate} parts")
     if config.patience and validation is None:
         raise TersorError(f"patience {config.patience} needs validation data")
+    if config.tensorboard:
+        writer_class()  # where it is missing, nothing is written
     steps_per_epoch = len(training) // config.batch_size  # a last, smaller batch is left out
     if steps_per_epoch == 0:
         raise TersorError(f"the training data have {len(training)} samples, less than one batch of {config.batch_size}")
