@@ -119,9 +119,7 @@ def evaluate(
             ),
         )
         length = seq_len if given(context, "seq_len") else None
-        show_harness(
-            model, tasks, tasks_dir, limit, num_fewshot, batch_size, length, chat, dtype, device, as_json
-        )
+        show_harness(model, tasks, tasks_dir, limit, num_fewshot, batch_size, length, chat, dtype, device, as_json)
         return
     refuse(
         context,
