@@ -147,7 +147,7 @@ def test_it_comes_after_smoothquant_and_before_scales(
     assert (
         json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["format"] == "int-quantized"
     )
-    tuned = ("compress", "scales", tmp_path / "out", "--original", small, "--steps", 2, *given)
+    tuned = ("compress", "scales", tmp_path / "out", "--original", small, "--epochs", 1, *given)
     ran = tersor_command(*tuned, "--out", tmp_path / "tuned")
     assert ran.status == 0, ran
     assert {each.a_bits for each in packed_layers(tersor.load(tmp_path / "tuned")).values()} == {8}
