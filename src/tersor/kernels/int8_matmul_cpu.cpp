@@ -183,6 +183,19 @@ bool run(const Call& c) {
     int32_t* x = (int32_t*)memory;
     float* steps = (float*)(x + x_size);
     int32_t* own = (int32_t*)(steps + aligned(padded));
+    auto pack_row = [&](int64_t row, float* wide, int16_t* codes) {
+        const int64_t tile = row / ROWS, start = tile * ROWS, n = start + ROWS < padded ? ROWS : padded - start;
+        int32_t* to = x + start * pairs + (row - start);
+        if (row < c.rows) steps[row] = round_row(c, row, wide, codes);
+        else std::memset(codes, 0, 2 * c.inputs);
+        codes[2 * pairs - 1] = c.inputs % 2 ? 0 : codes[2 * pairs - 1];
+        for (int64_t p = 0; p < pairs; p++) std::memcpy(to + p * n, codes + 2 * p, 4);
+    };
+    const bool pack_before = padded <= ROWS;  // not worth a barrier, where threads may wait for each other
+    if (pack_before) {
+        float* wide = (float*)(own + sums_size);
+        for (int64_t row = 0; row < padded; row++) pack_row(row, wide, (int16_t*)(wide + c.inputs));
+    }
 #pragma omp parallel num_threads(c.threads) if (c.threads > 1)
     {
 #ifdef _OPENMP
@@ -193,14 +206,9 @@ bool run(const Call& c) {
         int32_t* sums = own + thread * (sums_size + row_size);
         float* wide = (float*)(sums + sums_size);
         int16_t* codes = (int16_t*)(wide + c.inputs);
-        codes[2 * pairs - 1] = 0;  // where the number of inputs is odd
+        if (!pack_before) {
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < padded; row++) {
-            const int64_t tile = row / ROWS, start = tile * ROWS, n = start + ROWS < padded ? ROWS : padded - start;
-            int32_t* to = x + start * pairs + (row - start);
-            if (row < c.rows) steps[row] = round_row(c, row, wide, codes);
-            else std::memset(codes, 0, 2 * c.inputs);
-            for (int64_t p = 0; p < pairs; p++) std::memcpy(to + p * n, codes + 2 * p, 4);
+            for (int64_t row = 0; row < padded; row++) pack_row(row, wide, codes);
         }
 #pragma omp for schedule(dynamic, 1) nowait
         for (int64_t group = 0; group < groups; group++) {

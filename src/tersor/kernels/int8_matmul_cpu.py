@@ -16,7 +16,7 @@ from tersor.kernels import cpp
 SOURCE = Path(__file__).with_suffix(".cpp")
 PANEL = 16  # outputs side by side in memory
 GROUP = 32  # outputs are filled up to a multiple of it
-_WORTH_THREADS = 2**18  # multiply-adds; for fewer, waking threads costs more than they save
+_WORTH_THREADS = 2**21  # multiply-adds; for fewer, waking threads costs more than they save
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 _AVX2 = ("-mavx2", "-mfma")
