@@ -8,7 +8,8 @@ WikiText-2 perplexity over windows of 1,024 tokens.
 
 The speed is that of one square linear layer: times less processor time than F.linear in float32, or in bfloat16, for the same
 rows, the rounding of the rows counted. All run turn by turn, so each finds the caches filled by the others; a cell is the
-median of the turns' ratios. With two threads the processor time is that of both together.
+median of the turns' ratios. With two threads the processor time is that of both together: where others
+use the machine too, it counts how long they wait for each other.
 """
 
 from __future__ import annotations

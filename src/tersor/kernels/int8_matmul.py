@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -119,7 +120,7 @@ def _measured(compiled: str, out_features: int, in_features: int, threads: int) 
         return known
     codes, steps = torch.ones(out_features, in_features, dtype=torch.int8), torch.ones(out_features)
     x, packed = torch.ones(_MEASURED_ROWS, in_features), cpu.pack(codes)
-    calls = {
+    calls: dict[str, Callable[[], Tensor]] = {
         compiled: lambda: cpu.matmul(x, packed, steps, compiled),
         TORCH: lambda: torch_matmul(x, codes, steps),
     }

@@ -87,7 +87,8 @@ class _AttentionHalf(nn.Module):
         self.norm, self.attention = PrunedLayerNorm(config), NViTAttention(config, 0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.attention(self.norm(x))
+        out: torch.Tensor = x + self.attention(self.norm(x))
+        return out
 
 
 class _MlpHalf(nn.Module):
@@ -96,7 +97,8 @@ class _MlpHalf(nn.Module):
         self.norm, self.mlp = PrunedLayerNorm(config), Mlp(config.embed_dim, config.mlp[0])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.mlp(self.norm(x))
+        out: torch.Tensor = x + self.mlp(self.norm(x))
+        return out
 
 
 def grid_of(full: Sequence[int]) -> tuple[tuple[int, ...], ...]:
