@@ -35,7 +35,7 @@ KEPT = (40, 32, 20, 12)
 @dataclass
 class Row:
     name: str
-    run: Callable[[Tensor], Tensor]
+    run: Any  # images -> logits
     tokens: list[int] | None = None  # left after each block, where that is the same for all images
 
 
@@ -79,18 +79,6 @@ def rows_of(model: Any) -> list[Row]:
     return rows
 
 
-class Counts:
-    """How many tokens the blocks of a token-sampling model leave, while it runs."""
-
-    def __init__(self, model: Any) -> None:
-        self.found: list[list[Tensor]] = [[] for _ in model.blocks]
-        for block, found in zip(model.blocks, self.found, strict=True):
-            block.register_forward_hook(lambda module, args, output, found=found: found.append(output[1].sum(1).long()))
-
-    def tokens(self) -> Tensor:
-        return torch.stack([torch.cat(each) for each in self.found], 1)
-
-
 def one_by_one(row: Row, images: Tensor) -> None:
     for image in images:
         row.run(image[None])
@@ -111,11 +99,13 @@ def main() -> None:
     lines += ["| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
     whole = 0.0
     for row in rows:
-        counts = None if row.tokens else Counts(row.run)
+        counts: list[Tensor] = []
         right = 0
         for images, wanted in zip(pixels.split(100), labels.split(100), strict=True):
             right += int((row.run(images).argmax(-1) == wanted).sum())
-        tokens = counts.tokens() if counts else torch.tensor([row.tokens])
+            if row.tokens is None:
+                counts.append(row.run.tokens(images))
+        tokens = torch.cat(counts) if counts else torch.tensor([row.tokens])
         operations = float(counting.operations(tokens).double().mean())
         whole = whole or operations
         last = tokens[:, -1]

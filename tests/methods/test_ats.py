@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import tersor
 import tersor.models
 from tersor.methods.tokens.ats import AdaptiveTokenSampling
-from tersor.models.vision.ats import resize_positions, sample_tokens
+from tersor.models.vision.ats import masked_softmax, resize_positions, sample_alone, sample_tokens, token_scores
 
 SMALL = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 10}
 
@@ -218,3 +218,15 @@ def test_what_cannot_be_done_is_refused() -> None:
     for options in ({"ats_blocks": (4,)}, {"num_tokens": (8.0,)}, {"num_tokens": (8.0, 9.5, 1.0, 1.0)}):
         with pytest.raises(tersor.TersorError, match=next(iter(options))):
             tersor.models.create("ats", **{**SMALL, "ats_blocks": (1,), **options})
+
+
+@pytest.mark.parametrize("zeros", [0, 5, 40])
+def test_an_image_alone_keeps_what_the_formulas_say(zeros: int) -> None:
+    torch.manual_seed(zeros)
+    for n, points in ((3, 7), (17, 7), (41, 16), (65, 64), (30, 64)):
+        logits, v = 3 * torch.randn(1, 2, 1, n), torch.randn(1, 2, n, 8)
+        v[:, :, 1 : 1 + zeros] = 0
+        scores = token_scores(masked_softmax(logits, None), v)
+        sampled = sample_tokens(scores, points)[0]
+        wanted = [0, *(sampled[sampled < n - 1] + 1).tolist()]
+        assert sample_alone(logits[0, :, 0], v[0], points).tolist() == wanted

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from torch import Tensor
 
 import tersor
 import tersor.models
+from tersor.errors import TersorError
 from tersor.methods.structure import nvit_saliency as units
 from tersor.methods.structure.nvit import NViTPruning, dense, full_width
 from tersor.methods.structure.nvit_latency import FULL_BLOCK, LatencyTable, grid_of, measure_table, read_table
+from tersor.models.vision.nvit import NViTConfig
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 64, "depth": 3, "num_heads": 4, "num_classes": 5}
 
@@ -184,14 +187,39 @@ def test_the_table_interpolates_and_keeps_to_its_ends(table: str) -> None:
 
 def test_a_measured_table_covers_the_full_block() -> None:
     seen: list[int] = []
-    full = (64, 2, 16, 16, 128)
-    measured = measure_table(
-        full, 17, torch.device("cpu"), lambda what, done, total: seen.append(total - done), turns=1
+    config = NViTConfig(
+        img_size=16,
+        patch_size=4,
+        num_classes=10,
+        embed_dim=64,
+        heads=(2,),
+        qk=(16,),
+        v=(16,),
+        mlp=(128,),
+        token_mask=False,
     )
+    full = (64, 2, 16, 16, 128)
+    measured = measure_table(config, torch.device("cpu"), lambda what, done, total: seen.append(total - done), turns=1)
     assert seen == list(range(len(seen) - 1, -1, -1))
     assert measured.grid == grid_of(full)
     assert measured.at(full) == pytest.approx(FULL_BLOCK)
     assert float(measured.seconds.min()) > 0
+    assert measured.outside is not None
+    assert measured.beside_blocks(64) == float(measured.outside[-1]) > 0
+
+
+def test_what_lies_outside_the_blocks_counts(table: str, tmp_path: Path) -> None:
+    inside = read_table(table)
+    widths = len(inside.grid[0])
+    both = replace(inside, outside=torch.linspace(1, 2, widths, dtype=torch.float64))
+    both.save(tmp_path / "both.json")
+    read = read_table(tmp_path / "both.json")
+    gates = units.open_gates(full_width(small_vit()))
+    width = int(gates[0].sum())
+    assert read.beside_blocks(width) > 0
+    assert units.latency(gates, read) == pytest.approx(units.latency(gates, inside) + read.beside_blocks(width))
+    with pytest.raises(TersorError, match="times outside the blocks"):
+        replace(inside, outside=torch.ones(widths + 1))
 
 
 def test_what_cannot_be_done_is_refused(table: str, tmp_path: Path) -> None:

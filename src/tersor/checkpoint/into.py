@@ -75,4 +75,5 @@ def _stem_of_packed(checkpoint: Checkpoint, key: str) -> str | None:
     if suffix not in PACKED_SUFFIXES:
         return None
     whole = {f"{stem}.{each}" for each in ("qweight", "weight_packed", *GGUF_SUFFIXES)}
-    return stem if whole & checkpoint.shard_of.keys() else None
+    unpacked = {f"{stem}.weight", f"{stem}.weight_scale"}  # 8-bit integers as they are, beside their steps
+    return stem if whole & checkpoint.shard_of.keys() or unpacked <= checkpoint.shard_of.keys() else None

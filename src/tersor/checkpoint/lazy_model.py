@@ -34,7 +34,7 @@ from tersor.formats.layout import Header, QuantizationConfig
 from tersor.formats.layouts import PACKED_SUFFIXES, layout_of
 from tersor.formats.quantized_weight import QuantizedWeight
 from tersor.layers.experts import ExpertMap
-from tersor.layers.linear_map import LinearMap, matrix_shape, packable_maps, set_weight_matrix
+from tersor.layers.linear_map import LinearMap, matrix_shape, packable_maps, put_packed
 from tersor.layers.quantized_linear import place_packed
 
 
@@ -173,7 +173,8 @@ class LazyModel:
         plain: dict[str, list[tuple[int, str]]] = defaultdict(list)
         for key in self.checkpoint.shard_of:
             stem, _, suffix = key.rpartition(".")
-            linear, part = self._packed_map(stem) if suffix in suffixes else (None, 0)
+            plain_weight = suffix == "weight" and f"{stem}.weight_scale" not in self.checkpoint.shard_of
+            linear, part = self._packed_map(stem) if suffix in suffixes and not plain_weight else (None, 0)
             name, order = self._keys.runtime_name(key)
             if linear is not None:
                 packed[linear][part] = stem
@@ -291,7 +292,7 @@ class LazyModel:
             name, found = self.parameter_of(linear), self.maps[linear]
             if get_tensor(self.module, name).is_meta:
                 set_tensor(self.module, name, torch.empty_like(get_tensor(self.module, name), device=self.device))
-            set_weight_matrix(found, self.read_quantized(linear).to(self.device).dequantize(self.dtype))
+            put_packed(found, self.read_quantized(linear).to(self.device), self.dtype)
 
     def read_quantized(self, linear: str) -> QuantizedWeight:
         """The packed weight of one of `quantized`, on the CPU."""

@@ -34,7 +34,8 @@ from tersor.layers.linear_map import matrix_shape
 from tersor.layers.quantized_linear import QuantizedLinear, packed_layers
 from tersor.methods.method import PackedMethod, Work
 
-CHANGED = ("qweight", "scales", "weight_packed", "weight_scale")  # the tensors of a layer that tuning may change
+# The tensors of a layer that tuning may change
+CHANGED = ("qweight", "scales", "weight_packed", "weight", "weight_scale")
 
 
 def compress_packed_checkpoint(name: str, job: Job) -> Compressed:

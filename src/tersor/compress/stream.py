@@ -36,7 +36,7 @@ from tersor.compress.walk import Prepared, Probe, trace
 from tersor.errors import NotFiniteError, TersorError
 from tersor.formats.layout import Layout, QuantizationConfig
 from tersor.formats.layouts import write
-from tersor.layers.linear_map import as_matrix, columns_of, own_layout, set_weight_matrix
+from tersor.layers.linear_map import as_matrix, columns_of, own_layout, put_packed
 from tersor.methods.block import Block, LayerReport
 from tersor.methods.method import Report
 from tersor.processes import agree, is_first, processes
@@ -173,7 +173,7 @@ class Files(Sink):
                 parts.append(self.layout.read(stem, mine, columns_of(found), config))
                 self.tally.add(mine, parts[-1])
             packed = type(parts[0]).stack_rows(parts)
-            set_weight_matrix(found, packed.to(self.lazy.device).dequantize(self.lazy.dtype))
+            put_packed(found, packed.to(self.lazy.device), self.lazy.dtype)
         self.tally.reports.extend(LayerReport(**row) for row in self.writer.done[block.name])
         return True
 

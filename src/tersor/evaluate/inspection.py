@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from tersor.calibrate.blocks import find_units
-from tersor.checkpoint.lazy_model import LazyModel
+from tersor.checkpoint.lazy_model import LazyModel, classes_of
 from tersor.checkpoint.room import record_of
 from tersor.checkpoint.source import NAMES, STEPS, open_checkpoint, torch_dtype
 from tersor.checkpoint.tree import state_of
@@ -136,7 +136,8 @@ def _layers(
 ) -> dict[str, tuple[tuple[int, int], float, int | None]]:
     """Shape, bits a weight on disk and bits of the input of every linear layer, whichever module holds it."""
     found: dict[str, tuple[tuple[int, int], float, int | None]] = {
-        name: (matrix_shape(each), bits_of(lazy, name, stored), None) for name, each in linear_maps(lazy.module).items()
+        name: (matrix_shape(each), bits_of(lazy, name, stored), _rounded_to(lazy, name))
+        for name, each in linear_maps(lazy.module).items()
     }
     for name, module in exchanged.items():
         shape = (module.out_features, module.in_features)
@@ -145,6 +146,13 @@ def _layers(
         found[name] = (shape, 8 * size / (shape[0] * shape[1]), a_bits)
     order = [name for name, _ in lazy.module.named_modules() if name in found]
     return {name: found[name] for name in order} | found
+
+
+def _rounded_to(lazy: LazyModel, name: str) -> int | None:
+    """Bits to which a packed layer rounds its inputs."""
+    if lazy.quantization is None or name not in lazy.quantized:
+        return None
+    return lazy.quantization.for_layer(lazy.quantized[name][0], name, classes=classes_of(lazy.maps[name])).a_bits
 
 
 def _bits_outside(lazy: LazyModel, unit: str, stored: dict[str, int]) -> float | None:

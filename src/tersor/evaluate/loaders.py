@@ -59,6 +59,9 @@ def _compressed(quantization: QuantizationConfig) -> list[Loader]:
     if not symmetric:
         why = "transformers 5.24 with compressed-tensors 0.20 expects zero points that are not packed"
         return [Loader("transformers", REFUSED, why), Loader("vLLM", UNTESTED, "pack-quantized, asymmetric")]
+    if quantization.a_bits is not None:
+        how = "with the compressed-tensors package; CI compares each layer's outputs on the same inputs"
+        return [Loader("transformers", TESTED, how), Loader("vLLM", UNTESTED, "int-quantized is its layout of W8A8")]
     how = "with the compressed-tensors package; CI compares the logits of symmetric checkpoints"
     return [Loader("transformers", TESTED, how), Loader("vLLM", UNTESTED, "pack-quantized is its own layout")]
 

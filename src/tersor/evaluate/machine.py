@@ -18,6 +18,7 @@ from tersor.devices import memory_total, pick_device, proc_kilobytes
 from tersor.formats.packing import packed_size
 from tersor.formats.quantized_weight import QuantizedWeight
 from tersor.kernels import cpp
+from tersor.kernels import int8_matmul as int8_kernel
 from tersor.kernels import quantized_matmul_cpu as cpu_kernel
 from tersor.kernels import quantized_matmul_int4 as int4_kernel
 from tersor.kernels import tiled_weight as gpu_kernel
@@ -239,6 +240,8 @@ def _take_turns(calls: dict[int, Callable[[], object]], turns: int, device: torc
 def _implementation(weight: object) -> str:
     if isinstance(weight, cpu_kernel.PanelWeight):
         return f"compiled kernel, {weight.implementation}"
+    if isinstance(weight, int8_kernel.Int8Weight):
+        return f"products of 8-bit integers, {weight.implementation}"
     if isinstance(weight, gpu_kernel.TiledWeight):
         return f"GPU kernel, {instruction_of(weight.tiles.device)}"
     if isinstance(weight, int4_kernel.Int4Weight):

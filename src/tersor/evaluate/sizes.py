@@ -21,6 +21,7 @@ from tersor.layers.linear_map import matrix_shape
 HOLDS = {  # what the tensors of a packed layer hold, by suffix
     "qweight": "integers",
     "weight_packed": "integers",
+    "weight": "integers",
     "scales": "steps",
     "weight_scale": "steps",
     "qzeros": "zero points",

@@ -5,6 +5,8 @@ scale = (high - low) / (2^b - 1) and zero = round(-low / scale), among three: th
 mirror images. The one with the least squared error is taken, the first of equals. Zero points are whole numbers in floating
 point. They may lie outside the codes, because data that are all positive or all negative lie beside zero.
 
+Where layers run in integers, every token has a symmetric grid of its own, found when it comes (`token_codes`).
+
 The logarithmic grid of base √2 has the levels scale · √2^(-k), k = 0 .. 2^b - 1, and 0. Its scale is chosen in the same way.
 """
 
@@ -23,6 +25,25 @@ QUANTILES = (0.999, 0.9999, 0.99999)
 def at_least_float32(x: Tensor) -> Tensor:
     """x in float32, or as it is where it has more precision: codes are computed in it."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def token_codes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The codes -128 .. 127 of every row of x [..., in], in float32, and the rows' steps [..., 1]: q = clamp(round(x / s)) with
+    s = max |x| / 127.5, as the compressed-tensors package rounds a token. (vLLM divides by 127.) A row of zeros has step 1; one
+    that is not finite has a step that is not either, and codes 0.
+    """
+    wide = x.float()
+    step = wide.abs().amax(-1, keepdim=True) / 127.5
+    step = torch.where(step == 0, torch.ones_like(step), step)
+    codes = torch.round(wide / step).clamp(-128, 127)
+    return torch.where(torch.isfinite(step), codes, torch.zeros_like(codes)), step
+
+
+def round_tokens(x: Tensor) -> Tensor:
+    """x moved to the nearest levels of its tokens' grids, in x's dtype. Gradients pass as if it were not."""
+    codes, step = token_codes(x)
+    rounded = (codes * step).to(x.dtype)
+    return x + (rounded - x).detach() if x.requires_grad else rounded
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""compressed-tensors `pack-quantized`, the layout of llm-compressor.
+"""compressed-tensors `pack-quantized` and `int-quantized`, the layouts of llm-compressor.
 
 W is [out, in], G groups, packed_size as in `packing.py`:
 
@@ -9,12 +9,16 @@ W is [out, in], G groups, packed_size as in `packing.py`:
 | weight_shape | [2] | int64 | out, in |
 | weight_zero_point | [packed_size(out), G] | int32 | asymmetric only, packed along the output |
 | weight_g_idx | [in] | int32 | act-order with dynamic groups only |
+
+`int-quantized` is written where inputs are rounded too: `input_activations` of the group says to what, and the codes are int8
+[out, in], counted from zero, under the name `weight`, beside `weight_scale`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,9 +44,10 @@ from tersor.formats.layout import (
 from tersor.formats.packing import WORD, WORD_BYTES, pack, packed_size, unpack
 from tersor.formats.quantized_weight import QuantizedWeight
 
-SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx", "weight")
 DTYPES = {
     "weight_packed": ("I32",),
+    "weight": ("I8",),
     "weight_scale": ("F16", "BF16", "F32", "F64"),
     "weight_g_idx": ("I32", "I64"),
     "weight_shape": ("I32", "I64"),
@@ -50,7 +55,14 @@ DTYPES = {
 }
 
 
+# `input_activations`: how a layer rounds its inputs, the one way that is known here
+INPUTS = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True, "symmetric": True}
+
+
 def _write(weight: QuantizedWeight, sym: bool) -> dict[str, Tensor]:
+    if weight.a_bits is not None:
+        codes = weight.codes().to(torch.int16) - 2 ** (weight.bits - 1)
+        return {"weight": codes.to(torch.int8).contiguous(), "weight_scale": weight.scales.t().contiguous()}
     tensors = {
         "weight_packed": weight.qweight.t().contiguous(),  # q + 2^(bits-1) of the signed q is our unsigned code
         "weight_scale": weight.scales.t().contiguous(),
@@ -65,6 +77,8 @@ def _write(weight: QuantizedWeight, sym: bool) -> dict[str, Tensor]:
 
 def _sizes(rows: int, columns: int, grids: UniformGrids, steps: torch.dtype) -> dict[str, int]:
     groups = grids.groups(columns)
+    if grids.a_bits is not None:
+        return {"weight": rows * columns, "weight_scale": steps.itemsize * groups * rows}
     found = {
         "weight_packed": WORD_BYTES * packed_size(columns, grids.bits) * rows,
         "weight_scale": steps.itemsize * groups * rows,
@@ -78,11 +92,12 @@ def _sizes(rows: int, columns: int, grids: UniformGrids, steps: torch.dtype) -> 
 
 
 def read(name: str, tensors: Mapping[str, Tensor], in_features: int, config: QuantizationConfig) -> QuantizedWeight:
-    """Read one layer; 3 bits in both packings (dense, and ten values a word)."""
+    """Read one layer; 3 bits in both packings (dense, and ten values a word), 8 bits also as they are."""
     bits = config.bits
-    require(name, tensors, ("weight_packed", "weight_scale"))
-    packed, scales = tensors["weight_packed"], tensors["weight_scale"]
-    expect_matrix(f"{name}.weight_packed", packed)
+    integers = "weight" if "weight" in tensors and "weight_packed" not in tensors else "weight_packed"
+    require(name, tensors, (integers, "weight_scale"))
+    packed, scales = tensors[integers], tensors["weight_scale"]
+    expect_matrix(f"{name}.{integers}", packed)
     scales = scales.view(-1, 1) if scales.dim() == 1 else scales
     expect_matrix(f"{name}.weight_scale", scales)
     out_features = packed.shape[0]
@@ -91,7 +106,10 @@ def read(name: str, tensors: Mapping[str, Tensor], in_features: int, config: Qua
         if shape != [out_features, in_features]:
             raise TersorError(f"{name}.weight_shape says {shape}; the layer is [{out_features}, {in_features}]")
     dense, sparse = packed_size(in_features, bits), -(-in_features // (WORD // bits))
-    if packed.shape[1] == dense:
+    if integers == "weight":
+        expect(f"{name}.weight", packed, (out_features, in_features))
+        qweight = pack((packed.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8).t(), bits, dim=0)
+    elif packed.shape[1] == dense:
         qweight = packed.t().contiguous()
     elif packed.shape[1] == sparse:
         qweight = pack(_unpack_whole_values(packed, bits, in_features), bits, dim=1).t().contiguous()
@@ -114,7 +132,8 @@ def read(name: str, tensors: Mapping[str, Tensor], in_features: int, config: Qua
         expect(f"{name}.weight_g_idx", g_idx, (in_features,))
         g_idx = checked_groups(f"{name}.weight_g_idx", g_idx, groups)
     group_size = group_size_that_fits(f"{name}.weight_scale", groups, in_features, config.group_size, g_idx)
-    return checked_weight(f"{name}.weight_scale", qweight, scales.t(), zeros, g_idx, bits, group_size, in_features)
+    weight = checked_weight(f"{name}.weight_scale", qweight, scales.t(), zeros, g_idx, bits, group_size, in_features)
+    return replace(weight, a_bits=config.a_bits)
 
 
 def _unpack_whole_values(words: Tensor, bits: int, count: int) -> Tensor:
@@ -126,13 +145,17 @@ def _unpack_whole_values(words: Tensor, bits: int, count: int) -> Tensor:
 
 def _check(name: str, headers: Mapping[str, Header], in_features: int, config: QuantizationConfig) -> None:
     check_dtypes(name, headers, DTYPES)
-    if "weight_packed" not in headers:
+    integers = next((each for each in ("weight_packed", "weight") if each in headers), None)
+    if integers is None:
         return
-    shape, groups = headers["weight_packed"][1], groups_of(in_features, config.group_size)
+    if integers == "weight" and config.bits != 8:
+        raise TersorError(f"{name}.weight holds 8-bit integers; the config says {config.bits} bits")
+    shape, groups = headers[integers][1], groups_of(in_features, config.group_size)
     rows = shape[0] if shape else 0
     words = {packed_size(in_features, config.bits), -(-in_features // (WORD // config.bits))}
     for suffix, allowed in (
         ("weight_packed", [(rows, count) for count in sorted(words)]),
+        ("weight", [(rows, in_features)]),
         ("weight_scale", [(rows, groups), *([(rows,)] if groups == 1 else [])]),
         ("weight_shape", [(2,)]),
         ("weight_g_idx", [(in_features,)]),
@@ -145,31 +168,45 @@ def _parse(found: Mapping[str, Any]) -> QuantizationConfig:
     first in alphabetical order wins, as in the compressed-tensors package."""
     groups = list((found.get("config_groups") or {}).values())
     kinds = {group.get("format") or found.get("format") for group in groups}
-    if kinds != {"pack-quantized"}:
-        raise TersorError(f"compressed-tensors format {sorted(map(str, kinds))}: only pack-quantized is read")
-    if any(group.get("input_activations") for group in groups):
-        raise TersorError("compressed-tensors checkpoint with quantized activations: only weights are read")
+    if not kinds or not kinds <= {"pack-quantized", "int-quantized"}:
+        raise TersorError(
+            f"compressed-tensors format {sorted(map(str, kinds))}: only pack-quantized and int-quantized are read"
+        )
     targets = {
-        target: _options_of(group["weights"])
-        for group in groups
-        if group.get("weights")
-        for target in group.get("targets") or ()
+        target: _options_of(group) for group in groups if group.get("weights") for target in group.get("targets") or ()
     }
     # A layer that is packed although no target names it is read like most layers.
-    usual = targets.get("Linear") or _options_of(groups[0]["weights"])
+    usual = targets.get("Linear") or _options_of(groups[0])
     return QuantizationConfig(
         layout="compressed-tensors", overrides=tuple(sorted(targets.items(), key=lambda each: each[0])), **usual
     )
 
 
-def _options_of(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """The options in `LAYER_KEYS`, from a group's `weights`."""
-    return {
+def _options_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The options in `LAYER_KEYS`, and to what inputs are rounded, from a group of layers."""
+    weights, inputs = group["weights"], group.get("input_activations")
+    wrong = (
+        [f"{key} {inputs.get(key)!r}" for key, value in INPUTS.items() if inputs.get(key) != value] if inputs else []
+    )
+    if wrong:
+        raise TersorError(
+            f"compressed-tensors checkpoint whose inputs are rounded with {', '.join(wrong)}: 8-bit integers, symmetric, "
+            "token by token at run time are read"
+        )
+    a_bits = None if not inputs else int(inputs["num_bits"])
+    options = {
         "bits": int(weights["num_bits"]),
         "group_size": int(weights.get("group_size") or -1),
         "sym": bool(weights.get("symmetric", True)),
         "desc_act": weights.get("actorder") == "group",
+        "a_bits": a_bits,
     }
+    if a_bits is not None and (options["bits"], options["group_size"], options["sym"]) != (8, -1, True):
+        raise TersorError(
+            f"compressed-tensors checkpoint with rounded inputs and weights of {options['bits']} bits in groups of "
+            f"{options['group_size']}: weights of 8 bits, symmetric, with one step a row are read beside rounded inputs"
+        )
+    return options
 
 
 def _config(described: Description) -> dict[str, Any]:
@@ -177,9 +214,10 @@ def _config(described: Description) -> dict[str, Any]:
     groups = {"group_0": _group(["Linear", *(["Embedding"] if described.embeddings else [])], described.grids)}
     for n, (changed, names) in enumerate(_together(described.overrides), 1):
         groups[f"group_{n}"] = _group([f"re:^{re.escape(name)}$" for name in names], changed)
+    formats = {group["format"] for group in groups.values()}
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": list(described.ignored),
@@ -194,8 +232,8 @@ def _group(targets: Sequence[str], grids: UniformGrids) -> dict[str, Any]:
     actorder = None if not grids.desc_act else ("static" if grids.static_groups else "group")
     return {
         "targets": targets,
-        "format": "pack-quantized",
-        "input_activations": None,
+        "format": "pack-quantized" if grids.a_bits is None else "int-quantized",
+        "input_activations": None if grids.a_bits is None else dict(INPUTS),
         "output_activations": None,
         "weights": {
             "num_bits": grids.bits,

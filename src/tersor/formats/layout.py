@@ -34,6 +34,7 @@ class UniformGrids:
     static_groups: bool = False
     true_sequential: bool = False
     damp: float = 0.01
+    a_bits: int | None = None  # to which the inputs are rounded, token by token; None: they are not
 
     def groups(self, columns: int) -> int:
         """How many groups a row of so many columns has."""
@@ -66,6 +67,7 @@ class QuantizationConfig:
     group_size: int
     sym: bool
     desc_act: bool = False
+    a_bits: int | None = None  # to which inputs are rounded, token by token
     whole_word_zeros: bool = False  # see `gptq_layout.read`
     overrides: tuple[tuple[str, Mapping[str, Any]], ...] = ()  # by target: a name, a class, or "re:" and a pattern
 

@@ -25,6 +25,7 @@ class QuantizedWeight:
     zeros:   uint8 [groups, out], zero points (the code that means 0.0), unpacked and without any offset.
     g_idx:   int32 [in], the group of every input column, or None where it is i // group_size.
     group_size: input columns a group; -1 stands for one group of all columns.
+    a_bits: to which inputs are rounded before the product, each token on a grid of its own (`token_codes`); None: they are not.
     """
 
     qweight: Tensor
@@ -34,6 +35,7 @@ class QuantizedWeight:
     bits: int
     group_size: int
     in_features: int
+    a_bits: int | None = None
 
     def __post_init__(self) -> None:
         rows = packed_size(self.in_features, self.bits)

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tersor.formats.activation_grid import round_tokens
 from tersor.formats.quantized_weight import QuantizedWeight
+from tersor.kernels import int8_matmul as int8
 from tersor.kernels import quantized_matmul_cpu as cpu
 from tersor.kernels import quantized_matmul_int4 as int4
 from tersor.kernels import tiled_weight as gpu
@@ -21,7 +23,9 @@ from tersor.kernels.quantized_matmul_cuda import has_kernel, prepared_matmul
 
 
 def reference(x: Tensor, weight: QuantizedWeight) -> Tensor:
-    """Dequantize the whole weight to x's dtype, then one dense matmul."""
+    """Dequantize the whole weight to x's dtype, then one dense matmul; x is rounded before where the weight says so."""
+    if weight.a_bits is not None:
+        x = round_tokens(x)
     return torch.nn.functional.linear(x, weight.dequantize(x.dtype))
 
 
@@ -62,7 +66,13 @@ _quantized_matmul.register_autograd(_backward, setup_context=_setup_context)
 
 def _matmul(x: Tensor, weight: QuantizedWeight) -> Tensor:
     y: Tensor = _quantized_matmul(
-        x, weight.qweight, weight.scales, weight.zeros, weight.g_idx, weight.bits, weight.group_size
+        x if weight.a_bits is None else round_tokens(x),
+        weight.qweight,
+        weight.scales,
+        weight.zeros,
+        weight.g_idx,
+        weight.bits,
+        weight.group_size,
     )
     return y
 
@@ -86,6 +96,7 @@ class Kernel:
 
 # By the class that `prepare` returns. The first kernel that takes a weight is chosen.
 KERNELS: dict[type, Kernel] = {
+    int8.Int8Weight: Kernel(lambda w: int8.why_not(w) is None, int8.prepare, int8.restore, int8.matmul),
     cpu.PanelWeight: Kernel(lambda w: _on_cpu(w) and cpu.why_not(w) is None, cpu.prepare, cpu.restore, cpu.matmul),
     int4.Int4Weight: Kernel(
         lambda w: _on_cpu(w) and int4.why_not(w) is None, int4.prepare, lambda w: w.standard, _int4_matmul
@@ -99,7 +110,7 @@ KERNELS: dict[type, Kernel] = {
     QuantizedWeight: Kernel(lambda w: True, lambda w: w, lambda w: w, _matmul),
 }
 # A weight in any layout that `quantized_matmul` takes.
-PreparedWeight = QuantizedWeight | cpu.PanelWeight | int4.Int4Weight | gpu.TiledWeight
+PreparedWeight = QuantizedWeight | int8.Int8Weight | cpu.PanelWeight | int4.Int4Weight | gpu.TiledWeight
 
 
 def _on_cpu(weight: QuantizedWeight) -> bool:

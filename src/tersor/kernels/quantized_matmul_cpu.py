@@ -117,6 +117,8 @@ class PanelWeight:
 
 def why_not(weight: QuantizedWeight) -> str | None:
     """Why `prepare` cannot take this weight, or None."""
+    if weight.a_bits is not None:
+        return "inputs that are rounded"
     if weight.bits not in QUANTIZED:
         return f"{weight.bits} bits (has kernels for {list(QUANTIZED)})"
     if weight.scales.dtype not in _TYPES:

@@ -35,6 +35,8 @@ class Int4Weight:
 
 def why_not(weight: QuantizedWeight) -> str | None:
     """Why `prepare` cannot take this weight, or None."""
+    if weight.a_bits is not None:
+        return "inputs that are rounded"
     if weight.bits not in (2, 3, 4):
         return f"{weight.bits} bits"
     if weight.g_idx is not None:

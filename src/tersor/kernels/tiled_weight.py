@@ -50,6 +50,8 @@ class TiledWeight:
 
 def why_not(weight: QuantizedWeight) -> str | None:
     """Why `prepare` cannot take this weight, or None."""
+    if weight.a_bits is not None:
+        return "inputs that are rounded"
     if weight.bits not in _FIELDS:
         return f"{weight.bits} bits (has kernels for {sorted(_FIELDS)})"
     group_size = _group_size(weight)

@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from tersor.formats.activation_grid import round_tokens
+from tersor.formats.packed_weight import PackedWeight
+from tersor.formats.quantized_weight import QuantizedWeight
 from tersor.layers.experts import ExpertMap, expert_maps
 
 LinearMap = nn.Module | ExpertMap
@@ -75,6 +78,24 @@ def set_weight_matrix(module: LinearMap, matrix: Tensor) -> None:
     assert isinstance(weight, Tensor)
     with torch.no_grad():
         weight.copy_(own_layout(module, matrix))
+
+
+def put_packed(module: LinearMap, weight: PackedWeight, dtype: torch.dtype | None = None) -> None:
+    """Let a dense layer compute what the packed one will: its numbers, with inputs rounded where the packed weight says so."""
+    set_weight_matrix(module, weight.dequantize(dtype))
+    if isinstance(weight, QuantizedWeight) and weight.a_bits is not None:
+        round_inputs(module)
+
+
+def round_inputs(module: LinearMap) -> None:
+    """From now on a layer rounds its inputs to 8 bits, token by token."""
+    assert isinstance(module, nn.Module)  # methods take no experts that lie in one tensor
+    if _round_first not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(_round_first)
+
+
+def _round_first(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return round_tokens(args[0]), *args[1:]
 
 
 def own_layout(module: LinearMap, matrix: Tensor) -> Tensor:

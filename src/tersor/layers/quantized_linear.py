@@ -34,6 +34,7 @@ class QuantizedLinear(nn.Module):
         """dtype: of the dense weight that it replaces; models that cast their inputs look at it."""
         super().__init__()
         self.bits, self.group_size, self.in_features = weight.bits, weight.group_size, weight.in_features
+        self.a_bits = weight.a_bits
         self.out_features = weight.out_features
         self.register_buffer("qweight", weight.qweight)
         self.register_buffer("scales", weight.scales)
@@ -82,7 +83,14 @@ class QuantizedLinear(nn.Module):
         if self.prepared is not None:
             return restore(self.prepared)
         return QuantizedWeight(
-            self.qweight, self.scales, self.zeros, self.g_idx, self.bits, self.group_size, self.in_features
+            self.qweight,
+            self.scales,
+            self.zeros,
+            self.g_idx,
+            self.bits,
+            self.group_size,
+            self.in_features,
+            self.a_bits,
         )
 
     def put(self, weight: QuantizedWeight) -> None:
@@ -100,7 +108,8 @@ class QuantizedLinear(nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, bits={self.bits}, group_size={self.group_size}"
+        rounded = "" if self.a_bits is None else f", a_bits={self.a_bits}"
+        return f"{self.in_features}, {self.out_features}, bits={self.bits}, group_size={self.group_size}{rounded}"
 
 
 class QuantizedConv2d(nn.Module):

@@ -27,8 +27,9 @@ from tersor.calibrate.statistics import (
 )
 from tersor.formats.grid import Stored
 from tersor.formats.packed_weight import PackedWeight
+from tersor.formats.quantized_weight import QuantizedWeight
 from tersor.layers.experts import ExpertMap
-from tersor.layers.linear_map import LinearMap, columns_of, matrix_shape, set_weight_matrix, weight_matrix
+from tersor.layers.linear_map import LinearMap, columns_of, matrix_shape, round_inputs, set_weight_matrix, weight_matrix
 from tersor.methods.method import Report
 from tersor.methods.solution import AnySolution
 from tersor.methods.solved_apart import Solved, agree_on_order, solve_apart
@@ -165,6 +166,8 @@ class Block:
         solution = solved.solution
         set_weight_matrix(self.linears[name], solution.dequantize())
         packed = solution.pack(group_size, self.stored)
+        if isinstance(packed, QuantizedWeight) and packed.a_bits is not None:
+            round_inputs(self.linears[name])
         if packed is not None:
             self.packed[name] = packed
         told = solution.error, solution.damp, tokens, solved.seconds, solved.note, solution.condition, solution.sparsity

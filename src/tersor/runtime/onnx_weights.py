@@ -143,6 +143,8 @@ def _why_not(layer: nn.Module, weight: QuantizedWeight, opset: int) -> str | Non
         return "a packed embedding would be unpacked as a whole at every call"
     if weight.bits not in BITS:
         return f"integers of {weight.bits} bits have no form in ONNX, only those of 4 and 8"
+    if weight.a_bits is not None:
+        return "its inputs are rounded token by token, which the file would not do"
     if weight.g_idx is not None:
         groups = weight.groups()
         if not torch.equal(groups.sort().values, natural_groups(weight.in_features, weight.group_size)):

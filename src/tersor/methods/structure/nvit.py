@@ -121,8 +121,7 @@ class NViTPruning(ModelMethod):
     def _table(self, student: Any, work: Work) -> LatencyTable:
         if self.latency_table:
             return read_table(self.latency_table)
-        full = units.widths_of(units.open_gates(student))[0]
-        return measure_table(full, student.config.tokens, student.pos_embed.device, work.progress)
+        return measure_table(student.config, student.pos_embed.device, work.progress)
 
     def _prune(self, student: Any, data: Data, table: LatencyTable, work: Work) -> units.Gates:
         gates, fixed = units.open_gates(student), _words(self.fixed)

@@ -93,8 +93,10 @@ def widths_of(gates: Gates) -> list[list[int]]:
 
 
 def latency(gates: Gates, table: LatencyTable, *, emb: int | None = None) -> float:
-    """Seconds of all blocks. emb: the width of the embedding; by default that of the gates."""
-    return sum(table.at([widths[0] if emb is None else emb, *widths[1:]]) for widths in widths_of(gates))
+    """Seconds of all blocks and of what lies outside. emb: the width of the embedding; by default that of the gates."""
+    blocks = widths_of(gates)
+    width = blocks[0][0] if emb is None else emb
+    return sum(table.at([width, *widths[1:]]) for widths in blocks) + table.beside_blocks(width)
 
 
 def seconds_saved(gates: Gates, table: LatencyTable) -> list[float]:

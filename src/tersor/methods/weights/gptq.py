@@ -7,7 +7,7 @@ inverse Hessian of the layer's inputs. `gptq_solver.py` has the mathematics.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
 
@@ -100,7 +100,10 @@ class GPTQ(OnGrids):
 
     def without_inputs(self) -> RTN:
         """Rounding to nearest on the same grids: an embedding has no inputs, so there is no Hessian."""
-        return RTN(bits=self.bits, group_size=self.group_size, sym=self.sym, mse=self.mse or self.weighted)
+        mse = self.mse or self.weighted
+        return RTN(
+            bits=self.bits, group_size=self.group_size, sym=self.sym, a_bits=self.a_bits, mse=mse
+        ).without_inputs()
 
     def check_linear(self, name: str, out_features: int, in_features: int, layout: Layout | None) -> None:
         super().check_linear(name, out_features, in_features, layout)
@@ -112,6 +115,7 @@ class GPTQ(OnGrids):
             )
 
     def compress_block(self, block: Block) -> None:
+        self.check_block(block)
         groups = block.order.groups
         for names in groups if self.true_sequential else [[name for group in groups for name in group]]:
             for statistics in block.hessians(names):
@@ -149,7 +153,7 @@ class GPTQ(OnGrids):
         self, weight: Tensor, factor: Factor, stored: Stored | None, output: OutputFactor | None = None
     ) -> Solution:
         """Solve a weight [out, in]. factor: of its inputs' Hessian. stored: what the file keeps of a grid. output: of H_O."""
-        return solve_factorized(
+        solved = solve_factorized(
             weight,
             factor,
             bits=self.bits,
@@ -162,6 +166,7 @@ class GPTQ(OnGrids):
             stored=stored,
             output=output,
         )
+        return replace(solved, a_bits=self.a_bits)
 
     def quantization(self) -> UniformGrids:
         return UniformGrids(
@@ -172,4 +177,5 @@ class GPTQ(OnGrids):
             static_groups=self.static_groups,
             true_sequential=self.true_sequential,
             damp=self.damp,
+            a_bits=self.a_bits,
         )

@@ -51,6 +51,7 @@ class Solution:
     in_float64: bool = False  # whether H could be factorized only in this precision
     condition: float | None = None  # as in `Factor`; None where no H was factorized
     sparsity: float | None = None  # the share of zeros; None where the method does not prune
+    a_bits: int | None = None  # to which the layer will round its inputs; None: it will not
 
     @property
     def width(self) -> int:
@@ -70,9 +71,10 @@ class Solution:
         codes, zeros, bits = self.codes, self.zeros, self.bits
         if bits == "ternary":
             codes, zeros, bits = codes + 1, torch.full_like(zeros, 2), 2
-        return QuantizedWeight.from_codes(
+        weight = QuantizedWeight.from_codes(
             codes, scales.t(), zeros.t(), bits=bits, group_size=group_size, g_idx=self.g_idx
         )
+        return replace(weight, a_bits=self.a_bits)
 
 
 @dataclass(frozen=True)

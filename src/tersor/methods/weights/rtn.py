@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from tersor.errors import TersorError
 from tersor.formats.grid import ClipSearch
 from tersor.formats.layout import UniformGrids
 from tersor.layers.linear_map import weight_matrix
@@ -37,9 +38,13 @@ class RTN(OnGrids):
         return [[cls(bits=bits, group_size=group, mse=bits < 8)] for bits in (8, 4) for group in (128, 32, -1)]
 
     def without_inputs(self) -> RTN:
+        if self.a_bits is not None:
+            raise TersorError(f"a_bits {self.a_bits} does not go with --embeddings: a table has no inputs to round")
         return self
 
     def compress_block(self, block: Block) -> None:
+        self.check_block(block)
+
         def solve(name: str) -> tuple[Solution, str]:
             solution = solve_rtn(
                 weight_matrix(block.linears[name]).to(block.hessian_dtype),
@@ -49,9 +54,9 @@ class RTN(OnGrids):
                 clip_search=ClipSearch() if self.mse else None,
                 stored=block.stored,
             )
-            return solution, ""
+            return replace(solution, a_bits=self.a_bits), ""
 
         block.solve(block.linears, solve, self.group_size, tokens={})
 
     def quantization(self) -> UniformGrids:
-        return UniformGrids(width_of(self.bits), self.group_size, self.sym)
+        return UniformGrids(width_of(self.bits), self.group_size, self.sym, a_bits=self.a_bits)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
+
+from torch import nn
 
 from tersor.errors import TersorError
 from tersor.formats.grid import Bits
 from tersor.formats.layout import BITS, Layout
 from tersor.formats.packing import WORD
+from tersor.methods.block import Block
 from tersor.methods.method import BlockMethod, option
 
 
@@ -41,11 +44,39 @@ def sym_option(help: str = "{}") -> Any:
 class OnGrids(BlockMethod):
     """A method that rounds every weight to a grid."""
 
-    layouts: ClassVar[tuple[str, ...]] = ("gptq", "gptq_v2", "compressed-tensors")
-
     bits: Bits = bits_option(4)
     group_size: int = group_size_option(128)
     sym: bool = sym_option()
+    a_bits: int | None = option(
+        None,
+        "bits to which layers round their inputs, token by token at run time: 8, with --bits 8 --group-size -1; left out, "
+        "they do not",
+        check=lambda value: value in (None, 8) and not isinstance(value, bool),
+        allowed="8; left out, inputs are not rounded",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.a_bits is not None and (self.bits, self.group_size, self.sym) != (8, -1, True):
+            found = f"bits {self.bits}, group_size {self.group_size}, {'symmetric' if self.sym else 'asymmetric'}"
+            raise TersorError(
+                f"a_bits {self.a_bits} goes with weights of 8 bits, symmetric, with one step a row, not with {found}: "
+                "--bits 8 --group-size -1 --sym"
+            )
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        return ("compressed-tensors",) if self.a_bits is not None else ("gptq", "gptq_v2", "compressed-tensors")
+
+    def check_block(self, block: Block) -> None:
+        """Raise TersorError where a layer cannot round its inputs."""
+        for name, found in block.linears.items():
+            if self.a_bits is not None and not (
+                isinstance(found, nn.Linear) and type(found).forward is nn.Linear.forward
+            ):
+                raise TersorError(
+                    f"{name} is a {type(found).__name__}, and only nn.Linear rounds its inputs: --exclude '{name}'"
+                )
 
     def check_linear(self, name: str, out_features: int, in_features: int, layout: Layout | None) -> None:
         check_grid(name, self.bits, self.group_size, self.sym, out_features, in_features, layout)

@@ -47,6 +47,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -101,19 +102,22 @@ class ATSConfig(ViTConfig):
         return min(max(int(asked * self.tokens if asked <= 1 else asked), FEWEST_TOKENS), self.tokens)
 
 
-def masked_softmax(logits: Tensor, policy: Tensor | None) -> Tensor:
-    """logits [B, h, n, n], policy [B, n] or None (all tokens are there) -> attention [B, h, n, n], at least in float32."""
+def masked_softmax(logits: Tensor, policy: Tensor | None, rows: Tensor | None = None) -> Tensor:
+    """logits [B, h, m, n], policy [B, n] or None (all tokens are there) -> attention [B, h, m, n], at least in float32. rows
+    [B, m]: which tokens look; None: all, m = n."""
     n = logits.shape[-1]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     a = (logits - logits.amax(-1, keepdim=True)).exp()
     if policy is not None:
-        itself = torch.eye(n, dtype=torch.bool, device=logits.device)
+        places = torch.arange(n, device=logits.device)
+        itself = (places if rows is None else rows[:, None])[..., None] == places  # [n, n], or [B, 1, m, n]
         a = a * policy[:, None, None, :].to(logits.dtype).masked_fill(itself, 1)  # [B, 1, n, n]
     return (a + EPSILON / n) / (a.sum(-1, keepdim=True) + EPSILON)
 
 
 def token_scores(attention: Tensor, v: Tensor) -> Tensor:
-    """attention [B, h, n, n], v [B, h, n, d] -> scores of the patch tokens [B, n - 1], whose sum is 1 (0 where all are 0)."""
+    """attention [B, h, n or 1, n], the class token's row first, v [B, h, n, d] -> scores of the patch tokens [B, n - 1], which
+    add up to 1 (0 where all are 0)."""
     norm = v.to(attention.dtype).square().sum((1, 3)).sqrt()  # of all heads' channels together
     scores = (attention[:, :, 0].sum(1) * norm)[:, 1:]
     total = scores.sum(-1, keepdim=True)
@@ -137,6 +141,30 @@ def sample_tokens(scores: Tensor, points: int) -> Tensor:
     return torch.cat([tokens, tokens.new_full((tokens.shape[0], 1), N)], 1).gather(1, position)
 
 
+def sample_alone(logits: Tensor, v: Tensor, points: int) -> Tensor:
+    """The softmax, `token_scores` and `sample_tokens` for one image on a CPU in float32: logits [h, n] of the class token, v
+    [h, n, d] -> places in x of what stays, the class token's first [m]. On so few numbers an operation of torch costs several
+    times what one of NumPy does."""
+    seen, n = logits.detach().numpy(), logits.shape[1]
+    a = np.exp(seen - seen.max(1, keepdims=True))
+    a = (a + EPSILON / n) / (a.sum(1, keepdims=True) + EPSILON)
+    values = v.detach().numpy()
+    scores = (a.sum(0) * np.sqrt(np.einsum("hnd,hnd->n", values, values)))[1:]
+    total = scores.sum()
+    scores = scores / (total if total > 0 else 1)
+    ordered, order = (each.numpy() for each in torch.from_numpy(scores).sort(-1))  # equal scores in torch's order
+    c = ordered.cumsum(dtype=np.float64).astype(scores.dtype)  # torch adds up in float64, too
+    c -= c[0]
+    if c[-1] > 0:
+        c /= c[-1]
+    y0 = np.where(c > 0, c, 1).min()
+    i = np.arange(points, dtype=c.dtype)
+    y = y0 + (i - y0 * i) / c.dtype.type(points - 1)
+    position = np.sort(np.abs(y[:, None] - c).argmin(-1))
+    position = position[position != np.append(position[1:], 1)]
+    return torch.from_numpy(np.append(0, order[position] + 1))
+
+
 class AtsAttention(Attention):
     """x [B, n, D], policy [B, n] -> rows [B, m], out [B, m, D], policy [B, m]; rows are the places in x of what is kept, and None
     where all is. A policy of None says that every token is there: an image alone, or a batch whose images keep equally many.
@@ -152,15 +180,23 @@ class AtsAttention(Attention):
         self, x: Tensor, policy: Tensor | None
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:
         B, n = x.shape[:2]
-        q, k, v = self.qkv(x).view(B, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind()  # [B, h, n, d]
+        q, k, v = (
+            self.qkv(x).view(B, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).contiguous().unbind()
+        )  # [B, h, n, d]
         if self.points and policy is not None:
             there = policy[:, None, :, None]
             q, k, v = q * there, k * there, v * there
-        attention = masked_softmax(self.qk(q, k.transpose(-2, -1)) * self.scale, policy)
-        rows = None
+        rows, looking = None, policy
         if self.points and n > 2:
-            rows, policy = self._choose(token_scores(attention, v), policy)
-            attention = _rows(attention, rows[:, None].expand(-1, self.num_heads, -1))
+            # Whom the class token looks at says what stays; then only what stays looks at the others.
+            glance = self.qk(q[:, :, :1], k.transpose(-2, -1)) * self.scale  # [B, h, 1, n]
+            if B == 1 and policy is None and glance.device.type == "cpu" and glance.dtype == torch.float32:
+                rows = sample_alone(glance[0, :, 0], v[0], self.points)[None]
+            else:
+                first = None if policy is None else torch.zeros_like(policy[:, :1], dtype=torch.long)
+                rows, policy = self._choose(token_scores(masked_softmax(glance, policy, first), v), policy)
+            q = _rows(q, rows[:, None].expand(-1, self.num_heads, -1))
+        attention = masked_softmax(self.qk(q, k.transpose(-2, -1)) * self.scale, looking, rows)
         out = self.proj(self.av(attention.to(v.dtype), v).transpose(1, 2).flatten(2))
         return rows, out if policy is None else out * policy[..., None], policy
 
@@ -266,7 +302,9 @@ class ATS(nn.Module):
         config = self.config
         D, hidden, n = config.embed_dim, int(config.embed_dim * config.mlp_ratio), config.tokens
         before = F.pad(tokens[:, :-1], (1, 0), value=n)
-        blocks = before * 3 * D * D + before * before * D + tokens * before * D + tokens * (D * D + 2 * D * hidden)
+        sampled = torch.tensor([n in config.ats_blocks for n in range(config.depth)], device=tokens.device)
+        glances = torch.where(sampled & (before > 2), before, 0) * D  # of the class token alone
+        blocks = before * 3 * D * D + glances + 2 * tokens * before * D + tokens * (D * D + 2 * D * hidden)
         size = config.representation_size
         head = size * (D + config.num_classes) if size else D * config.num_classes
         return 2 * (blocks.sum(1) + (n - 1) * config.in_chans * config.patch_size**2 * D + head)

@@ -37,6 +37,7 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tersor.errors import TersorError
 from tersor.models.registry import register
@@ -93,11 +94,8 @@ class PrunedLayerNorm(nn.LayerNorm):
         width = x.shape[-1]
         if self.counted == width:
             return super().forward(x)
-        mean = x.sum(-1, keepdim=True) / self.counted
-        centred = x - mean
-        absent = (self.counted - width) * mean.square()
-        variance = (centred.square().sum(-1, keepdim=True) + absent) / self.counted
-        return centred * torch.rsqrt(variance + self.eps) * self.weight + self.bias
+        x, weight, bias = (F.pad(each, (0, self.counted - width)) for each in (x, self.weight, self.bias))
+        return F.layer_norm(x, (self.counted,), weight, bias, self.eps)[..., :width]
 
 
 class QKV(nn.Module):
