@@ -20,7 +20,7 @@ from tersor.calibrate.blocks import units_of
 from tersor.calibrate.lockstep import Lockstep
 from tersor.checkpoint.lazy_model import LazyModel
 from tersor.checkpoint.source import open_checkpoint
-from tersor.compress import Recipe, forecast, from_options
+from tersor.compress import Recipe, driver, forecast, from_options
 from tersor.compress.forecast import Forecast, by_first_block
 from tersor.compress.in_memory import InMemory
 from tersor.compress.plan import make_plan
@@ -52,6 +52,16 @@ def test_a_job_tells_its_time_once_by_the_first_block_that_it_solves(
         progress=lambda what, done, total: said.append(what) if total == 0 else None,
     )
     assert [each for each in said if re.fullmatch(r"by the first block: \d+ s to go", each)] == said[1:2]
+
+
+def test_blocks_of_which_nothing_is_taken_are_not_counted(
+    small_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[int] = []
+    monkeypatch.setattr(driver, "by_first_block", lambda seconds, left: counted.append(left))
+    samples, method = [torch.arange(10, 74)[None]], GPTQ(group_size=32)
+    tersor.compress(small_source, method, calibration=samples, out=tmp_path / "out", include=("*.layers.0.*",))
+    assert counted == [0]
 
 
 def first_pass(name: str, batch: dict[str, torch.Tensor]) -> tuple[InMemory, Probe]:

@@ -90,7 +90,8 @@ def compress_blocks(source: Source, sink: Sink, job: Job) -> Compressed:
                 sink.write(block)
                 if not solved:
                     solved = done - sink.tally.resumed  # the others are an earlier run's
-                    if solved and (said := by_first_block(time.perf_counter() - began, len(plan.blocks) - done)):
+                    left = sum(bool(plan.linears[unit.name]) for unit in plan.blocks[done:])
+                    if solved and (said := by_first_block(time.perf_counter() - began, left)):
                         job.progress(said, 0, 0)
                     began = time.perf_counter()
                 del block  # else it stays in memory while the next is solved
