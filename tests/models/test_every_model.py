@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,8 @@ def test_learns_by_its_own_task(info: ModelInfo) -> None:
     if info.task not in tasks():
         pytest.skip(f"no objective for the task {info.task!r} yet")
     model, objective = build_small(info).train(), task_named(info.task).objective
+    if info.task == "act" and not hasattr(model, "stream"):
+        pytest.skip(f"{info.system} learns from recorded runs, not by acting")
     batch = model.example_inputs(4)
     with torch.no_grad():
         result = tensors(model(**batch))[0]
@@ -80,6 +83,12 @@ def test_learns_by_its_own_task(info: ModelInfo) -> None:
         batch["target"] = torch.arange(len(result)) % result.shape[1]
     elif info.task == "link-predict":
         batch["target"] = torch.arange(len(result)) % 2.0
+    elif info.task == "act":
+        x = batch["x"]  # [T, B, ...]
+        shape, width = x.shape[:2], result.shape[-1] - 1
+        batch["actions"] = torch.arange(shape.numel()).view(shape) % width
+        batch |= {"chosen": torch.full(shape, -math.log(width)), "advantages": torch.ones(shape)}
+        batch |= {"wanted": torch.ones(shape), "real": torch.ones(shape, dtype=torch.bool)}
     elif info.task == "transcribe":
         batch |= {"text": torch.arange(3, 15).view(4, 3), "text_lengths": torch.full((4,), 3)}
     optimizer = optimizer_for(model, TrainConfig(lr=1e-3))

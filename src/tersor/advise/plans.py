@@ -131,9 +131,9 @@ def name_of(recipe: Recipe) -> str:
 
 
 def _given(step: Mapping[str, Any]) -> dict[str, Any]:
-    """What differs from the method's defaults, and always its bits."""
+    """What differs from the method's defaults, and always its bits, where it has any."""
     defaults = from_options(step["name"], {}).options()
-    always = ("bits", "w_bits", "a_bits")
+    always = [each for each in ("bits", "w_bits", "a_bits") if step.get(each) is not None]
     return {k: v for k, v in step.items() if k != "name" and (k in always or v != defaults[k])}
 
 

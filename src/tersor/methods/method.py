@@ -217,8 +217,10 @@ def option(
 
 
 def as_words(each: dataclasses.Field[Any], value: Any) -> list[str]:
-    """An option's value as words of a command: its flag and the value, for each of several values. A switch at its default is
-    left out; where it has only one flag, that is the only way to say so."""
+    """An option's value as words of a command: its flag and the value, for each of several values. None, and a switch at
+    its default, are left out; where a switch has only one flag, that is the only way to say so."""
+    if value is None:
+        return []
     dashed = each.name.replace("_", "-")
     first, _, second = (each.metadata.get("flag") or f"--{dashed}/--no-{dashed}").partition("/")
     if isinstance(value, bool):
