@@ -130,5 +130,5 @@ def test_patterns_match_and_doubles_count_once(tmp_path: Path) -> None:
 def test_every_task_has_an_objective_and_an_unknown_one_lists_them() -> None:
     for name in tasks():
         assert task_named(name).objective
-    with pytest.raises(TersorError, match="'smell' yet, only on classify"):
+    with pytest.raises(TersorError, match="'smell' yet, only on act, classify"):
         task_named("smell")
