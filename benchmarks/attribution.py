@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import argparse
 import random
-import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import machine, write_table
+from common import command, machine, write_table
 from torch import Tensor
 
 import tersor
@@ -63,9 +62,8 @@ def main() -> None:
     print("\n".join(lines))
     if asked.write:
         about = (__doc__ or "").split("\n\n", 2)[2].strip()
-        command = f"`OMP_NUM_THREADS=1 python {shlex.join(['benchmarks/attribution.py', *sys.argv[1:]])}`"
         text = ["# Attribution on demo: ten layers that it names, and ten random ones", "", about, "", *lines, ""]
-        write_table("attribution", "\n".join([*text, machine(), command, ""]))
+        write_table("attribution", "\n".join([*text, machine(), f"`OMP_NUM_THREADS=1 {command()}`", ""]))
 
 
 def rows_of(bits: int, folder: Path, base: object, seen: Meter, unseen: Meter) -> list[str]:

@@ -20,18 +20,15 @@ from __future__ import annotations
 
 import argparse
 import copy
-import fcntl
 import json
 import math
 import statistics
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from common import DATA, hardware, kept_numbers, versions, write_numbers, write_table
+from common import DATA, hardware, updating, versions, write_table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -150,10 +147,8 @@ def head_of(x: Tensor, health: Tensor) -> nn.Module:
 
 def keep(found: dict[str, Any]) -> None:
     """Add rows to what is kept; several processes may do so at once."""
-    with (Path(tempfile.gettempdir()) / "battery.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        kept = kept_numbers("battery") | found
-        write_numbers("battery", kept)
+    with updating("battery") as kept:
+        kept |= found
         write_table("battery", table(kept))
 
 

@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from common import DATA, gpu, kept_numbers, machine, write_numbers, write_table
+from common import DATA, gpu, kept_numbers, machine, refuse_to_keep_quick, runs_with_this, write_numbers, write_table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -253,8 +253,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="whether it runs")
     parser.add_argument("--write", action="store_true", help="keep the result in benchmarks/results/")
     arguments = parser.parse_args()
-    if arguments.quick and arguments.write:
-        sys.exit("--quick measures nothing that is worth keeping: leave --write out")
+    refuse_to_keep_quick(arguments)
     size = Size(images=8, sentences=8, texts=4, windows=2, steps=2, bits=(3,)) if arguments.quick else Size()
     rows = [Row(**each) for each in kept_numbers("best_elsewhere").get("rows", [])] if arguments.write else []
     for name, measure in MEASURES.items():
@@ -283,9 +282,8 @@ def table(rows: list[Row]) -> str:
 def write(rows: list[Row]) -> None:
     about = (__doc__ or "").split("\n\n", 2)[2].strip()
     title = "# best and best-fast on other models than `demo`"
-    command = f"python benchmarks/best_elsewhere.py {' '.join(sys.argv[1:])}"
     where = gpu("transformers") if DEVICE.type == "cuda" else machine()
-    runs = list(dict.fromkeys([*kept_numbers("best_elsewhere").get("runs", []), f"`{command}`; {where}"]))
+    runs = runs_with_this("best_elsewhere", where)
     said = "\n".join(f"- {run}" for run in runs)
     write_table("best_elsewhere", f"{title}\n\n{about}\n\n{table(rows)}\n\n{said}")
     write_numbers("best_elsewhere", {"runs": runs, "rows": [asdict(row) for row in rows]})

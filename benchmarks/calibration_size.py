@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import gzip
 import math
-import shlex
 import statistics
 import sys
 import tempfile
@@ -37,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import DATA, gpu, kept_numbers, machine, write_numbers, write_table
+from common import DATA, command, gpu, kept_numbers, machine, refuse_to_keep_quick, write_numbers, write_table
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -476,10 +475,9 @@ def main() -> None:
     if arguments.again:
         write_table("calibration_size", report(found, runs, originals))
         return
-    if arguments.quick and arguments.write:
-        sys.exit("--quick measures nothing that is worth keeping: leave --write out")
+    refuse_to_keep_quick(arguments)
     where = gpu("transformers") if arguments.device.startswith("cuda") else machine()
-    runs = list(dict.fromkeys([*runs, f"`python benchmarks/calibration_size.py {shlex.join(sys.argv[1:])}`; {where}"]))
+    runs = list(dict.fromkeys([*runs, f"`{command()}`; {where}"]))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         split_texts(folder)

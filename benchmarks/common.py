@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
+import fcntl
 import importlib.metadata
 import json
 import math
 import os
 import platform
+import shlex
 import statistics
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +141,28 @@ def kept_numbers(name: str) -> dict[str, Any]:
     path = RESULTS / f"{name}.json"
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return found
+
+
+@contextmanager
+def updating(name: str) -> Iterator[dict[str, Any]]:
+    """What is kept, to be added to; it is kept again at the end. Several processes may do so, one waits for the other."""
+    with (Path(tempfile.gettempdir()) / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = kept_numbers(name)
+        yield found
+        write_numbers(name, found)
+
+
+def command() -> str:
+    """This call of a benchmark, as a line for a shell."""
+    return f"python {shlex.join([f'benchmarks/{Path(sys.argv[0]).name}', *sys.argv[1:]])}"
+
+
+def runs_with_this(name: str, where: str) -> list[str]:
+    """The runs that the kept rows come from, and this one. where: machine and versions."""
+    return list(dict.fromkeys([*kept_numbers(name).get("runs", []), f"`{command()}`; {where}"]))
+
+
+def refuse_to_keep_quick(asked: argparse.Namespace) -> None:
+    if asked.quick and asked.write:
+        sys.exit("--quick measures nothing that is worth keeping: leave --write out")

@@ -19,7 +19,6 @@ windows. The penalty was not tuned.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import itertools
 import json
 import tempfile
@@ -29,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import DATA, hardware, kept_numbers, versions, write_numbers, write_table
+from common import DATA, hardware, updating, versions, write_table
 from torch import Tensor, nn
 
 import tersor.models
@@ -250,11 +249,8 @@ def measure(name: str, horizon: int, models: list[str], device: str) -> None:
 
 def keep(name: str, horizon: int, found: dict[str, Any]) -> None:
     """Add to what is kept; several processes may do so at once."""
-    with (Path(tempfile.gettempdir()) / "forecasting.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        results = kept_numbers("forecasting")
+    with updating("forecasting") as results:
         results.setdefault(str(horizon), {}).setdefault(name, {}).update(found)
-        write_numbers("forecasting", results)
         write_table("forecasting", table(results))
 
 

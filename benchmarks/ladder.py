@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import shlex
 import statistics
 import sys
 import tempfile
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import kept_numbers, versions, write_numbers, write_table
+from common import kept_numbers, refuse_to_keep_quick, runs_with_this, versions, write_numbers, write_table
 from quality import CALIBRATION, MODEL, SEQ_LEN, check_data, perplexity, where
 
 from tersor.checkpoint.source import resolve
@@ -162,8 +161,7 @@ def arguments_of() -> argparse.Namespace:
     parser.add_argument("--write", action="store_true", help="keep the result in benchmarks/results/")
     arguments = parser.parse_args()
     check_data()
-    if arguments.quick and arguments.write:
-        sys.exit("--quick measures nothing that is worth keeping: leave --write out")
+    refuse_to_keep_quick(arguments)
     if arguments.quick:
         arguments.samples, arguments.seq_len, arguments.windows = 8, 64, 2
         arguments.only = ["3 bits, g128"]
@@ -210,10 +208,7 @@ def kept() -> list[Row]:
 
 
 def write(rows: list[Row], original: float, arguments: argparse.Namespace) -> None:
-    command = f"python benchmarks/ladder.py {shlex.join(sys.argv[1:])}"
-    runs = list(
-        dict.fromkeys([*kept_numbers("ladder").get("runs", []), f"`{command}`; {where()}; {versions('transformers')}"])
-    )
+    runs = runs_with_this("ladder", f"{where()}; {versions('transformers')}")
     evaluated, learned = (
         f"{arguments.windows} windows of {SEQ_LEN}",
         f"{arguments.samples} samples of {arguments.seq_len}",

@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import kept_numbers, machine, write_numbers, write_table
+from common import kept_numbers, machine, refuse_to_keep_quick, write_numbers, write_table
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -137,8 +137,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="keep the table")
     parser.add_argument("--size", type=int, help="one graph, in this process")
     asked = parser.parse_args()
-    if asked.quick and asked.write:
-        sys.exit("--quick measures nothing that is worth keeping: leave --write out")
+    refuse_to_keep_quick(asked)
     if asked.quick or asked.size:
         measure(asked.size or 10_000)
         return

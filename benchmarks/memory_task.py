@@ -22,13 +22,12 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
 
 import torch
-from common import kept_numbers, machine, versions, write_numbers, write_table
+from common import kept_numbers, machine, refuse_to_keep_quick, versions, write_numbers, write_table
 from torch import Tensor, nn
 
 import tersor.models
@@ -197,8 +196,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1, help="runs at a time")
     parser.add_argument("--seconds", type=float, default=math.inf, help="after which runs that are not done are left")
     asked = parser.parse_args()
-    if asked.quick and asked.write:
-        sys.exit("--quick measures nothing that is worth keeping: leave --write out")
+    refuse_to_keep_quick(asked)
     if asked.quick:
         for name in MODELS:
             print(run((name, 10, 1e-3, 0), 2))

@@ -18,13 +18,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from common import kept_numbers, machine, write_numbers, write_table
+from common import kept_numbers, machine, refuse_to_keep_quick, write_numbers, write_table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -186,8 +185,7 @@ def main() -> None:
         "--write", action="store_true", help="keep the table; after every run, so that it can be stopped"
     )
     asked = parser.parse_args()
-    if asked.quick and asked.write:
-        sys.exit("--quick measures nothing that is worth keeping: leave --write out")
+    refuse_to_keep_quick(asked)
     chosen: dict[str, Any] = {"steps": 4, "seeds": 1} if asked.quick else {"steps": STEPS, "seeds": SEEDS}
     rows = kept() if asked.write else []
     done = {(row.mixer, row.task, row.seed) for row in rows}

@@ -20,13 +20,12 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
-from common import machine, write_table
+from common import machine, refuse_to_keep_quick, write_table
 from torch import Tensor, nn
 
 import tersor.models
@@ -189,8 +188,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="keep the table")
     parser.add_argument("--processes", type=int, default=1, help="runs at a time")
     asked = parser.parse_args()
-    if asked.quick and asked.write:
-        sys.exit("--quick measures nothing that is worth keeping: leave --write out")
+    refuse_to_keep_quick(asked)
     jobs = [(name, seed) for seed in (range(1) if asked.quick else SEEDS) for name in MODELS]
     with ProcessPoolExecutor(asked.processes) as pool:
         waiting = [pool.submit(run, *job, 3 if asked.quick else UPDATES) for job in jobs]

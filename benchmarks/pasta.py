@@ -21,14 +21,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
 
 import numpy as np
 import torch
-from common import kept_numbers, machine, write_numbers, write_table
+from common import kept_numbers, machine, refuse_to_keep_quick, write_numbers, write_table
 from torch import Tensor, nn
 
 import tersor.models
@@ -219,8 +218,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="keep the table")
     parser.add_argument("--processes", type=int, default=1, help="runs at a time")
     asked = parser.parse_args()
-    if asked.quick and asked.write:
-        sys.exit("--quick measures nothing that is worth keeping: leave --write out")
+    refuse_to_keep_quick(asked)
     kept: list[dict[str, Any]] = kept_numbers("pasta").get("rows", []) if asked.write else []
     done = {(row["name"].partition(",")[0].lower().removeprefix("c-"), row["seed"]) for row in kept}
     jobs = [(kind, seed) for seed in SEEDS for kind in (*OBJECTIVES, "none")]

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import gpu, kept_numbers, machine, write_numbers, write_table
+from common import gpu, kept_numbers, machine, refuse_to_keep_quick, runs_with_this, write_numbers, write_table
 from quality import CALIBRATION, MODEL, check_data, perplexity
 from torch import Tensor
 
@@ -166,8 +165,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="keep the result in benchmarks/results/")
     arguments = parser.parse_args()
     check_data()
-    if arguments.quick and arguments.write:
-        sys.exit("--quick measures nothing that is worth keeping: leave --write out")
+    refuse_to_keep_quick(arguments)
     size = Size(samples=4, seq_len=64, windows=1, iterations=2) if arguments.quick else Size()
     rows = [Row(**each) for each in kept_numbers("peers").get("rows", [])] if arguments.write else []
     for bits in arguments.bits:
@@ -192,9 +190,8 @@ def table(rows: list[Row]) -> str:
 
 def write(rows: list[Row]) -> None:
     about = (__doc__ or "").split("\n\n", 2)[2].strip()
-    command = f"python benchmarks/peers.py {' '.join(sys.argv[1:])}"
     where = gpu("transformers") if DEVICE.type == "cuda" else machine()
-    runs = list(dict.fromkeys([*kept_numbers("peers").get("runs", []), f"`{command}`; {where}"]))
+    runs = runs_with_this("peers", where)
     said = "\n".join(f"- {run}" for run in runs)
     write_table("peers", f"# tersor and its peers on one model\n\n{about}\n\n{table(rows)}\n\n{said}")
     write_numbers("peers", {"runs": runs, "rows": [asdict(row) for row in rows]})

@@ -22,14 +22,13 @@ The first row of each model is a policy that learned nothing. Where float32 is n
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from common import kept_numbers, machine, write_numbers, write_table
+from common import kept_numbers, machine, refuse_to_keep_quick, write_numbers, write_table
 from torch import Tensor, nn
 
 import tersor
@@ -303,8 +302,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="whether it runs")
     parser.add_argument("--write", action="store_true", help="keep the table")
     asked = parser.parse_args()
-    if asked.quick and asked.write:
-        sys.exit("--quick measures nothing that is worth keeping: leave --write out")
+    refuse_to_keep_quick(asked)
     rows: dict[str, list[str]] = kept_numbers("policies") if asked.write else {}
     for name, recipe in RECIPES.items():
         if name not in rows:

@@ -17,7 +17,6 @@ and 100.
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 import tempfile
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import DATA, machine, speed_ratios, write_table
+from common import DATA, command, machine, speed_ratios, write_table
 from torch import Tensor
 
 import tersor
@@ -118,7 +117,7 @@ def main() -> None:
         *lines,
         "",
         machine(),
-        f"`OMP_NUM_THREADS=1 python {shlex.join(['benchmarks/pruning.py', *sys.argv[1:]])}`",
+        f"`OMP_NUM_THREADS=1 {command()}`",
         "",
     ]
     write_table("pruning", "\n".join(text))

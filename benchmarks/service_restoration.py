@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -33,7 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import kept_numbers, machine, write_numbers, write_table
+from common import kept_numbers, machine, refuse_to_keep_quick, write_numbers, write_table
 from numpy.typing import NDArray
 from torch import nn
 
@@ -258,8 +257,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="keep the table")
     parser.add_argument("--processes", type=int, default=1, help="feeders at a time")
     asked = parser.parse_args()
-    if asked.quick and asked.write:
-        sys.exit("--quick measures nothing that is worth keeping: leave --write out")
+    refuse_to_keep_quick(asked)
     kept: dict[str, Any] = kept_numbers("service_restoration") if asked.write else {}
     with ProcessPoolExecutor(asked.processes) as pool:
         waiting = {pool.submit(measure, name, asked.quick): name for name in FEEDERS if name not in kept}

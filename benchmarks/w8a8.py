@@ -15,7 +15,6 @@ use the machine too, it counts how long they wait for each other.
 from __future__ import annotations
 
 import argparse
-import shlex
 import statistics
 import sys
 import tempfile
@@ -25,7 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from common import machine, write_table
+from common import command, machine, write_table
 from quality import CALIBRATION, MODEL, SEQ_LEN, check_data, perplexity
 
 from tersor import GPTQ, RTN
@@ -135,7 +134,7 @@ def main() -> None:
             *times,
             "",
             machine(),
-            f"`OMP_NUM_THREADS=1 python {shlex.join(['benchmarks/w8a8.py', *sys.argv[1:]])}`",
+            f"`OMP_NUM_THREADS=1 {command()}`",
             "",
         ]
     )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tersor.kernels import cpp
+from tersor.kernels import quantized_matmul_cpu as cpu
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 PANEL = 16  # outputs side by side in memory
@@ -19,9 +20,10 @@ GROUP = 32  # outputs are filled up to a multiple of it
 _WORTH_THREADS = 2**21  # multiply-adds; for fewer, waking threads costs more than they save
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
-_AVX2 = ("-mavx2", "-mfma")
-_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
-FLAGS = {"avx512_vnni": (*_AVX512, "-mavx512vnni"), "avx512": _AVX512, "avx2": _AVX2, "portable": ()}  # best first
+FLAGS = {  # best first
+    "avx512_vnni": (*cpu.FLAGS["avx512"], "-mavx512vnni"),
+    **{name: cpu.FLAGS[name] for name in ("avx512", "avx2", "portable")},
+}
 
 
 class Call(ctypes.Structure):
@@ -43,16 +45,9 @@ class Call(ctypes.Structure):
 
 def supported() -> list[str]:
     """The implementations that this processor can run, best first, even without a compiler."""
-    has = torch.cpu.get_capabilities()
-    avx2 = has.get("avx2", False) and has.get("fma3", False)
-    avx512 = avx2 and all(has.get(f"avx512_{part}", False) for part in ("f", "bw", "vl", "dq"))
-    found = {
-        "avx512_vnni": avx512 and has.get("avx512_vnni", False),
-        "avx512": avx512,
-        "avx2": avx2,
-        "portable": True,
-    }
-    return [name for name, yes in found.items() if yes]
+    found = [name for name in cpu.supported() if name in FLAGS]
+    vnni = "avx512" in found and torch.cpu.get_capabilities().get("avx512_vnni", False)
+    return ["avx512_vnni", *found] if vnni else found
 
 
 @functools.cache

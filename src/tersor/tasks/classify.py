@@ -93,11 +93,15 @@ def likeliest(path: Path, logits: Tensor, labels: Mapping[int, str]) -> Classes:
 
 
 def panels(sample: Mapping[str, Tensor], logits: Tensor, sets: Sets) -> tuple[Any, str, str]:
-    named = dict(enumerate(sets.labels))
+    return shown(sample["image"], sets.preprocessing), *captions(sample, logits, sets)
+
+
+def captions(sample: Mapping[str, Tensor], logits: Tensor, sets: Sets) -> tuple[str, str]:
+    """The class of a sample, and the likeliest ones by its logits [classes], for people."""
+    named, truth = dict(enumerate(sets.labels)), int(sample["target"])
     found = likeliest(Path(), logits, named)
     told = (f"{name} {100 * share:.1f}%" for name, share in zip(found.names, found.probabilities, strict=True))
-    truth = int(sample["target"])
-    return shown(sample["image"], sets.preprocessing), named.get(truth, f"class {truth}"), ", ".join(told)
+    return named.get(truth, f"class {truth}"), ", ".join(told)
 
 
 TASK = Task(classification, load_data, predict, frozenset(SUFFIXES), panels=panels, evaluated_on="images")

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from tersor.data.videos import SUFFIXES, VideoConfig, Videos, frames_of, load_videos, normalised, videos_in, windows
 from tersor.errors import TersorError
 from tersor.models.config import checked_config
-from tersor.tasks.classify import check_classes, likeliest
+from tersor.tasks.classify import captions, check_classes, likeliest
 from tersor.tasks.sheet import levels
-from tersor.tasks.task import Sets, Task
+from tersor.tasks.task import Sets, Task, numbers_of
 from tersor.train.objectives import classification
 
 
@@ -76,7 +76,7 @@ def predict(
     reference: Path | None,
 ) -> Events:
     config = checked_config(VideoConfig, {name: settings[name] for name in KEPT if name in settings}, "preprocessor")
-    first = next(each for each in module.parameters() if each.is_floating_point())
+    first = numbers_of(module)
     spans, names, shares = [], [], []
     for times, frames in windows(frames_of(path, config), config.frames):
         logits = module(normalised(frames, config)[None].to(first.device, first.dtype))
@@ -106,15 +106,12 @@ def merged(spans: Sequence[tuple[float, float]], names: Sequence[str], shares: S
 def panels(sample: Mapping[str, Tensor], logits: Tensor, sets: Sets) -> tuple[Any, str, str]:
     """Four frames of the clip, from left to right and down."""
     assert isinstance(sets.train, Videos)
-    config, clip, named = sets.train.config, sample["clip"], dict(enumerate(sets.labels))
+    config, clip = sets.train.config, sample["clip"]
     places = torch.linspace(0, clip.shape[1] - 1, 4).long()
     std, mean = (torch.tensor(each).view(3, 1, 1, 1) for each in (config.std, config.mean))
     a, b, c, d = (clip[:, places] * std + mean).unbind(1)
-    found = likeliest(Path(), logits, named)
-    told = (f"{name} {100 * share:.1f}%" for name, share in zip(found.names, found.probabilities, strict=True))
-    truth = int(sample["target"])
     picture = torch.cat([torch.cat([a, b], 2), torch.cat([c, d], 2)], 1)
-    return levels(picture), named.get(truth, f"class {truth}"), ", ".join(told)
+    return levels(picture), *captions(sample, logits, sets)
 
 
 TASK = Task(classification, load_data, predict, SUFFIXES, inside=videos_in, normalises=False, panels=panels)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tersor.data.images import FILTERS, from_pixels
 from tersor.files import replacing
-from tersor.tasks.task import Sets
+from tersor.tasks.task import Sets, numbers_of
 
 SAMPLES = 8
 TILE = 192  # pixels to a side; smaller pictures are enlarged so that their pixels are seen
@@ -31,7 +31,7 @@ Panels = Callable[[Mapping[str, Tensor], Any, Sets], Sequence[Any]]
 @torch.no_grad()
 def write_sheet(model: nn.Module, data: Any, panels: Panels, sets: Sets, path: Path) -> None:
     """Up to SAMPLES of the data, evenly spaced. The model is run in eval mode, and left as it was."""
-    device = next(each for each in model.parameters() if each.is_floating_point()).device
+    device = numbers_of(model).device
     was_training = model.training
     model.eval()
     rows = []
