@@ -9,9 +9,9 @@ pretrained to fill in masked steps (ratio 0.3, AdamW 1e-3, batches of 10, 10 epo
 learns the health (AdamW 1e-3, squared error, 20 epochs); on the fourth cell the soft prompt alone is adapted on its
 unlabelled charges (SGD, ratio 0.8, 5 epochs), at each of the rates 5.0 (the published one), 0.5 and 0.05; the rate whose
 adapted prompt fills in its charges best is taken, for which no label is needed. Ours: per-sample attention and positions;
-no charge of the judged cell is labelled; head on standardized features. GPT-2 (`--models gpt4battery --device cuda`) would
-begin with random weights, because its published ones cannot be had here; it has no row. Yardsticks: ridge on the 49
-standardized increments (penalty 1, not tuned), and the mean of the training cells.
+no charge of the judged cell is labelled; head on standardized features. GPT-2 begins with random weights, because its
+published ones cannot be had here: its row is not the paper's. Yardsticks: ridge on the 49 standardized increments (penalty
+1, not tuned), and the mean of the training cells.
 
 Health is capacity over the rated 2 Ah; "first" is capacity over the cell's first one, which for B0006 is an outlier.
 """

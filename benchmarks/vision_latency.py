@@ -4,7 +4,8 @@
 
 Images of one size, float32, random weights, batches of 1 and 64; the two models of a row run in turns, and medians count.
 Compiled: torch.compile with its defaults. Memory: the weights, and what a run needs beyond them at its peak. SHViT and FMViT run
-in their deployed form, as their papers measure them. On a CPU each pair has two cores of its own and two threads.
+in their deployed form, as their papers measure them. On a CPU each pair has two cores of its own and two threads. Other cores of
+the machines named below had work meanwhile, six of sixteen in the longer run.
 
 Needs timm, and for a row each torchvision and fastervit; rows whose peer is not installed have our times alone.
 """
@@ -245,14 +246,16 @@ def table(results: dict[str, dict[str, Any]]) -> str:
                     f"| `{pair.ours}` | {pair.peer.replace(':', ' ')} | {pair.side} | {' | '.join(cells)} | {pair.claim} |"
                 ]
             lines += [""]
-        notes = []
+        notes: list[str] = []
+        missing: dict[str, list[str]] = {}
         for name, row in found["rows"].items():
             pair_of = name.replace(" ", " beside ")
             if "no peer" in row:
                 notes.append(f"{pair_of}: the peer is left out ({row['no peer']}).")
-            if row["missing"]:
-                told = ", ".join(f"{what} ({why})" for what, why in row["missing"].items())
-                notes.append(f"{pair_of}: not compiled: {told}.")
+            for why in dict.fromkeys(row["missing"].values()):
+                what = ", ".join(each for each, reason in row["missing"].items() if reason == why)
+                missing.setdefault(why, []).append(f"{name} ({what})")
+        notes += [f"Not compiled: {why}: {'; '.join(cells)}." for why, cells in missing.items()]
         lines += [
             *(f"- {each}" for each in notes),
             *([""] if notes else []),

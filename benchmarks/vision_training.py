@@ -133,7 +133,7 @@ def drawings(folder: Path) -> Sets:
     from PIL import Image
 
     parts = []
-    for part, names, count in (("train", SEEN, 800), ("test", HELD_OUT, 100)):
+    for part, names, count in (("train", SEEN, 6000), ("test", HELD_OUT, 100)):
         random = np.random.RandomState(len(part))
         backgrounds = [np.asarray(Image.open(pictures() / name).convert("RGB")) for name in names]
         for kind in ("images", "masks"):
@@ -403,6 +403,7 @@ def main() -> None:
     if unknown := set(names) - set(TRAININGS):
         parser.error(f"{sorted(unknown)[0]!r} is none of {', '.join(TRAININGS)}")
     command = f"python benchmarks/vision_training.py {' '.join(map(repr, given.names))} --seconds {given.seconds:g}"
+    command += "" if given.device == "auto" else f" --device {given.device}"
     where = gpu() if torch.cuda.is_available() and given.device != "cpu" else f"{hardware()}; {versions()}"
     place = {"machine": where.partition(";")[0], "versions": versions(), "command": command.replace("  ", " ")}
     how = ["--seconds", str(given.seconds), "--device", given.device]

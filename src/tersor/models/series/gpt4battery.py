@@ -31,8 +31,10 @@ Origin: ehappymonkey/gpt4battery at b4ef930, no licence file. Its key names are 
 mask sets steps to 0 in the charge's own units, before the statistics are taken, as published. soft_prompt_len without PPA
 is 0 there but for the Transformer, which then fails; here it runs.
 
-Proven: the golden cases of the published code, per-sample results independent of the batch. Not proven: published or own
-errors of the health; the physics term of the paper, which the code lacks as well.
+Proven: the golden cases of the published code, per-sample results independent of the batch. Measured on NASA's cells, leave one
+out (benchmarks/results/battery.md): the LSTM and the Transformer are behind a ridge on the increments for the rated capacity, and
+test-time training did not help them; GPT-2 without its pretrained weights got worse by it. Not proven: the published errors,
+for which those weights are needed; the physics term of the paper, which the code lacks as well.
 """
 
 from __future__ import annotations
