@@ -70,7 +70,7 @@ def test_ctrl_c_keeps_finished_blocks_and_the_same_command_goes_on(
 @pytest.mark.slow
 def test_a_job_killed_again_and_again_comes_to_the_same_bytes(tmp_path: Path, uninterrupted: dict[str, bytes]) -> None:
     out = tmp_path / "out"
-    for blocks, how in ((1, signal.SIGTERM), (3, signal.SIGKILL), (5, signal.SIGKILL)):
+    for blocks, how in ((1, signal.SIGTERM), (4, signal.SIGKILL)):
         process = start(out, "--activations", "disk")
         wait_for_block(process, out, blocks)
         assert list(out.glob(".tersor-job/.tmp-activations-*/*.pt"))
@@ -97,7 +97,7 @@ def test_a_job_stopped_between_any_two_files_comes_to_the_same_bytes(
 
     run(tmp_path / "whole")
     files = 10**9 - files_left[0]
-    for stop in range(0, files, 2):
+    for stop in range(int(sharded), files, 3):
         files_left[0] = stop
         with pytest.raises(Stopped):
             run(tmp_path / "out")
