@@ -133,7 +133,7 @@ def drawings(folder: Path) -> Sets:
     from PIL import Image
 
     parts = []
-    for part, names, count in (("train", SEEN, 6000), ("test", HELD_OUT, 100)):
+    for part, names, count in (("train", SEEN, 800), ("test", HELD_OUT, 100)):
         random = np.random.RandomState(len(part))
         backgrounds = [np.asarray(Image.open(pictures() / name).convert("RGB")) for name in names]
         for kind in ("images", "masks"):
