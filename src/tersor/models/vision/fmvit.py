@@ -37,7 +37,8 @@ Origin: none for FMViT (tany0699/FMViT at 40b6bbf holds a licence, Apache-2.0). 
 `keep_input`, a "m" block is Next-ViT's transformer block.
 
 Proven: that block and the merging against golden cases of timm 1.0.31 (NextTransformerBlock, MobileOneBlock) to 5e-6;
-deployed outputs equal to 1e-5 with random BatchNorm statistics. Not proven: that this is FMViT; any accuracy or latency.
+deployed outputs equal to 1e-5 with random BatchNorm statistics. On an H200 it takes about ResNet-101's time, as the paper
+says of TensorRT (benchmarks/results/vision_latency.md). Not proven: that this is FMViT; any accuracy.
 """
 
 from __future__ import annotations

@@ -24,9 +24,11 @@ Origin: ysj9909/SHViT at 6a729cc (model/shvit.py), MIT. Its key names are ours. 
 for 1x1 kernels, which some official files hold, are accepted.
 With `distillation` there are two heads: training returns both logits, eval their mean.
 
-Proven: the golden cases of the published code to 1e-6 (tiny ones and S1), parameter counts of S1 to S4, fused outputs
-equal to 1e-5, all four variants equal to timm 1.0.31 with random weights in timm's layout. Not proven: ImageNet
-accuracy (72.8, 75.2, 77.4, 79.4 published) and the published speeds.
+Proven: the golden cases of the published code to 1e-6 (tiny ones and S1), parameter counts of S1 to S4, fused outputs equal
+to 1e-5, all four variants equal to timm 1.0.31 with random weights in timm's layout. S4 beside MobileViTV2-1.0
+(benchmarks/results/vision_latency.md): on an H200 1.3 times as fast for 64 pictures and slower for one (published: 3.3
+times, on another GPU), on two CPU threads 1.9 times for one and 6 times for 64 (8.1). Not proven: ImageNet accuracy (72.8,
+75.2, 77.4, 79.4 published).
 """
 
 from __future__ import annotations
