@@ -6,6 +6,11 @@ What it is for: voxels of an object from any number of pictures of it, whose cam
     volume = model(views)                                           # views (B, V, 3, 224, 224) -> (B, 1, 32, 32, 32)
     occupied = volume > 0.4
 
+    tersor predict lrgt chair/ --checkpoint LRGT.pth --out shapes   # a folder of pictures -> chair.npy (voxels), chair.obj (mesh)
+
+The published weights want pictures as `tersor.data.views.view_of` prepares them: B, G, R from -1 to 1, light grey around the
+object.
+
 Encoder: DeiT-B over the 14 x 14 patches of each view, without class tokens. Some of its blocks attend across views, in
 groups spread over the picture (LGA): with a side of s groups, patch (row, column) belongs to group (row mod s, column
 mod s), so that each of s^2 groups holds (14 / s)^2 V tokens. A depthwise 3x3 convolution of v within each view (IFS)
@@ -53,6 +58,7 @@ from tersor.models import key_maps
 from tersor.models.registry import register
 
 QUERIES = 4  # a side of the first grid of voxels
+SIDE = 8 * QUERIES  # of the volume
 
 
 @dataclass(frozen=True, kw_only=True)
