@@ -77,6 +77,15 @@ def test_eval_and_quantized_copies_take_what_train_wrote(trained: Path, tersor_c
     assert {row[1] for row in rows} == {"red"}
 
 
+def test_one_class_is_not_trained_on(trained: Path, tmp_path: Path, tersor_command: Callable[..., Any]) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "empty").mkdir()
+    (tmp_path / "data" / "red").symlink_to(trained / "pictures" / "red")
+    ran = tersor_command("train", "vit", "--data", tmp_path / "data", "--out", tmp_path / "run")
+    assert ran.status == 2
+    assert ran.err == f"tersor: {tmp_path / 'data'} has one class, red; a classifier needs two or more\n"
+
+
 def test_unreadable_files_are_named_and_skipped(
     trained: Path, tmp_path: Path, tersor_command: Callable[..., Any]
 ) -> None:
