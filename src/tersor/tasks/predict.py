@@ -77,7 +77,10 @@ def open_predictor(
             settings = {"size": size, **IMAGENET}
         return Predictor(module, task, settings, {}, out, reference)
     opened = open_checkpoint(model)
-    task = _shown(*_task_of(opened.config), out, reference)
+    name, input = _task_of(opened.config)
+    task = _shown(name, input, out, reference)
+    if name == "classify" and opened.config.get("num_classes") == 0:
+        raise TersorError(f"{model} has no head (num_classes is 0): it gives features, and no classes")
     settings = image_settings(opened) if task.normalises else saved_settings(opened)
     return Predictor(load(opened, device=device).eval(), task, settings, labels_of(opened.config), out, reference)
 
