@@ -139,7 +139,7 @@ def export_module(
             session = _session(runtime, partial, exact=True)
             difference, same = 0.0, None
             sizes = [inputs]
-            if any(each.endswith("[0]") for each in dynamic):
+            if fixed is None:
                 sizes += [example_inputs(module, rows, image_size=image_size) for rows in (1, 3)]
             if "input_ids[1]" in dynamic:
                 sizes.append(_of_another_length(inputs, positions_of(module)))
@@ -288,8 +288,11 @@ _FIXED = re.compile(
 
 def _root(error: BaseException) -> str:
     """Where the trouble began, in one line: the exporter wraps an error in others that tell of its steps."""
+    around = error
     while error.__cause__ is not None:
-        error = error.__cause__
+        around, error = error, error.__cause__
+    if isinstance(error, AttributeError | TypeError | LookupError) and around is not error:  # the exporter's own mistake
+        return f"{first_words(around)} ({first_words(error)})"
     if missing := re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'", str(error)):
         numbers = " of complex numbers" if "complex-valued input" in str(error) else ""
         return f"ONNX has no form of the operation {missing[1]}{numbers}"
