@@ -291,7 +291,9 @@ def _root(error: BaseException) -> str:
     around = error
     while error.__cause__ is not None:
         around, error = error, error.__cause__
-    if isinstance(error, AttributeError | TypeError | LookupError) and around is not error:  # the exporter's own mistake
+    if (
+        isinstance(error, AttributeError | TypeError | LookupError) and around is not error
+    ):  # the exporter's own mistake
         return f"{first_words(around)} ({first_words(error)})"
     if missing := re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'", str(error)):
         numbers = " of complex numbers" if "complex-valued input" in str(error) else ""

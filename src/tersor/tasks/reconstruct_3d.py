@@ -25,8 +25,8 @@ from tersor.data.surfaces import surface_of, write_mesh
 from tersor.data.views import VIEWS, ViewsConfig, load_views, picture_of, view_of
 from tersor.errors import TersorError
 from tersor.files import replacing
+from tersor.layers.volumes import dice_loss, intersection_over_union
 from tersor.models.config import checked_config
-from tersor.models.vision.lrgt import SIDE, dice_loss, intersection_over_union
 from tersor.tasks.sheet import TILE, levels
 from tersor.tasks.task import Sets, Task, name_of, numbers_of
 from tersor.train.objectives import Batch
@@ -43,12 +43,13 @@ class Reconstructed:
     voxels: Path  # (side, side, side) of float32, from 0 to 1
     mesh: Path
     views: int
+    side: int  # of the voxels
     filled: int  # voxels
     faces: int
     closed: bool  # whether the mesh is
 
     def line(self) -> str:
-        seen = f"{self.path}: {self.views} view{'s' if self.views > 1 else ''}, {self.filled:,} of {SIDE**3:,} voxels filled"
+        seen = f"{self.path}: {self.views} view{'s' if self.views > 1 else ''}, {self.filled:,} of {self.side**3:,} voxels filled"
         surface = f"{self.faces:,} triangles{'' if self.closed else ' (not closed)'}"
         return f"{seen}, {surface}; {self.voxels}, {self.mesh}"
 
@@ -65,15 +66,24 @@ def objective(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
 
 
 def load_data(model: Any, data: Path, validation: Path | None, table: Mapping[str, Any]) -> Sets:
-    config, picture = checked_config(ViewsConfig, table, "data"), _size_of(model)
-    train = load_views(data, config, picture=picture, side=SIDE)
-    held_out = load_views(validation, config, picture=picture, side=SIDE, chance=False) if validation else None
+    config, picture, side = checked_config(ViewsConfig, table, "data"), _size_of(model), _side_of(model)
+    train = load_views(data, config, picture=picture, side=side)
+    held_out = load_views(validation, config, picture=picture, side=side, chance=False) if validation else None
     return Sets(train, held_out)
 
 
 def _size_of(model: Any) -> int:
     """Pixels of a side of each view."""
     return int(model.example_inputs(1)["views"].shape[-1])
+
+
+@torch.no_grad()
+def _side_of(model: Any) -> int:
+    """Voxels of a side of what the model makes. It is run to find out, which works for every model."""
+    was_training = model.training
+    side = int(model.eval()(**model.example_inputs(1)).shape[-1])
+    model.train(was_training)
+    return side
 
 
 @torch.no_grad()
@@ -93,7 +103,9 @@ def together(module: nn.Module, paths: Sequence[Path], *, out: Path) -> Reconstr
     with replacing(surface) as partial:
         write_mesh(mesh, partial, kind=MESH)
     filled = int((volume > THRESHOLD).sum())
-    return Reconstructed(first, voxels, surface, len(pictures), filled, len(mesh.faces), open_edges(mesh) == 0)
+    return Reconstructed(
+        first, voxels, surface, len(pictures), len(volume), filled, len(mesh.faces), open_edges(mesh) == 0
+    )
 
 
 def predict(

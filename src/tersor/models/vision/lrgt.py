@@ -43,7 +43,6 @@ on the order of merged tokens. Not proven: IoU on ShapeNet (.7590 with 3 views p
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,11 +53,12 @@ from torch.nn import functional as F
 from tersor.errors import TersorError
 from tersor.layers.checks import at_least, divides, one_of
 from tersor.layers.drop_path import DropPath, linear_rates
+from tersor.layers.volumes import dice_loss as dice_loss
+from tersor.layers.volumes import intersection_over_union as intersection_over_union
 from tersor.models import key_maps
 from tersor.models.registry import register
 
 QUERIES = 4  # a side of the first grid of voxels
-SIDE = 8 * QUERIES  # of the volume
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -463,21 +463,3 @@ class LRGT(nn.Module):
         absent = [key for key in missing if ".IFS." not in key]
         if absent or left_over:
             raise TersorError(f"this is no distilled DeiT of lrgt's size: {', '.join([*absent, *left_over][:4])}")
-
-
-def dice_loss(volume: Tensor, target: Tensor, *, smooth: float = 1.0, p: float = 2.0) -> Tensor:
-    """Mean over the batch of 1 - (sum v t + smooth) / (sum v^p + sum t^p + smooth); the published form, without a 2."""
-    v, t = volume.flatten(1), target.flatten(1)
-    agreement = (v * t).sum(1) + smooth
-    return (1 - agreement / (v.pow(p).sum(1) + t.pow(p).sum(1) + smooth)).mean()
-
-
-def intersection_over_union(volume: Tensor, target: Tensor, thresholds: Sequence[float] = (0.3, 0.4, 0.5)) -> Tensor:
-    """(thresholds, B). The published number is the best threshold's mean over all objects. Two empty volumes agree."""
-    t = target.flatten(1) > 0.5
-    rows = []
-    for threshold in thresholds:
-        v = volume.flatten(1) > threshold
-        union = (v | t).sum(1)
-        rows.append(torch.where(union > 0, (v & t).sum(1) / union.clamp(min=1), 1.0))
-    return torch.stack(rows)
