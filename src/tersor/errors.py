@@ -8,6 +8,10 @@ class TersorError(Exception):
     """
 
 
+class OptionError(TersorError, ValueError):
+    """An option of a model has a value that no such model can have."""
+
+
 class FinishedError(TersorError):
     """The very job was finished before: there is nothing to do. The command line says so and exits with status 0."""
 

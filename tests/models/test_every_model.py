@@ -75,6 +75,8 @@ def test_learns_by_its_own_task(info: ModelInfo) -> None:
         batch["target"] = torch.full_like(result, 0.5)
     elif info.task == "segment":
         batch["target"] = torch.zeros_like(result[:, 0], dtype=torch.int64)
+    elif info.task == "reconstruct-3d":
+        batch["target"] = torch.ones_like(result[:, 0])
     elif info.task == "encode-shape":
         batch["target"] = batch["query_points"].norm(dim=-1) - 0.8
     elif info.task == "graph-predict":

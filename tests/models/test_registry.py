@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -39,6 +40,23 @@ def test_an_unknown_name_lists_the_nearest() -> None:
 def test_an_unknown_option_names_the_nearest() -> None:
     with pytest.raises(TersorError, match="shvit_s1 has no option 'embed_dims'; did you mean 'embed_dim'"):
         tersor.models.create("shvit_s1", embed_dims=(8, 16, 24))
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value", "told"),
+    [
+        ("vit", "num_classes", -1, "vit's num_classes is a whole number from 0 on, not -1"),
+        ("shvit_s1", "num_classes", None, "shvit_s1's num_classes is a whole number from 0 on, not None"),
+        ("driver", "in_chans", 0, "driver's in_chans is a whole number from 1 on, not 0"),
+        ("smt_t", "in_chans", 2.5, r"smt_t's in_chans is a whole number from 1 on, not 2\.5"),
+        ("hopfield_bags", "num_classes", 0, "hopfield_bags needs num_classes of at least 1, not 0"),
+        ("pp_mobileseg_tiny", "num_classes", 0, "num_classes of at least 1, not 0"),
+    ],
+)
+def test_numbers_that_no_model_can_have_are_a_value_error(name: str, option: str, value: Any, told: str) -> None:
+    with pytest.raises(ValueError, match=told) as raised:
+        tersor.models.create(name, **{option: value})
+    assert isinstance(raised.value, TersorError)
 
 
 def test_what_is_no_model_of_ours_has_no_config() -> None:

@@ -227,3 +227,22 @@ def test_a_model_whose_shapes_depend_on_values_says_so(tmp_path: Path) -> None:
     with pytest.raises(TersorError, match="how many tokens are kept depends on the images"):
         export_module(small("ats"), tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+class Pairs(nn.Module):
+    """Of a batch of two and no other."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = x.unbind(0)
+        return torch.stack((first + second, first - second))
+
+    def example_inputs(self, batch_size: int = 2) -> dict[str, torch.Tensor]:
+        return {"x": torch.randn(batch_size, 3)}
+
+
+def test_a_batch_that_the_model_fixes_is_exported_as_it_is(tmp_path: Path) -> None:
+    found = export_module(Pairs(), tmp_path / "model.onnx")
+    assert found.dynamic == []
+    assert found.fixed == "tracing fixes x[0] at 2"
+    x = torch.randn(2, 3)
+    assert torch.allclose(run(tmp_path / "model.onnx", {"x": x}), Pairs()(x))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,26 @@ def test_eval_and_quantized_copies_take_what_train_wrote(trained: Path, tersor_c
     ran = tersor_command("predict", trained / "quantized", trained / "pictures" / "red", "--csv")
     rows = list(csv.reader(io.StringIO(ran.out)))
     assert {row[1] for row in rows} == {"red"}
+
+
+def test_one_class_is_not_trained_on(trained: Path, tmp_path: Path, tersor_command: Callable[..., Any]) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "empty").mkdir()
+    (tmp_path / "data" / "red").symlink_to(trained / "pictures" / "red")
+    ran = tersor_command("train", "vit", "--data", tmp_path / "data", "--out", tmp_path / "run")
+    assert ran.status == 2
+    assert ran.err == f"tersor: {tmp_path / 'data'} has one class, red; a classifier needs two or more\n"
+
+
+def test_a_model_without_a_head_names_no_classes(
+    trained: Path, tmp_path: Path, tersor_command: Callable[..., Any]
+) -> None:
+    shutil.copytree(trained / "run", tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config | {"num_classes": 0}))
+    ran = tersor_command("predict", tmp_path / "run", trained / "pictures")
+    assert ran.status == 2
+    assert ran.err == f"tersor: {tmp_path / 'run'} has no head (num_classes is 0): it gives features, and no classes\n"
 
 
 def test_unreadable_files_are_named_and_skipped(

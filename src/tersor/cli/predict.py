@@ -12,7 +12,7 @@ import typer
 from tersor.cli.options import AsJson, Device, print_json
 from tersor.cli.progress import progress_bar
 from tersor.errors import TersorError
-from tersor.tasks.predict import input_files, open_predictor, predictions
+from tersor.tasks.predict import grouped, input_files, open_predictor, predictions
 
 SKIPPED = 1  # the exit status where a file could not be read
 
@@ -37,7 +37,8 @@ def predict(
     device: Device = "auto",
 ) -> None:
     """Predict for files of your own, by the model's task: the five likeliest classes of a picture, point cloud or mesh, what
-    happens when in a video, the picture enlarged, the classes of its pixels, or what the nodes of a graph are.
+    happens when in a video, the picture enlarged, the classes of its pixels, the shape that several pictures show, or what the
+    nodes of a graph are.
 
     A file that cannot be read is named on standard error and skipped; the exit status is then 1.
 
@@ -47,7 +48,8 @@ def predict(
     if as_csv and as_json:
         raise TersorError("--csv and --json exclude each other")
     predictor = open_predictor(model, checkpoint=checkpoint, device=device, out=out, reference=reference)
-    files = input_files(inputs, predictor.task.suffixes, predictor.task.marker, predictor.task.inside)
+    task = predictor.task
+    files = grouped(input_files(inputs, task.suffixes, task.marker, task.inside), task)
     skipped, told = 0, []
     table = csv.writer(sys.stdout, lineterminator="\n")
     with progress_bar(quiet=len(files) == 1) as progress:

@@ -60,8 +60,8 @@ def _train(
         Path | None,
         typer.Option(
             "--data",
-            help="CSV or Parquet file (series, events), folder (or .npz) of images, folder of videos or point clouds, graph, "
-            "or text file; .gz too. Environment to act in: tmaze, or a name that gymnasium knows. "
+            help="CSV or Parquet file (series, events), folder (or .npz) of images, folder of videos, point clouds or objects, "
+            "graph, or text file; .gz too. Environment to act in: tmaze, or a name that gymnasium knows. "
             "lra/listops, lra/pathfinder and lra/pathx are drawn without.",
         ),
     ] = None,
@@ -79,8 +79,8 @@ def _train(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
     **options: Any,
 ) -> None:
-    """Train a model by its task: to classify images, videos or point clouds, enlarge or segment images, forecast series,
-    predict graphs, model text, or act.
+    """Train a model by its task: to classify images, videos or point clouds, enlarge or segment images, find shapes, forecast
+    series, predict graphs, model text, or act.
 
     `tersor train lra/TASK --model MODEL` trains a sequence model on listops, text, retrieval, image, pathfinder or pathx;
     `--set pretrain.epochs=N` first trains it to fill holes in the same sequences.

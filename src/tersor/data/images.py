@@ -160,6 +160,17 @@ def alpha_cut(path: Path, *, margin: float = 0.1) -> Any:
     return _opened(path, cut)
 
 
+def open_with_alpha(path: Path) -> Any:
+    """An RGBA image of Pillow, turned as the camera was held."""
+
+    def convert(opened: Any) -> Any:
+        image = importlib.import_module("PIL.ImageOps").exif_transpose(opened)
+        clear = "A" in image.getbands() or "transparency" in image.info
+        return image.convert("RGBA") if clear else _to_rgb(image).convert("RGBA")
+
+    return _opened(path, convert)
+
+
 def open_mask(path: Path) -> Any:
     """The numbers of a picture of one channel as they are stored, of a palette the colours' numbers: (H, W), int64."""
 
@@ -273,6 +284,19 @@ def picture_files(path: Path) -> list[Path]:
     if not files:
         raise TersorError(f"{path} is no folder with pictures ({', '.join(sorted(SUFFIXES))}) in it")
     return files
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The pictures that lie in a folder itself; what is hidden is passed over."""
+    inside = sorted(each for each in folder.iterdir() if not _is_hidden(each.name))
+    return [each for each in inside if each.suffix.lower() in SUFFIXES and each.is_file()]
+
+
+def folders_of_pictures(folder: Path) -> list[Path]:
+    """The folder and those below it in which pictures lie; what is hidden is passed over."""
+    inside = [folder, *sorted(folder.rglob("*"))]
+    shown = [each for each in inside if not any(map(_is_hidden, each.relative_to(folder).parts))]
+    return [each for each in shown if each.is_dir() and pictures_in(each)]
 
 
 def _is_hidden(name: str) -> bool:

@@ -24,8 +24,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tersor.data.images import FILTERS, PIXELS, ImageConfig, open_image, open_timed_frames
-from tersor.data.images import SUFFIXES as PICTURES
+from tersor.data.images import (
+    FILTERS,
+    PIXELS,
+    ImageConfig,
+    folders_of_pictures,
+    open_image,
+    open_timed_frames,
+    pictures_in,
+)
 from tersor.data.masks import scaled
 from tersor.data.seeding import mixed_seed
 from tersor.errors import TersorError
@@ -61,7 +68,7 @@ class VideoConfig:
 def frames_of(path: Path, config: VideoConfig) -> Iterator[Frame]:
     """Every stride-th frame with its time, scaled. Raises TersorError where the file is no video."""
     if path.is_dir():
-        pictures = sorted(each for each in path.iterdir() if _is_picture(each))
+        pictures = pictures_in(path)
         if not pictures:
             raise TersorError(f"{path} holds no pictures")
         for number in range(0, len(pictures), config.stride):
@@ -181,8 +188,4 @@ def videos_in(folder: Path) -> list[Path]:
     inside = [folder, *sorted(folder.rglob("*"))]
     shown = [each for each in inside if not any(part.startswith(".") for part in each.relative_to(folder).parts)]
     found = [each for each in shown if each.suffix.lower() in SUFFIXES and each.is_file()]
-    return found + [each for each in shown if each.is_dir() and any(_is_picture(file) for file in each.iterdir())]
-
-
-def _is_picture(path: Path) -> bool:
-    return path.suffix.lower() in PICTURES and not path.name.startswith(".") and path.is_file()
+    return found + folders_of_pictures(folder)

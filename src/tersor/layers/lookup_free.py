@@ -87,7 +87,7 @@ def to_indices(z: Tensor) -> Tensor:
 def to_codes(indices: Tensor, bits: int) -> Tensor:
     """(...) -> (..., bits) float32 of -1 and 1, the inverse."""
     shifts = torch.arange(bits - 1, -1, -1, device=indices.device)
-    return ((indices[..., None] >> shifts) & 1).float() * 2 - 1
+    return (torch.bitwise_right_shift(indices[..., None], shifts) & 1).float() * 2 - 1
 
 
 def _entropy(p: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tersor.errors import TersorError
+from tersor.errors import OptionError, TersorError
 from tersor.models.config import config_from_dict, config_to_dict
 
 if TYPE_CHECKING:
@@ -114,7 +114,19 @@ def create(name: str, /, *, features_only: bool = False, **overrides: Any) -> nn
     info = find(name)
     model_class = info.load_class()
     config_class = typing.get_type_hints(model_class.__init__)["config"]
+    _check_numbers(name, overrides)
     return model_class(config_from_dict(config_class, {**info.overrides, **overrides}, of=name))
+
+
+LEAST = {"num_classes": 0, "in_chans": 1}  # options that many models share, which users set
+
+
+def _check_numbers(name: str, options: Mapping[str, Any]) -> None:
+    """Raise OptionError where one of them is no number from its least on."""
+    for option, least in LEAST.items():
+        value = options.get(option, least)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise OptionError(f"{name}'s {option} is a whole number from {least} on, not {value!r}")
 
 
 def options_of(name: str, facts: Mapping[str, Any]) -> dict[str, Any]:

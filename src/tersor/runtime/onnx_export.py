@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from tersor.calibrate.batches import without_cache
 from tersor.checkpoint.load import load
@@ -139,7 +139,7 @@ def export_module(
             session = _session(runtime, partial, exact=True)
             difference, same = 0.0, None
             sizes = [inputs]
-            if any(each.endswith("[0]") for each in dynamic):
+            if fixed is None:
                 sizes += [example_inputs(module, rows, image_size=image_size) for rows in (1, 3)]
             if "input_ids[1]" in dynamic:
                 sizes.append(_of_another_length(inputs, positions_of(module)))
@@ -256,6 +256,8 @@ def _axis_names(dynamic: Mapping[str, Mapping[int, Any]]) -> list[str]:
 
 
 def _export(module: nn.Module, inputs: Inputs, opset: int, dynamic: Any) -> Any:
+    # copies: a try that fails leaves its marks of sizes on the tensors, and the next one would obey them
+    inputs = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, inputs)
     with _quiet():
         traced = torch.export.export(module, (), inputs, dynamic_shapes=dynamic)
         program = torch.onnx.export(traced, opset_version=opset, custom_translation_table=translations(), verbose=False)
@@ -279,12 +281,25 @@ def _quiet() -> Iterator[None]:
             log.setLevel(level)
 
 
+_FIXED = re.compile(
+    r"marked L\['(\w+)'\]\.size\(\)\[(\d+)\] as dynamic but your code specialized it to be a constant \((\d+)\)"
+)
+
+
 def _root(error: BaseException) -> str:
     """Where the trouble began, in one line: the exporter wraps an error in others that tell of its steps."""
+    around = error
     while error.__cause__ is not None:
-        error = error.__cause__
+        around, error = error, error.__cause__
+    if (
+        isinstance(error, AttributeError | TypeError | LookupError) and around is not error
+    ):  # the exporter's own mistake
+        return f"{first_words(around)} ({first_words(error)})"
     if missing := re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'", str(error)):
-        return f"ONNX has no form of the operation {missing[1]}"
+        numbers = " of complex numbers" if "complex-valued input" in str(error) else ""
+        return f"ONNX has no form of the operation {missing[1]}{numbers}"
+    if fixed := _FIXED.search(str(error)):
+        return f"tracing fixes {fixed[1]}[{fixed[2]}] at {fixed[3]}"
     return first_words(error, 300)
 
 

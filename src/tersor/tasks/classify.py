@@ -54,7 +54,10 @@ def load_data(model: Any, data: Path, validation: Path | None, table: Mapping[st
 
 
 def check_classes(model: Any, train: Any, held_out: Any, data: Path, validation: Path | None) -> None:
-    """Raise TersorError where two sets of labelled files have unlike classes, or more than the model has."""
+    """Raise TersorError where two sets of labelled files have unlike classes, or more than the model has, or where there is
+    one class only."""
+    if len(set(train.labels)) < 2:
+        raise TersorError(f"{data} has one class, {train.classes[train.labels[0]]}; a classifier needs two or more")
     if held_out is not None and held_out.classes != train.classes:
         other = sorted(set(held_out.classes) ^ set(train.classes))
         raise TersorError(f"{data} and {validation} do not have the same classes: {other[0]} is in one of them")

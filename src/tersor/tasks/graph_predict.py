@@ -17,7 +17,7 @@ from tersor.files import replacing
 from tersor.tasks import node_classify
 from tersor.tasks.graph_inputs import ManyGraphs, check_sizes, class_names, flat_inputs
 from tersor.tasks.node_classify import NodeClasses, check_features, graph_config, saved_config, settings_of
-from tersor.tasks.task import Sets, Task
+from tersor.tasks.task import Sets, Task, name_of
 from tersor.train.objectives import graph_prediction
 
 BLOCK = 64  # graphs at a time
@@ -80,7 +80,7 @@ def predict(
     logits = graph_logits(module, graph)
     names = class_names(labels, logits.shape[1])
     kind = settings.get("target", "numbers")
-    file = out / f"{path.stem}_graphs.csv"
+    file = out / f"{name_of(path)}_graphs.csv"
     called = graph.names or tuple(map(str, range(graph.count)))
     with replacing(file) as partial, partial.open("w", newline="", encoding="utf-8") as text:
         rows = csv.writer(text, lineterminator="\n")

@@ -29,7 +29,7 @@ from tersor.tasks.graph_inputs import (
     flat_inputs,
     samples_neighbours,
 )
-from tersor.tasks.task import Sets, Task
+from tersor.tasks.task import Sets, Task, name_of
 from tersor.train.objectives import graph_prediction
 
 BLOCK = 256  # nodes at a time, where neighbours are sampled
@@ -92,7 +92,7 @@ def predict(
     logits = node_logits(module, graph, settings.get("seed", 0))
     shares, numbers = logits.softmax(1).max(1)
     names = class_names(labels, logits.shape[1])
-    file = out / f"{path.stem}_nodes.csv"
+    file = out / f"{name_of(path)}_nodes.csv"
     called = graph.names or tuple(map(str, range(len(graph.x))))
     with replacing(file) as partial, partial.open("w", newline="", encoding="utf-8") as text:
         rows = csv.writer(text, lineterminator="\n")

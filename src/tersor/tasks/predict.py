@@ -17,6 +17,7 @@ from tersor.checkpoint.source import open_checkpoint
 from tersor.devices import pick_device
 from tersor.errors import TersorError
 from tersor.tasks import Prediction, Task, task_of
+from tersor.tasks.task import name_of
 from tersor.untrusted import readable
 
 # The end of a transformers class's name -> our task, for those that `tersor predict` shows.
@@ -36,8 +37,13 @@ class Predictor:
     out: Path | None = None  # the folder for results that are files
     reference: Path | None = None  # what they are compared with: a file, or a folder with files of the inputs' names
 
-    def __call__(self, path: Path) -> Prediction:
+    def __call__(self, path: Path, *others: Path) -> Prediction:
+        """others: further files of the same input."""
         assert self.task.predict is not None
+        if others:
+            assert self.task.together is not None
+            assert self.out is not None
+            return self.task.together(self.module, (path, *others), out=self.out)
         return self.task.predict(
             self.module,
             path,
@@ -71,7 +77,10 @@ def open_predictor(
             settings = {"size": size, **IMAGENET}
         return Predictor(module, task, settings, {}, out, reference)
     opened = open_checkpoint(model)
-    task = _shown(*_task_of(opened.config), out, reference)
+    name, input = _task_of(opened.config)
+    task = _shown(name, input, out, reference)
+    if name == "classify" and opened.config.get("num_classes") == 0:
+        raise TersorError(f"{model} has no head (num_classes is 0): it gives features, and no classes")
     settings = image_settings(opened) if task.normalises else saved_settings(opened)
     return Predictor(load(opened, device=device).eval(), task, settings, labels_of(opened.config), out, reference)
 
@@ -111,9 +120,20 @@ def input_files(
     return list(dict.fromkeys(found))
 
 
-def predictions(predictor: Predictor, files: Sequence[Path]) -> Iterator[tuple[Path, Prediction | TersorError]]:
-    """Yields each file with its prediction, or with the error where it cannot be read. Raises TersorError where the results of
-    two files would have one name, or several files would be compared with one."""
+def grouped(files: Sequence[Path], task: Task) -> list[tuple[Path, ...]]:
+    """The files of each input. Where the task takes files together, those that are no folders are one input, the first."""
+    if task.together is None:
+        return [(each,) for each in files]
+    named = tuple(each for each in files if not each.is_dir())
+    return [named] * bool(named) + [(each,) for each in files if each.is_dir()]
+
+
+def predictions(
+    predictor: Predictor, inputs: Sequence[tuple[Path, ...]]
+) -> Iterator[tuple[Path, Prediction | TersorError]]:
+    """Yields the first file of each input with its prediction, or with the error where one cannot be read. Raises TersorError
+    where the results of two inputs would have one name, or several would be compared with one file."""
+    files = [first for first, *_ in inputs]
     if len(files) > 1 and predictor.reference is not None and not predictor.reference.is_dir():
         raise TersorError(
             f"{len(files)} files are not compared with one, {predictor.reference}; --reference takes a folder"
@@ -121,15 +141,15 @@ def predictions(predictor: Predictor, files: Sequence[Path]) -> Iterator[tuple[P
     if predictor.out is not None:
         first: dict[str, Path] = {}
         for path in files:
-            if (other := first.setdefault(path.stem, path)) != path:
+            if (other := first.setdefault(name_of(path), path)) != path:
                 raise TersorError(
-                    f"{other} and {path} have one name, {path.stem}, and so would their results; rename one"
+                    f"{other} and {path} have one name, {name_of(path)}, and so would their results; rename one"
                 )
         with readable(predictor.out):
             predictor.out.mkdir(parents=True, exist_ok=True)
-    for path in files:
+    for path, *others in inputs:
         try:
-            yield path, predictor(path)
+            yield path, predictor(path, *others)
         except TersorError as error:
             yield path, error
 

@@ -53,6 +53,17 @@ class Predict(Protocol):
     ) -> Prediction: ...
 
 
+class Together(Protocol):
+    """Predicts for files, or folders of files, that show one thing, and writes what it finds to the folder `out`."""
+
+    def __call__(self, module: nn.Module, paths: Sequence[Path], *, out: Path) -> Prediction: ...
+
+
+def name_of(path: Path) -> str:
+    """Of the results for an input."""
+    return path.resolve().name if path.is_dir() else path.stem
+
+
 @dataclass(frozen=True)
 class Order:
     """What `tersor sample` was asked for; None where an option was not given."""
@@ -96,6 +107,7 @@ class Task:
     predict: Predict | None = None  # None where no verb shows predictions of this task yet
     suffixes: frozenset[str] = frozenset()  # of the files that it reads
     inside: Callable[[Path], Sequence[Path]] | None = None  # the inputs in a folder, where they are not files alone
+    together: Together | None = None  # files that are named are one input; None: each is one
     marker: str = ""  # the name of a file that makes a folder one input
     writes: bool = False  # whether its results are files
     compares: bool = False  # whether results can be compared with a reference

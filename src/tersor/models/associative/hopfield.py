@@ -46,6 +46,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tersor.errors import TersorError
+from tersor.layers.checks import at_least
 from tersor.models.registry import register
 
 
@@ -154,6 +155,10 @@ class HopfieldLayerConfig(HopfieldConfig):
 @dataclass(frozen=True, kw_only=True)
 class HopfieldBagsConfig(HopfieldPoolingConfig):
     num_classes: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("hopfield_bags", 1, num_classes=self.num_classes)
 
 
 def update(state: Tensor, stored: Tensor, beta: float) -> Tensor:

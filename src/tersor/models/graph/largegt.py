@@ -202,7 +202,8 @@ class LargeGTLayer(nn.Module):
         )
         counts = self.counts()
         dropout = self.config.attn_dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, counts.to(q.dtype).log()[None], dropout)
+        bias = counts.to(q.dtype).log()[None]
+        y = F.scaled_dot_product_attention(q[None], k[None], v[None], bias, dropout)[0]  # ONNX's has a batch
         if self.training:
             self._assign(batch_idx, self.vq.update(x), counts)
         return rearrange(y, "h n d -> n (h d)")

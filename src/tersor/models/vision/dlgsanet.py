@@ -219,7 +219,7 @@ class ChannelAttention(nn.Module):
         parts = self._attend(torch.cat([qkv[:, :, i : i + rows, j : j + columns] for i, j in places]))
         total = qkv.new_zeros(batch, channels // 3, height, width)
         count = qkv.new_zeros(height, width)
-        for (i, j), part in zip(places, parts.chunk(len(places)), strict=True):
+        for (i, j), part in zip(places, parts.view(len(places), -1, *parts.shape[1:]), strict=True):
             total[:, :, i : i + rows, j : j + columns] += part
             count[i : i + rows, j : j + columns] += 1
         return total / count

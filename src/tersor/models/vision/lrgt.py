@@ -6,6 +6,11 @@ What it is for: voxels of an object from any number of pictures of it, whose cam
     volume = model(views)                                           # views (B, V, 3, 224, 224) -> (B, 1, 32, 32, 32)
     occupied = volume > 0.4
 
+    tersor predict lrgt chair/ --checkpoint LRGT.pth --out shapes   # a folder of pictures -> chair.npy (voxels), chair.obj (mesh)
+
+The published weights want pictures as `tersor.data.views.view_of` prepares them: B, G, R from -1 to 1, light grey around the
+object.
+
 Encoder: DeiT-B over the 14 x 14 patches of each view, without class tokens. Some of its blocks attend across views, in
 groups spread over the picture (LGA): with a side of s groups, patch (row, column) belongs to group (row mod s, column
 mod s), so that each of s^2 groups holds (14 / s)^2 V tokens. A depthwise 3x3 convolution of v within each view (IFS)
@@ -38,7 +43,6 @@ on the order of merged tokens. Not proven: IoU on ShapeNet (.7590 with 3 views p
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +53,8 @@ from torch.nn import functional as F
 from tersor.errors import TersorError
 from tersor.layers.checks import at_least, divides, one_of
 from tersor.layers.drop_path import DropPath, linear_rates
+from tersor.layers.volumes import dice_loss as dice_loss
+from tersor.layers.volumes import intersection_over_union as intersection_over_union
 from tersor.models import key_maps
 from tersor.models.registry import register
 
@@ -457,21 +463,3 @@ class LRGT(nn.Module):
         absent = [key for key in missing if ".IFS." not in key]
         if absent or left_over:
             raise TersorError(f"this is no distilled DeiT of lrgt's size: {', '.join([*absent, *left_over][:4])}")
-
-
-def dice_loss(volume: Tensor, target: Tensor, *, smooth: float = 1.0, p: float = 2.0) -> Tensor:
-    """Mean over the batch of 1 - (sum v t + smooth) / (sum v^p + sum t^p + smooth); the published form, without a 2."""
-    v, t = volume.flatten(1), target.flatten(1)
-    agreement = (v * t).sum(1) + smooth
-    return (1 - agreement / (v.pow(p).sum(1) + t.pow(p).sum(1) + smooth)).mean()
-
-
-def intersection_over_union(volume: Tensor, target: Tensor, thresholds: Sequence[float] = (0.3, 0.4, 0.5)) -> Tensor:
-    """(thresholds, B). The published number is the best threshold's mean over all objects. Two empty volumes agree."""
-    t = target.flatten(1) > 0.5
-    rows = []
-    for threshold in thresholds:
-        v = volume.flatten(1) > threshold
-        union = (v | t).sum(1)
-        rows.append(torch.where(union > 0, (v & t).sum(1) / union.clamp(min=1), 1.0))
-    return torch.stack(rows)
