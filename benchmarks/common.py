@@ -116,6 +116,19 @@ def hardware() -> str:
     return f"{processor()}, {torch.get_num_threads()} thread(s), {platform.system()}"
 
 
+def peak_growth(call: Callable[[], object]) -> int:
+    """Bytes that a call needs at its peak beyond what the process held before it. Linux alone."""
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak
+    before = _status("VmRSS")
+    call()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
+
+
 def machine() -> str:
     return f"{hardware()}; {versions()}"
 

@@ -25,11 +25,10 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import gpu_seconds, kept_numbers, processor, versions, write_numbers, write_table
+from common import gpu_seconds, kept_numbers, peak_growth, processor, versions, write_numbers, write_table
 from torch import nn
 
 import tersor
@@ -103,15 +102,7 @@ def peak(call: Callable[[], object], device: str) -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak
-    before = _status("VmRSS")
-    call()
-    return max(0, _status("VmHWM") - before)
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
+    return peak_growth(call)
 
 
 def timed(call: Callable[[], object], device: str) -> float:
