@@ -73,8 +73,9 @@ def competitors(prompt: int, new: int) -> dict[str, Callable[[], Turn]]:
             ours(rounded=True, bits=4, head_bits=HEAD_BITS), capacity=capacity, take_over=True
         ),
     }
-    for engine in engines.values():
-        take_turn(engine, ids[:, :8], 3)  # what is compiled or allocated at first does not count
+    with torch.inference_mode():
+        for engine in engines.values():
+            take_turn(engine, ids[:, :8], 3)  # what is compiled or allocated at first does not count
     return {name: lambda engine=engine: take_turn(engine, ids, new) for name, engine in engines.items()}
 
 
@@ -107,9 +108,10 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     prompt, new = arguments.prompt_tokens, arguments.new_tokens
+    engines = competitors(prompt, new)  # not in inference mode, as users load them
     with torch.inference_mode():
         turns = measure(
-            competitors(prompt, new),
+            engines,
             repeats=arguments.turns,
             warm_up=0,
             progress=lambda name, done, total: print(f"turn {done + 1} of {total}: {name}", file=sys.stderr),

@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 namespace {
 
@@ -61,6 +62,70 @@ inline float softplus(float x) {
 
 inline float silu(float x) { return x / (1.0f + exponential(-x)); }
 
+// One token of the convolution: what a channel's sum needs lies side by side.
+void conv_one(const float* x, int64_t stride, const float* weight, const float* bias, const float* before, float* after,
+              float* y, int64_t batch, int64_t channels, int64_t width, int activate, int threads) {
+    const int64_t past = width - 1;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t b = 0; b < batch; ++b) {
+        const float* in = x + b * stride;
+        float *out = y + b * channels, *next = after + b * channels * past;
+        for (int64_t c = 0; c < channels; ++c, next += past) {
+            const float* own = before == nullptr ? nullptr : before + (b * channels + c) * past;
+            const float* w = weight + c * width;
+            float sum = bias == nullptr ? 0.0f : bias[c];
+            for (int64_t k = 0; k < past && own != nullptr; ++k) sum += w[k] * own[k];
+            for (int64_t k = 0; k + 1 < past; ++k) next[k] = own == nullptr ? 0.0f : own[k + 1];
+            if (past > 0) next[past - 1] = in[c];
+            out[c] = sum + w[past] * in[c];
+        }
+        if (activate) {
+#pragma omp simd
+            for (int64_t c = 0; c < channels; ++c) out[c] = silu(out[c]);
+        }
+    }
+}
+
+// One token of the scan: the numbers of a channel's state lie side by side, and the loop over them is the vector. N: their count
+// where the compiler may know it, else 0.
+template <int N>
+void scan_one(const float* x, const float* dt, const float* A, const float* B, const float* C, float* y, float* state,
+              int64_t batch, int64_t channels, int64_t count, const float* D, const float* z, int64_t z_stride,
+              int positive, int threads) {
+    const int64_t n = N ? N : count;
+    const int64_t blocks = (channels + LANES - 1) / LANES;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t index = 0; index < batch * blocks; ++index) {
+        const int64_t b = index / blocks, first = index % blocks * LANES;
+        const int64_t lanes = channels - first < LANES ? channels - first : LANES;
+        alignas(64) float step[LANES] = {}, gate[LANES] = {}, out[LANES];
+        const float *Bt = B + b * n, *Ct = C + b * n, *in = x + b * channels + first;
+        for (int64_t lane = 0; lane < lanes; ++lane) step[lane] = dt[b * channels + first + lane];
+        if (positive) {
+#pragma omp simd
+            for (int lane = 0; lane < LANES; ++lane) step[lane] = softplus(step[lane]);
+        }
+        for (int64_t lane = 0; lane < lanes; ++lane) {
+            const float* a = A + (first + lane) * n;
+            float* h = state + (b * channels + first + lane) * n;
+            const float by = step[lane], moved = by * in[lane];
+            float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+            for (int64_t i = 0; i < n; ++i) {
+                h[i] = exponential(by * a[i]) * h[i] + moved * Bt[i];
+                sum += h[i] * Ct[i];
+            }
+            out[lane] = sum + (D == nullptr ? 0.0f : D[first + lane] * in[lane]);
+        }
+        if (z != nullptr) {
+            for (int64_t lane = 0; lane < lanes; ++lane) gate[lane] = z[b * z_stride + first + lane];
+#pragma omp simd
+            for (int lane = 0; lane < LANES; ++lane) out[lane] *= silu(gate[lane]);
+        }
+        for (int64_t lane = 0; lane < lanes; ++lane) y[b * channels + first + lane] = out[lane];
+    }
+}
+
 }  // namespace
 
 extern "C" {
@@ -70,36 +135,40 @@ extern "C" {
 void tersor_causal_conv(const float* x, int64_t stride, const float* weight, const float* bias, const float* before,
                         float* after, float* y, int64_t batch, int64_t tokens, int64_t channels, int64_t width,
                         int activate, int threads) {
-    const int64_t blocks = (channels + LANES - 1) / LANES, past = width - 1;
+    if (tokens == 1) {
+        conv_one(x, stride, weight, bias, before, after, y, batch, channels, width, activate, threads);
+        return;
+    }
+    const int64_t past = width - 1;
+    std::vector<float> by_place(width * channels), seen(batch * past * channels);  // [width, channels], [batch, past, channels]
+    for (int64_t c = 0; c < channels; ++c) {
+        for (int64_t k = 0; k < width; ++k) by_place[k * channels + c] = weight[c * width + k];
+        for (int64_t b = 0; b < batch && before != nullptr; ++b) {
+            for (int64_t k = 0; k < past; ++k) seen[(b * past + k) * channels + c] = before[(b * channels + c) * past + k];
+        }
+    }
+    const auto row_of = [&](int64_t b, int64_t t) {
+        return t < 0 ? seen.data() + (b * past + past + t) * channels : x + (b * tokens + t) * stride;
+    };
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t index = 0; index < batch * blocks; ++index) {
-        const int64_t b = index / blocks, first = index % blocks * LANES;
-        const int64_t lanes = channels - first < LANES ? channels - first : LANES;
-        alignas(64) float w[16][LANES] = {}, seen[16][LANES] = {}, offset[LANES] = {}, sum[LANES];
-        const int64_t own = (b * channels + first) * past;
-        for (int64_t lane = 0; lane < lanes; ++lane) {
-            for (int64_t k = 0; k < width; ++k) w[k][lane] = weight[(first + lane) * width + k];
-            for (int64_t k = 0; k < past; ++k) seen[k][lane] = before == nullptr ? 0.0f : before[own + lane * past + k];
-            offset[lane] = bias == nullptr ? 0.0f : bias[first + lane];
-        }
-        for (int64_t t = 0; t < tokens; ++t) {
-            const float* in = x + (b * tokens + t) * stride + first;
-            float* out = y + (b * tokens + t) * channels + first;
-            for (int64_t lane = 0; lane < lanes; ++lane) seen[past][lane] = in[lane];
-            for (int lane = 0; lane < LANES; ++lane) sum[lane] = offset[lane];
-            for (int64_t k = 0; k < width; ++k) {
+    for (int64_t index = 0; index < batch * tokens; ++index) {
+        const int64_t b = index / tokens, t = index % tokens;
+        float* out = y + index * channels;
+        for (int64_t c = 0; c < channels; ++c) out[c] = bias == nullptr ? 0.0f : bias[c];
+        for (int64_t k = 0; k < width; ++k) {
+            const float *row = row_of(b, t - past + k), *w = by_place.data() + k * channels;
 #pragma omp simd
-                for (int lane = 0; lane < LANES; ++lane) sum[lane] += w[k][lane] * seen[k][lane];
-            }
-            if (activate) {
-#pragma omp simd
-                for (int lane = 0; lane < LANES; ++lane) sum[lane] = silu(sum[lane]);
-            }
-            for (int64_t lane = 0; lane < lanes; ++lane) out[lane] = sum[lane];
-            for (int64_t k = 0; k < past; ++k) std::memcpy(seen[k], seen[k + 1], sizeof seen[k]);
+            for (int64_t c = 0; c < channels; ++c) out[c] += w[c] * row[c];
         }
-        for (int64_t lane = 0; lane < lanes; ++lane) {
-            for (int64_t k = 0; k < past; ++k) after[own + lane * past + k] = seen[k][lane];
+        if (activate) {
+#pragma omp simd
+            for (int64_t c = 0; c < channels; ++c) out[c] = silu(out[c]);
+        }
+    }
+    for (int64_t b = 0; b < batch; ++b) {
+        for (int64_t k = 0; k < past; ++k) {
+            const float* row = row_of(b, tokens - past + k);
+            for (int64_t c = 0; c < channels; ++c) after[(b * channels + c) * past + k] = row[c];
         }
     }
 }
@@ -111,12 +180,19 @@ void tersor_causal_conv(const float* x, int64_t stride, const float* weight, con
 void tersor_selective_scan(const float* x, const float* dt, const float* A, const float* B, const float* C, float* y,
                            float* state, float* before, int64_t batch, int64_t tokens, int64_t channels, int64_t n,
                            int64_t chunk, const float* D, const float* z, int64_t z_stride, int positive, int threads) {
+    if (tokens == 1 && before == nullptr) {
+        const auto scan = n == 16 ? scan_one<16> : scan_one<0>;
+        scan(x, dt, A, B, C, y, state, batch, channels, n, D, z, z_stride, positive, threads);
+        return;
+    }
     const int64_t blocks = (channels + LANES - 1) / LANES;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t index = 0; index < batch * blocks; ++index) {
         const int64_t b = index / blocks, first = index % blocks * LANES;
         const int64_t width = channels - first < LANES ? channels - first : LANES;
-        alignas(64) float h[256][LANES] = {}, a[256][LANES] = {};
+        alignas(64) float h[256][LANES], a[256][LANES];
+        std::memset(h, 0, n * sizeof h[0]);  // of what is used: clearing all takes longer than one token
+        std::memset(a, 0, n * sizeof a[0]);
         alignas(64) float step[LANES] = {}, in[LANES] = {}, gate[LANES] = {}, skip[LANES] = {}, now[LANES] = {}, out[LANES];
         float* own = state + (b * channels + first) * n;
         for (int64_t lane = 0; lane < width; ++lane) {

@@ -16,6 +16,7 @@ from tersor.kernels import quantized_matmul_cpu as cpu
 SOURCE = Path(__file__).with_suffix(".cpp")
 LARGEST_STATE = 256  # numbers a channel
 WIDEST = 16  # inputs that a convolution sees
+_FLAGS = ("-fno-trapping-math",)  # without it, GCC does not vectorize a loop with a comparison in it
 _WORTH_THREADS = 2**17  # channels * tokens * state numbers; for less work, waking threads costs more than they save
 
 
@@ -24,7 +25,7 @@ def _library() -> ctypes.CDLL | None:
     """The library, built for the best instructions that processor and compiler share; None where it cannot be built."""
     for name in cpu.supported():
         try:
-            found = cpp.load(SOURCE, cpu.FLAGS[name])
+            found = cpp.load(SOURCE, (*cpu.FLAGS[name], *_FLAGS))
         except (cpp.CompileError, OSError):
             continue
         pointer, integer = ctypes.c_void_p, ctypes.c_int64
