@@ -4,6 +4,8 @@
     OMP_NUM_THREADS=1 python benchmarks/sequence_lengths.py --device cpu --write   about ten minutes of processor time
     ... --quick                                                                    whether it runs
 
+With --write, a call goes on with the models that the kept .json does not hold; remove that file to begin anew.
+
 Each model has one layer (algoformer its loop, twice, between two; thor one on either side) of width 128, two heads of 64 where it
 has heads, and random weights: with its input, its head and all that surrounds the layer, in float32, on a GPU with products in
 TF32. The input is one sequence on a CPU and four on a GPU. A forward pass is without gradients; forward and backward is that of
@@ -25,7 +27,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import command, gpu, gpu_seconds, machine, processor, refuse_to_keep_quick, write_numbers, write_table
+from common import (
+    command,
+    gpu,
+    gpu_seconds,
+    kept_numbers,
+    machine,
+    processor,
+    refuse_to_keep_quick,
+    write_numbers,
+    write_table,
+)
 from torch import Tensor, nn
 
 from tersor import models
@@ -193,6 +205,7 @@ def measure(kind: Kind, device: str, lengths: tuple[int, ...]) -> list[Row]:
 
 def table(rows: list[Row]) -> list[str]:
     lines = []
+    order = [kind.name for kind in KINDS]
     for passed in PASSES:
         lines += ["", f"### {passed.capitalize()}", ""]
         lines += [
@@ -201,7 +214,7 @@ def table(rows: list[Row]) -> list[str]:
             + " | exponent | MiB at the same | exponent |"
         ]
         lines += ["| --- | ---: | ---: | ---: | ---: |"]
-        for name in dict.fromkeys(row.model for row in rows):
+        for name in sorted({row.model for row in rows}, key=order.index):
             mine = [row for row in rows if row.model == name and row.passed == passed]
             if not mine:
                 continue
@@ -267,9 +280,11 @@ def main() -> None:
     refuse_to_keep_quick(asked)
     torch.set_float32_matmul_precision("high")
     lengths = (256, 512) if asked.quick else LENGTHS
-    rows: list[Row] = []
+    kept = kept_numbers(f"sequence_lengths_{asked.device}").get("rows", []) if asked.write else []
+    rows = [Row(**row) for row in kept]
+    done = {row.model for row in rows}
     for kind in KINDS:
-        if not asked.only or kind.name in asked.only:
+        if kind.name not in done and (not asked.only or kind.name in asked.only):
             try:
                 rows += measure(kind, asked.device, lengths)
                 if asked.write:  # after each model: what is done is kept where a call is stopped
@@ -285,7 +300,7 @@ def main() -> None:
 
 def keep(rows: list[Row], device: str) -> None:
     name = f"sequence_lengths_{device}"
-    about = (__doc__ or "").split("\n\n", 2)[2].strip()
+    about = (__doc__ or "").split("\n\n", 3)[3].strip()
     where = gpu() if device == "cuda" else machine()
     shown = f"drawn in docs/images/sequence-lengths-{device}.png"
     write_numbers(name, {"rows": [asdict(row) for row in rows], "where": where})

@@ -10,7 +10,7 @@ from tersor.kernels import mamba_cpu
 from tersor.kernels.selective_scan import reference, selective_scan
 from tersor.layers.causal_conv import CausalConv1d
 
-needs_compiler = pytest.mark.skipif(mamba_cpu._library() is None, reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(mamba_cpu.library() is None, reason="no C++ compiler")
 
 
 @needs_compiler

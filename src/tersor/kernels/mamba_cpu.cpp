@@ -7,6 +7,7 @@
 // Sixteen channels go side by side, as the compiler vectorizes loops over them, so that the sum over n needs no exchange
 // between lanes. Their states stay in registers or the first cache from the first token to the last.
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -124,6 +125,57 @@ void scan_one(const float* x, const float* dt, const float* A, const float* B, c
         }
         for (int64_t lane = 0; lane < lanes; ++lane) y[b * channels + first + lane] = out[lane];
     }
+}
+
+struct Call {  // as in quantized_matmul_cpu.cpp
+    const void* x;
+    int64_t x_stride;
+    void* y;
+    int64_t rows, outputs;
+    const void *packed, *columns, *starts;
+    int64_t groups;
+    const void *scales, *zeros;
+    int type, scale_type, bits, threads, round_x;
+};
+
+using Matmul = int (*)(const Call*);
+
+struct Linear {
+    Call call;  // but for x, y and rows
+    int64_t inputs;
+    const float* bias;  // or null
+};
+
+struct Layer {
+    Linear in_proj, x_proj, dt_proj, out_proj;
+    const float *norm, *conv_weight, *conv_bias, *A, *D;
+    const float *conv_before, *state_before;
+    float *conv_after, *state_after;
+};
+
+// y = W x + bias for one row; `halves` has room for x and y in bfloat16, which the matmul takes where type is 1.
+int apply(const Linear& linear, Matmul matmul, const float* x, float* y, uint16_t* halves) {
+    Call call = linear.call;
+    const bool half = call.type == 1;
+    uint16_t* short_y = halves + linear.inputs;
+    if (half) {
+        for (int64_t i = 0; i < linear.inputs; ++i) {  // to the nearest, the even one of two
+            const uint32_t bits = (uint32_t)to_bits(x[i]);
+            halves[i] = (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+        }
+    }
+    call.x = half ? (const void*)halves : x;
+    call.x_stride = linear.inputs;
+    call.y = half ? (void*)short_y : y;
+    call.rows = 1;
+    if (int failed = matmul(&call)) return failed;
+    if (half) {
+        for (int64_t i = 0; i < call.outputs; ++i) y[i] = from_bits((int32_t)((uint32_t)short_y[i] << 16));
+    }
+    if (linear.bias != nullptr) {
+        for (int64_t i = 0; i < call.outputs; ++i) y[i] += linear.bias[i];
+    }
+    return 0;
 }
 
 }  // namespace
@@ -246,5 +298,33 @@ void tersor_selective_scan(const float* x, const float* dt, const float* A, cons
             for (int64_t i = 0; i < n; ++i) own[lane * n + i] = h[i][lane];
         }
     }
+}
+
+// One token of one sequence through `count` Mamba-1 layers: x [d_model] += mixer(norm(x)) in each. room: floats, at least
+// 2 d_model + 5 d_inner + rank + 2 n, twice (activations in bfloat16 lie behind the others). Returns 0, or what the matmul says.
+int tersor_mamba_token(const Layer* layers, int64_t count, Matmul matmul, float* x, float* room, int64_t d_model,
+                       int64_t d_inner, int64_t n, int64_t rank, int64_t width, float eps, int threads) {
+    float *normed = room, *mixed = normed + d_model, *xz = mixed + d_model, *in = xz + 2 * d_inner;
+    float *dt = in + d_inner, *y = dt + d_inner, *dt_B_C = y + d_inner;
+    uint16_t* halves = (uint16_t*)(dt_B_C + rank + 2 * n);
+    for (const Layer* layer = layers; layer < layers + count; ++layer) {
+        float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < d_model; ++i) sum += x[i] * x[i];
+        const float scale = 1.0f / std::sqrt(sum / d_model + eps);
+        for (int64_t i = 0; i < d_model; ++i) normed[i] = x[i] * scale * layer->norm[i];
+        if (int failed = apply(layer->in_proj, matmul, normed, xz, halves)) return failed;
+        conv_one(xz, 0, layer->conv_weight, layer->conv_bias, layer->conv_before, layer->conv_after, in, 1, d_inner, width, 1,
+                 1);
+        if (int failed = apply(layer->x_proj, matmul, in, dt_B_C, halves)) return failed;
+        if (int failed = apply(layer->dt_proj, matmul, dt_B_C, dt, halves)) return failed;
+        std::memcpy(layer->state_after, layer->state_before, d_inner * n * sizeof(float));
+        const auto scan = n == 16 ? scan_one<16> : scan_one<0>;
+        scan(in, dt, layer->A, dt_B_C + rank, dt_B_C + rank + n, y, layer->state_after, 1, d_inner, n, layer->D,
+             xz + d_inner, 0, 1, threads);
+        if (int failed = apply(layer->out_proj, matmul, y, mixed, halves)) return failed;
+        for (int64_t i = 0; i < d_model; ++i) x[i] += mixed[i];
+    }
+    return 0;
 }
 }

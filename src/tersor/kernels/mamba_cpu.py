@@ -21,7 +21,7 @@ _WORTH_THREADS = 2**17  # channels * tokens * state numbers; for less work, waki
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
+def library() -> ctypes.CDLL | None:
     """The library, built for the best instructions that processor and compiler share; None where it cannot be built."""
     for name in cpu.supported():
         try:
@@ -41,6 +41,8 @@ def _library() -> ctypes.CDLL | None:
             ctypes.c_int,
         ]
         found.tersor_causal_conv.restype = None
+        found.tersor_mamba_token.argtypes = [pointer, integer, pointer, pointer, pointer, *[integer] * 5]
+        found.tersor_mamba_token.argtypes += [ctypes.c_float, ctypes.c_int]
         return found
     return None
 
@@ -53,7 +55,7 @@ def plain(*tensors: Tensor | None) -> bool:
     if torch.is_grad_enabled() and any(each.requires_grad for each in given):
         return False
     fits = all(each.device.type == "cpu" and each.dtype == torch.float32 and each.numel() > 0 for each in given)
-    return fits and _library() is not None
+    return fits and library() is not None
 
 
 def takes(
@@ -91,7 +93,7 @@ def scan(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """y, the last state, and the state before each chunk [chunks, b, d, n], or None without a chunk_size. All float32; shapes and
     meaning as in selective_scan.py."""
-    compiled = _library()
+    compiled = library()
     assert compiled is not None
     if not takes(x, dt, A, B, C, initial_state, D=D, z=z):
         raise ValueError(f"no scan of x {list(x.shape)}, dt {list(dt.shape)}, A {list(A.shape)}, B {list(B.shape)}")
@@ -105,7 +107,7 @@ def scan(
     compiled.tersor_selective_scan(
         *(each.data_ptr() for each in (*inputs, y, state)), _pointer(before),
         batch, tokens, channels, n, chunk_size or 1,
-        _pointer(skip), _pointer(gate), 0 if gate is None else gate.stride(1), dt_softplus, _threads(x.numel() * n),
+        _pointer(skip), _pointer(gate), 0 if gate is None else gate.stride(1), dt_softplus, threads_for(x.numel() * n),
     )  # fmt: skip
     return y, state, before
 
@@ -115,7 +117,7 @@ def causal_conv(
 ) -> tuple[Tensor, Tensor]:
     """y [b, l, channels] of x of that shape, and the last inputs [b, channels, width - 1]. weight [channels, 1, width]. All
     float32."""
-    compiled = _library()
+    compiled = library()
     assert compiled is not None
     batch, tokens, channels = x.shape
     width = weight.shape[-1]
@@ -126,7 +128,7 @@ def causal_conv(
     y, after = x.new_empty(batch, tokens, channels), x.new_empty(batch, channels, width - 1)
     compiled.tersor_causal_conv(
         rows.data_ptr(), rows.stride(1), kernel.data_ptr(), _pointer(bias), _pointer(before),
-        after.data_ptr(), y.data_ptr(), batch, tokens, channels, width, silu, _threads(x.numel() * width),
+        after.data_ptr(), y.data_ptr(), batch, tokens, channels, width, silu, threads_for(x.numel() * width),
     )  # fmt: skip
     return y, after
 
@@ -137,7 +139,7 @@ def _rows(x: Tensor) -> Tensor:
     return x if even else x.contiguous()
 
 
-def _threads(work: int) -> int:
+def threads_for(work: int) -> int:
     return torch.get_num_threads() if work >= _WORTH_THREADS else 1
 
 
