@@ -16,8 +16,8 @@ LONGEST positions, whose transforms stay on the chip, and torch.fft for all else
 passed on (`tersor.layers.diagonal_state_space.convolve_in_pieces`). `faster_on_chip` says where the Triton form pays, as
 measured on the GPU at hand.
 
-On an H200 (benchmarks/results/flash_conv.md) the Triton form is 1.4 times as fast as torch.fft at 1,024 positions and equally
-fast at 2,048, with about a third of the memory. 4,096 do not fit into its shared memory. Its products, in TF32, are too coarse
+On an H200 (benchmarks/results/flash_conv.md) the Triton form is 1.3 times as fast as torch.fft at 1,024 positions and 0.93 times
+at 2,048, with about a third of the memory. 4,096 do not fit into its shared memory. Its products, in TF32, are too coarse
 for float32, and were up to three times slower than torch.fft there: neither is offered.
 """
 
