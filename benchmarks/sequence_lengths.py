@@ -306,6 +306,8 @@ def keep(rows: list[Row], device: str) -> None:
     write_numbers(name, {"rows": [asdict(row) for row in rows], "where": where})
     most = f"{LONGEST_PASS[device]:.0f} s a pass, or more than {MOST_BYTES[device] / 2**30:.0f} GiB"
     left = f"-: it would take longer than {most}, by the shorter lengths."
+    missing = [kind.name for kind in KINDS if all(row.model != kind.name for row in rows)]
+    left += f" Not measured here: {', '.join(missing)}." if missing else ""
     text = ["# What a longer sequence costs", "", about, *table(rows), "", left, "", where, f"`{command()}`; {shown}"]
     write_table(name, "\n".join(text))
 
