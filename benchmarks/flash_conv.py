@@ -20,7 +20,7 @@ from common import gpu, gpu_seconds, write_table
 from torch import Tensor
 from torch.nn import functional as F
 
-from tersor.kernels.fft_conv import LONGEST, causal_taps, fft_conv, reference
+from tersor.kernels.fft_conv import LONGEST, SHORTEST, causal_taps, faster_on_chip, fft_conv, reference
 from tersor.layers.long_convolution import long_convolution
 from tersor.models.text.h3 import H3Layer, H3LayerConfig
 
@@ -130,6 +130,15 @@ def alone(lengths: Sequence[int], turns: int) -> list[str]:
     return lines
 
 
+def chosen() -> str:
+    """Where h3 takes FlashConv on this GPU, by its own measurement."""
+    device, said = torch.device("cuda"), []
+    for backward in (True, False):
+        lengths = [n for n in (SHORTEST, 1024, LONGEST) if faster_on_chip(n, torch.bfloat16, device, backward=backward)]
+        said.append(f"{'in training' if backward else 'without gradients'} at {lengths or 'none'}")
+    return f"Of {SHORTEST}, 1024 and {LONGEST} positions, h3 takes FlashConv here {', '.join(said)}."
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--turns", type=int, default=10)
@@ -147,6 +156,8 @@ def main() -> None:
             "One gated convolution, taps given:",
             "",
             *alone([length for length in LENGTHS if length <= LONGEST], arguments.turns),
+            "",
+            chosen(),
             "",
             gpu(),
             "`python benchmarks/flash_conv.py --write`",

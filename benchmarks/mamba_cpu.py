@@ -2,6 +2,9 @@
 
     python benchmarks/mamba_cpu.py --threads 2            prints the table
     python benchmarks/mamba_cpu.py --threads 2 --write    and keeps it in benchmarks/results/mamba_cpu.md
+    OMP_NUM_THREADS=1 python benchmarks/mamba_cpu.py --processor-time --turns 3 --write
+                                                          ratios by processor time, which other programs disturb less, without
+                                                          transformers' bf16: benchmarks/results/mamba_cpu_time.md
 
 Weights are random (the time does not depend on their values), batch 1. In every turn each competitor reads a prompt and makes new
 tokens, one competitor after the other, all with the same number of threads. Ratios are medians of the turns' ratios.
@@ -10,13 +13,14 @@ tokens, one competitor after the other, all with the same number of threads. Rat
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers
-from common import write_table
+from common import command, speed_ratios, versions, write_table
 from cpu_decode import GROUP_SIZE, HEAD_BITS, random_weight, show
 from torch import nn
 from transformers import MambaConfig, MambaForCausalLM
@@ -60,10 +64,8 @@ def theirs(dtype: torch.dtype) -> nn.Module:
     return MambaForCausalLM(config).to(dtype).eval()
 
 
-def competitors(prompt: int, new: int) -> dict[str, Callable[[], Turn]]:
-    capacity = prompt + new
-    ids = random_prompt(VOCABULARY, batch=1, tokens=prompt)
-    engines: dict[str, Any] = {
+def make_engines(capacity: int) -> dict[str, Any]:
+    return {
         "transformers fp32": CachedModule(theirs(torch.float32), capacity=capacity),
         "transformers bf16": CachedModule(theirs(torch.bfloat16), capacity=capacity),
         "tersor fp32": SteppedModule(ours(), capacity=capacity, take_over=True),
@@ -73,8 +75,14 @@ def competitors(prompt: int, new: int) -> dict[str, Callable[[], Turn]]:
             ours(rounded=True, bits=4, head_bits=HEAD_BITS), capacity=capacity, take_over=True
         ),
     }
-    for engine in engines.values():
-        take_turn(engine, ids[:, :8], 3)  # what is compiled or allocated at first does not count
+
+
+def competitors(prompt: int, new: int) -> dict[str, Callable[[], Turn]]:
+    ids = random_prompt(VOCABULARY, batch=1, tokens=prompt)
+    engines = make_engines(prompt + new)
+    with torch.inference_mode():
+        for engine in engines.values():
+            take_turn(engine, ids[:, :8], 3)  # what is compiled or allocated at first does not count
     return {name: lambda engine=engine: take_turn(engine, ids, new) for name, engine in engines.items()}
 
 
@@ -96,20 +104,61 @@ def report(turns: dict[str, list[Turn]], prompt: int, new: int) -> str:
     return "\n".join(lines) + "\n"
 
 
+def by_processor_time(prompt: int, new: int, turns: int) -> str:
+    """How many times as fast as the first row; medians of the turns' processor time."""
+    engines: dict[str, Any] = {
+        name: engine for name, engine in make_engines(prompt + (turns + 1) * new).items() if name != "transformers bf16"
+    }
+    ids = random_prompt(VOCABULARY, batch=1, tokens=prompt)
+
+    def read(engine: Any) -> None:
+        engine.reset()
+        engine.forward(ids)
+
+    def write(engine: Any) -> None:  # goes on with what it read before
+        for _ in range(new):
+            engine.forward(ids[:, :1])
+
+    with torch.inference_mode():
+        found = [
+            speed_ratios({name: functools.partial(task, engine) for name, engine in engines.items()}, turns=turns)
+            for task in (read, write)
+        ]
+    lines = [f"| | reading {prompt} tokens | {new} new tokens |", "| --- | ---: | ---: |"]
+    lines += [f"| {name} | {found[0][name]:.2f} | {found[1][name]:.2f} |" for name in engines]
+    lines += ["", "New tokens, 4 bits against tersor bf16: goal 2.0, found "]
+    bf16 = found[1]["tersor bf16"]
+    lines[-1] += ", ".join(f"{found[1][name] / bf16:.2f} ({name[7:]})" for name in engines if "4 bits" in name) + "."
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--processor-time", action="store_true", help="ratios by processor time, on one thread")
     parser.add_argument("--write", action="store_true", help="keep the result in benchmarks/results/")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     prompt, new = arguments.prompt_tokens, arguments.new_tokens
+    if arguments.processor_time:
+        ratios_found = by_processor_time(prompt, new, arguments.turns)
+        about = (
+            "Times as fast as transformers fp32, by processor time on one thread. Batch 1; weights as in mamba_cpu.md."
+        )
+        text = f"# Mamba of 130 million parameters by processor time\n\n{about}\n\n{ratios_found}\n\n"
+        text += f"{cpu.describe()}; {versions('transformers')}\n`OMP_NUM_THREADS=1 {command()}`"
+        print(text)
+        if arguments.write:
+            write_table("mamba_cpu_time", text)
+        return
+    engines = competitors(prompt, new)  # not in inference mode, as users load them
     with torch.inference_mode():
         turns = measure(
-            competitors(prompt, new),
+            engines,
             repeats=arguments.turns,
             warm_up=0,
             progress=lambda name, done, total: print(f"turn {done + 1} of {total}: {name}", file=sys.stderr),

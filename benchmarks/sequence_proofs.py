@@ -6,17 +6,15 @@
     python benchmarks/sequence_proofs.py gather FOLDER                          rows.json and curves.csv of what is done so far
     python benchmarks/sequence_proofs_table.py FOLDER --write                   keeps the table, with curves and pictures
 
-Every training is `tersor.train.trainer.train` on a model of tersor and a task of tersor: AdamW, a warm-up, a cosine. It first
-measures how many steps a second it gets, and plans so many as its seconds allow; where a comparison is of equal samples, the
-number of steps is fixed. A training that has not ended in time stops, and what it has learned until then is what is measured.
-Many trainings share a GPU: seconds say little, steps and samples do.
+Every training is `tersor.train.trainer.train` on a model of tersor and a task of tersor, with AdamW. Where a comparison is of
+equal samples, the number of steps is fixed: a warm-up, then a cosine. Elsewhere the seconds are: the rate is held for 60 % of
+them, then falls as a cosine over so many steps as the pace until then promises. A training that has not ended in time stops, and
+what it has learned until then is what is measured. Many trainings share a GPU: seconds say little, steps and samples do.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import copy
 import csv
 import json
 import math
@@ -56,6 +54,7 @@ from tersor.train.self_pretraining import self_pretrain, transfer
 from tersor.train.trainer import train, validate
 
 WAIT = 240  # seconds for drawn data
+HELD = 0.6  # of a training's seconds at the full rate, where the number of steps is not fixed
 
 
 @dataclass(frozen=True)
@@ -153,20 +152,38 @@ def learn(
     *,
     validation: Any = None,
     steps: int = 0,
-    share: float = 1.0,
-    part: str = "training",
 ) -> int:
-    """Train in place; returns the steps taken. steps: their number, 0: what the rate allows in `share` of the seconds left."""
+    """Train in place; returns the steps taken. steps: their number, with a cosine over them; 0: as many as the seconds left
+    allow, HELD of them at the full rate, then a cosine over so many steps as that pace promises."""
     torch.set_float32_matmul_precision("high")
     model.to(run.device).train()
-    end = time.perf_counter() + share * run.left
-    steps = 6 if run.quick else run.steps or steps
+    begun, end = time.perf_counter(), time.perf_counter() + run.left
     config = replace(config, epochs=10**6, seed=run.seed, device=run.device)
-    if not steps:
-        rate = _rate(run, copy.deepcopy(model), training, objective, config, part)
-        steps = max(10, int(0.93 * rate * (end - time.perf_counter() - 3)))
-        print(f"{run.out.name}, {part}: {rate:.1f} steps a second, {steps} planned", flush=True)
-    done = 0
+    steps = 6 if run.quick and steps else run.steps or steps
+    if steps:
+        config = replace(config, max_steps=steps, warmup_steps=min(config.warmup_steps, steps // 5))
+        return _learn_until(end, run, model, training, objective, config, validation, "training")
+    full = replace(config, max_steps=3 if run.quick else 10**6, lr_schedule="constant")
+    held = _learn_until(begun + HELD * (end - begun), run, model, training, objective, full, None, "training")
+    pace = held / (time.perf_counter() - begun)
+    steps = 3 if run.quick else max(10, int(0.9 * pace * (end - time.perf_counter())))
+    print(f"{run.out.name}: {held} steps, {pace:.1f} a second, {steps} planned in which the rate falls", flush=True)
+    falling = replace(config, max_steps=steps, warmup_steps=min(50, steps // 20), seed=run.seed + 1)
+    return held + _learn_until(end, run, model, training, objective, falling, validation, "falling")
+
+
+def _learn_until(
+    end: float,
+    run: Run,
+    model: nn.Module,
+    training: Any,
+    objective: Objective,
+    config: TrainConfig,
+    validation: Any,
+    part: str,
+) -> int:
+    """Train until `end`, or for config.max_steps; returns the steps taken."""
+    steps, done = config.max_steps, 0
 
     def in_time(what: str, at: int, total: int | None) -> None:
         nonlocal done
@@ -176,13 +193,8 @@ def learn(
         if at % (10 * config.log_every) == 0:
             print(f"{run.out.name}: {what}, step {at} of {total}", flush=True)
 
-    config = replace(
-        config,
-        max_steps=steps,
-        warmup_steps=min(config.warmup_steps, steps // 5),
-        validate_every=max(1, steps // 12),
-        log_every=max(1, min(20, steps // 20)),
-    )
+    every = max(1, steps // 12) if steps < 10**6 else steps
+    config = replace(config, validate_every=every, log_every=max(1, min(20, steps // 20)))
     folder = run.out / part
     how: dict[str, Any] = {"objective": objective, "config": config, "validation": validation, "progress": in_time}
     try:
@@ -193,24 +205,6 @@ def learn(
             load_best(model, folder, torch.device(run.device))
     model.eval()
     return done
-
-
-def _rate(run: Run, model: nn.Module, training: Any, objective: Objective, config: TrainConfig, part: str) -> float:
-    """Steps a second of a training of its own, that is thrown away."""
-    times: list[tuple[int, float]] = []
-    until = time.perf_counter() + min(25.0, run.left / 8)
-
-    def watch(what: str, at: int, total: int | None) -> None:
-        times.append((at, time.perf_counter()))
-        if len(times) > 3 and times[-1][1] > until:
-            raise OutOfTimeError
-
-    config = replace(config, max_steps=10_000, validate_every=10_000, log_every=5)
-    with contextlib.suppress(OutOfTimeError):
-        train(model, training, objective=objective, out=run.out / f"{part}-rate", config=config, progress=watch)
-    shutil.rmtree(run.out / f"{part}-rate")
-    (first, begun), (last, ended) = times[1], times[-1]
-    return (last - first) / (ended - begun)
 
 
 # -- Game of Life ------------------------------------------------------------------------------------------------------
@@ -288,7 +282,7 @@ REGRESSIONS = {
     "autoregressive": {"points": 40, "d": 5, "lags": 3},
     "chain": {"points": 10, "d": 5, "layers": 3},
 }
-LOOPS, WINDOW, REGRESSION_STEPS = 10, 5, 4000
+LOOPS, WINDOW, REGRESSION_STEPS = 10, 5, 2500
 LEARNERS = {"algoformer": LOOPS, "looped_transformer": LOOPS, "plain_transformer": 1}
 
 
@@ -333,7 +327,7 @@ COUNTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "transformer, sinusoids": ("cot_arithmetic", {"vocab": 3, "dmodel": 64, "head": 4, "num_layer": 4, "drop": 0.0}),
     "mamba": ("mamba-130m", {"d_model": 64, "n_layer": 2, "vocab_size": 2}),
 }
-PARITY_STEPS = 3000
+PARITY_STEPS = 1500
 
 
 def parity(run: Run, *, name: str) -> dict[str, Any]:
@@ -539,12 +533,18 @@ def gather(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     order = list(PROOFS)
     rows.sort(key=lambda row: (order.index(row["name"]), row["seed"]))
     curves = []
-    for file in sorted((folder / "runs").glob("*/*/log.csv")):
-        with file.open(newline="") as lines:
-            curves += [
-                {"training": file.parent.parent.name, "part": file.parent.name, **line}
-                for line in csv.DictReader(lines)
-            ]
+    for out in sorted((folder / "runs").iterdir()):
+        before = 0  # steps: a falling rate goes on from the training's last
+        for part in ("pretraining", "training", "falling"):
+            file = out / part / "log.csv"
+            if not file.exists():
+                continue
+            with file.open(newline="") as lines:
+                found = list(csv.DictReader(lines))
+            if part == "falling":
+                found = [{**line, "step": str(int(line["step"]) + before)} for line in found]
+            before = int(found[-1]["step"]) if found else 0
+            curves += [{"training": out.name, "part": part, **line} for line in found]
     return rows, curves
 
 

@@ -1,7 +1,7 @@
 """The table, the curves and their picture of what `sequence_proofs.py` trained and gathered.
 
 python benchmarks/sequence_proofs_table.py FOLDER            prints the table
-python benchmarks/sequence_proofs_table.py FOLDER --write    and keeps it with curves and picture
+python benchmarks/sequence_proofs_table.py FOLDER --write    and keeps it with curves and picture, beside what is kept of others
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import sequence_proofs
-from common import RESULTS, write_numbers, write_table
-from sequence_proofs import LONG, REGRESSIONS, SHORT
+from common import RESULTS, kept_numbers, write_numbers, write_table
+from sequence_proofs import LONG, PROOFS, REGRESSIONS, SHORT
 from sequence_proofs_data import LENGTH, LISTOPS, LISTOPS_LENGTH, PATHFINDER
 
 
@@ -36,14 +36,22 @@ def _of(rows: list[dict[str, Any]], *prefixes: str) -> list[dict[str, Any]]:
 
 
 def _heading(title: str, *columns: str) -> list[str]:
-    names = ("", "seed", "parameters", "steps", "samples", *columns)
-    return ["", f"### {title}", "", f"| {' | '.join(names)} |", "| --- |" + " ---: |" * (len(names) - 1)]
+    names = ("", "on", "seed", "parameters", "steps", "samples", *columns)
+    return ["", f"### {title}", "", f"| {' | '.join(names)} |", "| --- | --- |" + " ---: |" * (len(names) - 2)]
 
 
 def _line(row: dict[str, Any], *values: str) -> str:
     name = row["name"].partition("/")[2] or row["name"]
     samples = row["steps"] * row["batch"]
-    cells = (name, row["seed"], f"{row['parameters']:,}", f"{row['steps']:,}", f"{samples:,}", *values)
+    cells = (
+        name,
+        row["where"].split(",")[0],
+        row["seed"],
+        f"{row['parameters']:,}",
+        f"{row['steps']:,}",
+        f"{samples:,}",
+        *values,
+    )
     return f"| {' | '.join(map(str, cells))} |"
 
 
@@ -112,13 +120,21 @@ def _arena_table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def write(folder: Path, command: str) -> None:
-    """The kept table with its rows, the curves (at most 100 places each) and their picture."""
-    rows = json.loads((folder / "rows.json").read_text())
-    with (folder / "curves.csv").open(newline="") as file:
-        curves = list(csv.DictReader(file))
-    kept: list[dict[str, Any]] = []
-    for training in dict.fromkeys((line["training"], line["part"]) for line in curves):
-        mine = [line for line in curves if (line["training"], line["part"]) == training]
+    """The kept table with its rows, the curves (at most 100 places each) and their picture; a training that was kept before and
+    is not in `folder` stays."""
+    before = kept_numbers("sequence_proofs")
+    found = json.loads((folder / "rows.json").read_text())
+    by_name = {(row["name"], row["seed"]): row for row in [*before.get("rows", []), *found]}
+    order = list(PROOFS)
+    rows = sorted(by_name.values(), key=lambda row: (order.index(row["name"]), row["seed"]))
+    made = f"`python benchmarks/sequence_proofs.py {command}`; {found[0]['where']}"
+    runs = list(dict.fromkeys([*before.get("runs", []), made]))
+
+    curves, new = _read(RESULTS / "sequence_proofs.csv"), _read(folder / "curves.csv")
+    again = {line["training"] for line in new}
+    kept = [line for line in curves if line["training"] not in again]
+    for training in dict.fromkeys((line["training"], line["part"]) for line in new):
+        mine = [line for line in new if (line["training"], line["part"]) == training]
         every = math.ceil(len(mine) / 100)
         kept += [line for at, line in enumerate(mine) if at % every == 0 or line["validation"] or at == len(mine) - 1]
     with (RESULTS / "sequence_proofs.csv").open("w", newline="") as file:
@@ -126,12 +142,22 @@ def write(folder: Path, command: str) -> None:
         writer.writeheader()
         writer.writerows(kept)
     _picture(kept, Path(__file__).parents[1] / "docs" / "images" / "sequence-proofs.png")
+
     about = (sequence_proofs.__doc__ or "").split("\n\n", 2)[2].strip()
-    text = ["# What the sequence models learn", "", about, table(rows), "", rows[0]["where"]]
-    made = f"`python benchmarks/sequence_proofs.py {command}`"
-    text += [f"{made}; curves in sequence_proofs.csv, drawn in docs/images/sequence-proofs.png"]
+    text = ["# What the sequence models learn", "", about, table(rows), ""]
+    if missing := [name for name in PROOFS if all(row["name"] != name for row in rows)]:
+        text += [f"Not trained to their end yet: {'; '.join(missing)}.", ""]
+    text += [f"- {run}" for run in runs]
+    text += ["", "Curves in sequence_proofs.csv, drawn in docs/images/sequence-proofs.png"]
     write_table("sequence_proofs", "\n".join(text))
-    write_numbers("sequence_proofs", {"rows": rows})
+    write_numbers("sequence_proofs", {"rows": rows, "runs": runs})
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def _picture(curves: list[dict[str, Any]], path: Path) -> None:
@@ -158,7 +184,7 @@ def _picture(curves: list[dict[str, Any]], path: Path) -> None:
     )
     for axis, (title, prefix) in zip(axes.flat, groups.items(), strict=False):
         for name in dict.fromkeys(line["training"] for line in curves if line["training"].startswith(prefix)):
-            mine = [line for line in curves if line["training"] == name and line["part"] == "training"]
+            mine = [line for line in curves if line["training"] == name and line["part"] != "pretraining"]
             label = name.removeprefix(prefix).rpartition("-")[0].replace("_", " ") or title
             (drawn,) = axis.plot(*_points(mine, "loss"), label=label, linewidth=1)
             if any(line["validation"] for line in mine):

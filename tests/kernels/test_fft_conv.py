@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +14,8 @@ from torch import Tensor
 
 from tersor.errors import TersorError
 from tersor.kernels import fft_conv as module
-from tersor.kernels.fft_conv import causal_taps, fft_conv, fft_length, reference
+from tersor.kernels import nvrtc
+from tersor.kernels.fft_conv import causal_taps, faster_on_chip, fft_conv, fft_length, reference
 
 
 def gates(u: Tensor, which: str) -> dict[str, Tensor]:
@@ -99,3 +103,22 @@ def test_on_a_gpu(b: int, h: int, length: int, dtype: torch.dtype) -> None:
         wanted = [expected, *torch.autograd.grad(expected, wide, grad.double())]
         for each, other in zip(found, wanted, strict=True):
             assert float((each.double() - other).detach().norm() / other.detach().norm()) < tolerance
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_what_is_faster_is_measured_once_on_this_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvrtc, "CACHE", tmp_path)
+    module._measured.cache_clear()
+    device = torch.device("cuda")
+    found = [faster_on_chip(length, torch.bfloat16, device, backward=True) for length in (1000, 1024)]
+    (kept,) = tmp_path.glob("*.json")  # 1,000 count as 1,024
+    times = json.loads(kept.read_text())["microseconds"]
+    assert min(times.values()) > 0
+    assert found == [times[module.ON_CHIP] < times[module.FFT]] * 2
+    kept.write_text(json.dumps({"microseconds": {module.ON_CHIP: 2.0, module.FFT: 1.0}}))
+    module._measured.cache_clear()  # as a later process
+    assert not faster_on_chip(1024, torch.bfloat16, device, backward=True)
+    module._measured.cache_clear()
+    for length, dtype in ((2049, torch.bfloat16), (1024, torch.float32)):  # what the Triton form does not take
+        assert not faster_on_chip(length, dtype, device, backward=False)

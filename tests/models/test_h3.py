@@ -85,7 +85,7 @@ def test_flashconv_on_a_gpu(length: int) -> None:
     torch.manual_seed(0)
     layer = H3Layer(6, H3LayerConfig(d_state=8)).cuda()
     q, k, v = (torch.randn(3, 6, length, device="cuda").bfloat16() for _ in range(3))
-    assert layer._flashes(k) == (length == 700)
+    assert length <= 2048 or not layer._flashes(k)
     with torch.no_grad():
         found = layer.flash(q, k, v).cpu().double()
         expected = layer.cpu().double().flash(*(each.cpu().double() for each in (q, k, v)), longest=length)

@@ -16,12 +16,15 @@ from tersor import models
 from tersor.byte_tokenizer import ByteTokenizer
 from tersor.compress import RTN, compress
 from tersor.errors import TersorError
+from tersor.kernels import mamba_cpu
 from tersor.kernels import quantized_matmul_cpu as cpu
 from tersor.models.registry import find, list_models
+from tersor.runtime import mamba_token
 from tersor.runtime.cached_module import CachedModule
 from tersor.runtime.generate import load_module, make_engine, stream, tokens
+from tersor.runtime.prepared_linear import PreparedLinear
 from tersor.runtime.sampling import Sampling
-from tersor.runtime.stepped_module import PreparedLinear, RecomputedModule, SteppedModule, vocabulary_of
+from tersor.runtime.stepped_module import RecomputedModule, SteppedModule, vocabulary_of
 from tersor.train.checkpoint import save_model
 
 SMALL = {info.system: info.small for info in list_models("language-model")}
@@ -148,6 +151,29 @@ def test_linear_maps_that_bfloat16_holds_are_exchanged(case: str) -> None:
     for found, place in ((engine.forward(ids[:, :9]), 8), (engine.forward(ids[:, 9:10]), 9)):
         error = (found - expected[:, place]).square().mean().sqrt() / expected.std()
         assert error < 0.03
+
+
+@pytest.mark.skipif(cpu.choose()[0] is None or mamba_cpu.library() is None, reason="no C++ compiler")
+@pytest.mark.parametrize(("packed", "d_state", "bias"), [(True, 16, False), (False, 8, True), (False, 16, False)])
+def test_a_token_in_one_call_equals_the_layers(packed: bool, d_state: int, bias: bool) -> None:
+    torch.manual_seed(0)
+    ssm = {"d_state": d_state, "bias": bias, "conv_bias": not bias}
+    module = models.create("mamba", d_model=64, n_layer=3, vocab_size=61, ssm_cfg=ssm).eval().requires_grad_(False)
+    for name, each in module.named_modules():
+        if isinstance(each, nn.Linear) and not name.endswith("dt_proj"):
+            each.weight.copy_(each.weight.bfloat16())  # dt_proj's stay as they are: no packed form holds them
+    if packed:
+        compress(module, RTN(bits=4, group_size=32), exclude=["*dt_proj"], format=None)
+    engine = SteppedModule(module, capacity=20, take_over=True)
+    assert mamba_token.why_not(module) is None
+    ids = torch.randint(61, (1, 12), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        logits, state = module.prefill(ids[:, :7])
+        engine.forward(ids[:, :7])
+        for token in ids[0, 7:]:
+            logits, state = module.step(token.view(1), state)
+            found = engine.forward(token.view(1, 1))
+            assert (found - logits[:, :61]).norm() < (1e-2 if cpu.choose()[0] in cpu.BF16 else 1e-4) * logits.norm()
 
 
 # ---- from files

@@ -13,22 +13,32 @@ kernel twice and one more for dtaps.
 
 Models call `fft_conv`: the op `tersor::fft_conv`, torch.fft on CPUs; on GPUs Triton (fft_conv_triton.py) for 16-bit u of up to
 LONGEST positions, whose transforms stay on the chip, and torch.fft for all else. What is longer can go in pieces, with a state
-passed on (`tersor.layers.diagonal_state_space.convolve_in_pieces`).
+passed on (`tersor.layers.diagonal_state_space.convolve_in_pieces`). `faster_on_chip` says where the Triton form pays, as
+measured on the GPU at hand.
 
-On an H200 (benchmarks/results/flash_conv.md) the Triton form is 1.4 times as fast as torch.fft at 1,024 positions and equally
-fast at 2,048, with about a third of the memory. 4,096 do not fit into its shared memory, and float32 was up to three times
-slower than torch.fft: neither is offered.
+On an H200 (benchmarks/results/flash_conv.md) the Triton form is 1.3 times as fast as torch.fft at 1,024 positions and 0.93 times
+at 2,048, with about a third of the memory. 4,096 do not fit into its shared memory. Its products, in TF32, are too coarse
+for float32, and were up to three times slower than torch.fft there: neither is offered.
 """
 
 from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from tersor.errors import TersorError
+from tersor.kernels import choices
 
 SHORTEST, LONGEST = 512, 2048  # positions on the chip: FFTs of 1,024 to 4,096 numbers
+ON_CHIP, FFT = "on the chip", "torch.fft"
+_SHORT_TYPES = (torch.bfloat16, torch.float16)
+_PROBE = (4, 256)  # sequences and channels of what is measured
 
 
 def fft_length(length: int) -> int:
@@ -87,7 +97,58 @@ def _gated(x: Tensor, gate: Tensor | None) -> Tensor:
 def _on_chip(u: Tensor, taps: Tensor) -> bool:
     """Whether the Triton form takes it."""
     N = taps.shape[1]
-    return u.dtype in (torch.bfloat16, torch.float16) and 2 * SHORTEST <= N <= 2 * LONGEST and N & (N - 1) == 0
+    return u.dtype in _SHORT_TYPES and 2 * SHORTEST <= N <= 2 * LONGEST and N & (N - 1) == 0
+
+
+def faster_on_chip(length: int, dtype: torch.dtype, device: torch.device, *, backward: bool) -> bool:
+    """Whether the Triton form takes sequences of `length` on this GPU and is faster than torch.fft, measured once and kept.
+
+    backward: forward and backward pass are what is compared, not the forward pass alone.
+    """
+    if device.type != "cuda" or dtype not in _SHORT_TYPES or length > LONGEST:
+        return False
+    length = operator.index(length)  # a number, also where torch.compile traces lengths
+    step = fft_length(length) // 16  # lengths count as the next multiple
+    known: str = _known(-(-length // step) * step, dtype, device, backward)
+    return known == ON_CHIP
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _known(length: int, dtype: torch.dtype, device: torch.device, backward: bool) -> str:
+    return _measured(length, dtype, device, backward)  # its cache is nothing that torch.compile can trace
+
+
+@functools.cache
+def _measured(length: int, dtype: torch.dtype, device: torch.device, backward: bool) -> str:
+    where = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}, torch {torch.__version__}"
+    asked = f"fft_conv {where}, {dtype}, {length} positions, {'forward and backward' if backward else 'forward'}"
+    known = choices.recall(asked, (ON_CHIP, FFT))
+    if known is None:
+        found = _microseconds(length, dtype, device, backward)
+        choices.keep(asked, found)
+        known = min(found, key=lambda name: found[name])
+    return known
+
+
+def _microseconds(length: int, dtype: torch.dtype, device: torch.device, backward: bool) -> dict[str, float]:
+    """Of a convolution with both gates."""
+    from triton.runtime.errors import OutOfResources
+
+    def passed(convolve: Callable[..., Tensor], N: int) -> None:
+        y = convolve(u, taps[:, :N], gate_in=u, gate_out=u)
+        if backward:
+            torch.autograd.grad(y, (u, taps), u.detach())
+
+    with torch.inference_mode(mode=False), torch.set_grad_enabled(backward):
+        u = torch.zeros(*_PROBE, length, dtype=dtype, device=device, requires_grad=backward)
+        taps = torch.zeros(_PROBE[1], fft_length(length), device=device, requires_grad=backward)
+        on_chip = functools.partial(passed, fft_conv, taps.shape[1])
+        by_fft = functools.partial(passed, reference, 2 * length)
+        try:
+            on_chip()
+        except OutOfResources:  # a GPU with less shared memory
+            return {ON_CHIP: math.inf, FFT: 0.0}
+        return dict(zip((ON_CHIP, FFT), choices.gpu_microseconds([on_chip, by_fft], device), strict=True))
 
 
 @torch.library.custom_op("tersor::fft_conv", mutates_args=())

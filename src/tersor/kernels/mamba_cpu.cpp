@@ -7,8 +7,10 @@
 // Sixteen channels go side by side, as the compiler vectorizes loops over them, so that the sum over n needs no exchange
 // between lanes. Their states stay in registers or the first cache from the first token to the last.
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 namespace {
 
@@ -61,6 +63,121 @@ inline float softplus(float x) {
 
 inline float silu(float x) { return x / (1.0f + exponential(-x)); }
 
+// One token of the convolution: what a channel's sum needs lies side by side.
+void conv_one(const float* x, int64_t stride, const float* weight, const float* bias, const float* before, float* after,
+              float* y, int64_t batch, int64_t channels, int64_t width, int activate, int threads) {
+    const int64_t past = width - 1;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t b = 0; b < batch; ++b) {
+        const float* in = x + b * stride;
+        float *out = y + b * channels, *next = after + b * channels * past;
+        for (int64_t c = 0; c < channels; ++c, next += past) {
+            const float* own = before == nullptr ? nullptr : before + (b * channels + c) * past;
+            const float* w = weight + c * width;
+            float sum = bias == nullptr ? 0.0f : bias[c];
+            for (int64_t k = 0; k < past && own != nullptr; ++k) sum += w[k] * own[k];
+            for (int64_t k = 0; k + 1 < past; ++k) next[k] = own == nullptr ? 0.0f : own[k + 1];
+            if (past > 0) next[past - 1] = in[c];
+            out[c] = sum + w[past] * in[c];
+        }
+        if (activate) {
+#pragma omp simd
+            for (int64_t c = 0; c < channels; ++c) out[c] = silu(out[c]);
+        }
+    }
+}
+
+// One token of the scan: the numbers of a channel's state lie side by side, and the loop over them is the vector. N: their count
+// where the compiler may know it, else 0.
+template <int N>
+void scan_one(const float* x, const float* dt, const float* A, const float* B, const float* C, float* y, float* state,
+              int64_t batch, int64_t channels, int64_t count, const float* D, const float* z, int64_t z_stride,
+              int positive, int threads) {
+    const int64_t n = N ? N : count;
+    const int64_t blocks = (channels + LANES - 1) / LANES;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t index = 0; index < batch * blocks; ++index) {
+        const int64_t b = index / blocks, first = index % blocks * LANES;
+        const int64_t lanes = channels - first < LANES ? channels - first : LANES;
+        alignas(64) float step[LANES] = {}, gate[LANES] = {}, out[LANES];
+        const float *Bt = B + b * n, *Ct = C + b * n, *in = x + b * channels + first;
+        for (int64_t lane = 0; lane < lanes; ++lane) step[lane] = dt[b * channels + first + lane];
+        if (positive) {
+#pragma omp simd
+            for (int lane = 0; lane < LANES; ++lane) step[lane] = softplus(step[lane]);
+        }
+        for (int64_t lane = 0; lane < lanes; ++lane) {
+            const float* a = A + (first + lane) * n;
+            float* h = state + (b * channels + first + lane) * n;
+            const float by = step[lane], moved = by * in[lane];
+            float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+            for (int64_t i = 0; i < n; ++i) {
+                h[i] = exponential(by * a[i]) * h[i] + moved * Bt[i];
+                sum += h[i] * Ct[i];
+            }
+            out[lane] = sum + (D == nullptr ? 0.0f : D[first + lane] * in[lane]);
+        }
+        if (z != nullptr) {
+            for (int64_t lane = 0; lane < lanes; ++lane) gate[lane] = z[b * z_stride + first + lane];
+#pragma omp simd
+            for (int lane = 0; lane < LANES; ++lane) out[lane] *= silu(gate[lane]);
+        }
+        for (int64_t lane = 0; lane < lanes; ++lane) y[b * channels + first + lane] = out[lane];
+    }
+}
+
+struct Call {  // as in quantized_matmul_cpu.cpp
+    const void* x;
+    int64_t x_stride;
+    void* y;
+    int64_t rows, outputs;
+    const void *packed, *columns, *starts;
+    int64_t groups;
+    const void *scales, *zeros;
+    int type, scale_type, bits, threads, round_x;
+};
+
+using Matmul = int (*)(const Call*);
+
+struct Linear {
+    Call call;  // but for x, y and rows
+    int64_t inputs;
+    const float* bias;  // or null
+};
+
+struct Layer {
+    Linear in_proj, x_proj, dt_proj, out_proj;
+    const float *norm, *conv_weight, *conv_bias, *A, *D;
+    const float *conv_before, *state_before;
+    float *conv_after, *state_after;
+};
+
+// y = W x + bias for one row; `halves` has room for x and y in bfloat16, which the matmul takes where type is 1.
+int apply(const Linear& linear, Matmul matmul, const float* x, float* y, uint16_t* halves) {
+    Call call = linear.call;
+    const bool half = call.type == 1;
+    uint16_t* short_y = halves + linear.inputs;
+    if (half) {
+        for (int64_t i = 0; i < linear.inputs; ++i) {  // to the nearest, the even one of two
+            const uint32_t bits = (uint32_t)to_bits(x[i]);
+            halves[i] = (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+        }
+    }
+    call.x = half ? (const void*)halves : x;
+    call.x_stride = linear.inputs;
+    call.y = half ? (void*)short_y : y;
+    call.rows = 1;
+    if (int failed = matmul(&call)) return failed;
+    if (half) {
+        for (int64_t i = 0; i < call.outputs; ++i) y[i] = from_bits((int32_t)((uint32_t)short_y[i] << 16));
+    }
+    if (linear.bias != nullptr) {
+        for (int64_t i = 0; i < call.outputs; ++i) y[i] += linear.bias[i];
+    }
+    return 0;
+}
+
 }  // namespace
 
 extern "C" {
@@ -70,36 +187,40 @@ extern "C" {
 void tersor_causal_conv(const float* x, int64_t stride, const float* weight, const float* bias, const float* before,
                         float* after, float* y, int64_t batch, int64_t tokens, int64_t channels, int64_t width,
                         int activate, int threads) {
-    const int64_t blocks = (channels + LANES - 1) / LANES, past = width - 1;
+    if (tokens == 1) {
+        conv_one(x, stride, weight, bias, before, after, y, batch, channels, width, activate, threads);
+        return;
+    }
+    const int64_t past = width - 1;
+    std::vector<float> by_place(width * channels), seen(batch * past * channels);  // [width, channels], [batch, past, channels]
+    for (int64_t c = 0; c < channels; ++c) {
+        for (int64_t k = 0; k < width; ++k) by_place[k * channels + c] = weight[c * width + k];
+        for (int64_t b = 0; b < batch && before != nullptr; ++b) {
+            for (int64_t k = 0; k < past; ++k) seen[(b * past + k) * channels + c] = before[(b * channels + c) * past + k];
+        }
+    }
+    const auto row_of = [&](int64_t b, int64_t t) {
+        return t < 0 ? seen.data() + (b * past + past + t) * channels : x + (b * tokens + t) * stride;
+    };
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t index = 0; index < batch * blocks; ++index) {
-        const int64_t b = index / blocks, first = index % blocks * LANES;
-        const int64_t lanes = channels - first < LANES ? channels - first : LANES;
-        alignas(64) float w[16][LANES] = {}, seen[16][LANES] = {}, offset[LANES] = {}, sum[LANES];
-        const int64_t own = (b * channels + first) * past;
-        for (int64_t lane = 0; lane < lanes; ++lane) {
-            for (int64_t k = 0; k < width; ++k) w[k][lane] = weight[(first + lane) * width + k];
-            for (int64_t k = 0; k < past; ++k) seen[k][lane] = before == nullptr ? 0.0f : before[own + lane * past + k];
-            offset[lane] = bias == nullptr ? 0.0f : bias[first + lane];
-        }
-        for (int64_t t = 0; t < tokens; ++t) {
-            const float* in = x + (b * tokens + t) * stride + first;
-            float* out = y + (b * tokens + t) * channels + first;
-            for (int64_t lane = 0; lane < lanes; ++lane) seen[past][lane] = in[lane];
-            for (int lane = 0; lane < LANES; ++lane) sum[lane] = offset[lane];
-            for (int64_t k = 0; k < width; ++k) {
+    for (int64_t index = 0; index < batch * tokens; ++index) {
+        const int64_t b = index / tokens, t = index % tokens;
+        float* out = y + index * channels;
+        for (int64_t c = 0; c < channels; ++c) out[c] = bias == nullptr ? 0.0f : bias[c];
+        for (int64_t k = 0; k < width; ++k) {
+            const float *row = row_of(b, t - past + k), *w = by_place.data() + k * channels;
 #pragma omp simd
-                for (int lane = 0; lane < LANES; ++lane) sum[lane] += w[k][lane] * seen[k][lane];
-            }
-            if (activate) {
-#pragma omp simd
-                for (int lane = 0; lane < LANES; ++lane) sum[lane] = silu(sum[lane]);
-            }
-            for (int64_t lane = 0; lane < lanes; ++lane) out[lane] = sum[lane];
-            for (int64_t k = 0; k < past; ++k) std::memcpy(seen[k], seen[k + 1], sizeof seen[k]);
+            for (int64_t c = 0; c < channels; ++c) out[c] += w[c] * row[c];
         }
-        for (int64_t lane = 0; lane < lanes; ++lane) {
-            for (int64_t k = 0; k < past; ++k) after[own + lane * past + k] = seen[k][lane];
+        if (activate) {
+#pragma omp simd
+            for (int64_t c = 0; c < channels; ++c) out[c] = silu(out[c]);
+        }
+    }
+    for (int64_t b = 0; b < batch; ++b) {
+        for (int64_t k = 0; k < past; ++k) {
+            const float* row = row_of(b, tokens - past + k);
+            for (int64_t c = 0; c < channels; ++c) after[(b * channels + c) * past + k] = row[c];
         }
     }
 }
@@ -111,12 +232,19 @@ void tersor_causal_conv(const float* x, int64_t stride, const float* weight, con
 void tersor_selective_scan(const float* x, const float* dt, const float* A, const float* B, const float* C, float* y,
                            float* state, float* before, int64_t batch, int64_t tokens, int64_t channels, int64_t n,
                            int64_t chunk, const float* D, const float* z, int64_t z_stride, int positive, int threads) {
+    if (tokens == 1 && before == nullptr) {
+        const auto scan = n == 16 ? scan_one<16> : scan_one<0>;
+        scan(x, dt, A, B, C, y, state, batch, channels, n, D, z, z_stride, positive, threads);
+        return;
+    }
     const int64_t blocks = (channels + LANES - 1) / LANES;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t index = 0; index < batch * blocks; ++index) {
         const int64_t b = index / blocks, first = index % blocks * LANES;
         const int64_t width = channels - first < LANES ? channels - first : LANES;
-        alignas(64) float h[256][LANES] = {}, a[256][LANES] = {};
+        alignas(64) float h[256][LANES], a[256][LANES];
+        std::memset(h, 0, n * sizeof h[0]);  // of what is used: clearing all takes longer than one token
+        std::memset(a, 0, n * sizeof a[0]);
         alignas(64) float step[LANES] = {}, in[LANES] = {}, gate[LANES] = {}, skip[LANES] = {}, now[LANES] = {}, out[LANES];
         float* own = state + (b * channels + first) * n;
         for (int64_t lane = 0; lane < width; ++lane) {
@@ -170,5 +298,33 @@ void tersor_selective_scan(const float* x, const float* dt, const float* A, cons
             for (int64_t i = 0; i < n; ++i) own[lane * n + i] = h[i][lane];
         }
     }
+}
+
+// One token of one sequence through `count` Mamba-1 layers: x [d_model] += mixer(norm(x)) in each. room: floats, at least
+// 2 d_model + 5 d_inner + rank + 2 n, twice (activations in bfloat16 lie behind the others). Returns 0, or what the matmul says.
+int tersor_mamba_token(const Layer* layers, int64_t count, Matmul matmul, float* x, float* room, int64_t d_model,
+                       int64_t d_inner, int64_t n, int64_t rank, int64_t width, float eps, int threads) {
+    float *normed = room, *mixed = normed + d_model, *xz = mixed + d_model, *in = xz + 2 * d_inner;
+    float *dt = in + d_inner, *y = dt + d_inner, *dt_B_C = y + d_inner;
+    uint16_t* halves = (uint16_t*)(dt_B_C + rank + 2 * n);
+    for (const Layer* layer = layers; layer < layers + count; ++layer) {
+        float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < d_model; ++i) sum += x[i] * x[i];
+        const float scale = 1.0f / std::sqrt(sum / d_model + eps);
+        for (int64_t i = 0; i < d_model; ++i) normed[i] = x[i] * scale * layer->norm[i];
+        if (int failed = apply(layer->in_proj, matmul, normed, xz, halves)) return failed;
+        conv_one(xz, 0, layer->conv_weight, layer->conv_bias, layer->conv_before, layer->conv_after, in, 1, d_inner, width, 1,
+                 1);
+        if (int failed = apply(layer->x_proj, matmul, in, dt_B_C, halves)) return failed;
+        if (int failed = apply(layer->dt_proj, matmul, dt_B_C, dt, halves)) return failed;
+        std::memcpy(layer->state_after, layer->state_before, d_inner * n * sizeof(float));
+        const auto scan = n == 16 ? scan_one<16> : scan_one<0>;
+        scan(in, dt, layer->A, dt_B_C + rank, dt_B_C + rank + n, y, layer->state_after, 1, d_inner, n, layer->D,
+             xz + d_inner, 0, 1, threads);
+        if (int failed = apply(layer->out_proj, matmul, y, mixed, halves)) return failed;
+        for (int64_t i = 0; i < d_model; ++i) x[i] += mixed[i];
+    }
+    return 0;
 }
 }

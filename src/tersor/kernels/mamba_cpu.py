@@ -16,15 +16,16 @@ from tersor.kernels import quantized_matmul_cpu as cpu
 SOURCE = Path(__file__).with_suffix(".cpp")
 LARGEST_STATE = 256  # numbers a channel
 WIDEST = 16  # inputs that a convolution sees
+_FLAGS = ("-fno-trapping-math",)  # without it, GCC does not vectorize a loop with a comparison in it
 _WORTH_THREADS = 2**17  # channels * tokens * state numbers; for less work, waking threads costs more than they save
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
+def library() -> ctypes.CDLL | None:
     """The library, built for the best instructions that processor and compiler share; None where it cannot be built."""
     for name in cpu.supported():
         try:
-            found = cpp.load(SOURCE, cpu.FLAGS[name])
+            found = cpp.load(SOURCE, (*cpu.FLAGS[name], *_FLAGS))
         except (cpp.CompileError, OSError):
             continue
         pointer, integer = ctypes.c_void_p, ctypes.c_int64
@@ -40,6 +41,8 @@ def _library() -> ctypes.CDLL | None:
             ctypes.c_int,
         ]
         found.tersor_causal_conv.restype = None
+        found.tersor_mamba_token.argtypes = [pointer, integer, pointer, pointer, pointer, *[integer] * 5]
+        found.tersor_mamba_token.argtypes += [ctypes.c_float, ctypes.c_int]
         return found
     return None
 
@@ -52,7 +55,7 @@ def plain(*tensors: Tensor | None) -> bool:
     if torch.is_grad_enabled() and any(each.requires_grad for each in given):
         return False
     fits = all(each.device.type == "cpu" and each.dtype == torch.float32 and each.numel() > 0 for each in given)
-    return fits and _library() is not None
+    return fits and library() is not None
 
 
 def takes(
@@ -90,7 +93,7 @@ def scan(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """y, the last state, and the state before each chunk [chunks, b, d, n], or None without a chunk_size. All float32; shapes and
     meaning as in selective_scan.py."""
-    compiled = _library()
+    compiled = library()
     assert compiled is not None
     if not takes(x, dt, A, B, C, initial_state, D=D, z=z):
         raise ValueError(f"no scan of x {list(x.shape)}, dt {list(dt.shape)}, A {list(A.shape)}, B {list(B.shape)}")
@@ -104,7 +107,7 @@ def scan(
     compiled.tersor_selective_scan(
         *(each.data_ptr() for each in (*inputs, y, state)), _pointer(before),
         batch, tokens, channels, n, chunk_size or 1,
-        _pointer(skip), _pointer(gate), 0 if gate is None else gate.stride(1), dt_softplus, _threads(x.numel() * n),
+        _pointer(skip), _pointer(gate), 0 if gate is None else gate.stride(1), dt_softplus, threads_for(x.numel() * n),
     )  # fmt: skip
     return y, state, before
 
@@ -114,7 +117,7 @@ def causal_conv(
 ) -> tuple[Tensor, Tensor]:
     """y [b, l, channels] of x of that shape, and the last inputs [b, channels, width - 1]. weight [channels, 1, width]. All
     float32."""
-    compiled = _library()
+    compiled = library()
     assert compiled is not None
     batch, tokens, channels = x.shape
     width = weight.shape[-1]
@@ -125,7 +128,7 @@ def causal_conv(
     y, after = x.new_empty(batch, tokens, channels), x.new_empty(batch, channels, width - 1)
     compiled.tersor_causal_conv(
         rows.data_ptr(), rows.stride(1), kernel.data_ptr(), _pointer(bias), _pointer(before),
-        after.data_ptr(), y.data_ptr(), batch, tokens, channels, width, silu, _threads(x.numel() * width),
+        after.data_ptr(), y.data_ptr(), batch, tokens, channels, width, silu, threads_for(x.numel() * width),
     )  # fmt: skip
     return y, after
 
@@ -136,7 +139,7 @@ def _rows(x: Tensor) -> Tensor:
     return x if even else x.contiguous()
 
 
-def _threads(work: int) -> int:
+def threads_for(work: int) -> int:
     return torch.get_num_threads() if work >= _WORTH_THREADS else 1
 
 

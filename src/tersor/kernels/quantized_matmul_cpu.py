@@ -281,7 +281,17 @@ def call_of(weight: PanelWeight, dtype: torch.dtype, *, round_x: bool = False) -
     )
 
 
-def _run(x: Tensor, weight: PanelWeight) -> Tensor:
+def threads_for(products: int) -> int:
+    """How many threads are worth waking for so many multiply-adds."""
+    return torch.get_num_threads() if products >= _WORTH_THREADS else 1
+
+
+def matmul_pointer(implementation: str) -> ctypes.c_void_p:
+    """`tersor_matmul`, for compiled code that calls it."""
+    return ctypes.cast(library(implementation).tersor_matmul, ctypes.c_void_p)
+
+
+def _run(x: Tensor, weight: PanelWeight, *, round_x: bool = False) -> Tensor:
     if x.dtype == torch.float64:
         return torch.nn.functional.linear(x, restore(weight).dequantize(torch.float64))
     if x.dtype not in (torch.float32, torch.bfloat16):
@@ -290,10 +300,9 @@ def _run(x: Tensor, weight: PanelWeight) -> Tensor:
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
     y = x.new_empty((*x.shape[:-1], weight.out_features))
-    small = rows.numel() * weight.out_features < _WORTH_THREADS
-    call = call_of(weight, x.dtype)
+    call = call_of(weight, x.dtype, round_x=round_x)
     call.x, call.x_stride, call.rows, call.y = rows.data_ptr(), rows.stride(0), rows.shape[0], y.data_ptr()
-    call.threads = 1 if small else torch.get_num_threads()
+    call.threads = threads_for(rows.numel() * weight.out_features)
     if library(weight.implementation).tersor_matmul(call) != 0:
         raise MemoryError(f"no memory for a product of {rows.shape[0]} rows")
     return y
@@ -351,13 +360,15 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def matmul(x: Tensor, weight: PanelWeight) -> Tensor:
-    """y = x · Wᵀ. x [..., in], y [..., out] in x's dtype. Differentiable in x; traceable by torch.compile."""
+def matmul(x: Tensor, weight: PanelWeight, *, round_x: bool = False) -> Tensor:
+    """y = x · Wᵀ. x [..., in], y [..., out] in x's dtype. Differentiable in x; traceable by torch.compile.
+
+    round_x: as in `call_of`; where x wants a gradient or is traced, it is not rounded."""
     if x.shape[-1] != weight.in_features:
         raise ValueError(f"x has {x.shape[-1]} features, the weight takes {weight.in_features}")
     plain = type(x) is Tensor and not (x.requires_grad and torch.is_grad_enabled())
     if plain and x.device.type == "cpu" and not torch.compiler.is_compiling():
-        return _run(x, weight)  # as the operator, without the 30 us of its dispatch
+        return _run(x, weight, round_x=round_x)  # as the operator, without the 30 us of its dispatch
     y: Tensor = _op(
         x,
         weight.packed,

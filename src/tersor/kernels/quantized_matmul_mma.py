@@ -10,8 +10,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import statistics
-from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +24,6 @@ from tersor.kernels.work_list import Shape, processors, workspace
 MOST_STAGES, FEWEST_STAGES = 6, 3
 DENSE_ROWS = 64  # with more, a dense weight and cuBLAS may be faster
 MEASURED_BYTES = 4 * 2**20  # of tiles; smaller weights take the first cut
-MEASURED_CALLS = 9  # of each candidate
 DENSE_BYTES = 256 * 2**20  # of a weight that are dense at once
 BLOCK_RESERVED_BYTES = 1024  # of shared memory, by the system
 
@@ -356,7 +353,7 @@ def _choice(x: Tensor, weight: TiledWeight, y: Tensor, architecture: str) -> _Wa
         with ThreadPoolExecutor(len(sources)) as pool:  # into the cache, all at once
             list(pool.map(lambda source: nvrtc.compile_source(source, architecture), sources))
         runs = [functools.partial(_run, way, x, weight, y, architecture) for way in ways]
-        measured = dict(zip(by_name, _microseconds(runs, device), strict=True))
+        measured = dict(zip(by_name, choices.gpu_microseconds(runs, device), strict=True))
         choices.keep(asked, measured)
         known = min(measured, key=lambda name: measured[name])
     return _chosen.setdefault(at, by_name[known])
@@ -366,22 +363,3 @@ def chosen(rows: int, dtype: torch.dtype, weight: TiledWeight, architecture: str
     """What runs x of so many rows and this type in this process, in words; None before the first."""
     way = _chosen.get(_key(rows, dtype, weight, architecture))
     return None if way is None else str(way)
-
-
-def _microseconds(runs: Sequence[Callable[[], None]], device: torch.device) -> list[float]:
-    """The median time of each, in turns, with a cold L2 cache, as a layer finds it among others."""
-    size = torch.cuda.get_device_properties(device).L2_cache_size
-    scratch = torch.empty(max(size, 2**20), dtype=torch.uint8, device=device)
-    times: list[list[float]] = [[] for _ in runs]
-    for turn in range(1 + MEASURED_CALLS):
-        for run, found in zip(runs, times, strict=True):
-            for _ in range(4):  # while these run, the host gets ahead
-                scratch.zero_()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            start.record()
-            run()
-            end.record()
-            end.synchronize()
-            if turn:  # the first one loads the kernel
-                found.append(start.elapsed_time(end) * 1e3)
-    return [statistics.median(found) for found in times]

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from tersor.errors import TersorError
-from tersor.kernels import quantized_matmul_cpu as cpu
-from tersor.layers.quantized_linear import QuantizedLinear
 from tersor.models import registry
+from tersor.runtime import mamba_token
 from tersor.runtime.engine import check_room
+from tersor.runtime.prepared_linear import prepare_linears
 
 CHUNK = 512  # prompt tokens that go through the layers together, which bounds the memory
 _VOCABULARY = ("vocab_size", "num_tokens", "vocab")  # names of the config's field
@@ -60,37 +60,11 @@ def why_no_state(module: Any) -> str | None:
     return None
 
 
-class PreparedLinear(nn.Module):
-    """A linear map whose weight lies as the CPU's kernel streams it: x [..., in] -> [..., out], both float32. Activations are
-    rounded to bfloat16 where the processor multiplies that type."""
-
-    def __init__(self, weight: cpu.PanelWeight, bias: Tensor | None) -> None:
-        super().__init__()
-        self.weight_in_panels = weight
-        self.bias: Tensor | None
-        self.register_buffer("bias", None if bias is None else bias.detach().float())
-        self._rounds = weight.implementation in cpu.BF16
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = cpu.matmul(x.bfloat16() if self._rounds else x, self.weight_in_panels).float()
-        return y if self.bias is None else y + self.bias
-
-
-def prepare_linears(module: nn.Module) -> None:
-    """Exchange those linear maps of a float32 module on a CPU that are packed, or whose values bfloat16 holds exactly."""
-    if cpu.choose()[0] is None or any(each.dtype != torch.float32 for each in module.parameters()):
-        return
-    for name, each in list(module.named_modules()):
-        if isinstance(each, QuantizedLinear) and isinstance(each.prepared, cpu.PanelWeight):
-            module.set_submodule(name, PreparedLinear(each.prepared, each.bias))
-        elif type(each) is nn.Linear and torch.equal(each.weight, each.weight.bfloat16().float()):
-            module.set_submodule(name, PreparedLinear(cpu.prepare_dense(each.weight), each.bias))
-
-
 class SteppedModule:
     """An engine of a model with `prefill` and `step`. What a token costs does not grow with the text where the state does not.
 
-    take_over: the module's linear maps may be exchanged on a CPU (`prepare_linears`), for speed.
+    take_over: nobody else needs the module: on a CPU its linear maps may be exchanged (`prepare_linears`), for speed.
+    A token then goes through Mamba-1 in one compiled call (mamba_token.py).
     """
 
     def __init__(self, module: Any, *, capacity: int, batch: int = 1, take_over: bool = False) -> None:
@@ -98,6 +72,9 @@ class SteppedModule:
         self.device = _device_of(module)
         if take_over and self.device.type == "cpu":
             prepare_linears(module)
+        self._step = module.step
+        if take_over and batch == 1 and mamba_token.why_not(module) is None:
+            self._step = mamba_token.MambaToken(module).step
         self._vocabulary = vocabulary_of(module)
         self._states: dict[int, Any] = {}  # by the number of tokens read before
         self._prompt = 0  # where the last prompt ends
@@ -119,7 +96,7 @@ class SteppedModule:
         ids, before = ids.to(self.device), self.length
         state = self._states.get(before)
         if ids.shape[1] == 1 and state is not None:
-            logits, state = self.module.step(ids[:, 0], state)
+            logits, state = self._step(ids[:, 0], state)
         else:
             for piece in torch.split(ids, CHUNK, dim=1):
                 logits, state = self.module.prefill(piece, state, last_only=True)

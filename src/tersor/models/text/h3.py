@@ -21,10 +21,10 @@ ssm is a diagonal state space (S4D): a = -exp(inv_A_real) + i A_imag, bilinear, 
 `*` is the causal convolution by FFT; `prefill` of one piece after another is the same with the states passed on, for
 texts whose FFT does not fit, and `step` is the recurrence.
 
-On a GPU, in 16 bits, with head_dim 1 and up to 1,024 tokens, a layer takes FlashConv (tersor.kernels.fft_conv): both
-convolutions and both gates with transforms that stay on the chip, there 1.4 times as fast as torch.fft in training and in a
-third of its memory (benchmarks/results/flash_conv.md). `H3Layer.flash` does longer ones too, in pieces with the state
-passed on: equal to the whole on a CPU; its speed on a GPU has not been measured.
+On a GPU, in 16 bits, with head_dim 1 and up to 2,048 tokens, a layer takes FlashConv (tersor.kernels.fft_conv) where it is
+faster than torch.fft on the GPU at hand, which is measured once a length: both convolutions and both gates with transforms that
+stay on the chip, in a third of the memory (benchmarks/results/flash_conv.md). `H3Layer.flash` does longer ones too, in pieces
+with the state passed on: on an H200 0.6 to 1.2 times as fast as torch.fft, with 0.6 to 1 times its memory.
 
 Quirks kept: z is flattened as (j, h), with h last, though q, k, v are split as (h, i); with head_dim 1 that is the same.
 With l_max the convolution's kernel ends there, the recurrence does not. dt, A and B learn at 0.001 at most without
@@ -51,7 +51,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tersor.errors import TersorError
-from tersor.kernels.fft_conv import LONGEST, causal_taps, fft_conv
+from tersor.kernels.fft_conv import LONGEST, causal_taps, faster_on_chip, fft_conv
 from tersor.layers.causal_attention import attend
 from tersor.layers.checks import at_least, divides, one_of
 from tersor.layers.diagonal_state_space import (
@@ -67,7 +67,6 @@ from tersor.layers.positions import rotary_table, rotate
 from tersor.models.key_maps import rename
 from tersor.models.registry import register
 
-FASTER = 1024  # positions up to which FlashConv is faster than torch.fft
 LayerState = tuple[Tensor, ...]
 State = list[LayerState]
 
@@ -238,10 +237,11 @@ class H3Layer(nn.Module):
         return self.output_linear(z.flatten(1, 2).transpose(1, 2)), after
 
     def _flashes(self, k: Tensor) -> bool:
-        """Whether the layer takes `flash`: where it does the same and is faster (benchmarks/results/flash_conv.md)."""
-        whole = self.kernel.l_max is None or k.shape[-1] <= self.kernel.l_max
-        fast = k.is_cuda and k.dtype in (torch.bfloat16, torch.float16) and k.shape[-1] <= FASTER
-        return fast and whole and self.head_dim == 1
+        """Whether the layer takes `flash`: where it does the same and is faster on this GPU."""
+        length = k.shape[-1]
+        if self.head_dim > 1 or length > (self.kernel.l_max or length):
+            return False
+        return faster_on_chip(length, k.dtype, k.device, backward=torch.is_grad_enabled())
 
     def flash(self, q: Tensor, k: Tensor, v: Tensor, *, longest: int = LONGEST) -> Tensor:
         """q, k, v (B, d, L) -> q ssm(v shift(k)) for head_dim 1: FlashConv, both gates within its kernel; longer texts in pieces
