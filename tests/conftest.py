@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST_FIRST.index(item.path.name) if item.path.name in LONGEST_FIRST else 99)
 
 
-os.environ["RAY_worker_niceness"] = "0"  # Ray's own is 15: beside other tests its workers would starve
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  (Ray spells it so; of its own 15 its workers would starve here)
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 EXTRA_FILES = {  # beside the model, to be carried along
