@@ -10,7 +10,7 @@ at no images have one value. WnAm: n bits a weight, m bits an activation (the im
 confidence interval of one accuracy is about 2 points; the rows share their images, so differences between them are surer.
 
 demo-vit is the built-in vision transformer. The hybrid is a MobileViT (`mobilevit_xxs` with ten classes, 0.95 million
-parameters), trained here by tersor's own loop on the first 20,000 training pictures of CIFAR-10 scaled to 64 x 64 pixels, 40
+parameters), trained here by tersor's own loop on the first 20,000 training pictures of CIFAR-10 scaled to 64 x 64 pixels, 16
 epochs; its last weights count.
 
 "round to nearest": weights by rows and activations by tensors, from minimum to maximum, with no reparameterization. "RepQ-ViT":
@@ -271,7 +271,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=[VIT], choices=(VIT, HYBRID))
     parser.add_argument("--hybrid", default="", help="the hybrid's weights")
     parser.add_argument("--train-hybrid", type=Path, help="train it, write its weights there, and measure nothing")
-    parser.add_argument("--epochs", type=int, default=40, help="of its training")
+    parser.add_argument("--epochs", type=int, default=16, help="of its training")
     parser.add_argument("--processes", type=int, default=1, help="how many jobs at once")
     parser.add_argument("--minutes", type=float, default=600, help="begins no job after so many")
     parser.add_argument("--quick", action="store_true", help="whether it runs")
