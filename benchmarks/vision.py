@@ -3,22 +3,24 @@
     TERSOR_DATA=../shared/data python benchmarks/vision.py --processes 12 --write
     ... --train-hybrid mobilevit.pt             trains the hybrid and writes its weights
     ... --hybrid mobilevit.pt --models hybrid   measures it; kept rows are not measured again
+    ... --again                                 the table from the kept numbers
     ... --quick                                 one width, few images: whether it runs, not what it is worth
 
-1,000 test images of CIFAR-10. Grids are fitted on 32 training images (GPTQ: 128), drawn with seeds 0, 1 and 2; methods that look
-at no images have one value. WnAm: n bits a weight, m bits an activation (the image: 8 bits). Half the width of the 95 %
-confidence interval of one accuracy is about 2 points; the rows share their images, so differences between them are surer.
+1,000 test images of CIFAR-10. Grids are fitted on 32 training images (GPTQ: 128), drawn with seed 0, and with seeds 1 and 2 where
+three numbers are given; BCT looks at no images. WnAm: n bits a weight, m bits an activation (the image: 8 bits). Half the width
+of the 95 % confidence interval of one accuracy is about 2 points; the rows share their images, so differences between them are
+surer. A row without seconds was read from an earlier table.
 
 demo-vit is the built-in vision transformer. The hybrid is a MobileViT (`mobilevit_xxs` with ten classes, 0.95 million
-parameters), trained here by tersor's own loop on the first 20,000 training pictures of CIFAR-10 scaled to 64 x 64 pixels, 16
+parameters), trained here by tersor's own loop on the first 20,000 training pictures of CIFAR-10 scaled to 64 x 64 pixels, 40
 epochs; its last weights count.
 
 "round to nearest": weights by rows and activations by tensors, from minimum to maximum, with no reparameterization. "RepQ-ViT":
 as published; "RepQuant" adds dual clipping and reconstruction, as its page describes them. "DopQ-ViT": with the tangent grid and
 the median; "+ blocks": with 100 learning steps a block. "Q-HyViT": granularity and zero points chosen a layer, with 50 steps and
 one round where the published search has 100 and three. "BCT": blocks of 64 with shifts, without data. "GPTQ, then": GPTQ rounds
-the weights it can pack to n bits by rows, and the method that is named quantizes the activations, and these weights once more to
-8 bits. Size: of the saved model.safetensors; of the original in float32. A method that refuses a model says why below.
+the weights it can pack to n bits by rows (it has no grid of 6), and the method that is named quantizes the activations, and these
+weights once more to 8 bits. Size: of the saved model.safetensors; of the original in float32.
 """
 
 from __future__ import annotations
@@ -88,7 +90,7 @@ class Row:
     draw: int
     top1: float | None  # None: refused
     megabytes: float | None  # of the saved model; None where the stack has no file of its own
-    seconds: float
+    seconds: float | None = None
     refused: str = ""
 
 
@@ -204,7 +206,7 @@ def measure(name: str, bits: str, label: str, draw: int, file: str, count: int) 
     model, training, test = read(name, file)
     if label == ORIGINAL:
         full = sum(p.numel() for p in model.parameters()) * 4e-6
-        return Row(name, bits, label, draw, tersor.accuracy(model, test).top1, full, 0.0)
+        return Row(name, bits, label, draw, tersor.accuracy(model, test).top1, full)
     started, (w_bits, a_bits) = time.perf_counter(), WIDTHS[bits]
     order = torch.randperm(len(training), generator=torch.Generator().manual_seed(draw))
     samples = [{"image": training[n : n + 1]} for n in order[:count].tolist()]
@@ -220,7 +222,7 @@ def measure(name: str, bits: str, label: str, draw: int, file: str, count: int) 
             if not label.startswith(FIRST):
                 size = (result.save(Path(folder) / "model") / "model.safetensors").stat().st_size / 1e6
     except TersorError as error:
-        return Row(name, bits, label, draw, None, None, 0.0, str(error))
+        return Row(name, bits, label, draw, None, None, None, str(error))
     return Row(name, bits, label, draw, tersor.accuracy(result.model, test).top1, size, seconds)
 
 
@@ -253,8 +255,9 @@ def table(rows: Sequence[Row]) -> str:
             continue
         spread = " / ".join(f"{value:.1f}" for value in values) if len(values) > 1 else ""
         size = "" if each[0].megabytes is None else f"{each[0].megabytes:.2f}"
-        seconds = statistics.mean(row.seconds for row in each)
-        lines.append(f"| {' | '.join(key)} | {statistics.mean(values):.2f} | {spread} | {size} | {seconds:.0f} |")
+        took = [row.seconds for row in each if row.seconds is not None]
+        seconds = f"{statistics.mean(took):.0f}" if took else ""
+        lines.append(f"| {' | '.join(key)} | {statistics.mean(values):.2f} | {spread} | {size} | {seconds} |")
     said = dict.fromkeys(f"- {row.model}, {row.method}: {row.refused}" for row in rows if row.refused)
     return "\n".join([*lines, "", *said]).rstrip("\n")
 
@@ -269,11 +272,14 @@ def write(rows: Sequence[Row], runs: Sequence[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--models", nargs="*", default=[VIT], choices=(VIT, HYBRID))
+    parser.add_argument("--only", nargs="*", default=[""], help="methods whose name begins so")
+    parser.add_argument("--draws", type=int, default=DRAWS)
     parser.add_argument("--hybrid", default="", help="the hybrid's weights")
     parser.add_argument("--train-hybrid", type=Path, help="train it, write its weights there, and measure nothing")
-    parser.add_argument("--epochs", type=int, default=16, help="of its training")
+    parser.add_argument("--epochs", type=int, default=40, help="of its training")
     parser.add_argument("--processes", type=int, default=1, help="how many jobs at once")
     parser.add_argument("--minutes", type=float, default=600, help="begins no job after so many")
+    parser.add_argument("--again", action="store_true", help="the table from the kept numbers")
     parser.add_argument("--quick", action="store_true", help="whether it runs")
     parser.add_argument("--write", action="store_true", help="keep the result in benchmarks/results/")
     asked = parser.parse_args()
@@ -281,15 +287,23 @@ def main() -> None:
     if asked.train_hybrid:
         train_hybrid(asked.train_hybrid, 1 if asked.quick else asked.epochs, quick=asked.quick)
         return
+    if asked.again:
+        kept = kept_numbers(NAME)
+        write(sorted((Row(**each) for each in kept["rows"]), key=place), kept["runs"])
+        return
     if HYBRID in asked.models and not Path(asked.hybrid).is_file():
         parser.error("the hybrid's weights are missing: --train-hybrid FILE makes them, --hybrid FILE names them")
     rows = [Row(**each) for each in kept_numbers(NAME).get("rows", [])] if asked.write else []
     runs = runs_with_this(NAME, gpu() if DEVICE.type == "cuda" else machine())
     known = {(row.model, row.bits, row.method, row.draw) for row in rows}
     tasks = [(model, "float32", ORIGINAL, 0) for model in asked.models]
-    for draw in range(1 if asked.quick else DRAWS):
+    for draw in range(1 if asked.quick else asked.draws):
         for bits in list(WIDTHS)[: 1 if asked.quick else None]:
-            tasks += [(model, bits, n, draw) for n in NAMES for model in asked.models if draw == 0 or n != "BCT"]
+            names = [name for name in NAMES if name.startswith(tuple(asked.only)) and (draw == 0 or name != "BCT")]
+            names = [
+                name for name in names if bits != "W6A6" or not name.startswith(FIRST)
+            ]  # GPTQ has no grid of 6 bits
+            tasks += [(model, bits, name, draw) for name in names for model in asked.models]
     left = [(*task, asked.hybrid, 4 if asked.quick else SAMPLES) for task in tasks if task not in known]
     for row in results_of(measure, left, at_once=asked.processes, minutes=asked.minutes):
         print(row, flush=True)
