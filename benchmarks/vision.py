@@ -16,11 +16,13 @@ parameters), trained here by tersor's own loop on the first 20,000 training pict
 epochs; its last weights count.
 
 "round to nearest": weights by rows and activations by tensors, from minimum to maximum, with no reparameterization. "RepQ-ViT":
-as published; "RepQuant" adds dual clipping and reconstruction, as its page describes them. "DopQ-ViT": with the tangent grid and
-the median; "+ blocks": with 100 learning steps a block. "Q-HyViT": granularity and zero points chosen a layer, with 50 steps and
-one round where the published search has 100 and three. "BCT": blocks of 64 with shifts, without data. "GPTQ, then": GPTQ rounds
-the weights it can pack to n bits by rows (it has no grid of 6), and the method that is named quantizes the activations, and these
-weights once more to 8 bits. Size: of the saved model.safetensors; of the original in float32.
+as published; "RepQuant" adds dual clipping and reconstruction, as its page describes them. "DopQ-ViT": with the tangent grid and the
+median; "+ blocks": with 100 learning steps a block. These leave 8 bits to what a convolution reads, and grouped convolutions as
+they are; "convolutions too" is RepQ-ViT with m bits for what all convolutions read but the first. "Q-HyViT", which takes grouped
+convolutions too: granularity and zero points chosen a layer, with 50 steps and one round where the published search has 100 and
+three. "BCT": blocks of 64 with shifts, without data. "GPTQ, then": GPTQ rounds the weights it can pack to n bits by rows (it has
+no grid of 6), and the method that is named quantizes the activations, and these weights once more to 8 bits. Size: of the saved
+model.safetensors; of the original in float32.
 """
 
 from __future__ import annotations
@@ -59,14 +61,21 @@ from tersor.data.images import ImageConfig, load_images
 from tersor.devices import pick_device
 from tersor.errors import TersorError
 from tersor.evaluate.accuracy import read_images
-from tersor.formats.activation_grid import grid_of_range
+from tersor.formats.activation_grid import fit_uniform, grid_of_range
 from tersor.formats.grid import Grid
 from tersor.layers.linear_map import weight_matrix
 from tersor.methods.activations.bct import BCT
 from tersor.methods.activations.calibrated import InputGrid, each_operand
 from tersor.methods.activations.dopq_vit import DopQViT
 from tersor.methods.activations.q_hyvit import QHyViT
-from tersor.methods.activations.repquant import RepQuant, freeze, one_batch, wrap
+from tersor.methods.activations.repquant import (
+    RepQuant,
+    fit_weights_again,
+    freeze,
+    one_batch,
+    reparameterize,
+    wrap,
+)
 from tersor.methods.method import Method, ModelMethod, Work
 from tersor.train.config import TrainConfig
 from tersor.train.objectives import classification
@@ -111,7 +120,8 @@ class Nearest(ModelMethod):
             width = each.input.bits
             each.input = InputGrid(width, partial(_whole_range, bits=width))
             W = weight_matrix(each.original)
-            each.grid = grid_of_range(W.amin(1, keepdim=True), W.amax(1, keepdim=True), self.w_bits)
+            least, most = W.amin(1, keepdim=True).clamp(max=0), W.amax(1, keepdim=True).clamp(min=0)
+            each.grid = grid_of_range(least, most, self.w_bits)
             each.codes = each.grid.quantize(W).to(torch.uint8)
         for product in places.products.values():
             product.fit = each_operand(partial(_whole_range, bits=self.a_bits))
@@ -121,7 +131,29 @@ class Nearest(ModelMethod):
 
 
 def _whole_range(x: Tensor, *, bits: int) -> Grid:
-    return grid_of_range(x.min(), x.max(), bits)
+    """Zero lies within, so that what is constant has a grid too."""
+    return grid_of_range(x.min().clamp(max=0), x.max().clamp(min=0), bits)
+
+
+@dataclass(frozen=True)
+class Throughout(RepQuant):
+    """RepQ-ViT with inputs of a_bits for convolutions too, but for the one that reads the image. RepQuant gives them 8 bits."""
+
+    name: ClassVar[str] = "throughout"
+
+    def compress_model(self, model: nn.Module, work: Work) -> nn.Module:
+        batch = one_batch(work.samples[:SAMPLES])
+        places = wrap(model, self, without_target(dict(work.samples[0])), work.wanted)
+        convolutions = [each for each in places.maps.values() if isinstance(each.original, nn.Conv2d)]
+        for each in convolutions[1:]:
+            each.input = InputGrid(self.a_bits, partial(fit_uniform, bits=self.a_bits))
+        with torch.no_grad():
+            call(model, batch)
+            reparameterize(model, places)
+            fit_weights_again(places, reconstruct=False)
+            call(model, batch)
+        freeze(model, places)
+        return model
 
 
 def methods(w_bits: int, a_bits: int) -> dict[str, Method]:
@@ -130,6 +162,7 @@ def methods(w_bits: int, a_bits: int) -> dict[str, Method]:
     return {
         "round to nearest": Nearest(w_bits, a_bits),
         "RepQ-ViT": repquant(dual_clipping=False, reconstruct=False),
+        "convolutions too: RepQ-ViT": Throughout(w_bits=w_bits, a_bits=a_bits),
         "RepQuant": repquant(dual_clipping=True, reconstruct=True),
         "DopQ-ViT": dopq(),
         "DopQ-ViT + blocks": dopq(tune_blocks=True),
