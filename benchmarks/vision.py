@@ -15,14 +15,14 @@ demo-vit is the built-in vision transformer. The hybrid is a MobileViT (`mobilev
 parameters), trained here by tersor's own loop on the first 20,000 training pictures of CIFAR-10 scaled to 64 x 64 pixels, 40
 epochs; its last weights count.
 
-"round to nearest": weights by rows and activations by tensors, from minimum to maximum, with no reparameterization. "RepQ-ViT":
-as published; "RepQuant" adds dual clipping and reconstruction, as its page describes them. "DopQ-ViT": with the tangent grid and the
-median; "+ blocks": with 100 learning steps a block. These leave 8 bits to what a convolution reads, and grouped convolutions as
-they are; "convolutions too" is RepQ-ViT with m bits for what all convolutions read but the first. "Q-HyViT", which takes grouped
-convolutions too: granularity and zero points chosen a layer, with 50 steps and one round where the published search has 100 and
-three. "BCT": blocks of 64 with shifts, without data. "GPTQ, then": GPTQ rounds the weights it can pack to n bits by rows (it has
-no grid of 6), and the method that is named quantizes the activations, and these weights once more to 8 bits. Size: of the saved
-model.safetensors; of the original in float32.
+"round to nearest": weights by rows and activations by tensors, from minimum to maximum, with no reparameterization.
+"RepQ-ViT": as published; "RepQuant" adds dual clipping and reconstruction, as its page describes them. "DopQ-ViT": with the
+tangent grid and the median; "+ blocks": with 100 learning steps a block. These leave 8 bits to what a convolution reads, and
+grouped convolutions as they are; "convolutions too" is RepQ-ViT with m bits for what all convolutions read but the first.
+"Q-HyViT", which takes grouped convolutions too: granularity and zero points chosen a layer, with 50 steps and one round where
+the published search has 100 and three. "BCT": blocks of 64 with shifts, without data. "GPTQ, then": GPTQ rounds the weights
+it can pack to n bits by rows (it has no grid of 6), and the method that is named quantizes the activations, and these weights
+once more to 8 bits. Size: of the saved model.safetensors; of the original in float32.
 """
 
 from __future__ import annotations
