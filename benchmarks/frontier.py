@@ -75,6 +75,7 @@ from tersor.runtime.generate import make_engine
 NAME, DRAWS = "frontier", 3
 ORIGINAL = "original"
 PROMPT, NEW = 32, 64  # tokens of a turn
+HIGHEST = 400  # perplexity in the picture
 
 
 @dataclass(frozen=True)
@@ -287,17 +288,25 @@ def picture(rows: Sequence[Row], tokens: Mapping[str, float]) -> None:
         figure.colorbar(dots, label="new tokens per second, one CPU thread")
     axis.step(*zip(*(points[name] for name in front), strict=True), where="post", color="tab:red", linewidth=1)
     for name, (size, lost) in points.items():
-        axis.annotate(
-            name,
-            (size, lost),
-            xytext=(4, 4),
-            textcoords="offset points",
-            fontsize=8 if name in front else 6,
-            color="black" if name in front else "grey",
-        )
-    axis.set(xlabel="MB on disk", ylabel="perplexity, WikiText-2", yscale="log", title="demo: size and perplexity")
+        if lost < HIGHEST:
+            up = name in front
+            axis.annotate(
+                name,
+                (size, lost),
+                xytext=(2, -3) if up else (2, 3),
+                textcoords="offset points",
+                fontsize=7 if up else 6,
+                color="black" if up else "grey",
+                rotation=-75 if up else 35,
+                rotation_mode="anchor",
+                verticalalignment="top" if up else "bottom",
+            )
+    left_out = [name for name, (_, lost) in points.items() if lost >= HIGHEST]
+    title = "demo: size and perplexity" + (f" (above: {', '.join(left_out)})" if left_out else "")
+    axis.set(xlabel="MB on disk", ylabel="perplexity, WikiText-2", yscale="log", ylim=(9, HIGHEST), xlim=(8, 28))
+    axis.set_title(title)
     figure.tight_layout()
-    figure.savefig(RESULTS / f"{NAME}.png", dpi=110)
+    figure.savefig(RESULTS.parents[1] / "docs" / "images" / f"{NAME}.png", dpi=80)
     pyplot.close(figure)
 
 
@@ -312,7 +321,7 @@ def write(rows: Sequence[Row], tokens: Mapping[str, float], runs: Sequence[str])
 
 {table(rows, tokens)}
 
-On the frontier, no other row being smaller and better in the mean: {front}. Picture: {NAME}.png.
+On the frontier, no other row being smaller and better in the mean: {front}. Picture: docs/images/{NAME}.png.
 
 {about}
 
