@@ -289,12 +289,14 @@ def write(rows: Sequence[Row], runs: Sequence[str]) -> None:
     about = (__doc__ or "").split("\n\n", 2)[2].strip()
     said = "\n".join(f"- {run}" for run in runs)
     counts = " and ".join(f"{row.steps} steps ({row.model})" for row in {row.model: row for row in rows}.values())
+    missing = [name for name in MAKERS if all(row.model != name for row in rows)]
+    unmeasured = f"\nNot measured yet: {', '.join(missing)}.\n" if missing else ""
     text = f"""# dsformer beside low rank
 
 Quality after training, of the row of each kind with the lowest loss on samples kept apart:
 
 {verdict(rows)}
-
+{unmeasured}
 Perplexity (`demo`, lower is better) and rank correlation (the encoder, higher is better), after {counts}:
 
 {table(rows)}

@@ -316,13 +316,14 @@ def write(rows: Sequence[Row], tokens: Mapping[str, float], runs: Sequence[str])
     about = (__doc__ or "").split("\n\n", 3)[3].strip()
     said = "\n".join(f"- {run}" for run in runs)
     front = ", ".join(f"`{name}`" for name in pareto(points_of(rows)))
+    untimed = "" if tokens else "\nThe speeds are not measured yet.\n"
     title = "# The frontier of size and perplexity on demo"
     text = f"""{title}
 
 {table(rows, tokens)}
 
 On the frontier, no other row being smaller and better in the mean: {front}. Picture: docs/images/{NAME}.png.
-
+{untimed}
 {about}
 
 {said}
