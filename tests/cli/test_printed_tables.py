@@ -161,6 +161,17 @@ def test_a_table_wraps_its_text_and_then_takes_two_lines_a_row() -> None:
     assert table(("", "value"), [("a\x1b[31m name", "1")], width=80) == ["             value", "a?[31m name      1"]
 
 
+def test_a_note_that_is_too_wide_goes_below_its_own_row_alone() -> None:
+    rows = [("a-name", "12", ""), ("another-name", "3", "some words of a note that goes on")]
+    assert table(("layer", "rank", ""), rows, left=(0, 2), width=26) == [
+        "layer         rank",
+        "a-name          12",
+        "another-name     3",
+        "  some words of a note",
+        "  that goes on",
+    ]
+
+
 def test_numbers_that_json_does_not_have_are_null() -> None:
     assert finite({"a": [math.inf, 1.5], "b": (math.nan, "x")}) == {"a": [None, 1.5], "b": [None, "x"]}
 

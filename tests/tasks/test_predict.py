@@ -126,6 +126,7 @@ def test_what_cannot_be_done_is_said_in_a_line(
     trained: Path, tmp_path: Path, tersor_command: Callable[..., Any]
 ) -> None:
     run = trained / "run"
+    (tmp_path / "words.pth").write_text("hello\n")
     for arguments, said in (
         ((run, tmp_path / "none.png"), "there is no file"),
         ((run, tmp_path), "holds no file that ends in"),
@@ -134,6 +135,8 @@ def test_what_cannot_be_done_is_said_in_a_line(
         ((run, trained / "pictures", "--reference", tmp_path), "'classify' compares nothing with a reference"),
         (("demo", "x.png"), "tersor generate"),
         (("nothing-here", "x.png"), "no model at nothing-here"),
+        (("shvit_s1", "x.png"), "shvit_s1 is an architecture, which knows nothing yet"),
+        (("shvit_s1", "x.png", "--checkpoint", tmp_path / "words.pth"), "is no checkpoint: neither safetensors nor"),
     ):
         ran = tersor_command("predict", *arguments)
         assert ran.status == 2

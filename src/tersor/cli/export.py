@@ -33,7 +33,8 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file where it exists.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a model of the LLaMA family as a GGUF file for llama.cpp, or any model that torch.export takes as an ONNX file.
+    """Write a model as a GGUF file (llama.cpp) or an ONNX file. GGUF takes models of the LLaMA family, ONNX any that
+    torch.export takes.
 
     GGUF: quantized layers are written exactly. A layer that no GGUF type holds exactly is refused by name, with the reason.
 
