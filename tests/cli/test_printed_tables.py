@@ -11,7 +11,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -128,6 +128,16 @@ def test_tables_fit_80_columns_with_every_name_whole(
         "backtest": [MODEL],
     }[verb]
     assert all(name in out for name in names)
+
+
+def test_columns_that_say_nothing_are_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    pruned = replace(summary(0), layers=[Layer("a.b", bits=16, group_size=-1, damp=0.0, tokens=0)])
+    print_summary(pruned, Path("out"))
+    assert capsys.readouterr().out.splitlines()[0].split() == ["layer", "loss", "seconds"]
+    print_summary(replace(pruned, layers=[Layer("a.b", group_size=-1)]), Path("out"))
+    assert capsys.readouterr().out.splitlines()[0].split() == [
+        "layer", "bits", "group", "loss", "damp", "tokens", "seconds",
+    ]  # fmt: skip
 
 
 def test_layers_of_large_models_are_summarized_and_whole_where_asked(capsys: pytest.CaptureFixture[str]) -> None:

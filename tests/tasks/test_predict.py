@@ -113,6 +113,13 @@ def test_unreadable_files_are_named_and_skipped(
     assert "red" in ran.out
 
 
+def test_the_built_in_model_names_its_classes(tmp_path: Path, tersor_command: Callable[..., Any]) -> None:
+    pillow.new("RGB", (32, 32), (80, 120, 200)).save(tmp_path / "sky.png")
+    told = json.loads(tersor_command("predict", "demo-vit", tmp_path / "sky.png", "--json").out)[0]["classes"]
+    ten = {"airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"}
+    assert set(told) < ten
+
+
 def test_an_official_checkpoint_in_a_bare_file(tmp_path: Path, tersor_command: Callable[..., Any]) -> None:
     torch.manual_seed(0)
     torch.save({"model": tersor.models.create("shvit_s1").state_dict()}, tmp_path / "shvit_s1.pth")

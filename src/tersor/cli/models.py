@@ -29,7 +29,9 @@ def models(
     """
     found = registry.list_models() if pattern is None else registry.list_models(pattern)
     if not found:
-        patterns = {name for info in registry.list_models() for name in (info.name, info.system, info.family, info.task)}
+        patterns = {
+            name for info in registry.list_models() for name in (info.name, info.system, info.family, info.task)
+        }
         meant = difflib.get_close_matches(pattern or "", patterns, n=1)
         hint = f"did you mean {meant[0]}? " if meant else ""
         raise TersorError(f"no model matches {pattern!r}; {hint}`tersor models` without a pattern lists all")

@@ -86,7 +86,8 @@ def list_models(pattern: str = "*") -> list[ModelInfo]:
         info
         for info in _variants().values()
         if any(
-            fnmatch.fnmatch(each, pattern) for each in (f"{info.family}/{info.name}", info.family, info.name, info.system, info.task)
+            fnmatch.fnmatch(each, pattern)
+            for each in (f"{info.family}/{info.name}", info.family, info.name, info.system, info.task)
         )
     ]
 
