@@ -75,7 +75,7 @@ def test_images_that_are_not_there(tersor_command: Callable[..., Ran], tmp_path:
     assert ran.status == 2
     assert "no images at" in ran.err
     ran = tersor_command("compress", "repquant", "demo-vit", "--out", tmp_path / "out", "--calibration", "photo.png")
-    assert "text (photo.png) cannot calibrate it: give --calibration a folder of images" in ran.err
+    assert "text cannot calibrate it (photo.png): give --calibration a folder of images" in ran.err
     assert not (tmp_path / "out").exists()
 
 

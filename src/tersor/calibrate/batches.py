@@ -202,7 +202,7 @@ def _tokenize(tokenizer: Any, text: str) -> Tensor:
 def _no_tokenizer(calibration: str | Path | None) -> TersorError:
     given = "" if calibration is None else f" ({calibration})"
     return TersorError(
-        f"the model has no tokenizer, so text{given} cannot calibrate it: give --calibration a folder of images or an .npz, "
+        f"the model has no tokenizer, so text cannot calibrate it{given}: give --calibration a folder of images or an .npz, "
         "or in Python its own inputs as an iterable of dictionaries"
     )
 
