@@ -133,7 +133,7 @@ def open_model(
     if str(model) in YARDSTICKS and checkpoint is None:
         return str(model)
     meant = difflib.get_close_matches(str(model), YARDSTICKS, n=1)
-    if meant and not Path(model).expanduser().exists():
+    if meant and "/" not in str(model) and not Path(model).expanduser().exists():
         raise TersorError(f"no model at {model}; did you mean the yardstick {meant[0]}?")
     return open_forecaster(model, checkpoint=checkpoint, device=device)
 
