@@ -15,15 +15,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 import tersor
 
+Result = TypeVar("Result")
 DATA = Path(os.environ.get("TERSOR_DATA", Path(__file__).parents[2] / "shared" / "data"))
 RESULTS = Path(__file__).parent / "results"
 
@@ -97,6 +100,27 @@ def _shares(seconds: float, steps: int) -> Iterator[float]:
         if share >= 1:
             return
         yield share
+
+
+def results_of(
+    measure: Callable[..., Result], tasks: Sequence[tuple[Any, ...]], *, at_once: int, minutes: float
+) -> Iterator[Result]:
+    """measure(*task) of every task, so many processes at once, as they are done. A task that did not begin within the minutes is
+    given up; one that fails is told, and left out."""
+    started = time.perf_counter()
+    with ProcessPoolExecutor(at_once, mp_context=get_context("spawn")) as pool:
+        waiting = {pool.submit(measure, *task): task for task in tasks}
+        while waiting:
+            left = 60 * minutes - (time.perf_counter() - started)
+            done, _ = wait(waiting, timeout=left if left > 0 else None, return_when=FIRST_COMPLETED)
+            for future in done:
+                task = waiting.pop(future)
+                if (error := future.exception()) is None:
+                    yield future.result()
+                else:
+                    print(f"failed: {task}: {error!r}", file=sys.stderr, flush=True)
+            if time.perf_counter() - started > 60 * minutes:
+                waiting = {future: task for future, task in waiting.items() if not future.cancel()}
 
 
 def processor() -> str:

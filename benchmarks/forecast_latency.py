@@ -7,8 +7,8 @@ size for ETTh1, one column a series. Ours: `tersor.tasks.forecast_table.forecast
 `predict` on a long table of the same series, after one training step, with the same sizes; its iTransformer takes all series
 as one sample, and that of 10,000 would attend over 10,000 tokens, so it is left out there, and Autoformer and Informer are
 left out for both, as they would take a quarter of an hour. Seconds of processor time, the best of three (of one for 10,000
-series); memory is what the process grew by at the peak of the first forecast. Without neuralforecast (pip install neuralforecast)
-its rows are missing.
+series); memory is what the process grew by at the peak of the first forecast; neuralforecast's reuses what its training step
+had taken, so that its figures say little. Without neuralforecast (pip install neuralforecast) its rows are missing.
 """
 
 from __future__ import annotations

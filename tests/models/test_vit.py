@@ -75,3 +75,10 @@ def test_an_image_of_another_size_is_refused() -> None:
 def test_demo_vit_is_built_in_and_right_about_most_images(data: Path) -> None:
     pixels, labels = read_images("demo-vit", data / "images" / "cifar10_test_1000.npz", limit=60)
     assert tersor.accuracy(tersor.load("demo-vit", device="cpu"), (pixels, labels)).top1 > 75
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_accuracy_of_a_model_and_of_images_and_classes_on_a_gpu() -> None:
+    model, pixels = tersor.models.create("vit", **SMALL).eval().cuda(), torch.randn(6, 3, 32, 32, device="cuda")
+    with torch.no_grad():
+        assert tersor.accuracy(model, (pixels, model(pixels).argmax(-1))).top1 == 100

@@ -156,6 +156,16 @@ def test_a_trained_model_tells_what_happens_when(
     assert lines[1].startswith(f"{tmp_path / 'frames'}: 0.00-0.12 s blue ")
 
 
+def test_further_training_takes_the_clips_as_the_saved_model_does(
+    trained: Path, tmp_path: Path, tersor_command: Callable[..., Any]
+) -> None:
+    arguments = ("--data", trained / "data", "--epochs", 1, "--batch-size", 4, "--set", "data.stride=2")
+    ran = tersor_command("train", trained / "run", *arguments, "--out", tmp_path / "more", "--device", "cpu")
+    assert ran.status == 0, ran.err
+    said = json.loads((tmp_path / "more" / "preprocessor_config.json").read_text())
+    assert (said["frames"], said["size"], said["stride"]) == (4, 16, 2)
+
+
 def test_the_training_leaves_a_sheet_of_clips(trained: Path) -> None:
     sheet = np.asarray(pillow.open(trained / "run" / "samples.png")).astype(int)
     assert sheet.shape == (8 * 200 + 24, 3 * 200 + 8, 3)

@@ -153,7 +153,7 @@ def _by_task(
     if data is None:
         raise TersorError(f"{name} needs --data, what it is to be trained on")
     net = saved if saved is not None else _build(name, checkpoint, tables["model"])
-    prepared = {} if saved is None else _as_it_was_trained(Path(name))
+    prepared = {} if saved is None else _as_it_was_trained(Path(name), task)
     return net, task.load_data(net, data, validation, prepared | tables["data"]), task.objective
 
 
@@ -235,11 +235,13 @@ def _saved(what: str, checkpoint: Path | None, overrides: dict[str, Any]) -> nn.
     return net.requires_grad_()
 
 
-def _as_it_was_trained(folder: Path) -> dict[str, Any]:
-    """Size, mean and std of the images that a saved model knows; entries of the table `data`."""
+def _as_it_was_trained(folder: Path, task: Task) -> dict[str, Any]:
+    """What a saved model knows of its data: entries of the table `data`."""
     if not (folder / PREPROCESSOR).is_file():
         return {}
     said = read_json_object(folder / PREPROCESSOR)
+    if task.kept:
+        return {name: said[name] for name in task.kept if name in said}
     if "image_mean" not in said:  # of series, say, whose scaler comes from the new data
         return {}
     settings = image_settings(open_checkpoint(folder))

@@ -67,7 +67,7 @@ def accuracy(
         logits = class_logits(module, batch.to(first.device, first.dtype))
         if int(labels.max()) >= logits.shape[1]:
             raise TersorError(f"a label is {int(labels.max())}, but the model has only {logits.shape[1]} classes")
-        right += int((logits.argmax(-1).cpu() == wanted).sum())
+        right += int((logits.argmax(-1) == wanted.to(logits.device)).sum())
         if progress is not None:
             progress("evaluating", n, math.ceil(len(pixels) / batch_size))
     share = right / len(pixels)

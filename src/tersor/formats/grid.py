@@ -10,6 +10,7 @@ reference, a row of zeros gets the range [-1, 1].
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -82,10 +83,13 @@ def fit_grid(
     stored: Stored | None = None,
     weights: Tensor | None = None,
     as_published: bool = False,
+    best: Callable[[Tensor, Tensor, Tensor, Bits, Tensor | None], Tensor] | None = None,
 ) -> Grid:
     """Fit one grid per row of x [rows, columns] (floating).
 
     weights [columns]: the cost of an error in each column, for the search; None: all cost the same.
+    best(x, scales, zeros, bits, weights): which of the candidates [rows, candidates] to take for each row, [rows, 1]; None: found
+    here, by clip_search's norm.
     as_published: use the reference's half range for symmetric rows without negative values, to compare with its numbers.
     stored: make a grid that the file format can hold, so that a solver that compensates errors sees the levels that a reader of
     the file will see; None keeps the grid exact.
@@ -103,10 +107,15 @@ def fit_grid(
     if clip_search is None:
         return grid
 
+    keeps = [1 - step / clip_search.steps for step in range(int(clip_search.max_shrink * clip_search.steps))]
+    if best is not None:
+        kept = torch.tensor(keeps, dtype=x.dtype, device=x.device)
+        found = _grid_of_range(kept * low, kept * high, bits, sym, stored)
+        chosen = best(x, found.scale, found.zero, bits, weights)
+        return Grid(found.scale.gather(1, chosen), found.zero.gather(1, chosen), bits)
     best_error = torch.full_like(low, float("inf"))
     best_scale, best_zero = grid.scale, grid.zero
-    for step in range(int(clip_search.max_shrink * clip_search.steps)):
-        keep = 1 - step / clip_search.steps
+    for keep in keeps:
         candidate = _grid_of_range(keep * low, keep * high, bits, sym, stored)
         error = (candidate.round(x) - x).abs().pow(clip_search.norm)
         error = (error if weights is None else error * weights).sum(1, keepdim=True)

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tersor.kernels import cpp
 from tersor.kernels import quantized_matmul_cpu as cpu
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -23,11 +22,8 @@ _WORTH_THREADS = 2**17  # channels * tokens * state numbers; for less work, waki
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The library, built for the best instructions that processor and compiler share; None where it cannot be built."""
-    for name in cpu.supported():
-        try:
-            found = cpp.load(SOURCE, (*cpu.FLAGS[name], *_FLAGS))
-        except (cpp.CompileError, OSError):
-            continue
+    found = cpu.best_build(SOURCE, _FLAGS)
+    if found is not None:
         pointer, integer = ctypes.c_void_p, ctypes.c_int64
         found.tersor_selective_scan.argtypes = [*[pointer] * 8, *[integer] * 5, pointer, pointer, integer]
         found.tersor_selective_scan.argtypes += [ctypes.c_int, ctypes.c_int]
@@ -43,8 +39,7 @@ def library() -> ctypes.CDLL | None:
         found.tersor_causal_conv.restype = None
         found.tersor_mamba_token.argtypes = [pointer, integer, pointer, pointer, pointer, *[integer] * 5]
         found.tersor_mamba_token.argtypes += [ctypes.c_float, ctypes.c_int]
-        return found
-    return None
+    return found
 
 
 def plain(*tensors: Tensor | None) -> bool:

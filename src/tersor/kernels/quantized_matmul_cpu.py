@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,16 @@ def supported() -> list[str]:
     amx = bf16 and has.get("amx_tile", False) and has.get("amx_bf16", False)
     found = {"amx": amx, "avx512_bf16": bf16, "avx512": avx512, "avx2": avx2, "portable": True}
     return [name for name, yes in found.items() if yes]
+
+
+def best_build(source: Path, flags: Sequence[str]) -> ctypes.CDLL | None:
+    """Another source, built for the best instructions that processor and compiler share; None where it cannot be built."""
+    for name in supported():
+        try:
+            return cpp.load(source, (*FLAGS[name], *flags))
+        except (cpp.CompileError, OSError):
+            continue
+    return None
 
 
 @functools.cache

@@ -114,4 +114,4 @@ def panels(sample: Mapping[str, Tensor], logits: Tensor, sets: Sets) -> tuple[An
     return levels(picture), *captions(sample, logits, sets)
 
 
-TASK = Task(classification, load_data, predict, SUFFIXES, inside=videos_in, normalises=False, panels=panels)
+TASK = Task(classification, load_data, predict, SUFFIXES, inside=videos_in, kept=KEPT, normalises=False, panels=panels)

@@ -19,7 +19,10 @@ def load_data(model: Any, data: Path, validation: Path | None, table: Mapping[st
     held_out = load_tokens(validation, config) if validation else None
     for each in filter(None, (train, held_out)):
         _check_vocabulary(model, each)
-    return Sets(train, held_out, preprocessing={"tokenizer": config.tokenizer, "seq_len": config.seq_len})
+    return Sets(train, held_out, preprocessing={name: getattr(config, name) for name in KEPT})
+
+
+KEPT = ("tokenizer", "seq_len")  # of the settings
 
 
 def _check_vocabulary(model: Any, windows: TokenWindows) -> None:
@@ -32,4 +35,4 @@ def _check_vocabulary(model: Any, windows: TokenWindows) -> None:
         )
 
 
-TASK = Task(language_modelling, load_data, evaluated_on="text")
+TASK = Task(language_modelling, load_data, kept=KEPT, evaluated_on="text")

@@ -47,4 +47,4 @@ def load_data(model: Any, data: Path, validation: Path | None, table: Mapping[st
     return Sets(LinkBatches(parts.train, **shared), validating, testing, preprocessing={"window": config.window})
 
 
-TASK = Task(link_prediction, load_data, normalises=False)
+TASK = Task(link_prediction, load_data, kept=("window",), normalises=False)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tersor.tasks.language_model import load_data
+from tersor.tasks.language_model import KEPT, load_data
 from tersor.tasks.task import Task
 from tersor.train.objectives import masked_language_modelling
 
-TASK = Task(masked_language_modelling, load_data)
+TASK = Task(masked_language_modelling, load_data, kept=KEPT)

@@ -111,6 +111,7 @@ class Task:
     marker: str = ""  # the name of a file that makes a folder one input
     writes: bool = False  # whether its results are files
     compares: bool = False  # whether results can be compared with a reference
+    kept: tuple[str, ...] = ()  # settings of the data that are saved with a model, and hold when it is trained further
     normalises: bool = True  # whether images are resized and normalised as the model says
     size: int | None = None  # of images for an official checkpoint, which says none; None: the architecture's
     defaults: Mapping[str, Any] = field(default_factory=dict)  # settings of the training, where the user gives none

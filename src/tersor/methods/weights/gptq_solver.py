@@ -25,7 +25,7 @@ from torch import Tensor
 from tersor.errors import TersorError
 from tersor.formats.grid import Bits, ClipSearch, Grid, Stored, as_stored, dequantize, fit_grid, quantize
 from tersor.formats.quantized_weight import QuantizedWeight, natural_groups
-from tersor.kernels import gptq_block
+from tersor.kernels import gptq_block, gptq_cpu
 from tersor.methods.weights.output_factor import OutputFactor, solve_rows
 from tersor.methods.weights.refit import column_weights, refit_scales
 from tersor.methods.weights.sparsity import Pruner, zeros_in
@@ -173,7 +173,8 @@ def solve_factorized(
     def fit(x: Tensor, where: Tensor | slice) -> Grid:
         """where: the columns of x, in their own order."""
         known = None if weights is None else weights[where]
-        return fit_grid(x, bits, sym=sym, clip_search=clip_search, stored=stored, weights=known)
+        best = gptq_cpu.best_grids if clip_search is not None and clip_search.norm == 2 and gptq_cpu.takes(x) else None
+        return fit_grid(x, bits, sym=sym, clip_search=clip_search, stored=stored, weights=known, best=best)
 
     whole = (
         (grid or fit(W, slice(None))) if group_size == -1 else None
@@ -311,6 +312,23 @@ def solve_block(
     W, scale, zero [rows, width], U [width, width]. Returns codes and levels [rows, width]; adds to errors [rows].
     pruner: chooses weights that become zero before they are rounded; first: the number of the block's first column.
     """
+    if pruner is None and gptq_cpu.takes(W):
+        return gptq_cpu.solve_block(W, U, scale, zero, bits, errors)
+    return solve_columns(W, U, scale, zero, bits, errors, pruner, first=first)
+
+
+def solve_columns(
+    W: Tensor,
+    U: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bits: Bits,
+    errors: Tensor,
+    pruner: Pruner | None = None,
+    *,
+    first: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """`solve_block` column by column in torch, for any type of numbers and device."""
     # One column after another is read and written, so columns are laid out as rows.
     w, scale, zero = (each.t().clone(memory_format=torch.contiguous_format) for each in (W, scale, zero))
     codes, levels = torch.empty_like(w), torch.empty_like(w)
