@@ -44,6 +44,8 @@ def test_an_unknown_method(tersor_command: Callable[..., Ran], tmp_path: Path) -
     ran = tersor_command("compress", "magic", "demo-vit", "--out", tmp_path / "out")
     assert ran.status == 2
     assert "No such command 'magic'" in ran.err
+    ran = tersor_command("compress", "demo-vit", "ats", "--out", tmp_path / "out")
+    assert (ran.status, "The method comes first: tersor compress ats demo-vit" in ran.err) == (2, True)
 
 
 def test_a_directory_that_is_taken_is_refused_at_once(tersor_command: Callable[..., Ran], tmp_path: Path) -> None:
@@ -72,6 +74,8 @@ def test_images_that_are_not_there(tersor_command: Callable[..., Ran], tmp_path:
     )
     assert ran.status == 2
     assert "no images at" in ran.err
+    ran = tersor_command("compress", "repquant", "demo-vit", "--out", tmp_path / "out", "--calibration", "photo.png")
+    assert "text cannot calibrate it (photo.png): give --calibration a folder of images" in ran.err
     assert not (tmp_path / "out").exists()
 
 

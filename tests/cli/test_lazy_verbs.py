@@ -8,9 +8,11 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import pytest
 import typer
+from conftest import Ran
 
 from tersor.cli.main import FUNCTIONS, VERBS, app, main
 from tersor.cli.progress import progress_bar
@@ -30,6 +32,14 @@ print([name for name in ("torch", "transformers", "numpy") if name in sys.module
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_no_line_of_the_list_is_cut_and_a_misspelled_verb_is_told(tersor_command: Callable[..., Ran]) -> None:
+    listed = tersor_command("--help").out.partition("Commands:")[2]
+    assert [line.split()[0] for line in listed.strip().splitlines()] == list(VERBS)
+    assert "..." not in listed
+    ended = tersor_command("quantise", "demo")
+    assert (ended.status, "Did you mean 'quantize'?" in ended.err) == (2, True)
 
 
 class Terminal(io.StringIO):

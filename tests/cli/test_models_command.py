@@ -37,6 +37,8 @@ def test_says_when_nothing_matches(tersor_command: Callable[..., Any]) -> None:
     ran = tersor_command("models", "nothing*")
     assert ran.status == 2
     assert "no model matches 'nothing*'" in ran.err
+    assert "did you mean vision?" in tersor_command("models", "visoin").err
+    assert "shvit_s1 " in tersor_command("models", "vision").out
 
 
 @pytest.mark.parametrize("name", ["shvit", "shvit_s2"])

@@ -11,7 +11,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -130,6 +130,16 @@ def test_tables_fit_80_columns_with_every_name_whole(
     assert all(name in out for name in names)
 
 
+def test_columns_that_say_nothing_are_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    pruned = replace(summary(0), layers=[Layer("a.b", bits=16, group_size=-1, damp=0.0, tokens=0)])
+    print_summary(pruned, Path("out"))
+    assert capsys.readouterr().out.splitlines()[0].split() == ["layer", "loss", "seconds"]
+    print_summary(replace(pruned, layers=[Layer("a.b", group_size=-1)]), Path("out"))
+    assert capsys.readouterr().out.splitlines()[0].split() == [
+        "layer", "bits", "group", "loss", "damp", "tokens", "seconds",
+    ]  # fmt: skip
+
+
 def test_layers_of_large_models_are_summarized_and_whole_where_asked(capsys: pytest.CaptureFixture[str]) -> None:
     print_summary(summary(8 * WHOLE), Path("out"))
     short = capsys.readouterr().out
@@ -159,6 +169,17 @@ def test_a_table_wraps_its_text_and_then_takes_two_lines_a_row() -> None:
         "         goes on for long",
     ]
     assert table(("", "value"), [("a\x1b[31m name", "1")], width=80) == ["             value", "a?[31m name      1"]
+
+
+def test_a_note_that_is_too_wide_goes_below_its_own_row_alone() -> None:
+    rows = [("a-name", "12", ""), ("another-name", "3", "some words of a note that goes on")]
+    assert table(("layer", "rank", ""), rows, left=(0, 2), width=26) == [
+        "layer         rank",
+        "a-name          12",
+        "another-name     3",
+        "  some words of a note",
+        "  that goes on",
+    ]
 
 
 def test_numbers_that_json_does_not_have_are_null() -> None:

@@ -78,8 +78,8 @@ def test_a_wrong_rule_is_refused_with_what_is_wrong(rule: dict[str, Any], said: 
     ("text", "said"),
     [
         ("bits: [4", "not valid YAML"),
-        ("- bits: 4", "holds no recipe but list"),
-        ("", "holds no recipe but NoneType"),
+        ("- bits: 4", "holds no recipe; give"),
+        ("", " is empty; give"),
         ("method: magic", "unknown method 'magic'"),
         ("widths: 4", "has no option 'widths'"),
         ("rules:\n  - bits: 8", "rule 1 has no `match`"),

@@ -180,6 +180,8 @@ def test_draws_a_picture_that_says_the_measured_coverage(
     for picture in pictures:
         ended = tersor_command("forecast", run, "--data", data, "--horizon", 12, "--plot", picture)
         assert ended.status == 0, ended.err
+        assert "80 % held" in ended.err
+        assert [len(row) for row in csv.reader(ended.out.splitlines())] == [11] * 13  # the table and nothing else
     drawn = pictures[0].read_text()
     assert pictures[1].read_text() == drawn
     assert "held" in drawn
@@ -246,11 +248,13 @@ def test_says_in_one_line_why_a_table_does_not_fit(
         (["itransformer"], "is an architecture, which knows nothing yet: `tersor train itransformer"),
         (["gpt4battery"], "gpt4battery is a model for the task 'regress', not to forecast"),
         (["demo"], "demo is no forecaster"),
+        (["rigde"], "no model at rigde; did you mean the yardstick ridge?"),
         (["ridge", "--interval", "80,100"], "an interval of 100 % is none"),
         (["ridge", "--interval", "high"], "levels such as 80,95 are expected"),
         (["ridge", "--interval", "99.9"], "an interval of 99.9 % needs 999 windows"),
         (["repeat-last", "--season", "7"], "--season 7 is for seasonal-naive and ridge"),
         (["ridge", "--out", "x.xlsx"], "a forecast is written as .csv or .parquet"),
+        (["ridge", "--out", "DATA"], "is the file that is read; give another name"),
         (["ridge", "--target", "z"], "no column is named 'z'; there are date, a, b"),
         (["ridge", "--fill", "backwards"], "not 'backwards'"),
     ],
@@ -259,6 +263,7 @@ def test_says_in_one_line_what_is_wrong(
     tmp_path: Path, tersor_command: Command, arguments: list[str], said: str
 ) -> None:
     data = table(tmp_path / "x.csv")
+    arguments = [str(data) if each == "DATA" else each for each in arguments]
     ended = tersor_command("forecast", *arguments, "--data", data, "--horizon", 12)
     assert ended.status == 2
     assert said in ended.err

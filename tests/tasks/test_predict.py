@@ -113,6 +113,13 @@ def test_unreadable_files_are_named_and_skipped(
     assert "red" in ran.out
 
 
+def test_the_built_in_model_names_its_classes(tmp_path: Path, tersor_command: Callable[..., Any]) -> None:
+    pillow.new("RGB", (32, 32), (80, 120, 200)).save(tmp_path / "sky.png")
+    told = json.loads(tersor_command("predict", "demo-vit", tmp_path / "sky.png", "--json").out)[0]["classes"]
+    ten = {"airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"}
+    assert set(told) < ten
+
+
 def test_an_official_checkpoint_in_a_bare_file(tmp_path: Path, tersor_command: Callable[..., Any]) -> None:
     torch.manual_seed(0)
     torch.save({"model": tersor.models.create("shvit_s1").state_dict()}, tmp_path / "shvit_s1.pth")
@@ -126,6 +133,7 @@ def test_what_cannot_be_done_is_said_in_a_line(
     trained: Path, tmp_path: Path, tersor_command: Callable[..., Any]
 ) -> None:
     run = trained / "run"
+    (tmp_path / "words.pth").write_text("hello\n")
     for arguments, said in (
         ((run, tmp_path / "none.png"), "there is no file"),
         ((run, tmp_path), "holds no file that ends in"),
@@ -134,6 +142,8 @@ def test_what_cannot_be_done_is_said_in_a_line(
         ((run, trained / "pictures", "--reference", tmp_path), "'classify' compares nothing with a reference"),
         (("demo", "x.png"), "tersor generate"),
         (("nothing-here", "x.png"), "no model at nothing-here"),
+        (("shvit_s1", "x.png"), "shvit_s1 is an architecture, which knows nothing yet"),
+        (("shvit_s1", "x.png", "--checkpoint", tmp_path / "words.pth"), "is no checkpoint: neither safetensors nor"),
     ):
         ran = tersor_command("predict", *arguments)
         assert ran.status == 2

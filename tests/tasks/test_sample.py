@@ -304,6 +304,9 @@ def test_video_options_that_do_not_fit_are_one_line(tersor_command: Command, vid
     )
     (tmp_path / "text.gif").write_text("no picture")
     refused(run(video, "--condition", tmp_path / "text.gif"), "text.gif cannot be decoded")
+    (tmp_path / "a.gif").write_text("mine")
+    refused(run(video, "--condition", out), "is the file that is read")
+    out.unlink()
     latent = tmp_path / "latent"
     save("vdt", latent, **VDT)
     refused(run(latent), "makes latents of 4 channels", "--out NAME.npy keeps them")

@@ -46,6 +46,8 @@ def make_batches(
     """
     length = min(seq_len, max_positions or seq_len)
     if calibration is None or isinstance(calibration, str | Path):
+        if tokenizer is None:  # said before the file is read as text, which it may not be
+            raise _no_tokenizer(calibration)
         if (path := _long_file(calibration)) is not None:
             return _windows_of_file(tokenizer, path, samples=samples, length=length, seed=seed)
         text, origin = _text_of(calibration)
@@ -192,12 +194,17 @@ def _windows_of_file(tokenizer: Any, path: Path, *, samples: int, length: int, s
 
 def _tokenize(tokenizer: Any, text: str) -> Tensor:
     if tokenizer is None:
-        raise TersorError(
-            "the model has no tokenizer, so text cannot calibrate it: give --calibration a folder of images or an .npz, "
-            "or in Python its own inputs as an iterable of dictionaries"
-        )
+        raise _no_tokenizer(None)
     ids: Tensor = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
     return ids
+
+
+def _no_tokenizer(calibration: str | Path | None) -> TersorError:
+    given = "" if calibration is None else f" ({calibration})"
+    return TersorError(
+        f"the model has no tokenizer, so text cannot calibrate it{given}: give --calibration a folder of images or an .npz, "
+        "or in Python its own inputs as an iterable of dictionaries"
+    )
 
 
 def _windows(tokens: Tensor, origin: str, *, samples: int, length: int, seed: int) -> list[Batch]:

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tersor import models
 from tersor.checkpoint import published
 from tersor.checkpoint.gguf_read import GGUFFile, open_gguf
 from tersor.checkpoint.hashes import Seen, bytes_of, tensor_hash
@@ -251,10 +252,17 @@ def resolve(model: Openable, *, allow_pickle: bool = False) -> Path:
             "or say with --as which model of `tersor models` a published file is"
         )
     if not _is_hub_name(str(model)):
-        raise TersorError(
-            f"no model at {model}: give a directory, a hub name such as org/name, or one of {', '.join(BUILTIN)}"
-        )
+        raise TersorError(_no_model(str(model)))
     return _download(str(model), allow_pickle)
+
+
+def _no_model(name: str) -> str:
+    if models.known(name):  # often given in place of weights
+        return (
+            f"{name} is an architecture, which knows nothing yet: give the folder that `tersor train {name}` made; "
+            f"published weights are `tersor predict {name} --checkpoint FILE`, and FILE with --as {name} elsewhere"
+        )
+    return f"no model at {name}: give a directory, a hub name such as org/name, or one of {', '.join(BUILTIN)}"
 
 
 def _is_gguf(path: Path) -> bool:

@@ -73,7 +73,7 @@ def advise(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Choose how to compress a model: measured on this machine and your data, within your budget.
+    """Choose how to compress a model, by measuring. It measures on this machine and your data, within your budget.
 
     Recipes that cannot fit the budget by their formulae are dropped. The original and a few recipes are measured; the others
     are predicted, with an interval. Measurements are kept and used again. Exit status 1: no recipe keeps the budget.

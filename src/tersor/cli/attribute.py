@@ -66,7 +66,7 @@ def attribute(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Find the layers of a compressed model that cost most, and what more bits for them would bring.
+    """Find the layers of a compressed model that cost most. It also tells what more bits for them would bring.
 
     Each compressed layer is put into the original (alone), and each original layer into the compressed model (restored); the
     change of the divergence is shown with half of its 95 % interval. Blocks come first, then the layers of the costly ones.

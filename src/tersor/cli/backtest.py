@@ -39,7 +39,7 @@ def backtest(
     as_json: AsJson = False,
     device: Device = "auto",
 ) -> None:
-    """Evaluate a forecaster on the last windows of a table, beside repeat-last, seasonal-naive and ridge.
+    """Evaluate a forecaster on the last windows of a table. Beside it stand repeat-last, seasonal-naive and ridge.
 
     Rolling origin: before each window, all earlier rows are known; nothing is trained again. The best of each column is
     marked with a star, also where it is a yardstick.

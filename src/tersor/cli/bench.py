@@ -34,7 +34,8 @@ def bench(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Measure prompt and new tokens per second, time to the first token and peak memory, on a random prompt.
+    """Measure speed and peak memory of a language model. On a random prompt: prompt and new tokens per second, and the time to
+    the first token.
 
     Figures are medians of the turns, with the middle half of them in brackets. With --against, both models run one after the
     other in every turn, and the ratios are those of the same turns.

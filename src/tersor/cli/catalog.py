@@ -18,7 +18,8 @@ def catalog(
     survey: Annotated[str | None, typer.Option(help=f"Only one: {', '.join(SURVEYS)}.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show which methods and architectures of five surveys of efficient transformers tersor has, and which are missing.
+    """Show what of five surveys tersor has, and what is missing. They are of methods and architectures of efficient
+    transformers.
 
     Example: `tersor catalog --survey inference`.
     """

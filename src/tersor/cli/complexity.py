@@ -47,7 +47,7 @@ def complexity(
     plot: Annotated[Path | None, typer.Option(help="Draw operations, or times, over n into this picture.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show operations, memory and cache of attention and of the layers that take its place, by formulae.
+    """Show what attention and the layers in its place cost. By formulae: operations, memory and cache.
 
     Operations are those of matrix products; other costs are named. Times are of one sequence in float32 on the CPU;
     lengths that would not fit in memory, or take too long, are not timed.

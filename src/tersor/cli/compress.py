@@ -28,6 +28,8 @@ class MethodFirst(TyperGroup):
         if args and args[0] not in self.commands and "--method" in args[:-1]:
             at = args.index("--method")
             args = [args[at + 1], *args[:at], *args[at + 2 :]]
+        if len(args) > 1 and args[0] not in self.commands and args[1] in self.commands:
+            ctx.fail(f"The method comes first: tersor compress {args[1]} {args[0]} ...")
         return super().parse_args(ctx, args)
 
 
@@ -43,7 +45,9 @@ compress = typer.Typer(
 
 @compress.callback()
 def _compress() -> None:
-    """Compress a model: quantize, prune, factorize, fuse layers, drop tokens, or several of these in steps.
+    """Compress a model by any method, or by several in steps.
+
+    Methods quantize, prune, factorize, fuse layers or drop tokens.
 
     `tersor compress METHOD --help` shows a method's options. The result is a model directory that `tersor eval`, `tersor.load`
     and further methods take. `tersor quantize` is the short way to weights in few bits.

@@ -42,7 +42,8 @@ def demo(
     ),
     as_json: AsJson = False,
 ) -> None:
-    """Quantize the built-in model by rounding and by GPTQ, compare both with the original, and let the result write a text.
+    """Quantize the built-in model and see what was lost. By rounding and by GPTQ, beside the original; then the result writes a
+    text.
 
     Example: `tersor demo --bits 3 --out demo-3bit`.
     """

@@ -14,7 +14,7 @@ from tersor.evaluate.machine import EXTRAS, Machine, advice, examine
 def doctor(
     as_json: AsJson = False,
 ) -> None:
-    """Show what tersor finds on this machine, the kernels that run here and their speed, and what is missing.
+    """Show what tersor finds on this machine, and what is missing. Also which kernels run here, and their speed.
 
     The first time, this compiles the kernel, which takes a while.
 

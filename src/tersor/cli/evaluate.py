@@ -89,7 +89,8 @@ def evaluate(
     variant: Variant = None,
     as_json: AsJson = False,
 ) -> None:
-    """Perplexity of a language model over windows of a text, without overlap; accuracy of a classifier with --images.
+    """Evaluate a model, also against its original. Perplexity of a language model is over windows of a text, without overlap;
+    accuracy of a classifier is that on --images.
 
     In each window, tokens 2 to n are predicted. With --against, the model's predictions are compared with the original's: those
     of a language model, a classifier (--images), a sentence encoder (the lines of --text), a forecaster or a graph

@@ -10,6 +10,7 @@ import typer
 from tersor.checkpoint.gguf_write import export as export_gguf
 from tersor.cli.options import AsJson, Variant, opened_as, print_json, refuse
 from tersor.cli.progress import progress_bar
+from tersor.cli.table import wrapped
 from tersor.errors import TersorError
 
 
@@ -33,7 +34,8 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file where it exists.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a model of the LLaMA family as a GGUF file for llama.cpp, or any model that torch.export takes as an ONNX file.
+    """Write a model as a GGUF file (llama.cpp) or an ONNX file. GGUF takes models of the LLaMA family, ONNX any that
+    torch.export takes.
 
     GGUF: quantized layers are written exactly. A layer that no GGUF type holds exactly is refused by name, with the reason.
 
@@ -85,19 +87,21 @@ def _export_onnx(
         return
     kept = "".join(f", {count} layers of {bits} bits" for bits, count in sorted(found.integers.items()))
     typer.echo(f"{found.path}: {found.size / 1e6:.1f} MB, opset {found.opset}{kept}")
-    sizes = f"any size: {', '.join(found.dynamic)}" if found.dynamic else f"all sizes are fixed: {found.fixed}"
-    typer.echo(sizes)
+    axes = ", ".join(each.removesuffix("]").replace("[", ", axis ") for each in found.dynamic)  # "image[0]"
+    lines = [f"of any size: {axes}" if found.dynamic else f"all sizes are fixed: {found.fixed}"]
     same = {True: ", the same first choices", False: ", not all the same first choices", None: ""}
-    typer.echo(
+    lines.append(
         f"onnxruntime and torch differ by {found.difference:.1e} of the largest output at most{same[found.same_top1]}"
     )
     if found.rounded_difference is not None:
-        typer.echo(
+        lines.append(
             f"with onnxruntime's defaults by {found.rounded_difference:.1e}{same[found.rounded_same_top1]}: they round what "
             "packed layers multiply to 8 bits; session.qdq_matmulnbits_accuracy_level 1 does not"
         )
-    typer.echo(
+    lines.append(
         f"a call with a batch of {found.batch}: onnxruntime {found.onnx_ms:.2f} ms, tersor {found.torch_ms:.2f} ms"
     )
     if found.metadata:
-        typer.echo(f"metadata: {', '.join(found.metadata)}")
+        lines.append(f"metadata: {', '.join(found.metadata)}")
+    for line in wrapped(lines, indent=2):
+        typer.echo(line)

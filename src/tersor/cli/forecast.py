@@ -11,14 +11,14 @@ from typing import Annotated
 import typer
 
 from tersor.cli.notes import show_notes
-from tersor.cli.options import AsJson, Device, print_json
+from tersor.cli.options import AsJson, Device, print_json, spare
 from tersor.data.tables import TableConfig, read_series, told
 from tersor.errors import TersorError
 from tersor.files import replacing
 from tersor.report.forecast_plot import check_plot, plot_forecast
 from tersor.tasks.forecast_table import Forecast, as_trained, forecast_series, open_model
 
-MOST_PRINTED = 40  # rows without --out
+MOST_PRINTED = 40  # rows on a terminal
 
 Data = Annotated[Path, typer.Option("--data", help="CSV (.gz too) or Parquet file, wide or long (unique_id, ds, y).")]
 Time = Annotated[str, typer.Option("--time", help="Column of the time stamps; else found by name or content.")]
@@ -64,7 +64,7 @@ def forecast(
     as_json: AsJson = False,
     device: Device = "auto",
 ) -> None:
-    """Forecast a table of your own with a trained model, with intervals and a picture.
+    """Forecast a table of your own, with intervals and a picture.
 
     How often the intervals held, on windows that the model has not learned from, is measured and printed. A horizon
     beyond the trained one is rolled, and a note says so.
@@ -79,6 +79,7 @@ def forecast(
     for path in (each for each in (out, plot) if each is not None):
         if not path.expanduser().absolute().parent.is_dir():
             raise TersorError(f"there is no folder {path.parent} to write {path.name} into")
+    spare(data, "--out", out)
     levels = None if interval is None else levels_of(interval)
     opened = open_model(model, checkpoint=checkpoint, device=device)
     config = TableConfig(time=time, target=target, id=id, fill=fill)
@@ -114,23 +115,24 @@ def _print(made: Forecast, *, out: Path | None, plot: Path | None) -> None:
         shares = ", ".join(
             f"{level:g} % held {100 * share:.1f} %" for level, share in zip(found.levels, found.coverage, strict=True)
         )
-        typer.echo(
-            f"intervals: {shares} of the values of {found.held_out} later windows (calibrated on {found.windows})"
-        )
+        beside = out is None  # the table alone goes to standard output
+        typer.echo(f"intervals: {shares} of the values", err=beside)
+        typer.echo(f"(calibrated on {found.windows} windows, tried on {found.held_out} later ones)", err=beside)
     if out is not None:
         typer.echo(f"{out}: {sum(len(times) for times in made.times)} rows")
     else:
         _table(made)
     if plot is not None:
-        typer.echo(f"{plot}: the picture")
+        typer.echo(f"{plot}: the picture", err=out is None)
 
 
 def _table(made: Forecast) -> None:
     writer = csv.writer(sys.stdout, lineterminator="\n")
     rows = list(_rows(made))
-    writer.writerows(rows[: MOST_PRINTED + 1])
-    if len(rows) > MOST_PRINTED + 1:
-        typer.echo(f"... {len(rows) - MOST_PRINTED - 1} more rows; --out FILE.csv writes all")
+    shown = rows[: MOST_PRINTED + 1] if sys.stdout.isatty() else rows  # whole in a file or a pipe
+    writer.writerows(shown)
+    if len(shown) < len(rows):
+        typer.echo(f"... {len(rows) - len(shown)} more rows; --out FILE.csv writes all", err=True)
 
 
 def _rows(made: Forecast, *, exact: bool = False) -> Iterable[list[str]]:

@@ -17,7 +17,7 @@ def inspect(
     variant: Variant = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show a checkpoint's blocks, linear layers, formats and bits per weight; reads no weights.
+    """Show a checkpoint's layers, formats and bits a weight. It reads the headers alone.
 
     Example: `tersor inspect demo-4bit`.
     """

@@ -7,6 +7,7 @@ A verb's module is imported when the verb is called, and the list of verbs is re
 from __future__ import annotations
 
 import ast
+import difflib
 import importlib
 import os
 import signal
@@ -85,6 +86,11 @@ class LazyVerbs(TyperGroup):
         if cmd_name not in BRIEF:
             add_quiet(command)
         return command
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] not in VERBS and (meant := difflib.get_close_matches(args[0], VERBS, n=1)):
+            ctx.fail(f"No such command {args[0]!r}. Did you mean {meant[0]!r}?")
+        return super().resolve_command(ctx, args)
 
     def shell_complete(self, ctx: Any, incomplete: str) -> Any:
         self._listing = True

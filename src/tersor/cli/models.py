@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from itertools import groupby
 from typing import Annotated
 
@@ -19,7 +20,7 @@ def models(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the architectures that tersor can build, train, load and compress.
+    """List the architectures that tersor builds and trains. It also loads and compresses them.
 
     Without a pattern, one line an architecture; with one, every published variant that matches. `tersor show NAME` tells
     what an architecture is and how it is used.
@@ -28,7 +29,12 @@ def models(
     """
     found = registry.list_models() if pattern is None else registry.list_models(pattern)
     if not found:
-        raise TersorError(f"no model matches {pattern!r}; `tersor models` without a pattern lists all")
+        patterns = {
+            name for info in registry.list_models() for name in (info.name, info.system, info.family, info.task)
+        }
+        meant = difflib.get_close_matches(pattern or "", patterns, n=1)
+        hint = f"did you mean {meant[0]}? " if meant else ""
+        raise TersorError(f"no model matches {pattern!r}; {hint}`tersor models` without a pattern lists all")
     if as_json:
         print_json([_facts(info) for info in found])
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -55,6 +56,12 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def spare(given: Path, option: str, out: Path | None) -> None:
+    """Refuse an output that is the very file that the command reads."""
+    if out is not None and out.exists() and given.exists() and out.samefile(given):
+        raise TersorError(f"{option} {out} is the file that is read; give another name")
 
 
 class Verb(TyperCommand):

@@ -36,9 +36,9 @@ def predict(
     as_json: AsJson = False,
     device: Device = "auto",
 ) -> None:
-    """Predict for files of your own, by the model's task: the five likeliest classes of a picture, point cloud or mesh, what
-    happens when in a video, the picture enlarged, the classes of its pixels, the shape that several pictures show, or what the
-    nodes of a graph are.
+    """Predict for files of your own, by the model's task. Told are the five likeliest classes of a picture, point cloud or
+    mesh, what happens when in a video, the picture enlarged, the classes of its pixels, the shape that several pictures
+    show, or what the nodes of a graph are.
 
     A file that cannot be read is named on standard error and skipped; the exit status is then 1.
 

@@ -34,7 +34,7 @@ def _quantize(
     as_json: SummaryAsJson = False,
     **given: Any,
 ) -> None:
-    """Quantize a model and write it as a checkpoint that transformers, vLLM and GPTQModel load.
+    """Quantize a model to few bits a weight. The result is a checkpoint that transformers, vLLM and GPTQModel load.
 
     The model is read and written block by block. A job that is interrupted goes on when the same command is given again.
     Started by torchrun, several processes share the work.

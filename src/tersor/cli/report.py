@@ -38,7 +38,7 @@ def report(
     device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print what the page says as one JSON object.")] = False,
 ) -> None:
-    """Write one page about compressed models: size, what was lost and where, weights, texts, the job, what loads them.
+    """Write one page about compressed models. It shows size, what was lost and where, weights, texts, the job, what loads them.
 
     The page holds all that it shows, sends no request, and opens from disk. A job keeps what is needed beside its result;
     with --against the original, models are compared token by token.

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tersor.cli.options import AsJson, Device, print_json
+from tersor.cli.options import AsJson, Device, print_json, spare
 from tersor.cli.progress import progress_bar
 from tersor.tasks.sample import sample as make
 from tersor.tasks.task import Order
@@ -37,11 +37,13 @@ def sample(
     as_json: AsJson = False,
     device: Device = "auto",
 ) -> None:
-    """Make a shape or a video out of noise, by the model's task, and write it to a file.
+    """Make a shape or a video out of noise. Which it is follows from the model's task.
 
     Examples: `tersor sample triposg-folder --condition chair.png --out chair.glb`,
     `tersor sample my-g3pt --prompt 2 --seed 7 --out shape.obj`, `tersor sample my-vdt --condition start.gif --out film.gif`.
     """
+    if condition is not None:
+        spare(condition, "--out", out)
     order = Order(out, seed, prompt, condition, steps, guidance, resolution)
     with progress_bar(quiet=as_json) as progress:
         made = make(model, order, device=device, progress=progress)

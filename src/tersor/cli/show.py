@@ -19,7 +19,7 @@ def show(
     name: Annotated[str, typer.Argument(help="An architecture or one of its variants: `tersor models` lists them.")],
     as_json: AsJson = False,
 ) -> None:
-    """Tell what an architecture is: its paper, use, formula, origin, what is proven of it, and its variants.
+    """Tell what an architecture is, and what is proven of it. Its paper, use, formula, origin and variants are there, too.
 
     Example: `tersor show shvit`.
     """

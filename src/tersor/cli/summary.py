@@ -13,7 +13,7 @@ import torch
 import typer
 
 from tersor.calibrate.statistics import is_expert
-from tersor.cli.table import print_table
+from tersor.cli.table import print_table, wrapped
 from tersor.compress.summary import Summary
 from tersor.evaluate.interval import half_width
 from tersor.formats.layouts import PLAIN
@@ -29,7 +29,7 @@ def print_summary(summary: Summary, out: Path, *, every_layer: bool = False) -> 
     every = [{key: value for key, value in row.items() if key not in HIDDEN} for row in rows_of_all]
     for _, group in groupby(every, key=tuple):  # of several steps each has columns of its own
         rows = list(group)
-        keys = [key for key in rows[0] if any(row[key] != "" for row in rows)]
+        keys = [key for key in rows[0] if any(row[key] != "" for row in rows) and not _idle(key, rows)]
         rows = [{key: row[key] for key in keys} for row in rows]
         left = [
             number for number, key in enumerate(keys) if any(isinstance(row[key], str) and row[key] for row in rows)
@@ -60,18 +60,28 @@ def print_summary(summary: Summary, out: Path, *, every_layer: bool = False) -> 
     blocks = [seconds for name, seconds in summary.seconds_per_block.items() if name]
     a_block = f"{sum(blocks) / len(blocks):.1f} s a block, " if blocks else ""
     earlier = f", {summary.resumed_blocks} blocks from an earlier run" if summary.resumed_blocks else ""
-    typer.echo(
-        f"{out}: {', '.join(facts) or summary.format}\n"
-        f"{summary.seconds:.1f} s in all, {a_block}peak memory {summary.peak_memory / 1e9:.2f} GB{earlier}"
-    )
+    lines = [
+        f"{out}: {', '.join(facts) or summary.format}",
+        f"{summary.seconds:.1f} s in all, {a_block}peak memory {summary.peak_memory / 1e9:.2f} GB{earlier}",
+    ]
     if summary.divergence is not None:
         width = half_width(torch.tensor(summary.divergences)) if len(summary.divergences) > 1 else None
         interval = "" if width is None else f" ± {width:.4f}"
-        typer.echo(
+        lines.append(
             f"on {summary.compared_on}: KL divergence {summary.divergence:.4f}{interval} nats from the original, "
             f"{summary.agreement:.1%} of the first choices the same"
         )
-    typer.echo(f"what was lost, and where, as a page: tersor report {shlex.quote(str(out))}")
+    for line in wrapped(lines, indent=2):
+        typer.echo(line)
+    typer.echo(f"what was lost, and where, as a page: tersor report {shlex.quote(str(out))}")  # whole, to be copied
+
+
+def _idle(key: str, rows: list[dict[str, Any]]) -> bool:
+    """Whether a column says nothing: of layers that see no samples, or whose weights stay as they are."""
+    if key in ("damp", "tokens"):
+        return not any(row[key] for row in rows)
+    plain = all((row.get("bits"), row.get("group_size")) == (16, -1) for row in rows)
+    return key in ("bits", "group_size") and plain
 
 
 def _in_short(rows: list[dict[str, Any]]) -> list[list[str]]:

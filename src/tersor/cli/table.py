@@ -1,7 +1,7 @@
 """Tables as plain text: within the width there is, no cell cut, no blank at the end of a line.
 
 A row that is wider than the terminal (a file has 80 columns, or as many as COLUMNS says) is told in two lines: what it is
-about, and below it the rest.
+about, and below it the rest. Where only notes are too wide, a last column without a heading, each goes below its own row.
 """
 
 from __future__ import annotations
@@ -30,6 +30,10 @@ def table(
     width = shutil.get_terminal_size().columns if width is None else width
     cells = [[printable(cell) for cell in row] for row in (head, *rows)]
     found = _aligned(cells, left, width)
+    if found is None and not head[-1] and len(head) - 1 in left:  # notes: few rows have one, which goes below its row
+        found = _aligned([row[:-1] for row in cells], set(left) - {len(head) - 1}, width)
+        for lines, row in zip(found or [], cells, strict=False):
+            lines += textwrap.wrap(GAP + row[-1], width, subsequent_indent=GAP, break_on_hyphens=False)
     if found is None:
         names, rest = [row[0] for row in cells], [row[1:] for row in cells]
         below = _aligned(rest, {column - 1 for column in left}, width - len(GAP))

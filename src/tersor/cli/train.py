@@ -79,8 +79,8 @@ def _train(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
     **options: Any,
 ) -> None:
-    """Train a model by its task: to classify images, videos or point clouds, enlarge or segment images, find shapes, forecast
-    series, predict graphs, model text, or act.
+    """Train a model on your own data, by the model's task. Tasks are to classify images, videos or point clouds, enlarge or
+    segment images, find shapes, forecast series, predict graphs, model text, or act.
 
     `tersor train lra/TASK --model MODEL` trains a sequence model on listops, text, retrieval, image, pathfinder or pathx;
     `--set pretrain.epochs=N` first trains it to fill holes in the same sequences.
@@ -88,6 +88,9 @@ def _train(
     On several devices: `torchrun --nproc-per-node 4 -m tersor train MODEL ...`. An option given here wins over `--set`,
     and that over `--config`.
     """
+    with readable(out):
+        if out.exists() and not out.is_dir():
+            raise TersorError(f"--out {out} is a file; give a folder")
     tables = _tables(config, set or [])
     tables["train"] |= {name: value for name, value in options.items() if value is not None}
     saved = None if what.startswith(PREFIX) else _saved(what, checkpoint, tables["model"])
@@ -210,7 +213,7 @@ def _saved(what: str, checkpoint: Path | None, overrides: dict[str, Any]) -> nn.
     An architecture's name means the architecture, even where a folder has that name: `--out s4` makes one.
     """
     folder = Path(what)
-    if _registered(what):
+    if models.known(what):
         return None
     with readable(folder):
         if not (folder / "config.json").is_file():
@@ -230,14 +233,6 @@ def _saved(what: str, checkpoint: Path | None, overrides: dict[str, Any]) -> nn.
     if getattr(type(net), "system", None) is None:
         raise TersorError(f"{what} holds a {type(net).__name__}; tersor trains its own architectures (`tersor models`)")
     return net.requires_grad_()
-
-
-def _registered(name: str) -> bool:
-    try:
-        models.find(name)
-    except TersorError:
-        return False
-    return True
 
 
 def _as_it_was_trained(folder: Path, task: Task) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def transcribe(
     ] = False,
     device: Device = "auto",
 ) -> None:
-    """Write down what is said in recordings, of any length: they are cut at pauses.
+    """Write down what is said in recordings of any length. They are cut at pauses.
 
     Text from standard input is printed pause by pause, as it comes. A recording that cannot be read is named on standard
     error and skipped; the exit status is then 1.

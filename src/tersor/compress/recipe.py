@@ -148,5 +148,6 @@ def recipe_content(path: str | Path, *, wanted: str) -> dict[str, Any]:
             raise TersorError(f"no recipe file at {path}")
     content = read_yaml(path)
     if not isinstance(content, dict):
-        raise TersorError(f"{path} holds no recipe but {type(content).__name__}; give {wanted}")
+        found = "is empty" if content is None else "holds no recipe"
+        raise TersorError(f"{path} {found}; give {wanted}")
     return content

@@ -45,7 +45,7 @@ def read_columns(path: str | Path) -> Columns:
     path = Path(path).expanduser()
     with readable(path):
         if not path.is_file():
-            raise TersorError(f"no series file at {path}")
+            raise TersorError(f"{path} is a folder, not a table" if path.is_dir() else f"no series file at {path}")
     if path.suffix in (".parquet", ".pq"):
         return _parquet(path)
     data = read_bytes(path)

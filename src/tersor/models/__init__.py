@@ -10,7 +10,7 @@ A model is one file in models/<family>/; docs/contributing-models.md says what i
 """
 
 from tersor.models.loading import load
-from tersor.models.registry import ModelInfo, config_of, create, find, options_of, register
+from tersor.models.registry import ModelInfo, config_of, create, find, known, options_of, register
 from tersor.models.registry import list_models as list
 
-__all__ = ["ModelInfo", "config_of", "create", "find", "list", "load", "options_of", "register"]
+__all__ = ["ModelInfo", "config_of", "create", "find", "known", "list", "load", "options_of", "register"]

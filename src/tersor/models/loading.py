@@ -179,7 +179,7 @@ def _unpickle(path: Path) -> Any:
             "if you trust it, load it yourself, torch.save the tensors alone and load that file"
         ) from error
     except Exception as error:  # bytes that are no pickle raise errors of any kind
-        raise TersorError(f"{path} cannot be read as a checkpoint: {first_words(error)}") from error
+        raise TersorError(f"{path} is no checkpoint: neither safetensors nor what torch.save writes") from error
 
 
 def _read_paddle(path: Path) -> State:

@@ -86,7 +86,8 @@ def list_models(pattern: str = "*") -> list[ModelInfo]:
         info
         for info in _variants().values()
         if any(
-            fnmatch.fnmatch(each, pattern) for each in (f"{info.family}/{info.name}", info.name, info.system, info.task)
+            fnmatch.fnmatch(each, pattern)
+            for each in (f"{info.family}/{info.name}", info.family, info.name, info.system, info.task)
         )
     ]
 
@@ -99,6 +100,11 @@ def find(name: str) -> ModelInfo:
     nearest = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
     hint = f"did you mean {', '.join(nearest)}?" if nearest else "`tersor models` lists what there is"
     raise TersorError(f"no model is named {name!r}; {hint}")
+
+
+def known(name: str) -> bool:
+    """Whether it names an architecture or a variant of one."""
+    return name in _systems() or name in _variants()
 
 
 def create(name: str, /, *, features_only: bool = False, **overrides: Any) -> nn.Module:

@@ -9,6 +9,7 @@ series that the model does not know is scaled by its own first 70 %, which then 
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -131,6 +132,9 @@ def open_model(
         return model_forecaster(model)
     if str(model) in YARDSTICKS and checkpoint is None:
         return str(model)
+    meant = difflib.get_close_matches(str(model), YARDSTICKS, n=1)
+    if meant and "/" not in str(model) and not Path(model).expanduser().exists():
+        raise TersorError(f"no model at {model}; did you mean the yardstick {meant[0]}?")
     return open_forecaster(model, checkpoint=checkpoint, device=device)
 
 

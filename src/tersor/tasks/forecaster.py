@@ -72,7 +72,7 @@ def open_forecaster(model: Openable, *, checkpoint: Path | None = None, device: 
     if checkpoint is not None:
         _check_task(name, models.find(name).task)
         return model_forecaster(models.load(name, checkpoint).to(pick_device(device)), name)
-    if not Path(name).expanduser().exists() and _is_architecture(name):
+    if not Path(name).expanduser().exists() and models.known(name):
         _check_task(name, models.find(name).task)
         raise TersorError(
             f"{name} is an architecture, which knows nothing yet: `tersor train {name} --data FILE --out RUN` trains it, RUN "
@@ -201,11 +201,3 @@ def _check_task(name: str, task: str) -> None:
         raise TersorError(
             f"{name} is a model for the task {task!r}, not to forecast: `tersor models forecast` lists those"
         )
-
-
-def _is_architecture(name: str) -> bool:
-    try:
-        models.find(name)
-    except TersorError:
-        return False
-    return True

@@ -12,7 +12,7 @@ from torch import nn
 
 from tersor import models
 from tersor.checkpoint.load import load
-from tersor.checkpoint.preprocessing import image_settings, saved_settings
+from tersor.checkpoint.preprocessing import class_names, image_settings, saved_settings
 from tersor.checkpoint.source import open_checkpoint
 from tersor.devices import pick_device
 from tersor.errors import TersorError
@@ -82,7 +82,8 @@ def open_predictor(
     if name == "classify" and opened.config.get("num_classes") == 0:
         raise TersorError(f"{model} has no head (num_classes is 0): it gives features, and no classes")
     settings = image_settings(opened) if task.normalises else saved_settings(opened)
-    return Predictor(load(opened, device=device).eval(), task, settings, labels_of(opened.config), out, reference)
+    labels = dict(enumerate(class_names(opened) or [])) or labels_of(opened.config)
+    return Predictor(load(opened, device=device).eval(), task, settings, labels, out, reference)
 
 
 def input_files(
