@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import tersor
+from tersor.devices import memory_now, peak_memory
 
 Result = TypeVar("Result")
 DATA = Path(os.environ.get("TERSOR_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -143,14 +144,10 @@ def hardware() -> str:
 def peak_growth(call: Callable[[], object]) -> int:
     """Bytes that a call needs at its peak beyond what the process held before it. Linux alone."""
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak
-    before = _status("VmRSS")
+    cpu = torch.device("cpu")
+    before = memory_now(cpu)
     call()
-    return max(0, _status("VmHWM") - before)
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
+    return max(0, peak_memory(cpu) - before)
 
 
 def machine() -> str:

@@ -7,7 +7,7 @@ import torch
 
 from tersor.formats.grid import Bits, ClipSearch, Stored, fit_grid
 from tersor.kernels import gptq_cpu
-from tersor.methods.weights.gptq_solver import solve_columns
+from tersor.methods.weights.gptq_solver import solve_block
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8, "ternary"])
@@ -21,7 +21,7 @@ def test_equal_bit_for_bit(bits: Bits, rows: int, width: int, sym: bool) -> None
     scale, zero = grid.scale.expand(-1, width), grid.zero.expand(-1, width)
     errors, others = torch.ones(rows), torch.ones(rows)
     codes, levels = gptq_cpu.solve_block(W, U, scale, zero, bits, errors)
-    expected = solve_columns(W, U, scale, zero, bits, others)
+    expected = solve_block(W, U, scale, zero, bits, others)
     assert torch.equal(codes, expected[0])
     assert torch.equal(levels, expected[1])
     assert torch.equal(errors, others)

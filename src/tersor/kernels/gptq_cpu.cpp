@@ -2,7 +2,7 @@
 // gptq_cpu.py.
 //
 // Columns: round one, spread its error over those after it. Each number goes through the same operations in the same order as in
-// gptq_solver.solve_columns, without fused multiply-adds, so that the results are equal bit for bit. Rows do not depend on each
+// gptq_solver.solve_block, without fused multiply-adds, so that the results are equal bit for bit. Rows do not depend on each
 // other. TILE of them are solved together: their block stays in the first cache, and the compiler vectorizes over them.
 
 #include <algorithm>

@@ -1,6 +1,6 @@
 """The loops of GPTQ on a CPU in compiled code (`gptq_cpu.cpp`), which needs a C++ compiler.
 
-`solve_block` gives what gptq_solver.solve_columns does bit for bit (gptq_block.py is its form for GPUs); `best_grids` chooses
+`solve_block` gives what gptq_solver.solve_block does bit for bit (gptq_block.py is its form for GPUs); `best_grids` chooses
 among the candidates of grid.fit_grid, whose errors it sums up in an order of its own.
 """
 
@@ -50,7 +50,7 @@ def takes(W: Tensor) -> bool:
 
 
 def solve_block(W: Tensor, U: Tensor, scale: Tensor, zero: Tensor, bits: Bits, errors: Tensor) -> tuple[Tensor, Tensor]:
-    """As gptq_solver.solve_columns without a pruner: codes, uint8, and levels, both [rows, width]; adds to errors [rows]."""
+    """As gptq_solver.solve_block without a pruner: codes, uint8, and levels, both [rows, width]; adds to errors [rows]."""
     compiled = _library()
     assert compiled is not None
     rows, width = W.shape

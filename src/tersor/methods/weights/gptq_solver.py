@@ -276,7 +276,10 @@ def _solve(
                 codes[:, block], levels, shift = solve_rows(mine, now, U, scale, zero, grids.bits, errors, output)
                 D[:, block] = mine + shift - levels
                 continue
-            codes[:, block], levels = solve_block(now, U, scale, zero, grids.bits, errors, pruner, first=start)
+            if pruner is None and gptq_cpu.takes(now):
+                codes[:, block], levels = gptq_cpu.solve_block(now, U, scale, zero, grids.bits, errors)
+            else:
+                codes[:, block], levels = solve_block(now, U, scale, zero, grids.bits, errors, pruner, first=start)
             D[:, block] = mine - levels
     return codes, errors
 
@@ -307,28 +310,12 @@ def solve_block(
     *,
     first: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """The columns of one block, one after another; all grids are known. kernels/gptq_block.py does the same on a GPU.
+    """The columns of one block, one after another; all grids are known. kernels/gptq_block.py does the same on a GPU, and
+    kernels/gptq_cpu.py on a CPU.
 
     W, scale, zero [rows, width], U [width, width]. Returns codes and levels [rows, width]; adds to errors [rows].
     pruner: chooses weights that become zero before they are rounded; first: the number of the block's first column.
     """
-    if pruner is None and gptq_cpu.takes(W):
-        return gptq_cpu.solve_block(W, U, scale, zero, bits, errors)
-    return solve_columns(W, U, scale, zero, bits, errors, pruner, first=first)
-
-
-def solve_columns(
-    W: Tensor,
-    U: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    bits: Bits,
-    errors: Tensor,
-    pruner: Pruner | None = None,
-    *,
-    first: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """`solve_block` column by column in torch, for any type of numbers and device."""
     # One column after another is read and written, so columns are laid out as rows.
     w, scale, zero = (each.t().clone(memory_format=torch.contiguous_format) for each in (W, scale, zero))
     codes, levels = torch.empty_like(w), torch.empty_like(w)
