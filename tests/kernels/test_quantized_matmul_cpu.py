@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import subprocess
 import sys
@@ -369,6 +370,14 @@ def test_a_library_that_was_cut_off_is_built_again(tmp_path: Path) -> None:
     whole = library.read_bytes()
     library.write_bytes(whole[: len(whole) // 2])
     assert cpp.build(source, (), cache=cache).read_bytes() == whole
+
+
+def test_a_changed_header_builds_the_library_anew(tmp_path: Path) -> None:
+    source, cache = tmp_path / "answer.cpp", tmp_path / "cache"
+    source.write_text('#include "number.h"\nextern "C" int answer() { return NUMBER; }')
+    for number in (42, 43):
+        (tmp_path / "number.h").write_text(f"#define NUMBER {number}\n")
+        assert ctypes.CDLL(str(cpp.build(source, (), cache=cache))).answer() == number
 
 
 def test_describe_names_the_implementation_in_use() -> None:

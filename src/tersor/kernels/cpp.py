@@ -1,9 +1,9 @@
 """Compiles a C++ file of this package into a shared library, once per machine, with the machine's own compiler.
 
-The source has a plain C interface and is called through ctypes: no torch headers are needed and one build serves every
-version of torch. The library is kept in the user's cache directory under a hash of source, compiler and flags, and one of its own
-bytes: a file that a full disk or a power cut left truncated, whose use would end in a bus error, is built again. It gets its name
-when it is complete, so processes that build at the same time all end up with a whole file.
+The source has a plain C interface and is called through ctypes: no torch headers are needed and one build serves every version
+of torch. The library is kept in the user's cache directory under a hash of source, headers, compiler and flags, and one of its
+own bytes: a file that a full disk or a power cut left truncated, whose use would end in a bus error, is built again. It gets
+its name when it is complete, so processes that build at the same time all end up with a whole file.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 CACHE = Path.home() / ".cache" / "tersor" / "kernels"
+_INCLUDE = re.compile(r'^#include "([^"]+)"', re.M)
 COMPILERS = ("c++", "g++", "clang++")
 
 
@@ -44,7 +46,7 @@ def build(source: Path, flags: Sequence[str], *, cache: Path | None = None) -> P
     """The shared library of `source`, from the cache if it was built before. Raises CompileError with the compiler's message."""
     path, version = compiler()
     flags = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", *flags)
-    key = hashlib.sha256("\0".join([source.read_text(), path, version, *flags]).encode()).hexdigest()[:24]
+    key = hashlib.sha256("\0".join([_text(source), path, version, *flags]).encode()).hexdigest()[:24]
     directory = CACHE if cache is None else cache
     stem = f"{source.stem}-{key}"
     for library in directory.glob(f"{stem}-*.so"):
@@ -66,6 +68,12 @@ def build(source: Path, flags: Sequence[str], *, cache: Path | None = None) -> P
     finally:
         Path(name).unlink(missing_ok=True)
     return library
+
+
+def _text(source: Path) -> str:
+    """Of a source and the headers of this package that it includes."""
+    text = source.read_text()
+    return "\0".join([text, *(_text(source.parent / name) for name in _INCLUDE.findall(text))])
 
 
 def _named(stem: str, library: Path) -> str:

@@ -12,6 +12,8 @@
 #include <cstring>
 #include <vector>
 
+#include "matmul_call.h"
+
 namespace {
 
 constexpr int LANES = 16;
@@ -127,25 +129,6 @@ void scan_one(const float* x, const float* dt, const float* A, const float* B, c
     }
 }
 
-struct Call {  // as in quantized_matmul_cpu.cpp
-    const void* x;
-    int64_t x_stride;
-    void* y;
-    int64_t rows, outputs;
-    const void *packed, *columns, *starts;
-    int64_t groups;
-    const void *scales, *zeros;
-    int type, scale_type, bits, threads, round_x;
-};
-
-using Matmul = int (*)(const Call*);
-
-struct Linear {
-    Call call;  // but for x, y and rows
-    int64_t inputs;
-    const float* bias;  // or null
-};
-
 struct Layer {
     Linear in_proj, x_proj, dt_proj, out_proj;
     const float *norm, *conv_weight, *conv_bias, *A, *D;
@@ -159,10 +142,7 @@ int apply(const Linear& linear, Matmul matmul, const float* x, float* y, uint16_
     const bool half = call.type == 1;
     uint16_t* short_y = halves + linear.inputs;
     if (half) {
-        for (int64_t i = 0; i < linear.inputs; ++i) {  // to the nearest, the even one of two
-            const uint32_t bits = (uint32_t)to_bits(x[i]);
-            halves[i] = (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-        }
+        for (int64_t i = 0; i < linear.inputs; ++i) halves[i] = to_bf16(x[i]);
     }
     call.x = half ? (const void*)halves : x;
     call.x_stride = linear.inputs;
@@ -170,7 +150,7 @@ int apply(const Linear& linear, Matmul matmul, const float* x, float* y, uint16_
     call.rows = 1;
     if (int failed = matmul(&call)) return failed;
     if (half) {
-        for (int64_t i = 0; i < call.outputs; ++i) y[i] = from_bits((int32_t)((uint32_t)short_y[i] << 16));
+        for (int64_t i = 0; i < call.outputs; ++i) y[i] = from_bf16(short_y[i]);
     }
     if (linear.bias != nullptr) {
         for (int64_t i = 0; i < call.outputs; ++i) y[i] += linear.bias[i];

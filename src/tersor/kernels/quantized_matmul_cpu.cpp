@@ -39,6 +39,8 @@
 #include <omp.h>
 #endif
 
+#include "matmul_call.h"
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -380,21 +382,6 @@ void multiply_amx(const uint32_t* tile, const uint32_t* x, const Stretch* stretc
 #endif
 
 // ---- One call
-
-struct Call {
-    const void* x;            // [rows, inputs] of `type`
-    int64_t x_stride;         // elements between rows
-    void* y;                  // [rows, outputs] of `type`, contiguous
-    int64_t rows, outputs;
-    const uint32_t* packed;   // [panels, blocks, words, PANEL]
-    const int32_t* columns;   // [blocks * inputs of a block] column of x at every packed place, -1 = none; null = in order
-    const int32_t* starts;    // [groups + 1] first block of every group
-    int64_t groups;
-    const void* scales;       // [panels, groups, PANEL] of `scale_type`
-    const uint8_t* zeros;     // [panels, groups, PANEL], null where all are 2^(bits-1)
-    int type, scale_type, bits, threads;
-    int round_x;              // float32 x may be taken in fixed point where that is faster
-};
 
 struct RowTile { int64_t first, offset; int rows, padded; };  // offset: in filled-up rows
 

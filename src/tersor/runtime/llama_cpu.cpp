@@ -10,24 +10,9 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../kernels/matmul_call.h"
+
 namespace {
-
-struct Call {  // as in kernels/quantized_matmul_cpu.cpp
-    const void* x;
-    int64_t x_stride;
-    void* y;
-    int64_t rows, outputs;
-    const void *packed, *columns, *starts;
-    int64_t groups;
-    const void *scales, *zeros;
-    int type, scale_type, bits, threads, round_x;
-};
-
-struct Linear {
-    Call call;  // but for x, y and rows
-    int64_t inputs;
-    const float* bias;  // or null
-};
 
 struct Layer {
     Linear q, k, v, o, gate, up, down;
@@ -37,7 +22,7 @@ struct Layer {
 };
 
 struct Model {
-    int (*matmul)(const Call*);
+    Matmul matmul;
     int64_t hidden_size, heads, kv_heads, head_dim, mlp_size, capacity, layers;
     const Layer* layer;
     Linear head;
@@ -48,19 +33,6 @@ struct Model {
     uint16_t *half_x, *half_y;
     // scores [threads, heads / kv_heads, capacity]; the others are of as many rows as one call may have
 };
-
-inline uint16_t to_bf16(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    return value == value ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : 0x7fc0;
-}
-
-inline float from_bf16(uint16_t half) {
-    uint32_t bits = (uint32_t)half << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
 
 // e^x within 2 units of the last place: 2^round(x / ln 2) times a polynomial of the rest. In this form compilers vectorize it.
 inline float exponential(float x) {
