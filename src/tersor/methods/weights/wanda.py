@@ -50,8 +50,7 @@ class Wanda(Pruning):
     def compress_block(self, block: Block) -> None:
         names = [name for group in block.order.groups for name in group]
         for statistics in block.hessians(names):
-            tokens = {name: each.tokens for name, each in statistics.items()}
-            block.solve(statistics, partial(self._solve, block, statistics), -1, tokens)
+            block.solve(partial(self._solve, block, statistics), statistics)
 
     def _solve(self, block: Block, statistics: Mapping[str, Statistics], name: str) -> tuple[DenseSolution, str]:
         H = statistics[name].hessian
