@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tersor.calibrate.batches import fingerprint
 from tersor.checkpoint.disk import disk_errors
 from tersor.checkpoint.room import RESULT_FILE, check_free, inputs_of, read_object
-from tersor.checkpoint.source import JOB_FOLDER, Checkpoint, open_checkpoint
+from tersor.checkpoint.source import JOB_FOLDER, Checkpoint, Openable, open_checkpoint
 from tersor.checkpoint.writer import model_fingerprint
 from tersor.compress.packed import as_packed_before, check_keeps_zeros
 from tersor.compress.recipe import Recipe
@@ -39,7 +39,7 @@ from tersor.version import __version__
 
 ASKED, REPORTED = "asked.json", "step-{}.json"
 READ_WHOLE, PIECE = 1 << 26, 1 << 20  # bytes of a calibration file: see `_hash_of_file`
-Run = Callable[[str | Path | nn.Module, Job], Compressed]
+Run = Callable[[Openable | nn.Module, Job], Compressed]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Line(Report):
 
 
 def run_steps(
-    model: str | Path | nn.Module, steps: Sequence[Recipe], asked: Settings, run: Run, said: dict[str, Any] | None
+    model: Checkpoint | nn.Module, steps: Sequence[Recipe], asked: Settings, run: Run, said: dict[str, Any] | None
 ) -> Compressed:
     """Raises TersorError where a step cannot follow another, before anything is done. said: what `asked_for` gave, where the
     caller needed it already; it reads the calibration and the model."""
@@ -79,7 +79,7 @@ def run_steps(
         raise TersorError("redo works on the result of one method, not of several steps; leave it out")
     if isinstance(model, nn.Module):
         return _in_memory(model, steps, asked, run)
-    return _on_disk(str(model), steps, asked, run, said)
+    return _on_disk(model, steps, asked, run, said)
 
 
 def _in_memory(model: nn.Module, steps: Sequence[Recipe], asked: Settings, run: Run) -> Compressed:
@@ -99,9 +99,10 @@ def _in_memory(model: nn.Module, steps: Sequence[Recipe], asked: Settings, run: 
     return replace(last, summary=_summary(asked, [each.summary for each in found], found[0].before, last.after))
 
 
-def _on_disk(name: str, steps: Sequence[Recipe], asked: Settings, run: Run, said: dict[str, Any] | None) -> Compressed:
+def _on_disk(
+    source: Checkpoint, steps: Sequence[Recipe], asked: Settings, run: Run, said: dict[str, Any] | None
+) -> Compressed:
     out, temporary = directory_for(asked.out)
-    source = open_checkpoint(name, allow_pickle=asked.allow_pickle)
     folder = _folder_of(out)
     started, said = time.perf_counter(), said or asked_for(source, steps, asked)
     inputs = inputs_of(source, calibration=asked.calibration)
@@ -117,7 +118,8 @@ def _on_disk(name: str, steps: Sequence[Recipe], asked: Settings, run: Run, said
         if not goes_on:
             _make(folder, said)
     summaries: list[Summary] = []
-    at, original = name, asked.original
+    at: Openable = source
+    original = asked.original
     for n, step in enumerate(steps[:-1]):
         target, report = folder / str(n + 1), folder / REPORTED.format(n + 1)
         if not (target / RESULT_FILE).is_file() or read_object(report) is None:
@@ -148,7 +150,7 @@ def _on_disk(name: str, steps: Sequence[Recipe], asked: Settings, run: Run, said
         job = replace(job, original=original)
     last = run(at, replace(job, out=out))
     summary = _summary(asked, [*summaries, last.summary], before, last.after)
-    summary = replace(summary, model=name, size_before=source.size(), seconds=time.perf_counter() - started)
+    summary = replace(summary, model=str(source), size_before=source.size(), seconds=time.perf_counter() - started)
     shutil.rmtree(folder)
     return Compressed(summary, out, before, last.after, _folder=temporary)
 
