@@ -71,8 +71,8 @@ class StaticStep:
     def __init__(self, module: nn.Module, cache: Any, *, name: str, more: dict[str, Any], capacity: int) -> None:
         """name: of forward's argument for the cache; more: its other arguments; capacity: tokens a sequence.
 
-        Raises NotStaticError where the cache or the module is known not to go with fixed memory. That it is right for all others
-        is for the caller to see: compare a step with the module's own.
+        Raises NotStaticError where the cache or the module is known not to work with fixed memory. Others may still give wrong
+        results: the caller compares a step with the module's own.
         """
         if any(each._forward_hooks or each._forward_pre_hooks for each in module.modules()):
             raise NotStaticError("a module has a hook, which a graph would not call")
