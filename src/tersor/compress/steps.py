@@ -87,13 +87,11 @@ def _in_memory(model: nn.Module, steps: Sequence[Recipe], asked: Settings, run: 
     original: nn.Module | None = asked.original
     for n in range(len(steps)):
         at = found[-1].model if found else model
-        job = _job(steps, n, asked, by_name=False)
-        if isinstance(steps[n].method, PackedMethod):
-            made = run(at, replace(job, original=original))
-            if found:
-                made = replace(made, summary=as_packed_before(made.summary, found[-1].summary))
-        else:
-            original, made = at, run(at, job)
+        made = run(at, _job(steps, n, asked, original, by_name=False))
+        if not isinstance(steps[n].method, PackedMethod):
+            original = at
+        elif found:
+            made = replace(made, summary=as_packed_before(made.summary, found[-1].summary))
         found.append(made)
     last = found[-1]
     return replace(last, summary=_summary(asked, [each.summary for each in found], found[0].before, last.after))
@@ -126,10 +124,7 @@ def _on_disk(
             asked.progress(f"step {n + 1} of {len(steps)}: {step.method.name}", 0, 0)
             if target.is_dir():
                 shutil.rmtree(target)  # finished, but its report was not
-            job = _job(steps, n, asked)
-            if isinstance(step.method, PackedMethod):
-                job = replace(job, original=original)
-            result = run(at, replace(job, out=target, overwrite=False))
+            result = run(at, replace(_job(steps, n, asked, original), out=target, overwrite=False))
             with disk_errors(folder):
                 if n == 0 and result.before is not None:
                     save_file({"before": result.before.cpu().contiguous()}, folder / "before.safetensors")
@@ -145,18 +140,15 @@ def _on_disk(
     except (OSError, SafetensorError):
         before = None  # the model's output is no tensor
     asked.progress(f"step {len(steps)} of {len(steps)}: {steps[-1].method.name}", 0, 0)
-    job = _job(steps, len(steps) - 1, asked)
-    if isinstance(steps[-1].method, PackedMethod):
-        job = replace(job, original=original)
-    last = run(at, replace(job, out=out))
+    last = run(at, replace(_job(steps, len(steps) - 1, asked, original), out=out))
     summary = _summary(asked, [*summaries, last.summary], before, last.after)
     summary = replace(summary, model=str(source), size_before=source.size(), seconds=time.perf_counter() - started)
     shutil.rmtree(folder)
     return Compressed(summary, out, before, last.after, _folder=temporary)
 
 
-def _job(steps: Sequence[Recipe], n: int, asked: Settings, *, by_name: bool = True) -> Job:
-    """Step n as a job, with the settings that do something for it."""
+def _job(steps: Sequence[Recipe], n: int, asked: Settings, original: Any, *, by_name: bool = True) -> Job:
+    """Step n as a job, with the settings that do something for it. original: of the model that the step works on."""
     idle: dict[str, Any] = {
         each.name: each.default
         for each in dataclasses.fields(Settings)
@@ -165,6 +157,8 @@ def _job(steps: Sequence[Recipe], n: int, asked: Settings, *, by_name: bool = Tr
     if not all(isinstance(step.method, PackedMethod) for step in steps[n + 1 :]):
         idle["format"] = AUTO  # the format asked for is that of the last step, or of the step that later ones tune
     history = [step.method.options() for step in steps[:n]]
+    if isinstance(steps[n].method, PackedMethod):
+        idle["original"] = original
     return job_of(steps[n], replace(asked, **idle), history=history)
 
 
