@@ -62,12 +62,11 @@ EPS = ("eps", "variance_epsilon")
 
 @dataclass(frozen=True)
 class BlockPart(Report):
-    """One row. what: "linear", "table", "norm", or "scope" for a part whose arithmetic is on blocks. error: ‖x̂ - x‖² / ‖x‖² of
-    the weights."""
+    """One row."""
 
-    what: str
-    bits: str
-    error: float
+    what: str  # "linear", "table", "norm", or "scope" for a part whose arithmetic is on blocks
+    bits: str  # as in W8A8
+    error: float  # ‖x̂ - x‖² / ‖x‖² of the weights
     note: str = ""
 
 

@@ -91,18 +91,14 @@ Part = WatchedMap | WatchedProducts
 
 @dataclass(frozen=True)
 class QHyViTReport(Report):
-    """One row. reads: "layer", "channel" or "head", the part of the input that has a grid; grid: "signed", "zero point", "twin".
+    """One row."""
 
-    overflows: grids whose zero point would lie outside the codes; bridge: whether later layers were searched behind its error;
-    error: ‖o^ - o‖² / ‖o‖² of its output on the calibration images.
-    """
-
-    bits: str
-    reads: str
-    grid: str
-    overflows: int
-    bridge: bool
-    error: float
+    bits: str  # as in W8A8
+    reads: str  # "layer", "channel" or "head": the part of the input that has a grid
+    grid: str  # "signed", "zero point" or "twin"
+    overflows: int  # grids whose zero point would lie outside the codes
+    bridge: bool  # whether later layers were searched behind its error
+    error: float  # ‖ô - o‖² / ‖o‖² of its output on the calibration images
     note: str = ""
 
 
@@ -165,11 +161,11 @@ class QHyViT(ModelMethod):
 
 @dataclass
 class Plan:
-    """parts: what is quantized, by name. order: these names as they run. seen: those that stay quantized, the bridges' layers."""
+    """What is quantized, and in which order."""
 
-    parts: dict[str, Part]
-    order: list[str]
-    seen: set[str]
+    parts: dict[str, Part]  # by name
+    order: list[str]  # these names as they run
+    seen: set[str]  # those that stay quantized while others are searched: the bridges' layers
     traced: Trace
     left: dict[str, str]
     reports: dict[str, QHyViTReport]

@@ -32,11 +32,10 @@ SHARE = 0.25  # of the blocks to remove where no number is given, as published b
 
 @dataclass(frozen=True)
 class Choice:
-    """A block to remove. place: its number now. score: the higher, the less it matters (a similarity, or minus the loss); None
-    where the user named the block."""
+    """A block to remove."""
 
-    place: int
-    score: float | None
+    place: int  # its number now
+    score: float | None  # the higher, the less it matters (a similarity, or minus the loss); None: the user named it
 
 
 def is_choice(value: str | int) -> bool:

@@ -37,9 +37,9 @@ from tersor.methods.structure.block_stack import Stack, batches_of
 
 @dataclass(frozen=True)
 class DroppedBlock(Report):
-    """One removed block, by its name in the original. score: how little it mattered, by the measure that chose it."""
+    """One removed block, by its name in the original."""
 
-    score: float | None
+    score: float | None  # how little it mattered, by the measure that chose it
 
 
 @register

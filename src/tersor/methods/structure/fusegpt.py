@@ -191,13 +191,12 @@ def fold(block: nn.Module) -> None:
 
 @dataclass
 class Lesson:
-    """What a group of blocks learns, batch by batch. group: its blocks, without the removed one. inputs: hidden states that
-    enter the group. targets: hidden states that left it before the removal."""
+    """What a group of blocks learns, batch by batch."""
 
-    group: range
+    group: range  # its blocks, without the removed one
     recorded: Sequence[Calls]
-    inputs: list[Tensor]
-    targets: list[Tensor]
+    inputs: list[Tensor]  # hidden states that enter the group
+    targets: list[Tensor]  # hidden states that left it before the removal
     kind: str
 
     def loss(self, stack: Stack, n: int) -> Tensor:

@@ -81,14 +81,13 @@ from tersor.methods.structure.factorize import (
 
 @dataclass(frozen=True)
 class Factorized(Report):
-    """One layer. rank: 0 where it was kept. lost: the share of its weight's energy (whitened: of its outputs for the samples)
-    that is gone. parameters: of its weight now."""
+    """One layer."""
 
     outputs: int
     inputs: int
-    rank: int
-    lost: float
-    parameters: int
+    rank: int  # 0: it was kept
+    lost: float  # the share of its weight's energy (whitened: of its outputs for the samples) that is gone
+    parameters: int  # of its weight now
     note: str = ""
 
 

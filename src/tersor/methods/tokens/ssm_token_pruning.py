@@ -37,11 +37,10 @@ DEPTH = {"vim": "depth", "plainmamba": "num_layers"}  # system: the field of its
 
 @dataclass(frozen=True)
 class PrunedLayers(Report):
-    """Layers between two prunings. tokens: of each of these layers, for an image of the model's size. share: of the unpruned
-    model's."""
+    """Layers between two prunings."""
 
-    tokens: int
-    share: float
+    tokens: int  # of each of these layers, for an image of the model's size
+    share: float  # of the unpruned model's tokens
 
     def row(self) -> dict[str, Any]:
         return {"name": self.name, "tokens": self.tokens, "share": round(self.share, 3)}

@@ -36,10 +36,7 @@ DAMPING_STEPS = (1, 10, 100, 1000)  # multiples of `damp` that are tried in turn
 
 @dataclass(frozen=True)
 class Solution:
-    """A solved weight.
-
-    error: Σ (w - q)² / (2 U_ii²) with w as it was at its turn. This equals ½ Σ_rows dᵀ (H + damp·I) d with d = W - Q.
-    """
+    """A solved weight."""
 
     codes: Tensor  # [rows, columns]
     scales: Tensor  # [rows, groups]
@@ -47,6 +44,7 @@ class Solution:
     g_idx: Tensor  # [columns], the group of every original column
     bits: Bits
     group_size: int  # columns that share a grid; -1: all
+    # Σ (w - q)² / (2 U_ii²) with w as it was at its turn. This equals ½ Σ_rows dᵀ (H + damp·I) d with d = W - Q.
     error: float
     damp: float  # the fraction of the mean diagonal that was added to the diagonal in the end
     in_float64: bool = False  # whether H could be factorized only in this precision
