@@ -1,9 +1,8 @@
 """Greenformers: linear maps and convolutions factorized into two with lower rank (Cahyawijaya, arXiv 2108.10808).
 
 What it is for: a model with fewer weights and fewer operations, which runs on any device, at any precision, without special
-kernels. It
-can also be the start of further training: without that, a trained model loses much at ranks that save much (see the measured
-numbers below). The result is a plain model that the other methods take, so it can be quantized afterwards.
+kernels. It can also be the start of further training: without that, a trained model loses much at ranks that save much (see
+the measured numbers below). The result is a plain model that the other methods take, so it can be quantized afterwards.
 
     tersor compress greenformers demo --rank 0.75 --whiten --multiple 32 --out smaller
     tersor quantize smaller --group-size 32 --out smaller-4bit

@@ -13,9 +13,8 @@ share of the unpruned model's. For Vim, `pruning=snapshot` does what the release
 
 Origin: the paper, and ZLKong/ToP-ViM at b5bc231. The paper does not say by which step a place without a token decays; here it
 is the step of the next kept token (models/vision/vim.py). benchmarks/results/ssm_token_pruning.md has the speed, and a Vim
-trained
-here: the kept tokens were worth more than random ones, but alignment made no difference beyond chance. Not proven: the accuracy
-on ImageNet that the paper reports.
+trained here: the kept tokens were worth more than random ones, but alignment made no difference beyond chance. Not proven:
+the accuracy on ImageNet that the paper reports.
 """
 
 from __future__ import annotations

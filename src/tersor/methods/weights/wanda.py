@@ -9,9 +9,8 @@ A weight's score is |W_ij| · ‖X_j‖₂, with the norm of its input over all 
 output, the lowest go; in the pattern n:m, those of every m consecutive inputs.
 
 Origin: locuslab/wanda (MIT), not copied. As there, all layers of a block are scored on their inputs in the original block.
-There is one
-exception: experts whose statistics do not fit into memory together take turns, and a later turn sees the layers that were pruned
-before.
+There is one exception: experts whose statistics do not fit into memory together take turns, and a later turn sees the layers
+that were pruned before.
 
 Proven: the pattern and the count of every row are exact; what stays is untouched; saved results load in transformers. Measured:
 benchmarks/results/sparsity.md.
