@@ -372,8 +372,8 @@ class LlamaGPU:
     def _through_layers(
         self, ids: Tensor, tokens: int, attend: Callable[[_Layer, Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """The residual stream, float32, and what the last layer adds to it, each [rows, hidden]. ids [rows], `tokens` of each
-        sequence side by side, of which the first belongs at the position."""
+        """The residual stream, float32, and what the last layer adds to it, each [rows, hidden]. ids [rows]: `tokens` of each
+        sequence side by side; the first of them belongs at the position."""
         kernels, early, eps = self._kernels, self._early, self._eps
         residual = torch.empty(ids.numel(), self._embedding.shape[1], device=self.device)
         update, bias = self._embedding, None
