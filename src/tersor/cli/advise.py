@@ -38,7 +38,9 @@ def advise(
     disk: Annotated[str | None, typer.Option(help="Most bytes on disk, such as 4GB.")] = None,
     max_loss: Annotated[
         str | None,
-        typer.Option(help="Most that perplexity or forecasting error may rise, or of the pictures be lost: 1%."),
+        typer.Option(
+            help="Most that perplexity or forecasting error may rise, or the share of pictures lost, such as 1%."
+        ),
     ] = None,
     min_speed: Annotated[str | None, typer.Option(help="Least new tokens a second, such as 20tok/s.")] = None,
     max_latency: Annotated[str | None, typer.Option(help="Most time a token, picture or window: 50ms.")] = None,

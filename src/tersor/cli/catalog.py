@@ -18,7 +18,7 @@ def catalog(
     survey: Annotated[str | None, typer.Option(help=f"Only one: {', '.join(SURVEYS)}.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what of five surveys tersor has, and what is missing. They are of methods and architectures of efficient
+    """Show what tersor has of five surveys, and what is missing. The surveys cover methods and architectures of efficient
     transformers.
 
     Example: `tersor catalog --survey inference`.

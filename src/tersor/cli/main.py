@@ -61,7 +61,7 @@ BRIEF = ("catalog", "inspect", "models", "show", "doctor")  # say nothing on the
 
 
 class LazyVerbs(TyperGroup):
-    """A group of commands of which each is imported when it is called."""
+    """A group of commands; each is imported when it is called."""
 
     _listing = False
 

@@ -16,9 +16,6 @@ from tersor.untrusted import check_number
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Samples = Annotated[int, typer.Option(help="Calibration samples.")]
-SampleSeed = Annotated[int, typer.Option(help="Seed of the choice of samples.")]
-Include = Annotated[list[str] | None, typer.Option(help="Only layers that match, such as `*.mlp.*`.")]
-Exclude = Annotated[list[str] | None, typer.Option(help="Not layers that match.")]
 Variant = Annotated[
     str | None,
     typer.Option("--as", help="Which model of `tersor models` a published weight file is, such as shvit_s1."),

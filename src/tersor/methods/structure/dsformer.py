@@ -70,15 +70,14 @@ LOSSES = ("distill", "task")
 
 @dataclass(frozen=True)
 class Sparsified(Report):
-    """One layer. basis: k. nonzeros: s. ratio: its weight's size before, divided by the size now. lost: the share of the
-    squares of its weight (weighted: of its outputs) that the start lost."""
+    """One layer."""
 
     outputs: int
     inputs: int
-    basis: int
-    nonzeros: int
-    ratio: float
-    lost: float
+    basis: int  # k
+    nonzeros: int  # s
+    ratio: float  # its weight's size before, divided by the size now
+    lost: float  # the share of the squares of its weight (weighted: of its outputs) that the start lost
 
 
 @register

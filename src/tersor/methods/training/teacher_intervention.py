@@ -177,12 +177,12 @@ class TeacherIntervention(ModelMethod):
 
 @dataclass
 class Student:
-    """A model whose layers round while they are trained. layers: these, by their names in the original."""
+    """A model whose layers round while they are trained."""
 
     model: nn.Module
     parts: Parts
     places: Places
-    layers: dict[str, TrainedMap | TrainedRows]
+    layers: dict[str, TrainedMap | TrainedRows]  # those that round, by their names in the original
     left: dict[str, str]
 
 

@@ -123,7 +123,7 @@ class Gate(nn.Module):
 
 
 class RelativeAttention(nn.Module):
-    """queries from [T, B, D], keys and values from [n + T, B, D], the last T of which are the queries' steps."""
+    """queries from [T, B, D], keys and values from [n + T, B, D]; the last T are the queries' steps."""
 
     def __init__(self, config: GTrXLConfig) -> None:
         super().__init__()

@@ -16,7 +16,7 @@ and NaN, a failed sensor, is the mask token K. All domains, whatever n and m, sh
 plus learned positions, L times x + attention(LN x), x + MLP(LN x) (GELU, 4 d), LN, and a linear map to K logits.
 
     C-GPT   causal; cross entropy of each next token
-    C-BERT  both ways; 15 % of the tokens are asked for, of which 80 % become the mask token, 10 % another one, 10 % stay
+    C-BERT  both ways; 15 % of the tokens are asked for: 80 % of these become the mask token, 10 % another one, 10 % stay
     C-MTM   both ways; the share that is asked for is drawn anew for each sequence, and all of it masked
 
 Downstream, T(s) is the last layer's output at the tokens of the newest state: their mean, or all n beside each other.

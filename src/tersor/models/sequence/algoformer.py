@@ -165,7 +165,7 @@ def gradient_step(d: int, rate: float) -> LinearAttention:
 
 
 def newton_step(d: int) -> LinearAttention:
-    """On tokens (x, a), width 2 d: a_j <- a_j - sum_i (a_j . x_i) a_i; the other a_j of 2 a_j is for the caller."""
+    """On tokens (x, a), width 2 d: a_j <- a_j - sum_i (a_j . x_i) a_i; the caller adds the other a_j of 2 a_j."""
     x, a = torch.eye(d, 2 * d), torch.eye(2 * d)[d:]
     return LinearAttention(a, x, a.clone(), -a.t())
 
