@@ -69,6 +69,8 @@ class Trained:
     steps: int
     best_step: int  # of the weights that were kept
     validation: dict[str, float]  # what they score; empty without validation data
+    loss: float | None = None  # of training: the mean over the last `loss_steps`; None where nothing was left to do
+    loss_steps: int = 0
 
 
 def train(
@@ -126,7 +128,8 @@ def train(
     batches: Iterator[Batch] = iter(())
     losses, started = torch.zeros(2, device=device), time.perf_counter()  # the sum of losses, their number
 
-    first = run.step
+    first = logged = run.step
+    loss_now, loss_steps, shown = None, 0, ""
     for step in range(first, steps if not stopped else 0):
         epoch, position = divmod(step, steps_per_epoch)
         if position == 0 or step == first:
@@ -168,9 +171,10 @@ def train(
                 raise TersorError(
                     f"the loss is {total} at step {done}; a lower lr, a warm-up or max_grad_norm may help"
                 )
-            values = {"loss": total / number, "grad_norm": float(grad_norm)}
-            if progress is not None and rank == 0:
-                progress(f"epoch {epoch + 1}, loss {values['loss']:.4g}", done, steps)
+            loss_now, loss_steps, logged = total / number, done - logged, done
+            values, shown = {"loss": loss_now, "grad_norm": float(grad_norm)}, f", loss {loss_now:.4g}"
+        if progress is not None and rank == 0:
+            progress(f"epoch {epoch + 1}{shown}", done, steps)
         if validated:
             scores: dict[str, float] = {}
             if validation is not None:
@@ -195,7 +199,7 @@ def train(
         log.close()
     _wait()  # for rank 0's files
     load_best(model, out, device)
-    return Trained(steps=run.step, best_step=run.best_step, validation=run.validation)
+    return Trained(run.step, run.best_step, run.validation, loss_now, loss_steps)
 
 
 @torch.no_grad()
