@@ -322,7 +322,7 @@ def test_a_calibration_text_that_does_not_do(
 
 def test_a_calibration_text_that_is_not_there(tersor_command: Command, small: Path, tmp_path: Path) -> None:
     ran = tersor_command("quantize", small, "--out", tmp_path / "out", *FEW, "--calibration", tmp_path / "no.txt")
-    refused(ran, "no.txt: there is no such file or folder")
+    refused(ran, "there is no file or folder", "no.txt for --calibration")
 
 
 def test_a_model_without_a_tokenizer(tersor_command: Command, small: Path, tmp_path: Path) -> None:
@@ -449,7 +449,7 @@ def test_a_quantization_config_that_tersor_cannot_read(
         (["eval", "--seq-len", 5000], "more than the 256 positions"),
         (["eval", "--seq-len", 64, "--max-windows", 0], "max_windows"),
         (["eval", "--seq-len", 64, "--max-windows", -1], "max_windows"),
-        (["eval", "--text", "nowhere.txt"], "nowhere.txt: there is no such file"),
+        (["eval", "--text", "nowhere.txt"], "there is no file or folder nowhere.txt for --text"),
         (["generate", "--prompt", ""], "the prompt is empty"),
         (["generate", "--prompt", "a", "--max-new-tokens", 0], "must be positive"),
         (["generate", "--prompt", "a", "--max-new-tokens", 5000], "more than the model's 256 positions"),

@@ -155,7 +155,7 @@ def test_without_the_package_tensorboard_is_refused(
         (["--set", "train.lr=fast"], "train.lr is 'fast', a value such as 0.0001 is expected"),
         (["--set", "lr=1"], "SECTION.NAME=VALUE is expected"),
         (["--set", "optimizer.lr=1"], "no table 'optimizer'"),
-        (["--config", "missing.toml"], "--config missing.toml: there is no such file"),
+        (["--config", "missing.toml"], "there is no file or folder missing.toml for --config"),
         (["--validation", __file__], "a validation part of its own"),
         (["--lr-schedule", "linear"], "not 'linear'"),
     ],

@@ -157,7 +157,7 @@ def _check_files(option: str, names: Sequence[str], *, patterns: bool = False) -
             path = Path(name).expanduser()
             if name.startswith("hf:") or path.exists() or (patterns and glob.glob(str(path), recursive=True)):
                 continue
-        raise TersorError(f"{option} {name}: there is no such file or folder".strip())
+        raise TersorError(f"there is no file or folder {name}" + (f" for {option}" if option else ""))
 
 
 def _check_outputs(verb: str, options: Mapping[str, Sequence[str]]) -> None:
