@@ -91,7 +91,8 @@ class LazyVerbs(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args[0] not in VERBS and (meant := difflib.get_close_matches(args[0], VERBS, n=1)):
             ctx.fail(f"No such command {args[0]!r}. Did you mean {meant[0]!r}?")
-        if args[0] in VERBS and not ctx.resilient_parsing:
+        # Of several processes each would say it; the verbs know which one speaks.
+        if args[0] in VERBS and not ctx.resilient_parsing and "TORCHELASTIC_RUN_ID" not in os.environ:
             early.check(args[0], args[1:])
         return super().resolve_command(ctx, args)
 
