@@ -143,7 +143,10 @@ def test_what_cannot_be_done_is_said_in_a_line(
         (("demo", trained / "pictures"), "tersor generate"),
         (("nothing-here", "x.png"), "no model at nothing-here"),
         (("shvit_s1", "x.png"), "shvit_s1 is an architecture, which knows nothing yet"),
-        (("shvit_s1", trained / "pictures", "--checkpoint", tmp_path / "words.pth"), "is no checkpoint: neither safetensors nor"),
+        (
+            ("shvit_s1", trained / "pictures", "--checkpoint", tmp_path / "words.pth"),
+            "is no checkpoint: neither safetensors nor",
+        ),
     ):
         ran = tersor_command("predict", *arguments)
         assert ran.status == 2

@@ -7,6 +7,7 @@ checks everything itself.
 
 from __future__ import annotations
 
+import difflib
 import glob
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
@@ -28,7 +29,7 @@ NEEDS = {
 }
 # Options that these verbs cannot do without.
 REQUIRED = {
-    **dict.fromkeys(("quantize", "sweep", "train", "sample"), ("--out",)),
+    **dict.fromkeys(("quantize", "compress", "sweep", "train", "sample"), ("--out",)),
     **dict.fromkeys(("forecast", "backtest"), ("--data", "--horizon")),
     "attribute": ("--against",),
 }
@@ -50,8 +51,15 @@ READ = (
     "--validation",
 )
 MODELS = ("--against", "--original")  # options that name a model
-FOLDERS = ("quantize", "compress", "sweep", "train")  # verbs whose --out is a folder that they may make
-IN_FOLDER = ("attribute", "forecast", "sample")  # verbs whose --out and --plot are files in a folder that is there
+FOLDERS = ("quantize", "compress", "sweep", "train", "demo")  # verbs whose --out is a folder that they may make
+IN_FOLDER = (
+    "advise",
+    "attribute",
+    "complexity",
+    "forecast",
+    "report",
+    "sample",
+)  # verbs whose --out and --plot are files in a folder that is there
 BEST = ("best", "best-fast")  # of quantize --method, beside the methods
 
 
@@ -99,9 +107,14 @@ def _after_method(arguments: list[str], words: Sequence[str]) -> list[str]:
     """The arguments of `tersor compress` behind the method, or behind `recipe` and its file."""
     known = method_names()
     if not arguments or arguments[0] not in (*known, "recipe"):
-        return []  # `compress MODEL --method METHOD`, or a misspelled method
+        if not arguments or "--method" in _options(words) or not {*arguments[1:]}.isdisjoint(known):
+            return []  # `compress MODEL --method METHOD`, as it was written before
+        meant = difflib.get_close_matches(arguments[0], known, n=1)
+        hint = f"; did you mean {meant[0]}?" if meant else "; `tersor compress -h` lists them"
+        raise TersorError(f"there is no method {arguments[0]}{hint}")
     if len(arguments) == 1 and len(words) == 1:
-        raise TersorError(f"compress {arguments[0]} needs MODEL; `tersor compress {arguments[0]} -h` shows how")
+        needed = "FILE and MODEL" if arguments[0] == "recipe" else "MODEL"
+        raise TersorError(f"compress {arguments[0]} needs {needed}; `tersor compress {arguments[0]} -h` shows how")
     if arguments[0] == "recipe":
         _check_files("", arguments[1:2])
         return arguments[2:]
