@@ -56,7 +56,7 @@ VERBS = (
     "backtest",
     "sample",
 )
-AT_ONCE = ("models", "show", "catalog")  # verbs that need not wait for PyTorch
+AT_ONCE = ("models", "show")  # verbs that need not wait for PyTorch
 FUNCTIONS = {"eval": "evaluate"}  # `eval` is a name of Python's
 BRIEF = ("catalog", "inspect", "models", "show", "doctor")  # say nothing on the way, so they have no --quiet
 
