@@ -73,8 +73,10 @@ def test_images_that_are_not_there(tersor_command: Callable[..., Ran], tmp_path:
     )
     assert ran.status == 2
     assert "there is no file or folder" in ran.err
-    ran = tersor_command("compress", "repquant", "demo-vit", "--out", tmp_path / "out", "--calibration", "photo.png")
-    assert "text cannot calibrate it (photo.png): give --calibration a folder of images" in ran.err
+    photo = tmp_path / "photo.png"
+    photo.touch()
+    ran = tersor_command("compress", "repquant", "demo-vit", "--out", tmp_path / "out", "--calibration", photo)
+    assert f"text cannot calibrate it ({photo}): give --calibration a folder of images" in ran.err
     assert not (tmp_path / "out").exists()
 
 
