@@ -16,7 +16,7 @@ def told(error: Any, given: Sequence[str]) -> str:
     """The line. given: the words of the command line."""
     verb = next((each for each in given if not each.startswith("-")), "")
     path = f"tersor {verb}" if error.ctx is None else error.ctx.command_path
-    if hasattr(error, "possibilities"):  # an option that is not there
+    if hasattr(error, "possibilities") and hasattr(error, "option_name"):  # an option that is not there
         known = [
             name for each in error.ctx.command.get_params(error.ctx) for name in (*each.opts, *each.secondary_opts)
         ]
