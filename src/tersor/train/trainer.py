@@ -129,7 +129,10 @@ def train(
     losses, started = torch.zeros(2, device=device), time.perf_counter()  # the sum of losses, their number
 
     first = logged = run.step
-    loss_now, loss_steps, shown = None, 0, ""
+    recent: list[
+        tuple[int, float, float]
+    ] = []  # steps, sum of losses, their number: from one line of the log to the next
+    shown = ""
     for step in range(first, steps if not stopped else 0):
         epoch, position = divmod(step, steps_per_epoch)
         if position == 0 or step == first:
@@ -171,8 +174,14 @@ def train(
                 raise TersorError(
                     f"the loss is {total} at step {done}; a lower lr, a warm-up or max_grad_norm may help"
                 )
-            loss_now, loss_steps, logged = total / number, done - logged, done
-            values, shown = {"loss": loss_now, "grad_norm": float(grad_norm)}, f", loss {loss_now:.4g}"
+            values = {"loss": total / number, "grad_norm": float(grad_norm)}
+            recent.append((done - logged, total, number))
+            logged = done
+            while (
+                sum(each[0] for each in recent[1:]) >= config.log_every
+            ):  # what is shown is the mean of so many at least
+                recent.pop(0)
+            shown = f", loss {_mean(recent):.4g}"
         if progress is not None and rank == 0:
             progress(f"epoch {epoch + 1}{shown}", done, steps)
         if validated:
@@ -199,7 +208,12 @@ def train(
         log.close()
     _wait()  # for rank 0's files
     load_best(model, out, device)
-    return Trained(run.step, run.best_step, run.validation, loss_now, loss_steps)
+    loss_now = _mean(recent) if recent else None
+    return Trained(run.step, run.best_step, run.validation, loss_now, sum(each[0] for each in recent))
+
+
+def _mean(recent: Sequence[tuple[int, float, float]]) -> float:
+    return sum(total for _, total, _ in recent) / sum(number for *_, number in recent)
 
 
 @torch.no_grad()
