@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from tersor.checkpoint.disk import disk_errors
-from tersor.checkpoint.source import JOB_FOLDER, Checkpoint
+from tersor.checkpoint.names import JOB_FOLDER
+from tersor.checkpoint.source import Checkpoint
 from tersor.errors import TersorError
 from tersor.files import umask
 

@@ -20,8 +20,9 @@ import torch
 from torch import nn
 
 from tersor.checkpoint.disk import disk_errors
+from tersor.checkpoint.names import JOB_FOLDER
 from tersor.checkpoint.room import RUN_FILE, read_object, record_of
-from tersor.checkpoint.source import JOB_FOLDER, Openable
+from tersor.checkpoint.source import Openable
 from tersor.compress.recipe import Recipe, plain_rule
 from tersor.compress.settings import Settings
 from tersor.compress.summary import Summary

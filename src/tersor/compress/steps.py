@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from tersor.calibrate.batches import fingerprint
 from tersor.checkpoint.disk import disk_errors
+from tersor.checkpoint.names import JOB_FOLDER
 from tersor.checkpoint.room import RESULT_FILE, check_free, inputs_of, read_object
-from tersor.checkpoint.source import JOB_FOLDER, Checkpoint, Openable, open_checkpoint
+from tersor.checkpoint.source import Checkpoint, Openable, open_checkpoint
 from tersor.checkpoint.writer import model_fingerprint
 from tersor.compress.packed import as_packed_before, check_keeps_zeros
 from tersor.compress.recipe import Recipe

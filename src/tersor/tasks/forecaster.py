@@ -28,10 +28,10 @@ from tersor.data.series_memory import Memory
 from tersor.data.time_grid import Step, time_marks
 from tersor.devices import pick_device
 from tersor.errors import TersorError
+from tersor.evaluate.yardstick_names import REPEAT_LAST, RIDGE, SEASONAL_NAIVE
 from tersor.evaluate.yardsticks import repeat_last, ridge, seasonal_naive
 from tersor.untrusted import read_json_object
 
-REPEAT_LAST, SEASONAL_NAIVE, RIDGE = YARDSTICKS = ("repeat-last", "seasonal-naive", "ridge")
 AT_ONCE = 1 << 17  # numbers of look-back and horizon in one batch
 SEED = 0  # of models that draw at random: the same command gives the same forecast
 
