@@ -11,10 +11,10 @@ variate is a series by itself for both models. Never compare with benchmarks/res
 
 GPHT, published size. Pretrained on a mixture: the training parts of ETTh1, ETTh2, ETTm1, ETTm2 and Exchange; the paper's
 mixture has traffic, electricity and weather as well, which are not here. Adam 1e-4, batches of 1,024 windows of one variate,
-6 epochs (published: 10 at most), the rate halved from the third on, of the weights after every 200 steps those with the best
-MSE of the next token on 20,000 validation windows. Fine-tuned: the heads alone learn on the data set in question, with the rate and dropout of the published scripts,
-from batches of as many windows of one variate as 32 windows have, 4 epochs. Zero-shot: pretrained on the four ETT
-sets alone. One set of weights forecasts both horizons, token by token.
+6 epochs (published: 10 at most), the rate halved from the third on; of the weights after every 200 steps, those with the best
+MSE of the next token on 20,000 validation windows. Fine-tuned: the heads alone learn on the data set in question, with the
+rate and dropout of the published scripts, from batches of as many windows of one variate as 32 windows have, 4 epochs.
+Zero-shot: pretrained on the four ETT sets alone. One set of weights forecasts both horizons, token by token.
 
 TEMPO, published size, but not from GPT-2's weights, which are not here: from random ones. The published recipe freezes the
 trunk but for LoRA; random weights would stay random so, hence the whole trunk learns here, but for the word embeddings.
