@@ -84,9 +84,9 @@ def forecast(
             raise TersorError(f"there is no folder {path.parent} to write {path.name} into")
     if overwrite and out is None and plot is None:
         raise TersorError("--overwrite is for the files of --out and --plot: give one of them")
-    for option, path in (("--out", out), ("--plot", plot)):
-        spare(data, option, path)
-        refuse_to_replace(option, path, overwrite=overwrite)
+    for option, written in (("--out", out), ("--plot", plot)):
+        spare(data, option, written)
+        refuse_to_replace(option, written, overwrite=overwrite)
     levels = None if interval is None else levels_of(interval)
     opened = open_model(model, checkpoint=checkpoint, device=device)
     config = TableConfig(time=time, target=target, id=id, fill=fill)
