@@ -56,7 +56,7 @@ def test_a_table_with_gaps_names_what_training_takes(
     lines = series.read_text().splitlines()
     series.write_text("\n".join(["a,b", *lines[:50], "2.5,", *lines[51:]]) + "\n")
     same = ["itransformer", "--data", str(series), "--out", str(tmp_path / "run"), *SMALL, "--set", "model.pred_len=4"]
-    assert "--set data.fill=... previous|linear|zero says how to fill them" in failure(capsys, *same, *QUICK)
+    assert "--set data.fill=previous|linear|zero says how to fill them" in failure(capsys, *same, *QUICK)
     assert not (tmp_path / "run").exists()
     run(*same, *QUICK, "--set", "data.fill=linear")
 
