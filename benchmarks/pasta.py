@@ -1,6 +1,6 @@
 """What pretraining is worth to PASTA: probes and fine-tuning on recorded runs, beside the same network from scratch.
 
-    OMP_NUM_THREADS=1 python benchmarks/pasta.py --processes 6 --device cuda --write       kept in benchmarks/results/pasta.md and .json
+    OMP_NUM_THREADS=1 python benchmarks/pasta.py --processes 6 --device cuda --write       kept in benchmarks/results/pasta.*
     ... --quick                 a few steps: whether it runs, not what it is worth
 
 Pretraining, without rewards or tasks: windows of 8 steps of 150 runs of cart and pole, pendulum and point mass each

@@ -10,13 +10,13 @@ Strings of 1 to 6 digits are joined from recordings of single digits (three peop
 encoder (SANM, width 144, 4 blocks) and learn from the same batches, side by side; the peer's decoder is PyTorch's
 TransformerDecoder with about as many weights as Paraformer's, decoded greedily with what it has written so far.
 
-Errors: insertions, deletions and replacements per hundred digits, over 300 strings (the 95 % interval is about +-2 points
-at 10 %). Count: strings whose number of digits is right. Real-time factor: seconds of computing for a second of speech, one
-string at a time, both in turn, of a processor's time, one thread, so that other work on the machine counts less; in brackets
-with the features, which are the same for both. Decoder: the same of what follows the encoder (predictor and decoder, or the
-decoder's steps). In 8 to 2 bits: GPTQ of the linear layers of the encoder, or of the decoder's blocks too, one scale for each
-output, calibrated on 64 of the training strings. MWER: Paraformer learns 300 steps more, at a quarter of the rate, with the minimum word
-error rate loss of four paths added; "longer": the same steps without it. Learned on an H200 that was shared.
+Errors: insertions, deletions and replacements per hundred digits, over 300 strings (the 95 % interval is about +-2 points at 10
+%). Count: strings whose number of digits is right. Real-time factor: seconds of computing for a second of speech, one string at
+a time, both in turn, of a processor's time, one thread, so that other work on the machine counts less; in brackets with the
+features, which are the same for both. Decoder: the same of what follows the encoder (predictor and decoder, or the decoder's
+steps). In 8 to 2 bits: GPTQ of the linear layers of the encoder, or of the decoder's blocks too, one scale for each output,
+calibrated on 64 of the training strings. MWER: Paraformer learns 300 steps more, at a quarter of the rate, with the minimum
+word error rate loss of four paths added; "longer": the same steps without it. Learned on an H200 that was shared.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ noise: the noise's error hardly counts where the given frames are all that is kn
 
 "forward": the first 4 frames are given, the other 5 made. "between": frames 1, 5 and 9 are given, the 6 between are made.
 Errors: mean squared error of the made frames' pixels, black -1 and white 1, over 128 clips that were not learned from; one
-sample each, or the mean of 8 of them: a sample is one of the clips that may be, their mean is the guess of least squared error. "copy": the last given frame before; "blend": the mean of the given frames before and after, weighted by their
-distance in time.
+sample each, or the mean of 8 of them: a sample is one of the clips that may be, their mean is the guess of least squared error.
+"copy": the last given frame before; "blend": the mean of the given frames before and after, weighted by their distance in time.
 
 W8A8: RepQuant, weights and activations in 8 bits. W4A16: weights of the blocks in 4 bits with one scale for 32 of them, by GPTQ
 and rounded to the nearest level, activations as they are. Calibrated on noised clips with masks, 64 for GPTQ and 32 for
