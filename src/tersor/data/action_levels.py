@@ -40,4 +40,5 @@ class ActionLevels(gymnasium.ActionWrapper[Any, np.int64, Any]):
         size = int(np.prod(self.box.shape))
         place = np.array(np.unravel_index(int(action), (self.levels,) * size)) / (self.levels - 1)  # 0 to 1
         low, high = self.box.low, self.box.high
-        return (low + place.reshape(self.box.shape) * (high - low)).astype(self.box.dtype)
+        found: NDArray[Any] = (low + place.reshape(self.box.shape) * (high - low)).astype(self.box.dtype)
+        return found

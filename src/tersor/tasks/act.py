@@ -143,7 +143,7 @@ def load_data(model: Any, data: Path, validation: Path | None, table: Mapping[st
     recipe = checked_config(PPOConfig, {key: value for key, value in table.items() if key in learning}, "data")
     others = {key: value for key, value in table.items() if key not in learning}
     config = read_env(data) if data.suffix == ".json" else EnvConfig(env=str(data))
-    own = {key: others.pop(key) for key in ("steps", "levels") if key in others}
+    own: dict[str, Any] = {key: others.pop(key) for key in ("steps", "levels") if key in others}
     checked_config(EnvConfig, own, "data")
     config = dataclasses.replace(config, seed=recipe.seed, **own, options={**config.options, **others})
     env = make_env(config)
