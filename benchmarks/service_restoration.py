@@ -26,6 +26,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from typing import Any
 
@@ -70,33 +71,40 @@ def horizon(feeder: Feeder) -> int:
     return len(feeder.switches) - len(feeder.fixed)
 
 
+@cache
+def ac_network(feeder: Feeder) -> tuple[Any, NDArray[np.int64], NDArray[np.int64]]:
+    """pandapower's, whole: bus n is cell n; and which lines of the feeder are its switches, and its lines."""
+    import pandapower as pp
+
+    net = pp.create_empty_network(sn_mva=BASE_MVA)
+    pp.create_buses(net, len(feeder.load_p), vn_kv=BASE_KV)
+    load_p, load_q, r, x = (np.array(each) for each in (feeder.load_p, feeder.load_q, feeder.r, feeder.x))
+    pp.create_loads(net, list(range(len(load_p))), load_p * BASE_MVA, load_q * BASE_MVA)
+    for cell, *_ in feeder.sources:
+        pp.create_ext_grid(net, cell, vm_pu=feeder.source_voltage)
+    ends, plain = np.array(feeder.switches), (r == 0) & (x == 0)
+    if plain.any():
+        pp.create_switches(net, ends[plain, 0].tolist(), ends[plain, 1].tolist(), et="b")
+    real = ends[~plain].T.tolist()
+    pp.create_lines_from_parameters(net, *real, 1.0, r[~plain] / OHM, x[~plain] / OHM, 0.0, max_i_ka=99.0)
+    return net, np.flatnonzero(plain), np.flatnonzero(~plain)
+
+
 def ac_violations(feeder: Feeder, closed: frozenset[int]) -> list[str]:
     """By pandapower: another's power flow on the lines that are closed."""
     import pandapower as pp
 
-    net = pp.create_empty_network(sn_mva=BASE_MVA)
+    net, plain, real = ac_network(feeder)
     tree = feeder.tree(closed)
     cells = [cell for cell, _, _ in tree]
-    bus = dict(zip(cells, pp.create_buses(net, len(tree), vn_kv=BASE_KV).tolist(), strict=True))
-    load_p, load_q = (BASE_MVA * np.array(each)[cells] for each in (feeder.load_p, feeder.load_q))
-    pp.create_loads(net, [bus[cell] for cell in cells], load_p, load_q)
-    for cell, parent, _ in tree:
-        if parent < 0:
-            pp.create_ext_grid(net, bus[cell], vm_pu=feeder.source_voltage)
-    fed = [(bus[parent], bus[cell], line) for cell, parent, line in tree if parent >= 0]
-    plain = [each for each in fed if feeder.r[each[2]] == feeder.x[each[2]] == 0]
-    real = [each for each in fed if each not in plain]
-    if plain:
-        pp.create_switches(net, [a for a, _, _ in plain], [b for _, b, _ in plain], et="b")
-    if real:
-        r, x = (np.array(each)[[line for *_, line in real]] / OHM for each in (feeder.r, feeder.x))
-        ends = [a for a, _, _ in real], [b for _, b, _ in real]
-        pp.create_lines_from_parameters(net, *ends, 1.0, r, x, 0.0, max_i_ka=99.0)
+    used = [line for _, parent, line in tree if parent >= 0]
+    net.bus["in_service"] = net.load["in_service"] = np.isin(np.arange(len(feeder.load_p)), cells)
+    net.switch["closed"], net.line["in_service"] = np.isin(plain, used), np.isin(real, used)
     try:
         pp.runpp(net, numba=False)
     except pp.LoadflowNotConverged:
         return ["no power flow"]
-    volts = net.res_bus.vm_pu.to_numpy()
+    volts = net.res_bus.vm_pu.to_numpy()[cells]
     ours = feeder.flow(closed)[0][cells]
     worst.append(float(np.abs(volts - ours).max()))
     low, high = feeder.voltages
@@ -265,12 +273,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="whether it runs")
     parser.add_argument("--write", action="store_true", help="keep the table")
+    parser.add_argument("--feeders", nargs="+", default=list(FEEDERS), choices=FEEDERS)
     asked = parser.parse_args()
     refuse_to_keep_quick(asked)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # pandas' of pandapower
     kept: dict[str, Any] = kept_numbers("service_restoration") if asked.write else {}
-    for name in FEEDERS:
+    for name in asked.feeders:
         own = kept.setdefault(name, {})
 
         def keep(title: str, numbers: dict[str, Any], own: dict[str, Any] = own) -> None:
@@ -284,7 +293,7 @@ def main() -> None:
 
 def table(kept: dict[str, Any]) -> str:
     about = (__doc__ or "").split("\n\n", 2)[2].strip()
-    done = [each for own in kept.values() for each in own.values()]
+    done = [each for name in FEEDERS for each in kept.get(name, {}).values()]
     checked, apart = sum(each["checked"] for each in done), max(each["apart"] for each in done)
     told = f"In the {checked:,} states checked, the two power flows differ by at most {apart:.1e} per unit of voltage."
     minutes = sum(each["seconds"] for each in done) / 60
