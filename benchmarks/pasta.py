@@ -1,6 +1,6 @@
 """What pretraining is worth to PASTA: probes and fine-tuning on recorded runs, beside the same network from scratch.
 
-    OMP_NUM_THREADS=1 python benchmarks/pasta.py --processes 6 --device cuda --write       kept in benchmarks/results/pasta.*
+    OMP_NUM_THREADS=1 python benchmarks/pasta.py --processes 4 --device cuda --write       kept in benchmarks/results/pasta.*
     ... --quick                 a few steps: whether it runs, not what it is worth
 
 Pretraining, without rewards or tasks: windows of 8 steps of 150 runs of cart and pole, pendulum and point mass each
@@ -212,7 +212,7 @@ def table(rows: list[dict[str, Any]], where: str) -> str:
     minutes = sum(row.get("seconds", 0) for row in rows) / 60
     told = f"{minutes:.0f} minutes of one processor core; {where}"
     return "\n".join(
-        [*lines, "", told, "`OMP_NUM_THREADS=1 python benchmarks/pasta.py --processes 6 --device cuda --write`"]
+        [*lines, "", told, "`OMP_NUM_THREADS=1 python benchmarks/pasta.py --processes 4 --device cuda --write`"]
     )
 
 

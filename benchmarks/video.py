@@ -4,8 +4,7 @@
 
 Clips of 9 frames of 32 x 32 pixels, one or two discs, squares or triangles of 5 to 8 pixels' radius that move 1 to 3 pixels a
 frame and bounce off the walls; drawn anew for each step of learning, so no clip comes twice. The model makes pixels: width 192,
-6 blocks, patches of 4, 5.3 million weights; it learns with the masks and the loss of VDT, but names the clean clip instead of the
-noise: the noise's error hardly counts where the given frames are all that is known.
+6 blocks, patches of 4, 5.3 million weights; it learns with the masks and the loss of VDT.
 
 "forward": the first 4 frames are given, the other 5 made. "between": frames 1, 5 and 9 are given, the 6 between are made.
 Errors: mean squared error of the made frames' pixels, black -1 and white 1, over 128 clips that were not learned from; one
@@ -85,11 +84,8 @@ def clips(count: int, chance: torch.Generator | None, device: str = "cpu") -> Te
     return (2 * ink.amax(1) - 1)[:, :, None]
 
 
-DIFFUSION: dict[str, Any] = {"predict_xstart": True}
-
-
 def learn_video(model: nn.Module, *, device: str, seconds: float, steps: int) -> int:
-    diffusion = GaussianDiffusion(DiffusionConfig(**DIFFUSION)).to(device)
+    diffusion = GaussianDiffusion(DiffusionConfig()).to(device)
     drawn = torch.Generator().manual_seed(0)
     masks = torch.stack([MASKS.draw_for_training(drawn) for _ in range(2048)]).to(device)
 
@@ -112,7 +108,7 @@ def mask_of(task: str, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def completed(model: Any, x: Tensor, task: str, *, sampler: str, steps: int, seed: int = 2) -> Tensor:
-    diffusion = GaussianDiffusion(DiffusionConfig(timestep_respacing=str(steps), **DIFFUSION)).to(x.device)
+    diffusion = GaussianDiffusion(DiffusionConfig(timestep_respacing=str(steps))).to(x.device)
     chance = torch.Generator().manual_seed(seed)  # of the CPU: the same on every device
 
     def noise() -> Tensor:
