@@ -26,10 +26,11 @@ Origin: no code is published. What the paper leaves open is ours: mu = 100, M = 
 in 4 heads (10 of them would exceed the 7 million parameters that it names), biases, positions counted from the start of a
 chunk. Missing: tokens of whole states and actions, the objective of SMART, IQL.
 
-Proven (there are no published numbers to compare with): round trip and order of the tokenizer, the layout, causality, the shares
-of masked tokens and that no other counts in the loss, parameters below 7 million; on a linear system the next state is
+Proven (there are no published numbers to compare with): round trip and order of the tokenizer, the layout, causality, the
+shares of masked tokens and that no other counts in the loss, parameters below 7 million; on a linear system the next state is
 known by more than a nat while actions stay at their policy's entropy; with a failed sensor a linear probe on T(s) imitates the
-controller better than one on s. Not proven: any result of the paper.
+controller better than one on s. Pretrained, it imitates a controller better than the same network from scratch, and far worse
+than an MLP on the numbers themselves (benchmarks/results/pasta.md). Not proven: any result of the paper.
 """
 
 from __future__ import annotations
