@@ -203,7 +203,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--write", action="store_true", help="keep the result in benchmarks/results/")
-    parser.add_argument("--command", default="all FOLDER --seconds 430", help="with --write: how the rows were made")
+    parser.add_argument("--command", default="all FOLDER --seconds 660", help="with --write: how the rows were made")
     asked = parser.parse_args()
     print(table(json.loads((asked.folder / "rows.json").read_text())))
     if asked.write:
