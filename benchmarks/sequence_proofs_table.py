@@ -109,7 +109,7 @@ def _regression_table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _stopped(rows: list[dict[str, Any]], steps: int) -> list[str]:
-    """Which of the trainings with a fixed number of steps ended before it."""
+    """Which of the trainings with a fixed number of steps ended before it. On a CPU the number was given by hand (--steps)."""
     names = [
         row["name"].partition("/")[2] for row in rows if row["steps"] < steps and row["where"].startswith("NVIDIA")
     ]
