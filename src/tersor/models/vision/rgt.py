@@ -119,7 +119,7 @@ class WindowAttention(nn.Module):
         q, k, v = (self._cut(each, shift) for each in (q, k, v))  # (B windows, heads, tokens, d)
         scores = q * self.scale @ k.transpose(-1, -2) + self.pos()
         if shifted:
-            mask = windows.shift_mask(grid, self.window, shift).to(scores)  # (windows, tokens, tokens)
+            mask = windows.shift_mask(grid, self.window, shift, device=q.device).to(scores)  # (windows, tokens, tokens)
             scores = (scores.unflatten(0, (batch, -1)) + mask[:, None]).flatten(0, 1)
         y = rearrange(self.drop(scores.softmax(-1)) @ v, "w h n d -> w n (h d)")
         return torch.roll(windows.merge(y, self.window, grid), shift, (1, 2))
