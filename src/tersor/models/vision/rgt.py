@@ -111,17 +111,19 @@ class WindowAttention(nn.Module):
         self.heads, self.window = heads, window
         self.scale = config.qk_scale or (d // heads) ** -0.5
         self.pos = OffsetBias(d, heads, window)
-        self.drop = nn.Dropout(config.attn_drop_rate)
+        self.drop = config.attn_drop_rate
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, shifted: bool) -> Tensor:
         batch, grid = q.shape[0], q.shape[1:3]
         shift = [side // 2 if shifted else 0 for side in self.window]
         q, k, v = (self._cut(each, shift) for each in (q, k, v))  # (B windows, heads, tokens, d)
-        scores = q * self.scale @ k.transpose(-1, -2) + self.pos()
+        bias = self.pos()[None]  # (1, heads, tokens, tokens)
         if shifted:
-            mask = windows.shift_mask(grid, self.window, shift, device=q.device).to(scores)  # (windows, tokens, tokens)
-            scores = (scores.unflatten(0, (batch, -1)) + mask[:, None]).flatten(0, 1)
-        y = rearrange(self.drop(scores.softmax(-1)) @ v, "w h n d -> w n (h d)")
+            mask = windows.shift_mask(grid, self.window, shift, device=q.device).to(bias)  # (windows, tokens, tokens)
+            bias = (bias + mask[:, None]).repeat(batch, 1, 1, 1)
+        drop = self.drop if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop, scale=self.scale)
+        y = rearrange(y, "w h n d -> w n (h d)")
         return torch.roll(windows.merge(y, self.window, grid), shift, (1, 2))
 
     def _cut(self, x: Tensor, shift: list[int]) -> Tensor:
