@@ -5,7 +5,8 @@
 The photo is a picture of scikit-image, repeated; the weights are random, which changes neither time nor memory. The verb runs as a
 user runs it, in a process of its own; host is the largest resident memory of that process, with Python, torch and on a GPU the
 CUDA libraries, GPU the most that torch had reserved there. Tiles: how many went through the network; where these are not all, the
-others were enlarged without it, for the frame is the same then, and the seconds of one tile tell how long all would take.
+others were enlarged without it, for the frame is the same then. It is the last ones of full size that go through the network,
+when nearly all of the result is in memory.
 """
 
 from __future__ import annotations
@@ -50,18 +51,21 @@ def child(name: str, device: str, most: int) -> None:
 
     seconds: list[float] = []
     enlarged = restore._enlarged
-    scale = 0
+    sides = [[each.end - each.begin for each in tiles.spans(length)] for length in (HEIGHT, WIDTH)]
+    sizes = [(height, width) for height in sides[0] for width in sides[1]]
+    full = [n for n, size in enumerate(sizes) if size == (tiles.TILE, tiles.TILE)]
+    through = set(full[-most:] if most else range(len(sizes)))
+    numbers = iter(range(len(sizes)))
+    scale = restore.scale_of(tersor.models.create(name))
 
     def counted(module: nn.Module, like: Tensor, pixels: Tensor) -> Tensor:
-        nonlocal scale
-        if most and len(seconds) == most:
+        if next(numbers) not in through:
             return F.interpolate(pixels, scale_factor=scale)
         started = time.perf_counter()
         made = enlarged(module, like, pixels)
         if made.is_cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
-        scale = made.shape[-1] // pixels.shape[-1]
         return made
 
     restore._enlarged = counted

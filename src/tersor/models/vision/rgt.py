@@ -120,7 +120,7 @@ class WindowAttention(nn.Module):
         bias = self.pos()[None]  # (1, heads, tokens, tokens)
         if shifted:
             mask = windows.shift_mask(grid, self.window, shift, device=q.device).to(bias)  # (windows, tokens, tokens)
-            bias = (bias + mask[:, None]).repeat(batch, 1, 1, 1)
+            bias = (bias + mask[:, None]).expand(batch, -1, -1, -1, -1).flatten(0, 1)  # no copy of one picture's
         drop = self.drop if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop, scale=self.scale)
         y = rearrange(y, "w h n d -> w n (h d)")
@@ -184,7 +184,7 @@ class GlobalAttention(nn.Module):
         v = self.v(r)
         v = v + on_map(self.cpe, v)
         q, k, v = (rearrange(each, "b y x (h d) -> b h (y x) d", h=self.heads) for each in (self.q(x), self.k(r), v))
-        weights = self.attn_drop((q @ k.transpose(-1, -2) * self.scale).softmax(-1))
+        weights = self.attn_drop((q * self.scale @ k.transpose(-1, -2)).softmax(-1))
         return self.drop(self.proj(rearrange(weights @ v, "b h (y x) d -> b y x (h d)", y=height)))
 
 
