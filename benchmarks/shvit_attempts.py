@@ -5,8 +5,8 @@
 Published: SHViT-S4 is 3.3 times as fast as MobileViTV2-1.0 on a GPU, in throughput at a large batch. Images of 256 x 256 pixels,
 random weights; the two models of a row run in turns, and medians count. Folded: BatchNorm folded into the convolutions of both,
 by `fuse()` for ours, layer by layer for timm's. Graph: one CUDA graph, captured once, replayed. TF32: float32 whose products are
-rounded to 10 bits, torch's "high". Compiled: torch.compile; "reduce-overhead" is its mode with CUDA graphs. Busy: the share of the
-time in which the GPU ran a kernel, from the profile.
+rounded to 10 bits, torch's "high". Compiled: torch.compile; "reduce-overhead" is its mode with CUDA graphs. Busy: the share of
+the time in which the GPU ran a kernel, from the profile.
 
 Needs timm.
 """
@@ -159,7 +159,10 @@ def table(found: dict[str, Any]) -> str:
     lines += ["", "ms: ours / the peer's; ratio: how many times as fast ours is.", ""]
     for batch, each in found["profile"].items():
         lines += [f"## Kernels at batch {batch}, folded, float32", ""]
-        lines += ["| model | ms | kernels | busy | the kernels that take the most |", "| --- | ---: | ---: | ---: | --- |"]
+        lines += [
+            "| model | ms | kernels | busy | the kernels that take the most |",
+            "| --- | ---: | ---: | ---: | --- |",
+        ]
         for who, name in (("ours", "SHViT-S4"), ("peer", "MobileViTV2-1.0")):
             row = each[who]
             top = "; ".join(f"{share:.0%} `{kernel}` ({count})" for kernel, count, share in row["top"])

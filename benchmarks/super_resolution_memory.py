@@ -2,8 +2,8 @@
 
     python benchmarks/super_resolution_memory.py [NAME...] [--device cuda] [--tiles N] [--write]
 
-The photo is a picture of scikit-image, repeated; the weights are random, which changes neither time nor memory. The verb runs as a
-user runs it, in a process of its own; host is the largest resident memory of that process, with Python, torch and on a GPU the
+The photo is a picture of scikit-image, repeated; the weights are random, which changes neither time nor memory. The verb runs as
+a user runs it, in a process of its own; host is the largest resident memory of that process, with Python, torch and on a GPU the
 CUDA libraries, GPU the most that torch had reserved there. Tiles: how many went through the network; where these are not all, the
 others were enlarged without it, for the frame is the same then. It is the last ones of full size that go through the network,
 when nearly all of the result is in memory.
@@ -93,7 +93,7 @@ def child(name: str, device: str, most: int) -> None:
 def table(rows: dict[str, dict[str, Any]]) -> str:
     described = (__doc__ or "").strip().split("\n\n")
     lines = ["# Memory of super-resolution on a photo of 4000 x 3000 pixels", "", described[2], ""]
-    lines += ["| model | device | tile, pixels | tiles through the network | seconds a tile | seconds in all | host MiB | GPU MiB |"]
+    lines += ["| model | device | tile, pixels | through the network | s a tile | s in all | host MiB | GPU MiB |"]
     lines += ["| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
     for key, row in rows.items():
         name, _, device = key.partition(" ")

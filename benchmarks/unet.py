@@ -5,6 +5,8 @@ image (B, 3, H, W), sides multiples of 8 -> logits (B, classes, H, W)
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,7 +16,7 @@ class UNet(nn.Module):
     def __init__(self, num_classes: int, widths: tuple[int, ...] = (24, 48, 96, 192)) -> None:
         super().__init__()
         self.down = nn.ModuleList(twice(d_in, d) for d_in, d in zip((3, *widths), widths, strict=False))
-        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        pairs = list(pairwise(widths))
         self.up = nn.ModuleList(twice(d + below, d) for d, below in reversed(pairs))
         self.head = nn.Conv2d(widths[0], num_classes, 1)
 

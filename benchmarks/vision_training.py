@@ -166,9 +166,7 @@ class Drawings(Dataset[dict[str, Tensor]]):
 
 
 def drawings(_: Path, *, times: int = 1) -> Sets:
-    return Sets(
-        Drawings(SEEN, 8000, times=times, chance=True), test=Drawings(HELD_OUT, 200, times=times, chance=False)
-    )
+    return Sets(Drawings(SEEN, 8000, times=times, chance=True), test=Drawings(HELD_OUT, 200, times=times, chance=False))
 
 
 def drawn(background: Any, random: np.random.RandomState) -> tuple[Any, Any]:

@@ -15,6 +15,7 @@ from tersor.checkpoint.preprocessing import preprocessor_config
 from tersor.data.images import SUFFIXES, ImageConfig, Images, load_images
 from tersor.errors import TersorError
 from tersor.models.config import checked_config
+from tersor.progress import Progress, silent
 from tersor.tasks.sheet import shown
 from tersor.tasks.task import Sets, Task
 from tersor.train.objectives import classification
@@ -78,6 +79,7 @@ def predict(
     labels: Mapping[int, str],
     out: Path | None,
     reference: Path | None,
+    progress: Progress = silent,
 ) -> Classes:
     image = Images([path], [0], [""], ImageConfig(**settings))[0]["image"][None]
     first = next(module.parameters())

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tersor.data.videos import SUFFIXES, VideoConfig, Videos, frames_of, load_videos, normalised, videos_in, windows
 from tersor.errors import TersorError
 from tersor.models.config import checked_config
+from tersor.progress import Progress, silent
 from tersor.tasks.classify import captions, check_classes, likeliest
 from tersor.tasks.sheet import levels
 from tersor.tasks.task import Sets, Task, numbers_of
@@ -74,6 +75,7 @@ def predict(
     labels: Mapping[int, str],
     out: Path | None,
     reference: Path | None,
+    progress: Progress = silent,
 ) -> Events:
     config = checked_config(VideoConfig, {name: settings[name] for name in KEPT if name in settings}, "preprocessor")
     first = numbers_of(module)
