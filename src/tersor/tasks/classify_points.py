@@ -23,8 +23,8 @@ def load_data(model: Any, data: Path, validation: Path | None, table: Mapping[st
     config = checked_config(CloudConfig, {"points": points_of(model), **table}, "data")
     train = load_clouds(data, config)
     held_out = load_clouds(validation, dataclasses.replace(config, augment=False)) if validation else None
-    check_classes(model, train, held_out, data, validation)
-    return Sets(train, held_out, labels=train.classes)
+    notes = check_classes(model, train, held_out, data, validation)
+    return Sets(train, held_out, labels=train.classes, notes=notes)
 
 
 def points_of(model: Any) -> int:

@@ -58,9 +58,9 @@ def load_data(model: Any, data: Path, validation: Path | None, table: Mapping[st
     config = checked_config(VideoConfig, table, "data")
     train = load_videos(data, config)
     held_out = load_videos(validation, config, chance=False) if validation else None
-    check_classes(model, train, held_out, data, validation)
+    notes = check_classes(model, train, held_out, data, validation)
     kept = {name: getattr(config, name) for name in KEPT}
-    return Sets(train, held_out, preprocessing=kept, labels=train.classes)
+    return Sets(train, held_out, preprocessing=kept, labels=train.classes, notes=notes)
 
 
 KEPT = ("frames", "stride", "size", "rate", "mean", "std")  # of the settings: what a prediction needs
