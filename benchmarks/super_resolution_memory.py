@@ -29,7 +29,7 @@ import tersor
 from tersor.devices import peak_memory
 from tersor.tasks import restore, tiles
 
-NAMES = ("rgt_x4", "rgt_s_x4", "dlgsanet_x4")
+NAMES = ("rgt_x4", "rgt_s_x4", "dlgsanet_light_x4")
 WIDTH, HEIGHT = 4000, 3000
 PHOTO = "coffee.png"
 
