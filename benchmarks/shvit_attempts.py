@@ -6,7 +6,8 @@ Published: SHViT-S4 is 3.3 times as fast as MobileViTV2-1.0 on a GPU, in through
 random weights; the two models of a row run in turns, and medians count. Folded: BatchNorm folded into the convolutions of both,
 by `fuse()` for ours, layer by layer for timm's. Graph: one CUDA graph, captured once, replayed. TF32: float32 whose products are
 rounded to 10 bits, torch's "high". Compiled: torch.compile; "reduce-overhead" is its mode with CUDA graphs. Busy: the share of
-the time in which the GPU ran a kernel, from the profile.
+the time in which the GPU ran a kernel, from the profile. Empty: not measured. Without a graph, batches of 1 and 64 wait for the
+CPU, where other processes ran meanwhile: such rows tell less than those with one.
 
 Needs timm.
 """

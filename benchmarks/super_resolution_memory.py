@@ -6,7 +6,7 @@ The photo is a picture of scikit-image, repeated; the weights are random, which 
 a user runs it, in a process of its own; host is the largest resident memory of that process, with Python, torch and on a GPU the
 CUDA libraries, GPU the most that torch had reserved there. Tiles: how many went through the network; where these are not all, the
 others were enlarged without it, for the frame is the same then. It is the last ones of full size that go through the network,
-when nearly all of the result is in memory.
+when nearly all of the result is in memory. Other processes ran on these machines, so the seconds are upper bounds.
 """
 
 from __future__ import annotations
