@@ -67,30 +67,64 @@ def learn(
     steps: int,
     clip: float = 1.0,
     told: str = "",
+    record: bool = False,
 ) -> int:
     """AdamW with 50 steps of warm-up, then a cosine down to 0 at the last of `steps`, or at the end of `seconds` where that comes
-    first. loss() is the sum over all models; each has its own clipping. Returns the number of steps."""
+    first. loss() is the sum over all models; each has its own clipping. Returns the number of steps.
+
+    record: on a GPU a step is one CUDA graph. loss() then has the same shapes each time, draws from the device's own generator
+    and never waits for a number."""
     learned = [[p for p in model.parameters() if p.requires_grad] for model in models]
     every = [p for part in learned for p in part]
-    optimizer = torch.optim.AdamW(every, rate, weight_decay=0.01, fused=every[0].is_cuda)
+    on_gpu = every[0].is_cuda
+    rate_now = torch.tensor(rate / 50, device=every[0].device)  # where a graph reads it
+    optimizer = torch.optim.AdamW(
+        every, rate_now if record and on_gpu else rate, weight_decay=0.01, fused=on_gpu, capturable=record and on_gpu
+    )
     for model in models:
         model.train()
 
-    step = 0
-    for step, share in enumerate(_shares(seconds, steps), 1):
-        for group in optimizer.param_groups:
-            group["lr"] = rate * min(step / 50, (1 + math.cos(math.pi * share)) / 2)
+    def take() -> Tensor:
         value = loss()
         optimizer.zero_grad()
         value.backward()
         for part in learned:
             nn.utils.clip_grad_norm_(part, clip)
         optimizer.step()
+        return value.detach()
+
+    call = recorded(take) if record and on_gpu else take
+    step = 0
+    for step, share in enumerate(_shares(seconds, steps), 1):
+        now = rate * min(step / 50, (1 + math.cos(math.pi * share)) / 2)
+        rate_now.fill_(now)
+        for group in optimizer.param_groups:
+            group["lr"] = rate_now if record and on_gpu else now
+        value = call()
         if step % 100 == 0:
             print(f"{told} step {step}, {100 * share:.0f} %: loss {value.item():.4f}", flush=True)
     for model in models:
         model.eval()
     return step
+
+
+def recorded(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The same work as one CUDA graph, after three calls that warm up. The result is always the same tensor, filled anew."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = call()
+
+    def again() -> Tensor:
+        graph.replay()
+        return found
+
+    return again
 
 
 def _shares(seconds: float, steps: int) -> Iterator[float]:

@@ -278,9 +278,11 @@ def verdict(rows: Sequence[Row]) -> str:
                 continue
             mine, theirs = (min(group, key=lambda row: row.loss) for group in (sparse, low))
             better = mine.quality < theirs.quality if name == DEMO else mine.quality > theirs.quality
+            missing = [method for method in METHODS if all(row.method != method for row in each)]
             lines.append(
                 f"- {name}, {ratio:g} times smaller: {mine.method} {mine.quality:.4g}, {theirs.method} "
                 f"{theirs.quality:.4g}: dsformer is {'better' if better else 'not better'}"
+                + (f" (not measured: {', '.join(missing)})" if missing else "")
             )
     return "\n".join(lines)
 

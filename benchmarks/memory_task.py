@@ -123,14 +123,16 @@ def run(job: Job, turns: int = TURNS, ends: float = math.inf) -> dict[str, Any] 
 
 
 def jobs_of(rows: list[dict[str, Any]]) -> list[Job]:
-    """First those of the corridor of FIRST, then those whose rates they chose; without what is done."""
+    """First those of the corridor of FIRST, then those whose rates they chose, GTrXL and the LSTM before the others, all
+    lengths of a seed together; without what is done."""
     done = {tuple(row["job"]) for row in rows}
     order = sorted(RATES, key=lambda rate: abs(math.log(rate / RATES[1])))  # the middle one first
     first: list[Job] = [(name, FIRST, rate, seed) for rate in order for seed in SEEDS for name in MODELS]
     if not done.issuperset(first):
         return [job for job in first if job not in done]
     rest = [(name, length, best_rate(rows, name), seed) for length in LENGTHS for name in MODELS for seed in SEEDS]
-    return [job for job in sorted(rest, key=lambda job: -job[1]) if job not in done]
+    telling = ("GTrXL", "LSTM")  # first
+    return [job for job in sorted(rest, key=lambda job: (job[0] not in telling, job[3], job[1])) if job not in done]
 
 
 def best_rate(rows: list[dict[str, Any]], name: str) -> float:

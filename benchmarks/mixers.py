@@ -1,7 +1,9 @@
 """Token mixers in one and the same network of one size, on three tasks of memory: what is worth an attention's place?
 
-    OMP_NUM_THREADS=1 python benchmarks/mixers.py --write     everything, kept in benchmarks/results/mixers.md and .json
+    OMP_NUM_THREADS=1 python benchmarks/mixers.py --processes 4 --write     kept in benchmarks/results/mixers.md and .json
     ... --quick                 a few steps: whether it runs, not what it is worth
+
+Trains on the GPU where there is one. All rows of a kept table have the same number of steps.
 
 A call that was stopped goes on with what mixers.json does not hold; remove that file to begin anew.
 
@@ -19,16 +21,18 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from typing import Any
+from multiprocessing import get_context
 
 import torch
-from common import kept_numbers, machine, refuse_to_keep_quick, write_numbers, write_table
+from common import gpu, kept_numbers, machine, refuse_to_keep_quick, runs_with_this, write_numbers, write_table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tersor.data.copying import make_copying
 from tersor.data.recall import make_recall
+from tersor.devices import pick_device
 from tersor.layers.mamba2_mixer import Mamba2Mixer
 from tersor.models.sequence.flashrnn import RNN
 from tersor.models.sequence.s4d import S4D
@@ -38,7 +42,7 @@ from tersor.models.text.mamba import Mamba1Mixer, SSMConfig
 WIDTH, HEADS, LAYERS, TOKENS = 64, 4, 2, 24
 PARAMETERS = 12 * WIDTH**2  # of a mixer with its MLP
 LENGTH, SYMBOLS = 16, 6
-BATCH, STEPS, TEST, SEEDS, RATE = 32, 300, 1000, 2, 0.002
+BATCH, STEPS, TEST, SEEDS, RATE = 32, 3000, 1000, 3, 0.002
 
 MIXERS: dict[str, Callable[[], nn.Module]] = {
     "attention": lambda: Attention(WIDTH, H3AttentionConfig(num_heads=HEADS, rotary_emb_dim=WIDTH // HEADS)),
@@ -130,8 +134,9 @@ def accuracy(model: nn.Module, ids: Tensor, answers: Tensor) -> float:
 
 def run(mixer: str, task: str, seed: int, steps: int) -> Row:
     torch.manual_seed(seed)
-    model = Mixed(MIXERS[mixer])
-    ids, answers = TASKS[task](TEST + steps * BATCH, seed)
+    device = pick_device("auto")
+    model = Mixed(MIXERS[mixer]).to(device)
+    ids, answers = (each.to(device) for each in TASKS[task](TEST + steps * BATCH, seed))
     train(model, ids[TEST:], answers[TEST:])
     return Row(mixer, task, seed, _size(model), accuracy(model.eval(), ids[:TEST], answers[:TEST]))
 
@@ -154,7 +159,8 @@ def _cell(found: list[float]) -> str:
 
 
 def kept() -> list[Row]:
-    return [Row(**row) for row in kept_numbers("mixers").get("rows", [])]
+    found = kept_numbers("mixers")
+    return [Row(**row) for row in found["rows"]] if found.get("steps") == STEPS else []
 
 
 def _seeds(rows: list[Row]) -> str:
@@ -163,7 +169,9 @@ def _seeds(rows: list[Row]) -> str:
 
 
 def write(rows: list[Row]) -> None:
-    about = (__doc__ or "").split("\n\n", 3)[3].strip()
+    about = (__doc__ or "").split("\n\n", 4)[4].strip()
+    where = gpu() if pick_device("auto").type == "cuda" else machine()
+    runs = runs_with_this("mixers", where)
     text = [
         "# Mixers of one size on tasks of memory",
         "",
@@ -172,30 +180,33 @@ def write(rows: list[Row]) -> None:
         f"{STEPS:,} steps; {_seeds(rows)}.",
         "",
         table(rows),
+        "",
+        *(f"- {each}" for each in runs),
     ]
-    command = "`OMP_NUM_THREADS=1 python benchmarks/mixers.py --write`"
-    write_table("mixers", "\n".join([*text, "", machine(), command]))
-    write_numbers("mixers", {"rows": [asdict(row) for row in rows]})
+    write_table("mixers", "\n".join(text))
+    write_numbers("mixers", {"steps": STEPS, "runs": runs, "rows": [asdict(row) for row in rows]})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--processes", type=int, default=1, help="trainings at a time")
     parser.add_argument("--quick", action="store_true", help="whether it runs")
     parser.add_argument(
         "--write", action="store_true", help="keep the table; after every run, so that it can be stopped"
     )
     asked = parser.parse_args()
     refuse_to_keep_quick(asked)
-    chosen: dict[str, Any] = {"steps": 4, "seeds": 1} if asked.quick else {"steps": STEPS, "seeds": SEEDS}
+    steps, seeds = (4, 1) if asked.quick else (STEPS, SEEDS)
     rows = kept() if asked.write else []
     done = {(row.mixer, row.task, row.seed) for row in rows}
-    for seed, task, mixer in itertools.product(range(chosen["seeds"]), TASKS, MIXERS):
-        if (mixer, task, seed) in done:
-            continue
-        rows.append(run(mixer, task, seed, chosen["steps"]))
-        print(f"{mixer}, {task}, seed {seed}: {rows[-1].accuracy:.3f}", flush=True)
-        if asked.write:
-            write(rows)
+    wanted = [(mixer, task, seed) for seed, task, mixer in itertools.product(range(seeds), TASKS, MIXERS)]
+    with ProcessPoolExecutor(asked.processes, mp_context=get_context("spawn")) as pool:
+        running = [pool.submit(run, *each, steps) for each in wanted if each not in done]
+        for each in as_completed(running):
+            rows.append(each.result())
+            print(f"{rows[-1].mixer}, {rows[-1].task}, seed {rows[-1].seed}: {rows[-1].accuracy:.3f}", flush=True)
+            if asked.write:
+                write(rows)
     print(table(rows))
 
 

@@ -21,7 +21,7 @@ import argparse
 import math
 import statistics
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
 
 import torch
@@ -171,6 +171,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines.append("| none | | " + " | ".join(f"{shown(None, case):.3f}" for case in CASES) + " |")
     for name in MODELS:
         own = [row for row in rows if row["name"] == name]
+        if not own:
+            continue
         cells = []
         for case in CASES:
             found = [row[case] for row in own if case in row]
@@ -192,11 +194,13 @@ def main() -> None:
     jobs = [(name, seed) for seed in (range(1) if asked.quick else SEEDS) for name in MODELS]
     with ProcessPoolExecutor(asked.processes) as pool:
         waiting = [pool.submit(run, *job, 3 if asked.quick else UPDATES) for job in jobs]
-        rows = [each.result() for each in waiting]
-    text = table(rows)
-    print(text)
-    if asked.write:
-        write_table("morphology", text)
+        rows = []
+        for finished in as_completed(waiting):
+            rows.append(finished.result())
+            print(rows[-1], flush=True)
+            if asked.write:
+                write_table("morphology", table(rows))
+    print(table(rows))
 
 
 if __name__ == "__main__":

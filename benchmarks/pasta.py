@@ -1,6 +1,6 @@
 """What pretraining is worth to PASTA: probes and fine-tuning on recorded runs, beside the same network from scratch.
 
-    OMP_NUM_THREADS=1 python benchmarks/pasta.py --processes 9 --write       kept in benchmarks/results/pasta.md and .json
+    OMP_NUM_THREADS=1 python benchmarks/pasta.py --processes 4 --device cuda --write       kept in benchmarks/results/pasta.*
     ... --quick                 a few steps: whether it runs, not what it is worth
 
 Pretraining, without rewards or tasks: windows of 8 steps of 150 runs of cart and pole, pendulum and point mass each
@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import kept_numbers, machine, refuse_to_keep_quick, write_numbers, write_table
+from common import gpu, kept_numbers, machine, refuse_to_keep_quick, write_numbers, write_table
 from torch import Tensor, nn
 
 import tersor.models
@@ -96,7 +96,8 @@ def pretrained(objective: str, seed: int, steps: int) -> Any:
     for number, name in enumerate(SYSTEMS):
         states, actions = control_runs(name, 150, steps=STEPS - STEPS % PAST, seed=100 * seed + number)
         actions = actions / SYSTEMS[name].largest
-        windows.append(model.tokens_of(*(each.reshape(-1, PAST, each.shape[2]) for each in (states, actions))))
+        own = (each.reshape(-1, PAST, each.shape[2]).to(torch.get_default_device()) for each in (states, actions))
+        windows.append(model.tokens_of(*own))
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
@@ -152,7 +153,7 @@ def balanced(model: nn.Module, seed: int, fails: bool) -> float:
         states = torch.tensor(np.stack(seen[-PAST:], 1), dtype=torch.float32)
         action = model(broken(states, fails), torch.stack(done[-(PAST - 1) :], 1)).clamp(-1, 1)
         done.append(action)
-        u = action.double().numpy() * SYSTEM.largest
+        u = action.double().cpu().numpy() * SYSTEM.largest
         x = np.stack([advanced(SYSTEM, x[n], u[n]) if alive[n] else x[n] for n in range(starts)])
         alive &= (np.abs(x[:, 2]) < np.radians(12)) & (np.abs(x[:, 0]) < 2.4)
         total += int(alive.sum())
@@ -160,9 +161,10 @@ def balanced(model: nn.Module, seed: int, fails: bool) -> float:
     return total / starts
 
 
-def run(kind: str, seed: int, quick: bool) -> list[dict[str, Any]]:
+def run(kind: str, seed: int, quick: bool, device: str) -> list[dict[str, Any]]:
     """All rows of one pretraining, or those without one (kind: "none")."""
     torch.set_num_threads(1)
+    torch.set_default_device(device)
     started, rows = time.process_time(), []
     before, after = (5, 5) if quick else (2000, 600)
     names = [
@@ -199,7 +201,7 @@ def cell(rows: list[dict[str, Any]], name: str, what: str, fails: bool) -> str:
     )
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[dict[str, Any]], where: str) -> str:
     about = (__doc__ or "").split("\n\n", 2)[2].strip()
     lines = ["# What pretraining is worth to PASTA", "", about, ""]
     lines += ["| policy | error | balanced | error, failed | balanced, failed |", "| --- |" + " ---: |" * 4]
@@ -208,8 +210,10 @@ def table(rows: list[dict[str, Any]]) -> str:
             cells = (cell(rows, name, what, fails) for fails in (False, True) for what in ("error", "balanced"))
             lines.append(f"| {name} | {' | '.join(cells)} |")
     minutes = sum(row.get("seconds", 0) for row in rows) / 60
-    where = f"{minutes:.0f} minutes of one processor core; {machine()}"
-    return "\n".join([*lines, "", where, "`OMP_NUM_THREADS=1 python benchmarks/pasta.py --processes 9 --write`"])
+    told = f"{minutes:.0f} minutes of one processor core; {where}"
+    return "\n".join(
+        [*lines, "", told, "`OMP_NUM_THREADS=1 python benchmarks/pasta.py --processes 4 --device cuda --write`"]
+    )
 
 
 def main() -> None:
@@ -217,6 +221,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="whether it runs")
     parser.add_argument("--write", action="store_true", help="keep the table")
     parser.add_argument("--processes", type=int, default=1, help="runs at a time")
+    parser.add_argument("--device", default="cpu")
     asked = parser.parse_args()
     refuse_to_keep_quick(asked)
     kept: list[dict[str, Any]] = kept_numbers("pasta").get("rows", []) if asked.write else []
@@ -224,15 +229,16 @@ def main() -> None:
     jobs = [(kind, seed) for seed in SEEDS for kind in (*OBJECTIVES, "none")]
     jobs = [job for job in jobs if ("scratch" if job[0] == "none" else job[0], job[1]) not in done]
     with ProcessPoolExecutor(asked.processes) as pool:
-        waiting = [pool.submit(run, *job, asked.quick) for job in (jobs[:4] if asked.quick else jobs)]
+        waiting = [pool.submit(run, *job, asked.quick, asked.device) for job in (jobs[:4] if asked.quick else jobs)]
         for finished in as_completed(waiting):
             kept += finished.result()
             print(*finished.result(), sep="\n", flush=True)
+            where = gpu() if asked.device.startswith("cuda") else machine()
             if asked.write:
                 write_numbers("pasta", {"rows": kept})
-                write_table("pasta", table(kept))
+                write_table("pasta", table(kept, where))
     if asked.quick:
-        print(table(kept)[-1500:])
+        print(table(kept, where)[-1500:])
 
 
 if __name__ == "__main__":

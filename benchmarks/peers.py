@@ -30,6 +30,7 @@ from common import gpu, kept_numbers, machine, refuse_to_keep_quick, runs_with_t
 from quality import CALIBRATION, MODEL, check_data, perplexity
 from torch import Tensor
 
+import tersor
 from tersor.calibrate.batches import make_batches
 from tersor.checkpoint.load import load_tokenizer
 from tersor.checkpoint.source import resolve
@@ -110,7 +111,6 @@ def auto_round(bits: int, out: Path, size: Size) -> None:
 
 def llm_compressor(bits: int, out: Path, size: Size, *, awq: bool = False) -> None:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-    from datasets import Dataset
     from llmcompressor import oneshot
 
     weights = QuantizationArgs(num_bits=bits, type="int", symmetric=True, strategy="group", group_size=GROUP)
@@ -120,11 +120,11 @@ def llm_compressor(bits: int, out: Path, size: Size, *, awq: bool = False) -> No
     else:
         from llmcompressor.modifiers.quantization import GPTQModifier as Modifier
     model, tokenizer = in_transformers()
-    rows = [{"input_ids": each[0].tolist(), "attention_mask": [1] * each.shape[1]} for each in samples_of(size)]
+    rows = [{"input_ids": each[0], "attention_mask": torch.ones_like(each[0])} for each in samples_of(size)]
     oneshot(
         model=model,
         tokenizer=tokenizer,
-        dataset=Dataset.from_list(rows),
+        dataset=torch.utils.data.DataLoader(rows, batch_size=1),
         recipe=Modifier(config_groups=groups, ignore=["lm_head"]),
         num_calibration_samples=size.samples,
         max_seq_length=size.seq_len,
@@ -153,7 +153,8 @@ def measure(tool: str, bits: int, size: Size) -> Row:
         seconds = time.perf_counter() - started
         on = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
         found = next(out.rglob("config.json"), out / "config.json").parent  # AutoRound makes a folder of its own in it
-        return Row(bits, tool, importlib.metadata.version(package), perplexity(found, size.windows), seconds, on)
+        version = tersor.__version__ if package == "tersor" else importlib.metadata.version(package)
+        return Row(bits, tool, version, perplexity(found, size.windows), seconds, on)
 
 
 def main() -> None:

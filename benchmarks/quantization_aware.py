@@ -60,7 +60,7 @@ from tersor.methods.method import Work
 from tersor.methods.training.batches import Drawn
 from tersor.methods.training.teacher_intervention import TeacherIntervention, prepare, train
 
-NAME = "quantization_aware"
+NAME, PICTURE = "quantization_aware", "quantization-aware.png"
 MINILM, VIT, DEMO = "MiniLM", "demo-vit", "demo"
 MEASURES = {MINILM: "cosine", VIT: "top-1, %", DEMO: "perplexity"}
 BATCHES = {MINILM: 8, VIT: 16, DEMO: 8}
@@ -73,6 +73,7 @@ ROUNDED, SOLVED, PLAIN, LONG, SHORT = (
     "Teacher Intervention",
     "Teacher Intervention, a third",
 )
+STEPS, RATES = 480, (2e-4, 1e-3)
 LOOKS = 16  # how often a run's quality is looked at
 DEVICE = pick_device("auto")
 Judge = Callable[[nn.Module], float]
@@ -219,20 +220,29 @@ def tables(runs: Sequence[Run]) -> str:
             f"| {task.model} ({measured}) | {task.weights} | {task.label} | {rate} | {steps} | {before} | "
             f"{shown(task.model, run.end)} | {pace} |"
         )
-    lines += ["", "| model | weights | plain at its end | a third of the steps | as good? | long run as good after |"]
-    lines.append("| --- | --- | ---: | ---: | --- | ---: |")
+    columns = ("plain at its end", "long run at its end", "a third of the steps", "as good?", "long run as good after")
+    lines += ["", f"| model | weights | {' | '.join(columns)} |", "| --- | --- | ---: | ---: | ---: | --- | ---: |"]
     for model in MAKERS:
         for weights in WEIGHTS:
             plain, long, short = (best(runs, model, weights, label) for label in (PLAIN, LONG, SHORT))
-            if plain is None or long is None or short is None:
+            if plain is None or long is None:
                 continue
             first = next((step for step, quality in long.points if as_good(model, quality, plain.end)), None)
+            ended, good = "not run", ""
+            if short is not None:
+                ended, good = shown(model, short.end), "yes" if as_good(model, short.end, plain.end) else "no"
             lines.append(
-                f"| {model} | {weights} | {shown(model, plain.end)} | {shown(model, short.end)} | "
-                f"{'yes' if as_good(model, short.end, plain.end) else 'no'} | "
+                f"| {model} | {weights} | {shown(model, plain.end)} | {shown(model, long.end)} | {ended} | {good} | "
                 f"{'never' if first is None else f'{first} of {long.task.steps}'} |"
             )
     return "\n".join(lines)
+
+
+def unmade(runs: Sequence[Run]) -> str:
+    """A line on how many runs are missing."""
+    wanted = set(tasks_of(list(MAKERS), STEPS, RATES))
+    left = wanted - {run.task for run in runs}
+    return f"\nNot made yet: {len(left)} of the {len(wanted)} runs (--write goes on with them).\n" if left else ""
 
 
 def picture(runs: Sequence[Run]) -> None:
@@ -259,7 +269,7 @@ def picture(runs: Sequence[Run]) -> None:
             axis.set_yscale("log")
         axis.legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(RESULTS / f"{NAME}.png", dpi=100)
+    figure.savefig(RESULTS.parents[1] / "docs" / "images" / PICTURE, dpi=80)
     pyplot.close(figure)
 
 
@@ -275,8 +285,8 @@ def write(runs: Sequence[Run], said: Sequence[str]) -> None:
     text = f"""# Quantization-aware training with and without the teacher's signals
 
 {tables(runs)}
-
-Curves: {NAME}.png, and {NAME}.json.
+{unmade(runs)}
+Curves: docs/images/{PICTURE}, and {NAME}.json.
 
 {about}
 
@@ -290,8 +300,8 @@ Curves: {NAME}.png, and {NAME}.json.
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="*", default=list(MAKERS), choices=list(MAKERS))
-    parser.add_argument("--steps", type=int, default=480)
-    parser.add_argument("--rates", type=float, nargs="*", default=[2e-4, 1e-3], help="learning rates of all runs")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--rates", type=float, nargs="*", default=RATES, help="learning rates of all runs")
     parser.add_argument("--processes", type=int, default=1, help="how many runs at once")
     parser.add_argument("--minutes", type=float, default=600, help="begins no run after so many")
     parser.add_argument("--again", action="store_true", help="table and picture from the kept numbers")

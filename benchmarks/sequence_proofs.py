@@ -1,6 +1,7 @@
 """What the sequence models learn: Game of Life, chains of thought, regression in context, parity, three tasks of the LRA.
 
-    python benchmarks/sequence_proofs.py all FOLDER --seconds 430               everything side by side on one GPU
+    python benchmarks/sequence_proofs.py all FOLDER --seconds 660               ten trainings at once on one GPU
+    ... all FOLDER --only cot- parity/                                          those whose name begins so
     python benchmarks/sequence_proofs.py data FOLDER                            draws what takes long to draw, on many cores
     python benchmarks/sequence_proofs.py train lifegpt FOLDER --seconds 400     one training; another name lists them all
     python benchmarks/sequence_proofs.py gather FOLDER                          rows.json and curves.csv of what is done so far
@@ -19,9 +20,10 @@ import csv
 import json
 import math
 import shutil
+import signal
 import sys
+import threading
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
@@ -32,7 +34,7 @@ import numpy as np
 import torch
 from common import DATA, gpu, machine
 from safetensors.torch import load_file
-from sequence_proofs_data import LENGTH, LISTOPS_LENGTH, SMALL, draw, stacked
+from sequence_proofs_data import DRAWN, LENGTH, LISTOPS_LENGTH, SMALL, draw, stacked
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -55,6 +57,8 @@ from tersor.train.trainer import train, validate
 
 WAIT = 240  # seconds for drawn data
 HELD = 0.6  # of a training's seconds at the full rate, where the number of steps is not fixed
+STOP = threading.Event()  # this process was asked to end: a training stops, and what it has learned is measured
+MEASURING = 60  # seconds that measuring may take after the training's own
 
 
 @dataclass(frozen=True)
@@ -188,7 +192,7 @@ def _learn_until(
     def in_time(what: str, at: int, total: int | None) -> None:
         nonlocal done
         done = at
-        if time.perf_counter() > end:
+        if time.perf_counter() > end or STOP.is_set():
             raise OutOfTimeError
         if at % (10 * config.log_every) == 0:
             print(f"{run.out.name}: {what}, step {at} of {total}", flush=True)
@@ -402,7 +406,7 @@ def _pretrain(run: Run, model: nn.Module, labelled: Resident, config: TrainConfi
     def in_time(what: str, at: int, total: int | None) -> None:
         nonlocal done
         done = at
-        if time.perf_counter() > end:
+        if time.perf_counter() > end or STOP.is_set():
             raise OutOfTimeError
         if at % 200 == 0:
             print(f"{run.out.name}, pretraining: {what}", flush=True)
@@ -559,48 +563,54 @@ def keep(folder: Path, rows: list[dict[str, Any]], curves: list[dict[str, Any]])
             writer.writerows(curves)
 
 
-# Names that one process trains one after the other, in equal parts of the seconds.
-LANES: tuple[tuple[str, ...], ...] = (
-    ("lifegpt",),
-    ("cot-chain",),
-    ("cot-direct",),
-    *(tuple(f"regression/{kind}/{name}" for name in LEARNERS) for kind in REGRESSIONS),
-    tuple(f"parity/{name}" for name in COUNTERS),
-    ("listops/transformer",),
-    ("listops/transformer + SPT",),
-    ("listops/S4",),
-    ("listops/S4D",),
-    ("listops/Mamba-2",),
-    ("listops/LongVQ",),
-    ("image/S4",),
-    ("pathfinder/S4",),
-)
+# In the order in which they begin, the share of the seconds that each gets.
+SHARES: dict[str, float] = {
+    "lifegpt": 1.0,
+    "cot-chain": 1.0,
+    "cot-direct": 1.0,
+    **{f"listops/{name}": 0.8 for name in READERS},
+    **{f"regression/{kind}/{name}": 0.16 for kind in REGRESSIONS for name in LEARNERS},
+    **{f"parity/{name}": 0.12 for name in COUNTERS},
+    "image/S4": 0.5,
+    "pathfinder/S4": 0.5,
+}
 
 
-def prove_all(folder: Path, out: Path, *, seconds: float, seed: int, device: str, quick: bool, processes: int) -> None:
-    """All lanes side by side, and the data drawn beside them; rows and curves are gathered as they come. The processes are
-    forked, so that torch is imported once: this one must not touch the GPU."""
-    fork, until = get_context("fork"), time.perf_counter() + seconds + 90
-    how: dict[str, Any] = {"seed": seed, "device": device, "quick": quick}
-    drawing = fork.Process(target=draw, args=(folder / "data",), kwargs={"quick": quick, "processes": processes})
-    lanes = [fork.Process(target=_lane, args=(names, folder, seconds / len(names), how)) for names in LANES]
-    for process in (drawing, *lanes):
-        process.start()
-    while any(lane.is_alive() for lane in lanes) and time.perf_counter() < until:
-        time.sleep(min(20, max(0.1, until - time.perf_counter())))
-        keep(out, *gather(folder))
-    for process in (drawing, *lanes):
+def prove_all(
+    folder: Path, out: Path, names: Sequence[str], *, seconds: float, seed: int, device: str, quick: bool, at_once: int
+) -> None:
+    """So many trainings at once, those that `folder` has no row of; rows and curves are gathered as they come. A training that
+    would have less than half of its share left is not begun. The processes are forked, so that torch is imported once: this one
+    must not touch the GPU."""
+    if not all((folder / "data" / f"{name}.pt").exists() for name in DRAWN):
+        draw(folder / "data", quick=quick, processes=at_once)
+    fork, begun, gathered = get_context("fork"), time.perf_counter(), 0.0
+    waiting = [name for name in names if not (folder / "runs" / _folder(name, seed) / "row.json").exists()]
+    running: list[Any] = []
+    while running or waiting:
+        spent = time.perf_counter() - begun
+        running = [process for process in running if process.is_alive()]
+        if spent > seconds + MEASURING or STOP.is_set():
+            break
+        while waiting and len(running) < at_once:
+            name = waiting.pop(0)
+            share = min(SHARES[name] * seconds, seconds - spent)
+            if share < SHARES[name] * seconds / 2:
+                print(f"{name}: not begun, {share:.0f} s are left", flush=True)
+                continue
+            how = {"seconds": share, "seed": seed, "device": device, "quick": quick}
+            running.append(fork.Process(target=prove, args=(name, folder), kwargs=how, name=name))
+            running[-1].start()
+        if spent - gathered > 20:
+            gathered = spent
+            keep(out, *gather(folder))
+        time.sleep(0.5)
+    for process in running:
         process.terminate()
-        process.join()
+    for process in running:
+        process.join(MEASURING)
+        process.kill()
     keep(out, *gather(folder))
-
-
-def _lane(names: Sequence[str], folder: Path, seconds: float, how: dict[str, Any]) -> None:
-    for name in names:
-        try:
-            prove(name, folder, seconds=seconds, **how)
-        except Exception:  # the other trainings go on
-            traceback.print_exc()
 
 
 def main() -> None:
@@ -612,13 +622,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=0, help="with train: their number")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda", help="cuda or cpu")
-    parser.add_argument("--processes", type=int, default=8, help="that draw data")
+    parser.add_argument("--processes", type=int, default=10, help="that draw data, or train")
+    parser.add_argument("--only", nargs="*", default=[""], help="with all: trainings whose name begins so")
     parser.add_argument("--quick", action="store_true", help="whether it runs")
     parser.add_argument("--out", type=Path, help="where rows and curves go; FOLDER where left out")
     asked = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: STOP.set())
     if asked.what == "all":
         how = {"seconds": asked.seconds, "seed": asked.seed, "device": asked.device, "quick": asked.quick}
-        prove_all(asked.folder, asked.out or asked.folder, processes=asked.processes, **how)
+        names = [name for name in SHARES if name.startswith(tuple(asked.only))]
+        prove_all(asked.folder, asked.out or asked.folder, names, at_once=asked.processes, **how)
     elif asked.what == "data":
         draw(asked.folder / "data", quick=asked.quick, processes=asked.processes)
     elif asked.what == "train":

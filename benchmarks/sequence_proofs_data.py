@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from tersor.data.chain_of_thought import EOS, direct, draw_chains, find_task
 from tersor.data.long_range import BENCHMARKS, LongRange, LongRangeConfig, Raw, load_long_range
 
+DRAWN = ("listops", "chains", "pathfinder")  # files
 SMALL = 40  # times fewer samples with --quick
 LENGTH = 6  # operators of the arithmetic
 CHAINS, CHAIN_PIECES = 320_000, 16

@@ -25,8 +25,8 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from typing import Any
 
@@ -71,29 +71,41 @@ def horizon(feeder: Feeder) -> int:
     return len(feeder.switches) - len(feeder.fixed)
 
 
+@cache
+def ac_network(feeder: Feeder) -> tuple[Any, NDArray[np.int64], NDArray[np.int64]]:
+    """pandapower's, whole: bus n is cell n; and which lines of the feeder are its switches, and its lines."""
+    import pandapower as pp
+
+    net = pp.create_empty_network(sn_mva=BASE_MVA)
+    pp.create_buses(net, len(feeder.load_p), vn_kv=BASE_KV)
+    load_p, load_q, r, x = (np.array(each) for each in (feeder.load_p, feeder.load_q, feeder.r, feeder.x))
+    pp.create_loads(net, list(range(len(load_p))), load_p * BASE_MVA, load_q * BASE_MVA)
+    for cell, *_ in feeder.sources:
+        pp.create_ext_grid(net, cell, vm_pu=feeder.source_voltage)
+    ends, plain = np.array(feeder.switches), (r == 0) & (x == 0)
+    if plain.any():
+        pp.create_switches(net, ends[plain, 0].tolist(), ends[plain, 1].tolist(), et="b")
+    real = ends[~plain].T.tolist()
+    pp.create_lines_from_parameters(net, *real, 1.0, r[~plain] / OHM, x[~plain] / OHM, 0.0, max_i_ka=99.0)
+    return net, np.flatnonzero(plain), np.flatnonzero(~plain)
+
+
 def ac_violations(feeder: Feeder, closed: frozenset[int]) -> list[str]:
     """By pandapower: another's power flow on the lines that are closed."""
     import pandapower as pp
 
-    net = pp.create_empty_network(sn_mva=BASE_MVA)
+    net, plain, real = ac_network(feeder)
     tree = feeder.tree(closed)
-    bus = {cell: pp.create_bus(net, vn_kv=BASE_KV) for cell, _, _ in tree}
-    for cell, parent, line in tree:
-        pp.create_load(net, bus[cell], feeder.load_p[cell] * BASE_MVA, feeder.load_q[cell] * BASE_MVA)
-        if parent < 0:
-            pp.create_ext_grid(net, bus[cell], vm_pu=feeder.source_voltage)
-        elif feeder.r[line] == feeder.x[line] == 0:
-            pp.create_switch(net, bus[parent], bus[cell], et="b")
-        else:
-            pp.create_line_from_parameters(
-                net, bus[parent], bus[cell], 1.0, feeder.r[line] / OHM, feeder.x[line] / OHM, 0.0, max_i_ka=99.0
-            )
+    cells = [cell for cell, _, _ in tree]
+    used = [line for _, parent, line in tree if parent >= 0]
+    net.bus["in_service"] = net.load["in_service"] = np.isin(np.arange(len(feeder.load_p)), cells)
+    net.switch["closed"], net.line["in_service"] = np.isin(plain, used), np.isin(real, used)
     try:
         pp.runpp(net, numba=False)
     except pp.LoadflowNotConverged:
         return ["no power flow"]
-    volts = net.res_bus.vm_pu.to_numpy()
-    ours = feeder.flow(closed)[0][[cell for cell, _, _ in tree]]
+    volts = net.res_bus.vm_pu.to_numpy()[cells]
+    ours = feeder.flow(closed)[0][cells]
     worst.append(float(np.abs(volts - ours).max()))
     low, high = feeder.voltages
     found = [f"voltage {v}" for v in volts if not low - 1e-6 <= v <= high + 1e-6]
@@ -215,21 +227,26 @@ def row(name: str, told: list[tuple[float, Followed]]) -> str:
     return f"| {name} | {load:.3f} | {energy:.3f} | {statistics.mean(share):.1f} % | {min(share):.1f} % | {broken} of {states} |"
 
 
-def measure(name: str, quick: bool) -> dict[str, Any]:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # pandas' of pandapower
+Keep = Callable[[str, dict[str, Any]], None]
+
+
+def measure(name: str, kept: dict[str, Any], keep: Keep, *, quick: bool) -> None:
+    """What is not kept yet of a feeder; keep(title, numbers) as it is done."""
     make, nodes = FEEDERS[name]
     feeder, random = make(), np.random.default_rng(0)
     draws = [make(loads=random.uniform(0.7, 1.3, nodes).tolist()) for _ in range(2 if quick else DRAWS)]
+    groups = {"published load": [feeder], "other loads": draws}
+    if not (missing := groups.keys() - kept.keys()):
+        return
     T, started = horizon(feeder), time.process_time()
     models = [
         train(feeder, seed, 5 if quick else STEPS, 20 if quick else RUNS) for seed in (range(1) if quick else SEEDS)
     ]
     print(f"{name}: trained in {time.process_time() - started:.0f} s", flush=True)
-    lines = []
-    for title, group in (("published load", [feeder]), ("other loads", draws)):
+    for title in [title for title in groups if title in missing]:
+        group, checked = groups[title], len(worst)
         best = [best_energy(each, T) for each in group]
-        lines += ["", f"### {nodes} nodes, {T} switches: {title}", ""]
+        lines = ["", f"### {nodes} nodes, {T} switches: {title}", ""]
         lines += [
             "| policy | restored, MW | energy, MWh | of the optimum | least | violated |",
             "| --- |" + " ---: |" * 5,
@@ -248,29 +265,35 @@ def measure(name: str, quick: bool) -> dict[str, Any]:
                     for each, b in zip(group, best, strict=True) for policy in chosen]  # fmt: skip
             lines.append(row(label, told))
             print(lines[-1], flush=True)
-    return {"lines": lines, "checked": len(worst), "apart": max(worst), "seconds": time.process_time() - started}
+        spent, started = time.process_time() - started, time.process_time()
+        keep(title, {"lines": lines, "checked": len(worst) - checked, "apart": max(worst[checked:]), "seconds": spent})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="whether it runs")
     parser.add_argument("--write", action="store_true", help="keep the table")
-    parser.add_argument("--processes", type=int, default=1, help="feeders at a time")
+    parser.add_argument("--feeders", nargs="+", default=list(FEEDERS), choices=FEEDERS)
     asked = parser.parse_args()
     refuse_to_keep_quick(asked)
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # pandas' of pandapower
     kept: dict[str, Any] = kept_numbers("service_restoration") if asked.write else {}
-    with ProcessPoolExecutor(asked.processes) as pool:
-        waiting = {pool.submit(measure, name, asked.quick): name for name in FEEDERS if name not in kept}
-        for finished in as_completed(waiting):
-            kept[waiting[finished]] = finished.result()
+    for name in asked.feeders:
+        own = kept.setdefault(name, {})
+
+        def keep(title: str, numbers: dict[str, Any], own: dict[str, Any] = own) -> None:
+            own[title] = numbers
             if asked.write:
                 write_numbers("service_restoration", kept)
                 write_table("service_restoration", table(kept))
 
+        measure(name, own, keep, quick=asked.quick)
+
 
 def table(kept: dict[str, Any]) -> str:
     about = (__doc__ or "").split("\n\n", 2)[2].strip()
-    done = [kept[name] for name in FEEDERS if name in kept]
+    done = [each for name in FEEDERS for each in kept.get(name, {}).values()]
     checked, apart = sum(each["checked"] for each in done), max(each["apart"] for each in done)
     told = f"In the {checked:,} states checked, the two power flows differ by at most {apart:.1e} per unit of voltage."
     minutes = sum(each["seconds"] for each in done) / 60

@@ -12,8 +12,8 @@ others. Super-resolution: twice the size, on crops of pictures that scikit-image
 others, beside what bicubic enlarging gives. Segmentation: discs, squares, triangles and rings on 96 x 96 pixels of the same
 pictures, 8,000 drawings made beforehand; mean of the classes' intersection over union on 200 drawings over the others. "at 192":
 the same drawings enlarged, for a network whose logits have an eighth of the sides. The U-Net is a plain one with about
-as many parameters (benchmarks/unet.py). Clips: a spot on noise that moves, grows, shrinks or stays, told from eight frames; accuracy on
-400 clips.
+as many parameters (benchmarks/unet.py). Clips: a spot on noise that moves, grows, shrinks or stays, told from eight frames;
+accuracy on 400 clips.
 
 GPTQ: every weight matrix that it packs, one scale a row, calibrated on 64 training samples. Error: of the outputs (logits, or the
 picture less its bicubic enlargement) on test data, as a share of their norm.

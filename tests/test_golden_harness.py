@@ -51,4 +51,7 @@ def test_every_step_th_element_is_compared_relative_to_the_largest(case: Case) -
 def test_wrong_shapes_and_nans_are_infinitely_wrong(case: Case) -> None:
     assert case.error("y", torch.zeros(3, 2)) == math.inf
     assert case.error("y", torch.full((2, 3), math.nan)) == math.inf
+    assert not case.compared
+    with pytest.raises(AssertionError, match="inf"):
+        case.check("y", torch.zeros(3, 2))
     assert case.compared == {"y"}

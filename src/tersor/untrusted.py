@@ -230,8 +230,8 @@ def matches(pattern: Any, name: str) -> bool:
 def check_config(path: Path | str, config: Mapping[str, Any], *, tensors: int, size: int) -> None:
     """Raise TersorError where a config names what no file of so many tensors and bytes can hold.
 
-    Counts of layers are bounded by the tensors, for each layer has some; widths by the weights, of which a byte holds 8 at
-    most. These bounds are wide: they are there so that nothing is built for hours which the file cannot fill.
+    Counts of layers are bounded by the tensors, for each layer has some; widths by the weights, at
+    most 8 in a byte. These bounds are wide: they only keep a module from being built for hours that the file cannot fill.
     """
     most = {
         _LAYERS: max(LAYERS_AT_LEAST, tensors),

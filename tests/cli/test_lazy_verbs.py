@@ -14,8 +14,11 @@ import pytest
 import typer
 from conftest import Ran
 
+from tersor.cli import early
 from tersor.cli.main import FUNCTIONS, VERBS, app, main
 from tersor.cli.progress import progress_bar
+from tersor.compress.best import NAMES as BEST
+from tersor.methods.method import methods
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["models", "shvit*"]])
@@ -32,6 +35,69 @@ print([name for name in ("torch", "transformers", "numpy") if name in sys.module
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+MISSING = {
+    "quantize": ["nowhere", "--out", "out"],
+    "compress": ["gptq", "nowhere", "--out", "out"],
+    "sweep": ["nowhere.yaml", "--out", "out"],
+    "advise": ["demo", "--text", "nowhere.txt"],
+    "eval": ["demo", "--images=nowhere"],
+    "attribute": ["demo", "--against", "nowhere"],
+    "report": ["nowhere"],
+    "generate": ["demo", "--prompt-file", "nowhere.txt"],
+    "chat": ["nowhere"],
+    "bench": ["nowhere"],
+    "inspect": ["nowhere"],
+    "export": ["nowhere", "--out", "nowhere.gguf"],
+    "train": ["itransformer", "--data", "nowhere.csv", "--out", "out"],
+    "predict": ["demo-vit", "nowhere.png"],
+    "transcribe": ["nowhere", "nowhere.wav"],
+    "forecast": ["ridge", "--data", "nowhere.csv", "--horizon", "3"],
+    "backtest": ["ridge", "--data", "nowhere.csv", "--horizon", "3"],
+    "sample": ["nowhere", "--out", "shape.obj"],
+}
+UNNAMED = {
+    "train itransformer --out out": "needs --data",
+    "quantize demo": "needs --out",
+    "train itransfomer --out a": "named",
+}
+UNNAMED |= {"quantize demo --out /etc/passwd": "is a file", "quantize demo --out a --method qptq": "unknown method"}
+
+
+def test_what_is_not_there_is_told_before_the_libraries_are_imported() -> None:
+    code = f"""
+import sys
+from tersor.cli.main import main
+for words in {[*([verb, *rest] for verb, rest in MISSING.items()), *map(str.split, UNNAMED)]!r}:
+    try:
+        main(words)
+    except SystemExit as end:
+        assert end.code == 2, words
+print([name for name in ("torch", "transformers", "numpy") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
+    for line, told in zip(done.stderr.splitlines(), [*["nowhere"] * len(MISSING), *UNNAMED.values()], strict=True):
+        assert told in line
+
+
+def test_what_is_checked_early_is_what_the_verbs_have() -> None:
+    read = set()
+    for verb in early.NEEDS:
+        name = FUNCTIONS.get(verb, verb)
+        alone = typer.Typer(add_completion=False)
+        alone.command()(getattr(importlib.import_module(f"tersor.cli.{name}"), name))
+        parameters = typer.main.get_command(alone).params
+        needed = [each for each in parameters if each.required]
+        assert {each.opts[0] for each in needed if each.param_type_name == "option"} == set(
+            early.REQUIRED.get(verb, ())
+        )
+        assert any(each.param_type_name == "argument" for each in needed)
+        read |= {each.opts[0] for each in parameters}
+    assert {*early.READ, *early.MODELS} <= read
+    assert list(early.BEST) == list(BEST)
+    assert early.method_names() == list(methods())
 
 
 def test_no_line_of_the_list_is_cut_and_a_misspelled_verb_is_told(tersor_command: Callable[..., Ran]) -> None:

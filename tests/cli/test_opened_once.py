@@ -25,14 +25,27 @@ def note_what_is_read() -> None:
     sys.addaudithook(note)  # for as long as the process lives
 
 
-@pytest.mark.parametrize("verb", ["eval", "predict"])
+@pytest.mark.parametrize("verb", ["eval", "predict", "quantize"])
 def test_the_config_of_a_model_is_read_once(verb: str, tmp_path: Path, tersor_command: Command) -> None:
     from PIL import Image
 
     picture = tmp_path / "airplane" / "black.png"
     picture.parent.mkdir()
     Image.new("RGB", (32, 32)).save(picture)
-    given = {"eval": ["--images", tmp_path], "predict": [picture]}
+    given = {
+        "eval": ["--images", tmp_path],
+        "predict": [picture],
+        "quantize": [
+            "--method",
+            "rtn",
+            "--format",
+            "compressed-tensors",
+            "--group-size",
+            32,
+            "--out",
+            tmp_path / "out",
+        ],
+    }
     _read.clear()
     ended = tersor_command(verb, "demo-vit", *given[verb])
     assert ended.status == 0, ended.err

@@ -56,7 +56,7 @@ def test_a_table_with_gaps_names_what_training_takes(
     lines = series.read_text().splitlines()
     series.write_text("\n".join(["a,b", *lines[:50], "2.5,", *lines[51:]]) + "\n")
     same = ["itransformer", "--data", str(series), "--out", str(tmp_path / "run"), *SMALL, "--set", "model.pred_len=4"]
-    assert "--set data.fill=... previous|linear|zero says how to fill them" in failure(capsys, *same, *QUICK)
+    assert "--set data.fill=previous|linear|zero says how to fill them" in failure(capsys, *same, *QUICK)
     assert not (tmp_path / "run").exists()
     run(*same, *QUICK, "--set", "data.fill=linear")
 
@@ -80,7 +80,12 @@ def test_a_config_file_is_overruled_by_set_and_set_by_options(
         *("itransformer", "--data", str(series), "--out", str(tmp_path / "run"), "--config", str(config), *SMALL),
         *("--set", "model.pred_len=6", "--set", "train.lr=0.25", "--lr", "0.125", "--device", "cpu"),
     )
-    assert "1 steps" in " ".join(capsys.readouterr().out.split())  # a long path breaks the line
+    told = capsys.readouterr()
+    assert "1 steps" in told.out
+    with (tmp_path / "run" / "log.csv").open(newline="") as log:
+        loss = float(next(csv.DictReader(log))["loss"])
+    assert f"training loss: {loss:.4f}, the mean of the last 1 steps" in told.out
+    assert told.err == f"epoch 1, loss {loss:.4g}, 1 of 1\n"
     state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     assert state["settings"]["lr"] == 0.125
     assert state["settings"]["batch_size"] == 8
@@ -150,8 +155,8 @@ def test_without_the_package_tensorboard_is_refused(
         (["--set", "train.lr=fast"], "train.lr is 'fast', a value such as 0.0001 is expected"),
         (["--set", "lr=1"], "SECTION.NAME=VALUE is expected"),
         (["--set", "optimizer.lr=1"], "no table 'optimizer'"),
-        (["--config", "missing.toml"], "no config file at missing.toml"),
-        (["--validation", "other.csv"], "a validation part of its own"),
+        (["--config", "missing.toml"], "there is no file or folder missing.toml for --config"),
+        (["--validation", __file__], "a validation part of its own"),
         (["--lr-schedule", "linear"], "not 'linear'"),
     ],
 )

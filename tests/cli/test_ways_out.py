@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 import tersor
 from tersor import GPTQ
+from tersor.checkpoint.names import JOB_FOLDER
 from tersor.checkpoint.room import alone_in
-from tersor.checkpoint.source import JOB_FOLDER
 
 Command = Callable[..., Ran]
 SMALL = ("--group-size", 32, "--samples", 2, "--seq-len", 32)

@@ -68,7 +68,7 @@ def test_many_layers_are_chosen_exactly_in_little_time() -> None:
 def test_sizes_are_those_that_are_written(bits: int, layout: str, sym: bool) -> None:
     torch.manual_seed(0)
     solution = solve_rtn(torch.randn(64, 96), bits=bits, group_size=32, sym=sym)
-    weight = solution.pack(32, None)
+    weight = solution.pack(None)
     written = write(weight, LAYOUTS[layout], sym=sym)
     size = {suffix: each.numel() * each.element_size() for suffix, each in written.items()}
     sizes = LAYOUTS[layout].sizes

@@ -97,8 +97,8 @@ def test_fills_gaps_empty_cells_and_text(tmp_path: Path, fill: str, filled: list
     assert found.values[0][:, 0].tolist() == filled
     assert len(found.times[0]) == 6
     told = " | ".join(found.notes)
-    assert "1 cells of text" in told
-    assert f"3 values were filled ({fill})" in told
+    assert "1 cell of text" in told
+    assert f"3 values filled ({fill})" in told
     assert "the last were kept" in told
 
 

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -163,7 +165,9 @@ def test_an_interrupted_sweep_goes_on(tmp_path: Path) -> None:
 def test_runs_on_a_local_ray_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
     jobs = [*jobs_of("w", {**SMALL, "method": ["gptq", "rtn"]}, "w.yaml"), *jobs_of("bad", {"model": "/nowhere"}, "b")]
-    rows = {row.name: row for row in sweep(jobs, tmp_path / "out", ray="local")}
+    with (Path(tempfile.gettempdir()) / "tersor-ray.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of two clusters that start on one machine at once, one can hang
+        rows = {row.name: row for row in sweep(jobs, tmp_path / "out", ray="local")}
     assert rows["bad"].error is not None
     assert "no model at /nowhere" in rows["bad"].error
     for name in ("w,method=gptq", "w,method=rtn"):

@@ -9,9 +9,9 @@ A folder tests/golden/SYSTEM/ may hold a runner.py that says how its cases are r
     TOLERANCE = {"loss": 1e-6}                      # optional: output -> largest error; 5e-6 where not named
     def run(case: Case) -> dict[str, Tensor]: ...   # every output of the case, by name
 
-Without one, `run_model(case, SYSTEM)` is it. A runner may assert by itself: an output that it fetched with
-`case.expected(name)` or compared with `case.check(name, ...)` need not be returned. A JSON of another form than the
-above (cases about files, say) is all `config`; its npz is in `case.arrays`, and its runner asserts everything itself.
+Without one, `run_model(case, SYSTEM)` is it. An output that a runner compared with `case.check(name, ...)` need not be
+returned; to have read it (`case.expected(name)`) is not enough. A JSON of another form than the above (cases about
+files, say) is all `config`; its npz is in `case.arrays`, and its runner asserts everything itself.
 """
 
 from __future__ import annotations
@@ -57,24 +57,27 @@ class Case:
         return {name: torch.from_numpy(self._input(name, **spec)) for name, spec in self._inputs.items()}
 
     def expected(self, name: str) -> np.ndarray:
-        """The values kept of an output, for a runner that compares by itself."""
-        self.compared.add(name)
+        """The values kept of an output."""
         return self.arrays[f"output/{name}"]
 
-    def error(self, name: str, got: Tensor | np.ndarray) -> float:
-        """Largest difference over the largest expected value; infinite where the shape differs or a NaN came."""
+    def error(self, name: str, got: Tensor | np.ndarray, size: float | None = None) -> float:
+        """Largest difference over `size` (None: the largest expected value); infinite where the shape differs or a NaN came."""
         array = got.detach().cpu().numpy() if isinstance(got, Tensor) else np.asarray(got)
         want = self.expected(name)
         if list(array.shape) != self._outputs[name]["shape"]:
             return math.inf
         kept = array.reshape(-1)[:: self._outputs[name]["step"]].astype(np.float64)
-        error = float(np.abs(kept - want).max() / max(np.abs(want).max(), 1e-12))
+        error = float(np.abs(kept - want).max() / (size or max(np.abs(want).max(), 1e-12)))
         return math.inf if math.isnan(error) else error
 
-    def check(self, name: str, got: Tensor | np.ndarray, tolerance: float = TOLERANCE) -> None:
-        error = self.error(name, got)
+    def check(
+        self, name: str, got: Tensor | np.ndarray, tolerance: float = TOLERANCE, *, size: float | None = None
+    ) -> None:
+        self.compared.add(name)
+        error = self.error(name, got, size)
         assert error <= tolerance, (
-            f"{self.name}: {name} is off by {error:.2g} of its largest value, allowed is {tolerance:.2g} "
+            f"{self.name}: {name} is off by {error:.2g} of {'its largest value' if size is None else size}, "
+            f"allowed is {tolerance:.2g} "
             f"(shape {list(got.shape)}, expected {self._outputs[name]['shape']})"
         )
 

@@ -137,7 +137,7 @@ class Recording(BlockMethod):
         for names in block.order.groups:
             for statistics in block.hessians(names):
                 self.seen.update(statistics)
-                block.solve(names, lambda name: (_halved(block, name), ""), -1, tokens={})
+                block.solve(lambda name: (_halved(block, name), ""), statistics)
 
 
 def _halved(block: Block, name: str) -> Any:

@@ -160,7 +160,7 @@ def test_the_packed_weight_is_the_weight_that_was_solved_for(
         W[0] = W[0].abs()  # no negative weight: the grid has a negative level all the same
     stored = Stored(dtype, 1)
     solution = solve_gptq(W, H, stored=stored, **options)
-    packed = solution.pack(options["group_size"], stored)
+    packed = solution.pack(stored)
     assert packed.scales.dtype == dtype
     assert torch.equal(packed.dequantize(torch.float64), solution.dequantize())
 

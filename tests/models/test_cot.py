@@ -72,6 +72,20 @@ def test_accuracy_counts_answers_of_questions_of_all_lengths(chain: bool) -> Non
     assert accuracy(Reader(samples, 10), "arithmetic", samples) == 0.75
 
 
+class Endless(Reader):
+    """Writes one token of what the sample has, then never <eos>."""
+
+    def step(self, token: Tensor, state: tuple[Tensor, int]) -> tuple[Tensor, tuple[Tensor, int]]:
+        return F.one_hot(torch.full_like(token, 10), 21).float(), state
+
+
+def test_a_direct_answer_counts_without_an_end_and_a_chain_does_not() -> None:
+    """Training for direct answers asks for the answer alone (chain_targets)."""
+    for chain, right in ((False, 0.75), (True, 0)):
+        samples = make_chains("arithmetic", 40, length=4, chain=chain)
+        assert accuracy(Endless(samples, 10), "arithmetic", samples) == right
+
+
 def test_writing_ends_at_the_limit_where_no_end_comes(model: nn.Module) -> None:
     with torch.no_grad():
         model.lm_head.bias[EOS] = -1e9

@@ -150,8 +150,8 @@ def test_prompts_come_from_the_line_a_file_or_standard_input(
     ("arguments", "message"),
     [
         ((), "either --prompt or --prompt-file"),
-        (("--prompt", "a", "--prompt-file", "b"), "either --prompt or --prompt-file"),
-        (("--prompt-file", "nowhere.txt"), "nowhere.txt cannot be read"),
+        (("--prompt", "a", "--prompt-file", __file__), "either --prompt or --prompt-file"),
+        (("--prompt-file", "nowhere.txt"), "there is no file or folder nowhere.txt"),
         (("--prompt", "a", "--top-p", 2), "top_p 2.0"),
     ],
 )

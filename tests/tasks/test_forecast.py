@@ -270,6 +270,23 @@ def test_says_in_one_line_what_is_wrong(
     assert ended.err.count("\n") == 1
 
 
+def test_earlier_results_are_replaced_only_when_asked(tmp_path: Path, tersor_command: Command) -> None:
+    data, out, plot = table(tmp_path / "x.csv"), tmp_path / "next.csv", tmp_path / "next.svg"
+    command = ("forecast", "ridge", "--data", data, "--horizon", 3, "--interval", "none")
+    out.write_text("an earlier forecast")
+    plot.write_text("an earlier picture")
+    for option, file in (("--out", out), ("--plot", plot)):
+        ended = tersor_command(*command, option, file)
+        assert ended.status == 2
+        assert ended.err == f"tersor: {option} {file} exists; give another name, or --overwrite to replace it\n"
+        assert file.read_text().startswith("an earlier")
+    ended = tersor_command(*command, "--out", out, "--plot", plot, "--overwrite")
+    assert ended.status == 0, ended.err
+    assert len(out.read_text().splitlines()) == 4
+    assert "<svg" in plot.read_text()
+    assert "give one of them" in tersor_command(*command, "--overwrite").err
+
+
 def test_a_damaged_memory_is_told(trained: tuple[Path, Path], tmp_path: Path, tersor_command: Command) -> None:
     import shutil
 

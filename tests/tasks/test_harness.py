@@ -230,7 +230,7 @@ def test_command_prints_json(tersor_command: Command, tasks_dir: Path) -> None:
         pytest.param(  # reads the index of all of the harness's tasks
             ("--tasks", "colors", "--tasks-dir", "DIR"), "task 'colors'; did you mean", marks=pytest.mark.slow
         ),
-        (("--tasks", "colours", "--tasks-dir", "nowhere"), "no folder of tasks at nowhere"),
+        (("--tasks", "colours", "--tasks-dir", "nowhere"), "there is no file or folder nowhere for --tasks-dir"),
         (("--tasks", "colours", "--limit", 0), "limit 0"),
         (("--tasks", "colours", "--max-images", 2), "--max-images does nothing for --tasks"),
         (("--limit", 2), "--limit does nothing for perplexity"),

@@ -140,10 +140,13 @@ def test_what_cannot_be_done_is_said_in_a_line(
         ((run, trained / "pictures", "--csv", "--json"), "exclude each other"),
         ((run, trained / "pictures", "--out", tmp_path), "'classify' writes no files"),
         ((run, trained / "pictures", "--reference", tmp_path), "'classify' compares nothing with a reference"),
-        (("demo", "x.png"), "tersor generate"),
+        (("demo", trained / "pictures"), "tersor generate"),
         (("nothing-here", "x.png"), "no model at nothing-here"),
         (("shvit_s1", "x.png"), "shvit_s1 is an architecture, which knows nothing yet"),
-        (("shvit_s1", "x.png", "--checkpoint", tmp_path / "words.pth"), "is no checkpoint: neither safetensors nor"),
+        (
+            ("shvit_s1", trained / "pictures", "--checkpoint", tmp_path / "words.pth"),
+            "is no checkpoint: neither safetensors nor",
+        ),
     ):
         ran = tersor_command("predict", *arguments)
         assert ran.status == 2

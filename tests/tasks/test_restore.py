@@ -199,7 +199,11 @@ def test_a_trained_model_enlarges_and_is_measured(
     original = np.asarray(pillow.open(trained / "large" / "0.png"))[:, :40]
     assert first["psnr"] == pytest.approx(fidelity(made, original, border=2).psnr)
     assert first["psnr"] > 15  # it has learned: a grey picture has about 12
-    line = tersor_command("predict", trained / "run", trained / "small" / "1.png", "--out", out).out
+    again = ("predict", trained / "run", trained / "small" / "1.png", "--out", out)
+    assert tersor_command(*again).err.endswith(
+        f"{out / '1_x2.png'} exists; give another --out, or --overwrite to replace it\n"
+    )
+    line = tersor_command(*again, "--overwrite").out
     assert line.endswith("40 x 48\n")
 
 

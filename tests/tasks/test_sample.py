@@ -190,7 +190,9 @@ def test_scales_make_a_mesh_of_a_class(tersor_command: Command, scales: Path, tm
     found = set()
     for label in (0, 1, 1):
         out = tmp_path / f"{label}.glb"
-        ran = tersor_command("sample", scales, "--prompt", label, "--guidance", "3", "--out", out, *COARSE)
+        ran = tersor_command(
+            "sample", scales, "--prompt", label, "--guidance", "3", "--out", out, "--overwrite", *COARSE
+        )
         assert ran.status == 0, ran.err
         found.add(out.read_bytes())
         assert shapes.open_edges(shapes.read_mesh(out)) == 0
@@ -227,6 +229,9 @@ def test_shape_options_that_do_not_fit_are_one_line(
     ran = tersor_command("sample", flow, "--out", out, "--resolution", "0", "--device", "cpu")
     refused(ran, "1 to 1024 cells a side, not 0")
     assert not out.exists()
+    out.write_bytes(b"an earlier shape")
+    refused(run(flow), f"--out {out} exists; give another name, or --overwrite to replace it")
+    assert out.read_bytes() == b"an earlier shape"
 
 
 def test_a_quantized_flow_and_decoder_make_a_shape(tersor_command: Command, flow: Path, tmp_path: Path) -> None:

@@ -151,7 +151,10 @@ def test_a_trained_model_finds_the_red_half(trained: Path, tmp_path: Path, terso
     overlay = np.asarray(pillow.open(found["overlay"]))
     colours = np.array([colour(0), colour(1)])[mask]
     assert np.array_equal(overlay, np.asarray(pillow.open(photo)) // 2 + colours // 2)
-    line = tersor_command("predict", trained / "run", photo, "--out", out).out
+    ran = tersor_command("predict", trained / "run", photo, "--out", out)
+    assert ran.status == 2
+    assert "new_mask.png exists; give another --out, or --overwrite to replace it" in ran.err
+    line = tersor_command("predict", trained / "run", photo, "--out", out, "--overwrite").out
     assert line.startswith(f"{photo}: class ")
     assert line.endswith(f"%; {out / 'new_mask.png'}, {out / 'new_overlay.png'}\n")
 

@@ -142,7 +142,12 @@ def test_trained_by_the_trainer_it_remembers_the_cue(tmp_path: Path) -> None:
             {"steps": 10},
             "up to 10 steps an episode; train with --set model.input_dim=4 --set model.actions=2$",
         ),
-        ("Pendulum-v1", {}, "Pendulum-v1 takes actions Box"),
+        ("Pendulum-v1", {}, "Pendulum-v1 takes actions Box.* --set data.levels=3"),
+        ("Pendulum-v1", {"levels": 5}, "--set model.actions=5 --set model.memory_len=200$"),
+        ("Pendulum-v1", {"levels": 1}, "levels=1 of Box.* are 1 actions, 2 levels or more"),
+        ("Pendulum-v1", {"levels": 5000}, "are 5000 actions"),
+        ("Pendulum-v1", {"levels": "many"}, "data.levels is 'many'"),
+        ("CartPole-v1", {"levels": 3}, r"levels are for actions of bounded numbers \(Box\), not Discrete\(2\)"),
         ("Nothing-v0", {}, "no environment 'Nothing-v0'"),
         ("tmaze", {"lenght": 3}, r"^the environment tmaze cannot be made with the options \{'lenght': 3\}: "),
         ("CartPole-v1", {"lenght": 3}, "^the environment CartPole-v1 cannot be made"),
@@ -177,3 +182,15 @@ def test_states_of_kinds_other_than_vectors_are_flattened() -> None:
     assert played.states.shape[2] == 16
     real: Tensor = played.states[played.real()]
     assert np.array_equal(real.sum(-1).numpy(), np.ones(len(real)))
+
+
+def test_numbers_are_chosen_by_levels() -> None:
+    from tersor.data.action_levels import ActionLevels
+
+    class Arm(gymnasium.Env[Any, Any]):
+        observation_space = gymnasium.spaces.Box(-1, 1, (1,))
+        action_space = gymnasium.spaces.Box(np.array([-2, 0], np.float32), np.array([2, 3], np.float32))
+
+    env = ActionLevels(Arm(), levels=3)
+    assert env.action_space == gymnasium.spaces.Discrete(9)
+    assert [env.action(n).tolist() for n in (0, 1, 5, 8)] == [[-2, 0], [-2, 1.5], [0, 3], [2, 3]]

@@ -24,7 +24,7 @@ SURVEYS = ("inference", "practical", "after", "applications", "rl")
 
 @dataclass(frozen=True)
 class Node:
-    """A place in a survey's taxonomy. state: held, partly or not held; missing: what `partly` means."""
+    """A place in a survey's taxonomy. Its `state` is held, partly or not held."""
 
     survey: str
     name: str
@@ -32,7 +32,7 @@ class Node:
     methods: tuple[str, ...]
     models: tuple[str, ...]
     features: tuple[str, ...]
-    missing: str = ""
+    missing: str = ""  # what is missing where the state is partly
 
     @property
     def state(self) -> str:

@@ -356,8 +356,8 @@ def slope(lengths: Sequence[int], seconds: Sequence[float]) -> float:
 
 
 def crossover(lengths: Sequence[int], base: Sequence[float | None], other: Sequence[float | None]) -> float | None:
-    """The length from which `other` is and stays faster: where the log-log lines between two lengths meet; the first length
-    where it always is; None where it is not at the longest. Lengths at which one was not timed do not count."""
+    """The length from which `other` is and stays faster: where the log-log lines between two lengths meet; the first length if
+    `other` is always faster; None if it is slower at the longest. Lengths at which only one was timed do not count."""
     both = [(n, b, a) for n, b, a in zip(lengths, base, other, strict=True) if b is not None and a is not None]
     if not both:
         return None

@@ -71,7 +71,7 @@ class Evidence:
 
 
 def read_evidence(path: Path) -> list[Evidence]:
-    """The rows of a file; none where it does not exist. Raises TersorError naming the line that is no row."""
+    """The rows of a file; empty where there is no file. Raises TersorError naming a line that is no row."""
     path = path.expanduser()
     with readable(path):
         if not path.exists():

@@ -4,8 +4,8 @@ Loss: the nearest measured recipe's, moved by the bits between both. Rounding er
 about linear in it, so log10 loss moves by -0.6 a bit. A measured loss within its own 95 % interval says only how large it may be:
 its upper end is moved, the least is 0, and recipes whose loss is beyond their interval count as nearer.
 
-Latency: the original's, of which the linear layers' share changes by the kernels' speed on this machine; memory: the original's,
-less what its weights shrink by. Both are moved by how far the nearest recipe measured on this machine was from its prediction.
+Latency: the original's, with the linear layers' share changed by the kernels' speed on this machine. Memory: the original's, less
+what its weights shrink by. Both are moved by how far the nearest recipe measured on this machine was from its prediction.
 
 What is farther has a wider interval. The widths (NEAR, FAR, SPEED_NEAR, SPEED_FAR, MEMORY) were set by hand: they come from no
 measurement and promise no share of the cases.

@@ -39,7 +39,7 @@ def size_on_disk(checkpoint: Checkpoint, lazy: LazyModel, steps: Sequence[Method
 
 
 def least_on_disk(checkpoint: Checkpoint, lazy: LazyModel) -> int:
-    """Bytes that stay whatever is done to the blocks: those of the tensors outside."""
+    """Bytes of the tensors outside the blocks, which no method changes."""
     bytes_of = checkpoint.bytes_of_tensors()
     inside = tuple(f"{unit.name}." for unit in find_blocks(lazy.module) if unit.name)
     if not inside:  # all of it is one block
@@ -48,8 +48,8 @@ def least_on_disk(checkpoint: Checkpoint, lazy: LazyModel) -> int:
 
 
 def least_in_memory(lazy: LazyModel, packed: dict[str, int]) -> int:
-    """Bytes of the weights alone, no less than which a process holds that runs them: packed layers in their bits without steps,
-    others as stored."""
+    """Bytes of the weights alone; a process that runs the model holds at least these. Packed layers count with their bits and
+    without steps, others as they are stored."""
     return bytes_in_memory(
         lazy, packed, min(torch_dtype(lazy.checkpoint.config).itemsize, lazy.dtype.itemsize), steps=0.0
     )

@@ -27,7 +27,7 @@ from tersor.checkpoint.positions import positions_of
 from tersor.checkpoint.source import Checkpoint, resolve
 from tersor.data.series_memory import scaled
 from tersor.data.tables import TableConfig, read_series
-from tersor.data.text import read_text
+from tersor.data.text import read_text, tokenized
 from tersor.devices import peak_memory, pick_device
 from tersor.errors import TersorError
 from tersor.evaluate.accuracy import read_images
@@ -120,7 +120,7 @@ def _text(model: str | Path, work: Workload) -> tuple[Start, Evaluate]:
         ids = tokens_of("builtin", tokenizer)
         if work.files:
             text = "\n\n".join(read_text(each) for each in work.files)
-            ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
+            ids = tokenized(tokenizer, text)
         length = min(work.length, positions_of(module) or work.length)
         where = next(module.parameters()).device
         scores = []

@@ -25,18 +25,18 @@ SMALLEST = 4096  # elements; smaller tensors stay where they are
 
 @dataclass(frozen=True)
 class _Away:
-    """alive: a reference that says when the tensor is gone. kept: the file that holds it; None: the host's memory does."""
+    """Where a tensor is that was sent away."""
 
-    alive: weakref.ref[Tensor]
-    device: torch.device
-    kept: Path | None
+    alive: weakref.ref[Tensor]  # calls back when the tensor is freed
+    device: torch.device  # where it came from
+    kept: Path | None  # the file that holds it; None: it is in the host's memory
 
 
 class Activations:
     """`put` sends the large floating tensors of a nested structure away, `get` brings them back."""
 
     def __init__(self, place: str, folder: Path | None = None) -> None:
-        """folder: where those on disk lie, in a folder of their own; None: where the system has its temporary files."""
+        """folder: activations on disk get a folder of their own in it; None: in the system's folder for temporary files."""
         self.place = place
         self._away: dict[int, _Away] = {}
         self._numbers = itertools.count()

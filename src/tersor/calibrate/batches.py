@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.data.long_text import LONG, pieces, text_length
-from tersor.data.text import builtin_text, hub_text, read_text
+from tersor.data.text import builtin_text, hub_text, read_text, tokenized
 from tersor.errors import TersorError
 from tersor.models.registry import find
 
@@ -195,8 +195,7 @@ def _windows_of_file(tokenizer: Any, path: Path, *, samples: int, length: int, s
 def _tokenize(tokenizer: Any, text: str) -> Tensor:
     if tokenizer is None:
         raise _no_tokenizer(None)
-    ids: Tensor = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
-    return ids
+    return tokenized(tokenizer, text)
 
 
 def _no_tokenizer(calibration: str | Path | None) -> TersorError:
@@ -224,7 +223,7 @@ def _windows(tokens: Tensor, origin: str, *, samples: int, length: int, seed: in
         starts = (torch.arange(samples) * part + chance * (part - length)).long()
     else:
         starts = ((torch.arange(samples) + chance) / samples * (len(tokens) - length + 1)).long()
-    return [{"input_ids": tokens[start : start + length][None]} for start in starts.tolist()]
+    return [{"input_ids": tokens[start : start + length][None].clone()} for start in starts.tolist()]
 
 
 def _as_batch(value: Any, n: int) -> Batch:

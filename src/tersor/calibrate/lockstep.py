@@ -30,21 +30,19 @@ from tersor.layers.linear_map import is_linear_map
 
 @dataclass
 class Call:
-    """One pass's call to a unit. `run` calls the unit as it is now; the pass goes on with `output`.
+    """One pass's call to a unit. `run` calls the unit as it is now."""
 
-    sample: the number of the pass. numbers: of its calibration samples, among all samples. drawn: the state of the pass's random
-    numbers before the call; every run starts from it. after: that state at the end of the last run.
-    """
-
-    sample: int
-    numbers: tuple[int, ...]
+    sample: int  # the number of the pass
+    numbers: tuple[int, ...]  # of its calibration samples, among all samples
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     forward: Callable[..., Any]
     store: Activations
-    drawn: State = field(default_factory=state)
-    output: Any = None
-    after: State | None = None
+    drawn: State = field(
+        default_factory=state
+    )  # of the pass's random numbers before the call; every run starts from it
+    output: Any = None  # with which the pass goes on
+    after: State | None = None  # of the random numbers, at the end of the last run
 
     def run(self) -> Any:
         self.store.get((self.args, self.kwargs))
@@ -63,10 +61,10 @@ class Call:
 
 @dataclass
 class Stop:
-    """All passes that wait in front of `unit`. visit: how often the unit was reached before."""
+    """All passes that wait in front of `unit`."""
 
     unit: Unit
-    visit: int
+    visit: int  # how often the unit was reached before
     calls: list[Call]
 
     def run(self, check: Callable[[Call], None] | None = None) -> None:
@@ -90,10 +88,10 @@ class _Abandoned(BaseException):
 
 @dataclass
 class _Pass:
-    """One sample's forward pass in its thread. seed: of its random numbers."""
+    """One sample's forward pass in its thread."""
 
     sample: int
-    seed: int
+    seed: int  # of its random numbers
     go: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     arrived: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     waiting: tuple[Unit, Call] | None = None

@@ -22,10 +22,10 @@ TOKENS = ("input_ids", "inputs_embeds")
 
 @dataclass(frozen=True)
 class _Text:
-    """One of the texts of a sample. shown: the positions that its mask shows, [rows, tokens]."""
+    """One of the texts of a sample."""
 
     prefix: str
-    shown: Tensor
+    shown: Tensor  # the positions that its mask shows, [rows, tokens]
 
     def owns(self, name: str, value: Any, *, labels: bool) -> bool:
         """Whether an input, already cut to one row, has one entry for each of the text's positions."""

@@ -24,16 +24,16 @@ from tersor.layers.experts import expert_maps
 
 @dataclass(frozen=True)
 class Routing:
-    """experts: how many a token visits. None: as many as the model says; 0: all, by weight."""
+    """Which experts of a mixture the samples visit."""
 
-    experts: int | None = None
+    experts: int | None = None  # how many a token visits; None: as many as the model says; 0: all, by weight
 
 
 @dataclass
 class Rows:
-    """weights: how much each row of the expert that runs now counts, [tokens]; None: all count in full."""
+    """How much the rows of an expert's input count."""
 
-    weights: Tensor | None = None
+    weights: Tensor | None = None  # of the expert that runs now, [tokens]; None: all count in full
 
 
 def parse_routing(text: str) -> Routing:

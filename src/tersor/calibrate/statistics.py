@@ -142,12 +142,11 @@ def gather_hessians(
 
 @dataclass(frozen=True)
 class Original:
-    """A block as it was. calls: of the original model, one for each call of the compressed one; None where its samples took
-    another path."""
+    """A block as it was."""
 
     module: nn.Module
     weights: Mapping[str, Tensor]
-    calls: Sequence[Call | None]
+    calls: Sequence[Call | None]  # one for each call of the compressed model; None: its samples took another path
 
     def inputs(self, linears: Mapping[str, LinearMap], n: int, *, once: bool) -> dict[str, list[Tensor]]:
         """The inputs of each map [tokens, columns] in call n, in order. Experts are left out, because the router may choose other

@@ -27,13 +27,13 @@ _SIZES |= {6: ("Q5_0", 32, 22), 8: ("Q8_0", 32, 34)}  # number: name, weights an
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies. number, kind: its type. shape: outermost dimension first. start, stop: bytes of the file."""
+    """Where a tensor lies."""
 
-    number: int
-    kind: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
+    number: int  # its type's
+    kind: str  # its type's name
+    shape: tuple[int, ...]  # outermost dimension first
+    start: int  # its first byte in the file
+    stop: int  # the byte behind its last
 
 
 def gguf_package() -> ModuleType:

@@ -29,11 +29,10 @@ _CL100K = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{%s}| ?[^\s\p{L}\p{N}
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """patterns: each in turn cuts the text; what lies between matches is kept. whole_words: a word that is a token stays
-    whole."""
+    """How a text is cut before its pieces become tokens."""
 
-    patterns: tuple[str, ...]
-    whole_words: bool = False
+    patterns: tuple[str, ...]  # each in turn cuts the text; what lies between matches is kept
+    whole_words: bool = False  # whether a word that is a token stays whole
 
 
 PRE_TOKENIZERS = {  # how llama.cpp cuts text, by its names

@@ -57,11 +57,11 @@ class Exported:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A tensor to write. name: in the module tree. linear: its layer, where that is packed. kind: its GGUF type."""
+    """A tensor to write."""
 
-    name: str
-    linear: str | None
-    kind: str
+    name: str  # in the module tree
+    linear: str | None  # its layer, where that is packed
+    kind: str  # its GGUF type
     shape: tuple[int, ...]
     heads: int | None
 

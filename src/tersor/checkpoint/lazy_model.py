@@ -1,4 +1,4 @@
-"""A model of which only the parts in use are in memory.
+"""A model whose parts are in memory only while they are in use.
 
 The module tree is built without weights (meta device). `load` reads the tensors of one module from the shards; published keys are
 renamed and converted as transformers does it. `release` lets them go again. Quantized layers of every layout are read either as
@@ -348,7 +348,7 @@ def classes_of(found: LinearMap) -> list[str]:
 
 
 def lazily(model: Openable | LazyModel) -> LazyModel:
-    """The tree of a model in float32, of which nothing is loaded; one that is there already is given back as it is."""
+    """The tree of a model in float32, with nothing loaded yet; a LazyModel is given back as it is."""
     return model if isinstance(model, LazyModel) else LazyModel(open_checkpoint(model), dtype=torch.float32)
 
 

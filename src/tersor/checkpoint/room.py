@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from tersor.checkpoint.disk import disk_errors
-from tersor.checkpoint.source import JOB_FOLDER, Checkpoint
+from tersor.checkpoint.names import JOB_FOLDER
+from tersor.checkpoint.source import Checkpoint
 from tersor.errors import TersorError
 from tersor.files import umask
 
@@ -194,7 +195,7 @@ def check_free(target: Path, *, overwrite: bool, inputs: Inputs | None = None) -
 class Held:
     """The hold that a job has on its output directory (`alone_in`)."""
 
-    # Of the job: by it a finished result is known, also where the process was killed before it said more.
+    # Marks the job's result, so that a finished one is known even if the process was killed before it wrote its run record.
     mark: str | None = None
     locks: list[int] = field(default_factory=list)
 
@@ -204,7 +205,7 @@ class Held:
             (folder / RUN_FILE).write_text(json.dumps({"asked": self.mark}) + "\n", encoding="utf-8")
 
     def take(self, folder: Path) -> None:
-        """Hold a folder too, which is about to become the output directory."""
+        """Also hold a folder that is about to become the output directory."""
         self.sign(folder)
         lock = os.open(folder, os.O_RDONLY)
         self.locks.append(lock)
@@ -217,7 +218,7 @@ def appearing(
     target: Path, *, overwrite: bool, inputs: Inputs | None = None, held: Held | None = None
 ) -> Iterator[Path]:
     """Yields a new directory to write into. In the end it becomes `target`: whole, or not at all. held: the job's hold on
-    `target`, which then is one on the new directory."""
+    `target`; it moves to the new directory."""
     check_free(target, overwrite=overwrite, inputs=inputs)
     real = target.resolve()
     with disk_errors(target):
@@ -238,7 +239,8 @@ def appearing(
 
 
 def _open_to_others(folder: Path) -> None:
-    """As far as the user's mask allows: temporary directories, and what safetensors writes, are for their owner alone."""
+    """Give others the access that the user's umask allows. Temporary directories, and files that safetensors writes, are made for
+    their owner alone."""
     mask = umask()
     for path in (folder, *folder.rglob("*")):
         if not path.is_symlink():
@@ -249,8 +251,7 @@ def _open_to_others(folder: Path) -> None:
 def alone_in(out: Path) -> Iterator[Held]:
     """Hold the output directory: a second job on it is refused. The lock ends with the process, however that ends.
 
-    A directory that is not there is made, and removed again where nothing came into it. Where the disk knows no locks, there is
-    none.
+    A missing directory is made, and removed again if it stays empty. On a disk that has no locks, nothing is refused.
     """
     if os.path.lexists(out) and not out.is_dir():
         yield Held()  # whoever writes says what is wrong

@@ -6,7 +6,6 @@ import pickle
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tersor import models
 from tersor.checkpoint import published
 from tersor.checkpoint.gguf_read import GGUFFile, open_gguf
 from tersor.checkpoint.hashes import Seen, bytes_of, tensor_hash
+from tersor.checkpoint.names import JOB_FOLDER, is_gguf, local_path
 from tersor.errors import TersorError
 from tersor.formats.weight_files import PICKLE_ENDINGS, SAFETENSORS, weight_files
 from tersor.untrusted import (
@@ -28,13 +27,10 @@ from tersor.untrusted import (
     no_special_files,
     read_json,
     read_json_object,
-    readable,
     regular_file,
 )
 
-BUILTIN = ("demo", "demo-vit")  # models that come with the package, under tersor/assets
 STEPS = "tersor_steps"  # in config.json: the methods of a recipe of several steps
-JOB_FOLDER = ".tersor-job"  # what an unfinished compression leaves in its output directory
 INDEX = SAFETENSORS[1]
 PICKLES = tuple(f"*{ending}" for ending in PICKLE_ENDINGS)
 NAMES = {  # torch's dtypes by the names that safetensors has for them
@@ -212,7 +208,7 @@ def open_checkpoint(model: Openable, *, allow_pickle: bool = False, unfinished: 
     if isinstance(model, Checkpoint):
         return model
     directory = resolve(model, allow_pickle=allow_pickle)
-    if _is_gguf(directory):
+    if is_gguf(directory):
         found = open_gguf(directory)
         return Checkpoint(directory, found.config, dict.fromkeys(found.tensors, directory), found, name=str(model))
     if (directory / JOB_FOLDER / "journal.json").exists() and not unfinished:
@@ -239,38 +235,8 @@ def resolve(model: Openable, *, allow_pickle: bool = False) -> Path:
     """The local directory of a model, or its GGUF file; downloads a hub repository where the name has that form."""
     if isinstance(model, Checkpoint):
         return model.directory
-    if str(model) in BUILTIN:
-        return Path(str(files("tersor") / "assets" / str(model)))
-    with readable(model):
-        path = Path(model).expanduser()
-        if path.is_dir() or _is_gguf(path):
-            return path
-        exists = path.exists()
-    if exists:
-        raise TersorError(
-            f"{path} is a file; give the directory that holds the model's config.json, a .gguf file, "
-            "or say with --as which model of `tersor models` a published file is"
-        )
-    if not _is_hub_name(str(model)):
-        raise TersorError(_no_model(str(model)))
-    return _download(str(model), allow_pickle)
-
-
-def _no_model(name: str) -> str:
-    if models.known(name):  # often given in place of weights
-        return (
-            f"{name} is an architecture, which knows nothing yet: give the folder that `tersor train {name}` made; "
-            f"published weights are `tersor predict {name} --checkpoint FILE`, and FILE with --as {name} elsewhere"
-        )
-    return f"no model at {name}: give a directory, a hub name such as org/name, or one of {', '.join(BUILTIN)}"
-
-
-def _is_gguf(path: Path) -> bool:
-    return path.suffix == ".gguf" and path.is_file()
-
-
-def _is_hub_name(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and all(name.split("/"))
+    found = local_path(str(model))
+    return _download(str(model), allow_pickle) if found is None else found
 
 
 def _download(name: str, allow_pickle: bool) -> Path:

@@ -21,12 +21,12 @@ ALIGNMENT = 8  # bytes; the header is padded to a multiple with blanks
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor's bytes in a file. described: its dtype and shape, as the header writes them."""
+    """A tensor's bytes in a file."""
 
     path: Path
     start: int
     size: int
-    described: dict[str, Any]
+    described: dict[str, Any]  # its dtype and shape, as the header writes them
 
 
 def pieces_of(path: Path) -> dict[str, Piece]:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from tersor.checkpoint.disk import disk_errors
 from tersor.checkpoint.hashes import Seen, block_hash
+from tersor.checkpoint.names import JOB_FOLDER
 from tersor.checkpoint.room import (
     JOURNAL,
     OWN_IN_JOB,
@@ -39,7 +40,7 @@ from tersor.checkpoint.room import (
     remove_own,
     strangers,
 )
-from tersor.checkpoint.source import INDEX, JOB_FOLDER, Checkpoint
+from tersor.checkpoint.source import INDEX, Checkpoint
 from tersor.checkpoint.splice import Piece, pieces_of, splice
 from tersor.errors import FinishedError, TersorError
 from tersor.files import settle, umask

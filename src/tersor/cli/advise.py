@@ -24,7 +24,7 @@ from tersor.advise.evidence import DEFAULT
 from tersor.advise.plans import Figure, Plan, command, reason, recipe_command, recipe_content
 from tersor.cli.options import AsJson, Device, Overwrite, print_json
 from tersor.cli.progress import progress_bar
-from tersor.cli.table import print_table
+from tersor.cli.table import print_table, wrapped
 from tersor.errors import TersorError
 from tersor.files import replacing
 
@@ -38,7 +38,9 @@ def advise(
     disk: Annotated[str | None, typer.Option(help="Most bytes on disk, such as 4GB.")] = None,
     max_loss: Annotated[
         str | None,
-        typer.Option(help="Most that perplexity or forecasting error may rise, or of the pictures be lost: 1%."),
+        typer.Option(
+            help="Most that perplexity or forecasting error may rise, or the share of pictures lost, such as 1%."
+        ),
     ] = None,
     min_speed: Annotated[str | None, typer.Option(help="Least new tokens a second, such as 20tok/s.")] = None,
     max_latency: Annotated[str | None, typer.Option(help="Most time a token, picture or window: 50ms.")] = None,
@@ -172,15 +174,20 @@ def _print(found: Advice, out: Path | None) -> None:
         if not all(plan.measured for plan in found.plans):
             typer.echo("~: predicted; its interval is a rule of thumb with widths set by hand")
     for plan in found.plans:
-        typer.echo(f"\n{plan.name}: {reason(plan, found.plans, bounded_loss=found.budget.loss is not None)}")
+        _say("", f"{plan.name}: {reason(plan, found.plans, bounded_loss=found.budget.loss is not None)}")
         if source := _source(plan):
-            typer.echo(f"  {source}")
+            _say(f"  {source}")
         if plan.recipe:
-            typer.echo(f"  {_command(found, plan, out)}")
+            typer.echo(f"  {_command(found, plan, out)}")  # whole, so that it can be copied
     for name, why in found.left.items():
-        typer.echo(f"\nleft out: {name}: {why}")
+        _say("", f"left out: {name}: {why}")
     for note in found.notes:
-        typer.echo(f"\n{note}")
+        _say("", note)
+
+
+def _say(*lines: str) -> None:
+    for line in wrapped(lines):
+        typer.echo(line)
 
 
 def _command(found: Advice, plan: Plan, out: Path | None) -> str:

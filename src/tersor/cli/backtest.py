@@ -28,7 +28,7 @@ def backtest(
     ],
     data: Data,
     horizon: Annotated[int, typer.Option("--horizon", min=1, help="Rows of each window.")],
-    windows: Annotated[int, typer.Option("--windows", min=1, help="The last so many horizons of each series.")] = 8,
+    windows: Annotated[int, typer.Option("--windows", min=1, help="How many windows, at the end of each series.")] = 8,
     time: Time = "",
     target: Target = "",
     id: Id = "",

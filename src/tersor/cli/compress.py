@@ -29,7 +29,7 @@ class MethodFirst(TyperGroup):
             at = args.index("--method")
             args = [args[at + 1], *args[:at], *args[at + 2 :]]
         if len(args) > 1 and args[0] not in self.commands and args[1] in self.commands:
-            ctx.fail(f"The method comes first: tersor compress {args[1]} {args[0]} ...")
+            ctx.fail(f"the method comes first: tersor compress {args[1]} {args[0]} ...")
         return super().parse_args(ctx, args)
 
 

@@ -11,8 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
+from tersor.checkpoint.names import JOB_FOLDER
 from tersor.checkpoint.room import check_free
-from tersor.checkpoint.source import JOB_FOLDER, open_checkpoint
+from tersor.checkpoint.source import open_checkpoint
 from tersor.cli.options import AsJson, Samples, print_json
 from tersor.cli.progress import progress_bar
 from tersor.cli.table import print_table, wrapped

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from tersor.cli.notes import show_notes
-from tersor.cli.options import AsJson, Device, print_json, spare
+from tersor.cli.options import AsJson, Device, print_json, refuse_to_replace, spare
 from tersor.data.tables import TableConfig, read_series, told
 from tersor.errors import TersorError
 from tersor.files import replacing
@@ -60,6 +60,9 @@ def forecast(
     season: Season = 0,
     plot: Annotated[Path | None, typer.Option(help="Draw the forecast into a .png, .svg or .pdf file.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the forecast as a CSV or Parquet file.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the files of --out and --plot where they exist.")
+    ] = False,
     checkpoint: Weights = None,
     as_json: AsJson = False,
     device: Device = "auto",
@@ -79,7 +82,11 @@ def forecast(
     for path in (each for each in (out, plot) if each is not None):
         if not path.expanduser().absolute().parent.is_dir():
             raise TersorError(f"there is no folder {path.parent} to write {path.name} into")
-    spare(data, "--out", out)
+    if overwrite and out is None and plot is None:
+        raise TersorError("--overwrite is for the files of --out and --plot: give one of them")
+    for option, written in (("--out", out), ("--plot", plot)):
+        spare(data, option, written)
+        refuse_to_replace(option, written, overwrite=overwrite)
     levels = None if interval is None else levels_of(interval)
     opened = open_model(model, checkpoint=checkpoint, device=device)
     config = TableConfig(time=time, target=target, id=id, fill=fill)

@@ -11,6 +11,7 @@ from typing import Any
 
 import typer
 
+from tersor.checkpoint.source import Openable, open_checkpoint
 from tersor.cli.options import print_json
 from tersor.cli.progress import progress_bar
 from tersor.cli.summary import print_summary
@@ -62,7 +63,13 @@ def _names(kinds: Iterable[type[Method]]) -> set[str]:
 
 
 def run_job(
-    model: str, out: Path, steps: Sequence[Recipe], settings: Mapping[str, Any], *, every_layer: bool, as_json: bool
+    model: Openable,
+    out: Path,
+    steps: Sequence[Recipe],
+    settings: Mapping[str, Any],
+    *,
+    every_layer: bool,
+    as_json: bool,
 ) -> None:
     """Run a job and print what came out; of several processes only the first prints."""
     with (
@@ -98,8 +105,9 @@ def run_best(
 ) -> None:
     """`run_job` with the steps of `best` or `best-fast`, said before they start."""
     with progress_bar(quiet=as_json) as progress:
-        steps = steps_for(name, model, options, settings_of({**settings, "progress": progress}))
-    run_job(model, out, steps, settings, every_layer=every_layer, as_json=as_json)
+        opened = open_checkpoint(model, allow_pickle=settings.get("allow_pickle", False))
+        steps = steps_for(name, opened, options, settings_of({**settings, "progress": progress}))
+    run_job(opened, out, steps, settings, every_layer=every_layer, as_json=as_json)
 
 
 def _settings(kinds: Iterable[type[Method]]) -> list[inspect.Parameter]:
@@ -110,13 +118,14 @@ def _settings(kinds: Iterable[type[Method]]) -> list[inspect.Parameter]:
         if about["typed"] is object:
             continue
         kind = about["typed"] or hints[each.name]
-        flag = about["flag"] or f"--{each.name.replace('_', '-')}"
         annotation: Any = list[str] | None if kind == tuple[str, ...] else kind | None
         shown = (
             "" if each.default is None or each.default is False or each.default == () else f" [default: {each.default}]"
         )
         hidden = not applies(each, methods, by_name=True)
-        option = typer.Option(None, flag, help=about["help"] + shown, show_default=False, hidden=hidden)
+        option = typer.Option(
+            None, f"--{each.name.replace('_', '-')}", help=about["help"] + shown, show_default=False, hidden=hidden
+        )
         parameters.append(_parameter(each.name, annotation, option))
     return parameters
 

@@ -22,6 +22,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from tersor.cli import early, usage
 from tersor.cli.options import Verb
 from tersor.cli.quiet import add_quiet
 from tersor.errors import TersorError
@@ -55,13 +56,13 @@ VERBS = (
     "backtest",
     "sample",
 )
-AT_ONCE = ("models", "show", "catalog")  # verbs that need not wait for PyTorch
+AT_ONCE = ("models", "show")  # verbs that need not wait for PyTorch
 FUNCTIONS = {"eval": "evaluate"}  # `eval` is a name of Python's
 BRIEF = ("catalog", "inspect", "models", "show", "doctor")  # say nothing on the way, so they have no --quiet
 
 
 class LazyVerbs(TyperGroup):
-    """A group of commands of which each is imported when it is called."""
+    """A group of commands; each is imported when it is called."""
 
     _listing = False
 
@@ -90,6 +91,9 @@ class LazyVerbs(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args[0] not in VERBS and (meant := difflib.get_close_matches(args[0], VERBS, n=1)):
             ctx.fail(f"No such command {args[0]!r}. Did you mean {meant[0]!r}?")
+        # Of several processes each would say it; the verbs know which one speaks.
+        if args[0] in VERBS and not ctx.resilient_parsing and "TORCHELASTIC_RUN_ID" not in os.environ:
+            early.check(args[0], args[1:])
         return super().resolve_command(ctx, args)
 
     def shell_complete(self, ctx: Any, incomplete: str) -> Any:
@@ -166,7 +170,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if arguments is None:  # this is the whole process: what it has in temporary files goes with it
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(TERMINATED))
     try:
-        app(args=given, prog_name="tersor")
+        sys.exit(app(args=given, prog_name="tersor", standalone_mode=False) or 0)
+    except usage.UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # no error: the help was asked for
+            error.show()  # type: ignore[attr-defined]
+            sys.exit(BAD_INPUT)
+        _fail(usage.told(error, given))
     except TersorError as error:
         if shown:
             traceback.print_exc()

@@ -12,13 +12,10 @@ import typer
 from typer.core import TyperCommand
 
 from tersor.errors import TersorError
-from tersor.untrusted import check_number
+from tersor.untrusted import check_number, readable
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Samples = Annotated[int, typer.Option(help="Calibration samples.")]
-SampleSeed = Annotated[int, typer.Option(help="Seed of the choice of samples.")]
-Include = Annotated[list[str] | None, typer.Option(help="Only layers that match, such as `*.mlp.*`.")]
-Exclude = Annotated[list[str] | None, typer.Option(help="Not layers that match.")]
 Variant = Annotated[
     str | None,
     typer.Option("--as", help="Which model of `tersor models` a published weight file is, such as shvit_s1."),
@@ -62,6 +59,17 @@ def spare(given: Path, option: str, out: Path | None) -> None:
     """Refuse an output that is the very file that the command reads."""
     if out is not None and out.exists() and given.exists() and out.samefile(given):
         raise TersorError(f"{option} {out} is the file that is read; give another name")
+
+
+def refuse_to_replace(option: str, path: Path | None, *, overwrite: bool) -> None:
+    """Raise TersorError where the file exists already."""
+    with readable(path or "."):
+        if path is None or not path.exists():
+            return
+        if path.is_dir():
+            raise TersorError(f"{option} {path} is a folder; give the file to write")
+    if not overwrite:
+        raise TersorError(f"{option} {path} exists; give another name, or --overwrite to replace it")
 
 
 class Verb(TyperCommand):

@@ -12,7 +12,7 @@ import typer
 from tersor.cli.options import AsJson, Device, print_json
 from tersor.cli.progress import progress_bar
 from tersor.errors import TersorError
-from tersor.tasks.predict import grouped, input_files, open_predictor, predictions
+from tersor.tasks.predict import grouped, input_files, open_predictor, predictions, results_of
 
 SKIPPED = 1  # the exit status where a file could not be read
 
@@ -26,6 +26,9 @@ def predict(
         Path | None, typer.Option(help="The official weights of the architecture: .pth, .pt, .bin or .safetensors.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for results that are files.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="With --out: replace results that are there already.")
+    ] = False,
     reference: Annotated[
         Path | None,
         typer.Option(
@@ -47,9 +50,13 @@ def predict(
     """
     if as_csv and as_json:
         raise TersorError("--csv and --json exclude each other")
+    if overwrite and out is None:
+        raise TersorError("--overwrite goes with --out, the folder of the results")
     predictor = open_predictor(model, checkpoint=checkpoint, device=device, out=out, reference=reference)
     task = predictor.task
     files = grouped(input_files(inputs, task.suffixes, task.marker, task.inside), task)
+    if not overwrite and (there := results_of(predictor, files)):
+        raise TersorError(f"{there[0]} exists; give another --out, or --overwrite to replace it")
     skipped, told = 0, []
     table = csv.writer(sys.stdout, lineterminator="\n")
     with progress_bar() as progress:

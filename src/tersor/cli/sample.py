@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tersor.cli.options import AsJson, Device, print_json, spare
+from tersor.cli.options import AsJson, Device, print_json, refuse_to_replace, spare
 from tersor.cli.progress import progress_bar
 from tersor.tasks.sample import sample as make
 from tersor.tasks.task import Order
@@ -34,6 +34,7 @@ def sample(
     resolution: Annotated[
         int | None, typer.Option(help="Cells a side of the grid that a shape is read from; 128 where not given.")
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --out where it exists.")] = False,
     as_json: AsJson = False,
     device: Device = "auto",
 ) -> None:
@@ -44,6 +45,7 @@ def sample(
     """
     if condition is not None:
         spare(condition, "--out", out)
+    refuse_to_replace("--out", out, overwrite=overwrite)
     order = Order(out, seed, prompt, condition, steps, guidance, resolution)
     with progress_bar(quiet=as_json) as progress:
         made = make(model, order, device=device, progress=progress)

@@ -40,8 +40,7 @@ def table(
         if below is None:
             below = [[], *(_told(cells[0][1:], row, width - len(GAP)) for row in rest[1:])]
         found = [
-            [*([name] if name else []), *(GAP + line for line in lines)]
-            for name, lines in zip(names, below, strict=True)
+            [*_name(name, width), *(GAP + line for line in lines)] for name, lines in zip(names, below, strict=True)
         ]
     return [line.rstrip() for lines in found for line in lines]
 
@@ -85,6 +84,13 @@ def _aligned(rows: list[list[str]], left: Collection[int], width: int) -> list[l
             )
         found.append(lines)
     return found
+
+
+def _name(name: str, width: int) -> list[str]:
+    """What a row is about, on lines of its own. Only a sentence is wrapped: a path stays whole."""
+    if len(name) <= width:
+        return [name] if name else []
+    return textwrap.wrap(name, width, subsequent_indent=GAP * 2, break_long_words=False, break_on_hyphens=False)
 
 
 def _told(head: list[str], row: list[str], width: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""`torchrun --nproc-per-node N -m tersor VERB ...`: one command in several processes, of which one prints."""
+"""`torchrun --nproc-per-node N -m tersor VERB ...`: one command in several processes; one of them prints."""
 
 from __future__ import annotations
 

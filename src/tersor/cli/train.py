@@ -99,7 +99,7 @@ def _train(
     settings = checked_config(TrainConfig, {**defaults, **tables["train"]}, "train")
     torch.manual_seed(settings.seed)
     first = os.environ.get("RANK", "0") == "0"  # of those that torchrun started
-    with alone_in(out) if first else nullcontext(), progress_bar(quiet=as_json) as progress:
+    with alone_in(out) if first else nullcontext(), progress_bar(quiet=as_json, as_lines=True) as progress:
         net, sets, objective = (
             _long_range(what, model, data, validation, checkpoint, out, settings, tables, progress)
             if task is None
@@ -118,7 +118,7 @@ def _train(
             progress=progress,
         )
     told: dict[str, Any] = {"out": str(out), "steps": result.steps, "best_step": result.best_step}
-    told["validation"] = result.validation
+    told |= {"loss": result.loss, "loss_steps": result.loss_steps, "validation": result.validation}
     if first and task is not None and task.panels is not None:
         told["samples"] = str(out / SHEET)
         write_sheet(net, sets.train if sets.validation is None else sets.validation, task.panels, sets, out / SHEET)
@@ -200,6 +200,8 @@ def _print(told: dict[str, Any], *, as_json: bool) -> None:
         print_json(told)
         return
     typer.echo(f"{told['out']}: {told['steps']} steps, the weights of step {told['best_step']} kept")
+    if told["loss"] is not None:
+        typer.echo(f"training loss: {told['loss']:.4f}, the mean of the last {told['loss_steps']} steps")
     if "samples" in told:
         typer.echo(f"samples with what is predicted: {told['samples']}")
     for part in ("validation", "test"):

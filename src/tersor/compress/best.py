@@ -16,7 +16,7 @@ from typing import Any
 from tersor.checkpoint.lazy_model import LazyModel, compute_dtype
 from tersor.checkpoint.load import has_tokenizer
 from tersor.checkpoint.positions import positions_of
-from tersor.checkpoint.source import open_checkpoint
+from tersor.checkpoint.source import Checkpoint
 from tersor.compress.forecast import COMPARED, PASSES, products_per_second
 from tersor.compress.recipe import Recipe
 from tersor.compress.settings import Settings
@@ -68,9 +68,8 @@ def learns_together(weights: int, size: int, total: int | None) -> bool:
     return total is None or LEARNING_BYTES * weights + 2 * size < ROOM * total
 
 
-def steps_for(name: str, model: str, options: Mapping[str, Any], asked: Settings) -> list[Recipe]:
-    """The steps for a model given by name. A line tells them, and for a model of text about how long they take."""
-    checkpoint = open_checkpoint(model, allow_pickle=asked.allow_pickle)
+def steps_for(name: str, checkpoint: Checkpoint, options: Mapping[str, Any], asked: Settings) -> list[Recipe]:
+    """The steps for a checkpoint. A line tells them, and for a model of text about how long they take."""
     place = pick_device(asked.device)
     dtype = compute_dtype(checkpoint, place, asked.dtype)
     lazy = LazyModel(checkpoint, dtype=dtype, device=place)

@@ -15,7 +15,7 @@ from torch import nn
 
 from tersor.checkpoint.hashes import hash_of_json
 from tersor.checkpoint.room import Held, alone_in
-from tersor.checkpoint.source import open_checkpoint
+from tersor.checkpoint.source import Checkpoint, Openable, open_checkpoint
 from tersor.compress.driver import compress_module
 from tersor.compress.packed import compress_packed_checkpoint, compress_packed_module
 from tersor.compress.recipe import Recipe, Rule, make_rules
@@ -32,7 +32,7 @@ from tersor.processes import is_first, once, processes
 
 
 def compress(
-    model: str | Path | nn.Module,
+    model: Openable | nn.Module,
     method: Method | Sequence[Method | Recipe],
     *,
     rules: Sequence[Rule | Mapping[str, Any]] = (),
@@ -79,13 +79,16 @@ def compress(
         if asked.out is not None:
             lock = alone_in(asked.out)
             held = once(lambda: stack.enter_context(lock))
-            source = open_checkpoint(str(model), allow_pickle=asked.allow_pickle)
-            said = asked_for(source, steps, asked)
+        if not isinstance(model, nn.Module | Checkpoint):
+            model = open_checkpoint(str(model), allow_pickle=asked.allow_pickle)
+        if asked.out is not None:
+            assert isinstance(model, Checkpoint)  # `out` is refused beside a module
+            said = asked_for(model, steps, asked)
             held.mark = mark = hash_of_json(said)
             if not asked.overwrite and not asked.redo and asked.tokenizer is None:
                 once(partial(_check_unfinished, asked.out, mark, said))
 
-        def run(at: str | Path | nn.Module, job: Job) -> Compressed:
+        def run(at: Openable | nn.Module, job: Job) -> Compressed:
             last = asked.out is not None and job.out == asked.out
             return run_job(at, replace(job, held=held) if last else job)
 
@@ -119,23 +122,24 @@ def _steps(method: Method | Sequence[Method | Recipe], rules: Sequence[Rule | Ma
     return [each if isinstance(each, Recipe) else Recipe(each) for each in method]
 
 
-def run_job(model: str | Path | nn.Module, job: Job) -> Compressed:
+def run_job(model: Openable | nn.Module, job: Job) -> Compressed:
     """One step: one method, with its rules, on one model."""
     method = job.recipe.method
-    whole = not isinstance(method, BlockMethod)
-    if whole and processes() > 1:
+    if processes() > 1 and not isinstance(method, BlockMethod):
         raise TersorError(f"{method.name} runs in one process: start it without torchrun")
-    if isinstance(method, PackedMethod):
-        return (
-            compress_packed_module(model, job)
-            if isinstance(model, nn.Module)
-            else compress_packed_checkpoint(str(model), job)
-        )
+    if not isinstance(model, nn.Module):
+        model = open_checkpoint(model, allow_pickle=job.allow_pickle)
     if job.target_bits is not None:
-        job = with_chosen_bits(model if isinstance(model, nn.Module) else str(model), job)
+        job = with_chosen_bits(model, job)
     if isinstance(model, nn.Module):
-        return compress_whole_module(model, job) if whole else compress_module(model, job)
-    return compress_whole_checkpoint(str(model), job) if whole else compress_checkpoint(str(model), job)
+        if isinstance(method, PackedMethod):
+            return compress_packed_module(model, job)
+        return compress_module(model, job) if isinstance(method, BlockMethod) else compress_whole_module(model, job)
+    if isinstance(method, PackedMethod):
+        return compress_packed_checkpoint(model, job)
+    if isinstance(method, BlockMethod):
+        return compress_checkpoint(model, job)
+    return compress_whole_checkpoint(model, job)
 
 
 def _with_settings() -> inspect.Signature:

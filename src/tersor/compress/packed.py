@@ -38,18 +38,19 @@ from tersor.methods.method import PackedMethod, Work
 CHANGED = ("qweight", "scales", "weight_packed", "weight", "weight_scale")
 
 
-def compress_packed_checkpoint(name: str, job: Job) -> Compressed:
+def compress_packed_checkpoint(checkpoint: Checkpoint, job: Job) -> Compressed:
     """Read a packed model and its original, tune the packed one, and write it to `job.out` (or a temporary directory). Leaves
     nothing behind where it fails."""
     method = job.recipe.method.name
-    checkpoint = open_checkpoint(name, allow_pickle=job.allow_pickle)
     if job.original is None:
         raise TersorError(f"{method} compares with the model that was packed: give it as --original")
     if isinstance(job.original, nn.Module):
         raise TersorError("the original of a model given by name is given by name too")
     source = open_checkpoint(job.original, allow_pickle=job.allow_pickle)
     if "quantization_config" in source.config:
-        raise TersorError(f"the original {job.original} is quantized itself; give the model that {name} was made from")
+        raise TersorError(
+            f"the original {job.original} is quantized itself; give the model that {checkpoint} was made from"
+        )
     target, folder = directory_for(job.out)
     inputs = inputs_of(checkpoint, calibration=job.calibration, original=source.directory)
     check_free(target, overwrite=job.overwrite, inputs=inputs)
@@ -58,7 +59,7 @@ def compress_packed_checkpoint(name: str, job: Job) -> Compressed:
     check_keeps_zeros(job.recipe.method, [*earlier, record.get("method"), *(record.get("rules") or [])])
     dtype = _wide_enough(compute_dtype(source, job.place, job.dtype), job)
     lazy = LazyModel(checkpoint, dtype=dtype, device=job.place, packed=True)
-    layout = _layout_of(lazy, name, method)
+    layout = _layout_of(lazy, method)
     module = lazy.load_all().to(job.place)
     original = LazyModel(source, dtype=dtype, device=job.place).load_all().to(job.place)
     tokenizer = job.tokenizer or load_tokenizer(checkpoint.directory)
@@ -77,7 +78,7 @@ def compress_packed_checkpoint(name: str, job: Job) -> Compressed:
     _write(checkpoint, tensors, made, {**checkpoint.config, STEPS: steps}, target, job, inputs)
     summary = replace(
         result.summary,
-        model=name,
+        model=str(checkpoint),
         format=layout.name,
         quantization=checkpoint.config["quantization_config"],
         bits_per_weight=_bits_per_weight(lazy),
@@ -147,8 +148,8 @@ def as_packed_before(tuned: Summary, packed: Summary) -> Summary:
     return replace(tuned, **{name: getattr(packed, name) for name in same})
 
 
-def _layout_of(lazy: LazyModel, name: str, method: str) -> Layout:
-    found = lazy.quantization
+def _layout_of(lazy: LazyModel, method: str) -> Layout:
+    name, found = lazy.checkpoint, lazy.quantization
     if found is None or not lazy.quantized:
         raise TersorError(f"{name} is not packed, and {method} tunes what gptq or rtn made: run one of them first")
     if found.layout not in LAYOUTS:

@@ -20,8 +20,9 @@ import torch
 from torch import nn
 
 from tersor.checkpoint.disk import disk_errors
+from tersor.checkpoint.names import JOB_FOLDER
 from tersor.checkpoint.room import RUN_FILE, read_object, record_of
-from tersor.checkpoint.source import JOB_FOLDER
+from tersor.checkpoint.source import Openable
 from tersor.compress.recipe import Recipe, plain_rule
 from tersor.compress.settings import Settings
 from tersor.compress.summary import Summary
@@ -50,7 +51,7 @@ def write_run(directory: Path, run: Any) -> None:
         (directory / RUN_FILE).write_text(text, encoding="utf-8")
 
 
-def run_of(summary: Summary, model: str | Path | nn.Module, steps: Sequence[Recipe], asked: Settings) -> dict[str, Any]:
+def run_of(summary: Summary, model: Openable | nn.Module, steps: Sequence[Recipe], asked: Settings) -> dict[str, Any]:
     """What is kept. Times in seconds, sizes in bytes; `blocks` in the order in which they were finished."""
     device = torch.device(asked.device) if asked.device != "auto" else None
     gpu = torch.cuda.is_available() and (device is None or device.type == "cuda")
@@ -105,7 +106,7 @@ def recipe_of(steps: Sequence[Recipe]) -> dict[str, Any]:
     return made[0] if len(made) == 1 else {"steps": made}
 
 
-def command_of(model: str | Path | nn.Module, steps: Sequence[Recipe], asked: Settings) -> str | None:
+def command_of(model: Openable | nn.Module, steps: Sequence[Recipe], asked: Settings) -> str | None:
     """The command that makes the result again. With rules or several steps it reads a file recipe.yaml, which holds `recipe_of`.
 
     None where no command can: for a module in memory, and for samples that a program gave.

@@ -56,19 +56,15 @@ def setting(
     *,
     only: Sequence[Condition] = (),
     decides: bool = False,
-    flag: str = "",
     typed: type | None = None,
 ) -> Any:
     """A field of `Settings`.
 
     only: conditions that must all hold, else the setting does nothing and is refused.
     decides: whether it changes the bytes of the result by itself.
-    flag: its name on the command line, where that differs from the field's.
     typed: the type that the command line takes, where the field takes more; `object`: not on the command line.
     """
-    return field(
-        default=default, metadata={"help": help, "only": only, "decides": decides, "flag": flag, "typed": typed}
-    )
+    return field(default=default, metadata={"help": help, "only": only, "decides": decides, "typed": typed})
 
 
 @dataclass(frozen=True, kw_only=True)

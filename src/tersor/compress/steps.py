@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from tersor.calibrate.batches import fingerprint
 from tersor.checkpoint.disk import disk_errors
+from tersor.checkpoint.names import JOB_FOLDER
 from tersor.checkpoint.room import RESULT_FILE, check_free, inputs_of, read_object
-from tersor.checkpoint.source import JOB_FOLDER, Checkpoint, open_checkpoint
+from tersor.checkpoint.source import Checkpoint, Openable, open_checkpoint
 from tersor.checkpoint.writer import model_fingerprint
 from tersor.compress.packed import as_packed_before, check_keeps_zeros
 from tersor.compress.recipe import Recipe
@@ -39,7 +40,7 @@ from tersor.version import __version__
 
 ASKED, REPORTED = "asked.json", "step-{}.json"
 READ_WHOLE, PIECE = 1 << 26, 1 << 20  # bytes of a calibration file: see `_hash_of_file`
-Run = Callable[[str | Path | nn.Module, Job], Compressed]
+Run = Callable[[Openable | nn.Module, Job], Compressed]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Line(Report):
 
 
 def run_steps(
-    model: str | Path | nn.Module, steps: Sequence[Recipe], asked: Settings, run: Run, said: dict[str, Any] | None
+    model: Checkpoint | nn.Module, steps: Sequence[Recipe], asked: Settings, run: Run, said: dict[str, Any] | None
 ) -> Compressed:
     """Raises TersorError where a step cannot follow another, before anything is done. said: what `asked_for` gave, where the
     caller needed it already; it reads the calibration and the model."""
@@ -79,7 +80,7 @@ def run_steps(
         raise TersorError("redo works on the result of one method, not of several steps; leave it out")
     if isinstance(model, nn.Module):
         return _in_memory(model, steps, asked, run)
-    return _on_disk(str(model), steps, asked, run, said)
+    return _on_disk(model, steps, asked, run, said)
 
 
 def _in_memory(model: nn.Module, steps: Sequence[Recipe], asked: Settings, run: Run) -> Compressed:
@@ -87,21 +88,20 @@ def _in_memory(model: nn.Module, steps: Sequence[Recipe], asked: Settings, run: 
     original: nn.Module | None = asked.original
     for n in range(len(steps)):
         at = found[-1].model if found else model
-        job = _job(steps, n, asked, by_name=False)
-        if isinstance(steps[n].method, PackedMethod):
-            made = run(at, replace(job, original=original))
-            if found:
-                made = replace(made, summary=as_packed_before(made.summary, found[-1].summary))
-        else:
-            original, made = at, run(at, job)
+        made = run(at, _job(steps, n, asked, original, by_name=False))
+        if not isinstance(steps[n].method, PackedMethod):
+            original = at
+        elif found:
+            made = replace(made, summary=as_packed_before(made.summary, found[-1].summary))
         found.append(made)
     last = found[-1]
     return replace(last, summary=_summary(asked, [each.summary for each in found], found[0].before, last.after))
 
 
-def _on_disk(name: str, steps: Sequence[Recipe], asked: Settings, run: Run, said: dict[str, Any] | None) -> Compressed:
+def _on_disk(
+    source: Checkpoint, steps: Sequence[Recipe], asked: Settings, run: Run, said: dict[str, Any] | None
+) -> Compressed:
     out, temporary = directory_for(asked.out)
-    source = open_checkpoint(name, allow_pickle=asked.allow_pickle)
     folder = _folder_of(out)
     started, said = time.perf_counter(), said or asked_for(source, steps, asked)
     inputs = inputs_of(source, calibration=asked.calibration)
@@ -117,17 +117,15 @@ def _on_disk(name: str, steps: Sequence[Recipe], asked: Settings, run: Run, said
         if not goes_on:
             _make(folder, said)
     summaries: list[Summary] = []
-    at, original = name, asked.original
+    at: Openable = source
+    original = asked.original
     for n, step in enumerate(steps[:-1]):
         target, report = folder / str(n + 1), folder / REPORTED.format(n + 1)
         if not (target / RESULT_FILE).is_file() or read_object(report) is None:
             asked.progress(f"step {n + 1} of {len(steps)}: {step.method.name}", 0, 0)
             if target.is_dir():
                 shutil.rmtree(target)  # finished, but its report was not
-            job = _job(steps, n, asked)
-            if isinstance(step.method, PackedMethod):
-                job = replace(job, original=original)
-            result = run(at, replace(job, out=target, overwrite=False))
+            result = run(at, replace(_job(steps, n, asked, original), out=target, overwrite=False))
             with disk_errors(folder):
                 if n == 0 and result.before is not None:
                     save_file({"before": result.before.cpu().contiguous()}, folder / "before.safetensors")
@@ -143,18 +141,15 @@ def _on_disk(name: str, steps: Sequence[Recipe], asked: Settings, run: Run, said
     except (OSError, SafetensorError):
         before = None  # the model's output is no tensor
     asked.progress(f"step {len(steps)} of {len(steps)}: {steps[-1].method.name}", 0, 0)
-    job = _job(steps, len(steps) - 1, asked)
-    if isinstance(steps[-1].method, PackedMethod):
-        job = replace(job, original=original)
-    last = run(at, replace(job, out=out))
+    last = run(at, replace(_job(steps, len(steps) - 1, asked, original), out=out))
     summary = _summary(asked, [*summaries, last.summary], before, last.after)
-    summary = replace(summary, model=name, size_before=source.size(), seconds=time.perf_counter() - started)
+    summary = replace(summary, model=str(source), size_before=source.size(), seconds=time.perf_counter() - started)
     shutil.rmtree(folder)
     return Compressed(summary, out, before, last.after, _folder=temporary)
 
 
-def _job(steps: Sequence[Recipe], n: int, asked: Settings, *, by_name: bool = True) -> Job:
-    """Step n as a job, with the settings that do something for it."""
+def _job(steps: Sequence[Recipe], n: int, asked: Settings, original: Any, *, by_name: bool = True) -> Job:
+    """Step n as a job, with the settings that do something for it. original: of the model that the step works on."""
     idle: dict[str, Any] = {
         each.name: each.default
         for each in dataclasses.fields(Settings)
@@ -163,6 +158,8 @@ def _job(steps: Sequence[Recipe], n: int, asked: Settings, *, by_name: bool = Tr
     if not all(isinstance(step.method, PackedMethod) for step in steps[n + 1 :]):
         idle["format"] = AUTO  # the format asked for is that of the last step, or of the step that later ones tune
     history = [step.method.options() for step in steps[:n]]
+    if isinstance(steps[n].method, PackedMethod):
+        idle["original"] = original
     return job_of(steps[n], replace(asked, **idle), history=history)
 
 

@@ -44,14 +44,15 @@ from tersor.progress import silent
 from tersor.version import __version__
 
 
-def compress_checkpoint(name: str, job: Job) -> Compressed:
-    checkpoint = replace(open_checkpoint(name, allow_pickle=job.allow_pickle), seen=Seen())
+def compress_checkpoint(checkpoint: Checkpoint, job: Job) -> Compressed:
+    checkpoint = replace(checkpoint, seen=Seen())
     if checkpoint.gguf is not None:
         raise TersorError(
-            f"{name} is a GGUF file, which comes last: compress the original, then `tersor export` the result"
+            f"{checkpoint} is a GGUF file, which cannot be compressed further: compress the original, then `tersor export` the "
+            "result"
         )
     if "quantization_config" in checkpoint.config:
-        raise TersorError(f"{name} is quantized already; compress the original")
+        raise TersorError(f"{checkpoint} is quantized already; compress the original")
     target, folder = directory_for(job.out)
     target = agree(target)
     if target.resolve() == (checkpoint.origin or checkpoint.directory).resolve():
@@ -67,7 +68,7 @@ def compress_checkpoint(name: str, job: Job) -> Compressed:
         lazy = LazyModel(checkpoint, dtype=dtype, device=job.place)
         try:
             with ThreadPoolExecutor(1, thread_name_prefix="tersor-writer") as background:
-                files = Files(lazy, name, target, background)
+                files = Files(lazy, target, background)
                 return replace(compress_blocks(lazy, files, job), _folder=folder)
         except NotFiniteError:
             if dtype == tries[-1] or (
@@ -89,9 +90,9 @@ class Files(Sink):
     config: QuantizationConfig
     writer: ResultWriter
 
-    def __init__(self, lazy: LazyModel, name: str, target: Path, background: ThreadPoolExecutor) -> None:
+    def __init__(self, lazy: LazyModel, target: Path, background: ThreadPoolExecutor) -> None:
         super().__init__(lazy.device)
-        self.lazy, self.name, self.target = lazy, name, target
+        self.lazy, self.target = lazy, target
         self.started = False
         self._background = background  # of one thread
         self._writing: Future[None] | None = None
@@ -204,7 +205,7 @@ class Files(Sink):
         self.writer.seal()
         job.progress("writing", 1, 1)
         sizes = {"size_before": lazy.checkpoint.size(), "size_after": written.size()}
-        result = self.tally.result(job, first, model=self.name, quantization=config, **sizes)
+        result = self.tally.result(job, first, model=str(lazy.checkpoint), quantization=config, **sizes)
         return lead(replace(result, directory=self.target))
 
     def _wait(self) -> None:

@@ -15,13 +15,7 @@ from tersor.methods.method import Report
 
 @dataclass(frozen=True)
 class Summary:
-    """What a job did. Sizes in bytes, times in seconds.
-
-    quantization: what the checkpoint says of itself, as in its config.json.
-    divergence: mean KL divergence of the compressed model's predictions from the original's on what they were compared on, in
-    nats, and that of each window of it; agreement: how often both predict the same. None where the model's output is no
-    prediction over classes.
-    """
+    """What a job did. Sizes in bytes, times in seconds."""
 
     model: str
     method: dict[str, Any]
@@ -32,14 +26,16 @@ class Summary:
     seconds_per_block: dict[str, float]
     peak_memory: int
     bits_per_weight: float
-    quantization: dict[str, Any]
+    quantization: dict[str, Any]  # what the checkpoint says of itself, as in its config.json
     size_before: int | None = None
     size_after: int | None = None
+    # Mean KL divergence of the compressed model's predictions from the original's, in nats. This and the next three are left out
+    # where the model's output is no prediction over classes.
     divergence: float | None = None
-    agreement: float | None = None
-    divergences: Sequence[float] = ()
-    compared_on: str | None = None
-    resumed_blocks: int = 0
+    agreement: float | None = None  # how often both predict the same
+    divergences: Sequence[float] = ()  # of each window, where there are several
+    compared_on: str | None = None  # what the predictions were made on
+    resumed_blocks: int = 0  # those that an earlier run finished
     parameters_before: int | None = None
     parameters_after: int | None = None
     sparsity: float | None = None  # share of zeros in the layers that were made sparse

@@ -38,7 +38,7 @@ from tersor.calibrate.statistics import kind_of
 from tersor.checkpoint.lazy_model import LazyModel, compute_dtype, dtypes_to_try
 from tersor.checkpoint.load import load_tokenizer
 from tersor.checkpoint.room import inputs_of
-from tersor.checkpoint.source import Checkpoint, open_checkpoint, torch_dtype
+from tersor.checkpoint.source import Checkpoint, torch_dtype
 from tersor.checkpoint.writer import ResultWriter, model_fingerprint
 from tersor.compress.first_run import fitted
 from tersor.compress.knapsack import choose
@@ -66,7 +66,7 @@ SOLVED_ON, JUDGED_ON, TOKENS = 16, 8, 256  # samples for the Hessians; samples a
 CHOSEN = "chosen"  # the mark that keeps the choice
 
 
-def with_chosen_bits(model: str | nn.Module, job: Job) -> Job:
+def with_chosen_bits(model: Checkpoint | nn.Module, job: Job) -> Job:
     """The job with the rules that its target asks for. Raises TersorError where there can be none."""
     method = job.recipe.method
     if not isinstance(method, GPTQ):
@@ -81,7 +81,7 @@ def with_chosen_bits(model: str | nn.Module, job: Job) -> Job:
         module = copy.deepcopy(model).eval()
         samples = _samples(module, job)
         return _with_rules(job, _choice(module, job, method, samples, next(model.parameters()).dtype))
-    checkpoint = open_checkpoint(model, allow_pickle=job.allow_pickle)
+    checkpoint = model
     if "quantization_config" in checkpoint.config or checkpoint.gguf is not None:
         return job  # the driver will say what is wrong with it
     job = replace(job, tokenizer=job.tokenizer or load_tokenizer(checkpoint.directory))

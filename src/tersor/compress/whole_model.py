@@ -17,7 +17,7 @@ from tersor.checkpoint.lazy_model import compute_dtype
 from tersor.checkpoint.load import load_opened, load_tokenizer
 from tersor.checkpoint.preprocessing import PREPROCESSOR, image_settings, preprocessor_config
 from tersor.checkpoint.room import check_free, inputs_of
-from tersor.checkpoint.source import open_checkpoint, torch_dtype
+from tersor.checkpoint.source import Checkpoint, open_checkpoint, torch_dtype
 from tersor.compress.first_run import UNFIT, fitted
 from tersor.compress.result import Compressed
 from tersor.compress.samples import probe_for, read_samples, samples_by_path
@@ -31,11 +31,10 @@ from tersor.layers.linear_map import linear_maps
 from tersor.methods.method import ModelMethod, Work
 
 
-def compress_whole_checkpoint(name: str, job: Job) -> Compressed:
+def compress_whole_checkpoint(checkpoint: Checkpoint, job: Job) -> Compressed:
     """Load a model, compress it, and write it to `job.out` where that is given. Leaves nothing behind where it fails."""
-    checkpoint = open_checkpoint(name, allow_pickle=job.allow_pickle)
     if "quantization_config" in checkpoint.config:
-        raise TersorError(f"{name} is quantized already; compress the original")
+        raise TersorError(f"{checkpoint} is quantized already; compress the original")
     inputs = inputs_of(checkpoint, calibration=job.calibration)
     if job.out is not None:
         check_free(job.out, overwrite=job.overwrite, inputs=inputs)
@@ -44,7 +43,7 @@ def compress_whole_checkpoint(name: str, job: Job) -> Compressed:
     tokenizer = job.tokenizer or load_tokenizer(checkpoint.directory)
     job = replace(job, tokenizer=tokenizer, calibration=samples_by_path(checkpoint, job))
     result = _compress(module, job, torch_dtype(checkpoint.config))
-    summary = replace(result.summary, model=name, size_before=checkpoint.size())
+    summary = replace(result.summary, model=str(checkpoint), size_before=checkpoint.size())
     extra: dict[str, Any] = {}
     if "mean" in checkpoint.config:  # timm keeps these in its config.json, which ours takes the place of
         extra[PREPROCESSOR] = preprocessor_config(image_settings(checkpoint))

@@ -13,8 +13,8 @@ edit_distance  a b | b c c <sep> 3 ... , <sep> 4    insert 2, delete 2, replace 
 
 Quirks kept: the edit table's border counts 1 a letter, not 2; div(0, 0) is 10 and a/0 is 0 in the division table, which
 no sample needs; leading coefficients of solved columns are dropped where 0 and left out where 1, the others are written
-even then. Loss is on the steps and <eos>; of a direct answer on the first token alone for all but equations, of which
-the answer is a line.
+even then. Loss is on the steps and <eos>. Of a direct answer it is on the first token alone, but for equations, whose
+answer is a line.
 
 Rules: guyuntian/CoT_benchmark at 650a246 (MIT); a seed draws what it draws there, in the same order.
 """
@@ -285,7 +285,7 @@ def _draw_lis(chance: Chance, length: int) -> Words:
 
 
 def _planted(chance: np.random.RandomState, length: int) -> np.ndarray:
-    """Random numbers, at random places of which one to three increasing runs stand."""
+    """Random numbers, with one to three increasing runs at random places."""
     least = length + 1
     runs, total = chance.randint(3) + 1, chance.randint(length - 2) + 3
     sizes, left = [], total

@@ -30,7 +30,7 @@ STEP, GRAVITY = 0.05, 9.81
 
 @dataclass(frozen=True)
 class System:
-    """x [k] is what is integrated, of which the state [n] is seen."""
+    """x [k] is integrated; the state [n] is what is seen of it."""
 
     rate: Callable[[Floats, Floats], Floats]  # (x, u) -> dx / dt
     seen: Callable[[Floats], Floats]

@@ -63,7 +63,7 @@ def bernoulli_mask(length: int, ratio: float, random: np.random.RandomState) -> 
 
 
 def span_mask(length: int, ratio: float, span: float, random: np.random.RandomState) -> Tensor:
-    """(length, 1) float32: int(length ratio / span) spans of `span` positions, none of which overlap.
+    """(length, 1) float32: int(length ratio / span) spans of `span` positions, which do not overlap.
 
     span below 1 is a share of the length. Starts are drawn from 0 to length - span - 1; a start within `span` before or
     behind another is not drawn again. Where no place is left, all spans are drawn anew (published: an error of NumPy's).

@@ -198,7 +198,7 @@ def _check_lengths(train: int, validation: int, test: int, config: SeriesConfig)
         if rows < needed:
             raise TersorError(
                 f"a series of {total} rows has a {name} part of {rows}, too few for look-back {config.seq_len} and horizon "
-                f"{config.pred_len}, which need {needed}"
+                f"{config.pred_len}, which need {needed}; a shorter look-back (model.seq_len) or horizon needs fewer"
             )
 
 

@@ -86,7 +86,7 @@ def series_of(columns: Columns, config: TableConfig) -> SeriesTable:
     parsed = [numbers(columns, name, text_is_missing=bool(config.fill)) for name in names]
     texts = sum(count for _, count in parsed)
     if texts:
-        notes.append(f"{texts} cells of text were filled as missing ones")
+        notes.append(f"{_count(texts, 'cell')} of text filled as missing")
     values = np.stack([column for column, _ in parsed], 1)
     times = stamps(columns, time) if time else np.arange(len(values))
     groups = _groups(columns, id_name, len(values))
@@ -242,7 +242,7 @@ def _on_grid(
             raise TersorError(f"{_series(id)}{name} is empty in every row; leave it out with --target")
         lost = missing[:, column]
         placed[lost, column] = _filled(np.flatnonzero(lost), at[known], values[known, column], fill)
-    notes.append(f"{_series(id)}{int(missing.sum())} values were filled ({fill})")
+    notes.append(f"{_series(id)}{_count(int(missing.sum()), 'value')} filled ({fill})")
     return placed, grid
 
 
@@ -272,3 +272,7 @@ def _together(notes: list[str]) -> list[str]:
         key = "".join(each for each in words if not each.isdigit())
         kept.setdefault(key, []).append(note)
     return [each[0] if len(each) == 1 else f"{each[0]} (and {len(each) - 1} notes like it)" for each in kept.values()]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"

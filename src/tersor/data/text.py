@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -12,6 +14,9 @@ from tersor.byte_tokenizer import ByteTokenizer
 from tersor.data.long_text import LONG, pieces, text_length
 from tersor.errors import TersorError
 from tersor.untrusted import pretrained, read_bytes, readable
+
+WORTH_KEEPING = 100_000  # characters of a text whose tokens are kept
+_tokenized: dict[str, Tensor] = {}  # by a hash of tokenizer and text; four at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +57,27 @@ def load_tokens(path: str | Path, config: TextConfig) -> TokenWindows:
         raise TersorError(f"no tokenizer at {config.tokenizer!r}: {error}") from error
     tokens = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0]
     return TokenWindows(tokens, seq_len=config.seq_len)
+
+
+def tokenized(tokenizer: Any, text: str) -> Tensor:
+    """The ids (n,) of a text, not to be changed: those of long texts are kept, as the steps of a job read the same ones again.
+
+    tokenizer: one of transformers, or what is called in the same way.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or len(text) < WORTH_KEEPING:
+        return _ids(tokenizer, text)
+    key = hashlib.sha256(f"{backend.to_str()}\0{text}".encode(errors="surrogatepass")).hexdigest()
+    if key not in _tokenized:
+        if len(_tokenized) == 4:
+            _tokenized.pop(next(iter(_tokenized)))
+        _tokenized[key] = _ids(tokenizer, text)
+    return _tokenized[key]
+
+
+def _ids(tokenizer: Any, text: str) -> Tensor:
+    ids: Tensor = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
+    return ids
 
 
 def builtin_text(part: str) -> str:

@@ -184,7 +184,7 @@ def load_videos(path: Path, config: VideoConfig, *, chance: bool = True) -> Vide
 
 
 def videos_in(folder: Path) -> list[Path]:
-    """Files that are videos, and folders of which the pictures are one, with all that is below and nothing hidden."""
+    """Video files, and folders whose pictures are one video, with all that is below and nothing hidden."""
     inside = [folder, *sorted(folder.rglob("*"))]
     shown = [each for each in inside if not any(part.startswith(".") for part in each.relative_to(folder).parts)]
     found = [each for each in shown if each.suffix.lower() in SUFFIXES and each.is_file()]

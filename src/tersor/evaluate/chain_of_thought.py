@@ -4,6 +4,7 @@
 
 The model gets each question up to its separator and writes greedily until <eos>. An answer is right if what is
 behind its last separator is true, whatever the steps are; of equations the whole last line counts.
+What follows a direct answer, one without steps, does not count: training for it asks for no <eos>.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ def accuracy(model: Any, task: str, ids: Tensor) -> float:
         rows = ids[question == size]
         texts = write(model, rows[:, :size], ids.shape[1] - size)
         for text, row in zip(texts.tolist(), rows[:, size:].tolist(), strict=True):
-            right += _answer(text, separator) == _answer(row, separator)
+            wanted = _answer(row, separator)
+            found = _answer(text, separator) if separator in row else text[: row.index(EOS)]
+            right += found == wanted
     return right / len(ids)
 
 

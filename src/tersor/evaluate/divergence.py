@@ -66,12 +66,12 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Passage:
-    """Tokens in a row on which the two differ most. parts: the text of each token (empty where a letter goes on in the next),
-    with its own KL."""
+    """Tokens in a row on which the two differ most."""
 
     text: str
     window: int
     kl: float
+    # The text of each token (empty where a letter goes on in the next), with its own KL.
     parts: list[tuple[str, float]] = field(default_factory=list)
 
     def levels(self) -> list[tuple[str, float, int]]:

@@ -40,11 +40,11 @@ class Kept:
 
 @dataclass(frozen=True)
 class LogitCache:
-    """folder: exists. most: bytes that its files may take; key: of the model, its dtype and its device."""
+    """A folder that keeps a model's logits."""
 
-    folder: Path
-    most: int
-    key: str
+    folder: Path  # it exists
+    most: int  # bytes that its files may take
+    key: str  # of the model, its dtype and its device
 
     def path_of(self, window: Tensor) -> Path:
         digest = hashlib.sha256(self.key.encode() + bytes(bytes_of(window.to(torch.int64))))

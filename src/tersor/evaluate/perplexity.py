@@ -15,7 +15,7 @@ from tersor.calibrate.batches import BYTES_A_TOKEN, MARGIN
 from tersor.checkpoint.load import check_tokens, load, load_tokenizer
 from tersor.checkpoint.positions import positions_of
 from tersor.checkpoint.source import Openable, open_checkpoint
-from tersor.data.text import beginning, builtin_text, read_text
+from tersor.data.text import beginning, builtin_text, read_text, tokenized
 from tersor.devices import DType
 from tersor.errors import TersorError
 from tersor.evaluate.interval import estimate
@@ -196,19 +196,14 @@ def tokens_of(text: str | Path | None, tokenizer: Any, *, at_least: int | None =
         raise TersorError(
             "the model has no tokenizer: give token ids as a tensor, or images to a classifier (--images)"
         )
-
-    def tokenized(content: str) -> Tensor:
-        ids: Tensor = tokenizer(content, return_tensors="pt", verbose=False)["input_ids"][0]
-        return ids
-
     if text is None or text == "builtin":
-        return tokenized(builtin_text("evaluation"))
+        return tokenized(tokenizer, builtin_text("evaluation"))
     if at_least is None:
-        return tokenized(read_text(text))
+        return tokenized(tokenizer, read_text(text))
     size, whole = BYTES_A_TOKEN * (max(at_least, 1) + MARGIN), False
     while not whole:
         content, whole = beginning(text, size)
-        ids = tokenized(content)
+        ids = tokenized(tokenizer, content)
         if len(ids) >= at_least + MARGIN:  # the last ones are of a word that is cut off
             break
         size *= 2

@@ -49,8 +49,8 @@ class Sizes:
     packed_weights: int  # how many weights these stand for: bits a weight are 8 · bytes / packed_weights
     files: int  # bytes of the tensor files, which have headers too
     layers: dict[str, float]  # bits a weight on disk of every linear map, by name
-    looked_up: int  # bytes of embedding tables of which a step reads single rows
-    experts: bool  # whether it is a mixture of experts, of which a step reads some
+    looked_up: int  # bytes of embedding tables; a step reads single rows of them
+    experts: bool  # whether it is a mixture of experts; a step reads some of them
 
     @property
     def packed_bits(self) -> float | None:

@@ -26,8 +26,8 @@ import torch
 
 from tersor.apart import own_processes
 from tersor.checkpoint.disk import disk_errors
+from tersor.checkpoint.names import BUILTIN
 from tersor.checkpoint.room import read_json
-from tersor.checkpoint.source import BUILTIN
 from tersor.compress.job import compress
 from tersor.errors import TersorError
 from tersor.evaluate.perplexity import perplexity

@@ -48,9 +48,9 @@ def round_tokens(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LogGrid:
-    """Levels scale · √2^(-k) and 0, for numbers that are not negative. scale: []."""
+    """Levels scale · √2^(-k) and 0, for numbers that are not negative."""
 
-    scale: Tensor
+    scale: Tensor  # []
     bits: int
 
     def quantize(self, x: Tensor) -> Tensor:

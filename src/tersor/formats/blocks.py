@@ -22,10 +22,10 @@ SHIFTS = (-128, 127)  # what 8 bits hold
 
 @dataclass(frozen=True)
 class Blocks:
-    """codes: int8 (int16 above 8 bits) [..., R, C]; shifts: int8 [..., ceil(R/rows), ceil(C/columns)]."""
+    """Numbers in blocks that share a shift."""
 
-    codes: Tensor
-    shifts: Tensor
+    codes: Tensor  # int8 (int16 above 8 bits) [..., R, C]
+    shifts: Tensor  # int8 [..., ceil(R/rows), ceil(C/columns)]
     bits: int
     rows: int
     columns: int

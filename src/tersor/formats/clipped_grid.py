@@ -25,10 +25,10 @@ THRESHOLD = 0.7  # of the mean magnitude, above which a ternary weight is not 0
 
 @dataclass(frozen=True)
 class Codes:
-    """Numbers low + step · codes. codes: uint8, of the numbers' shape; step and low broadcast against it."""
+    """Numbers low + step · codes."""
 
-    codes: Tensor
-    step: Tensor
+    codes: Tensor  # uint8, of the numbers' shape
+    step: Tensor  # broadcasts against it, as does `low`
     low: Tensor
 
     def dequantize(self) -> Tensor:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class DenseWeight:
-    """matrix: floating [out, in], in the dtype in which it is stored."""
+    """A weight in plain numbers."""
 
-    matrix: Tensor
+    matrix: Tensor  # floating [out, in], in the dtype in which it is stored
 
     @property
     def out_features(self) -> int:

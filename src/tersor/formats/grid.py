@@ -39,10 +39,10 @@ class Stored:
 
 @dataclass(frozen=True)
 class Grid:
-    """The grids of `rows` rows. scale, zero: [rows, 1]; for a ternary grid these are the positive and the negative level."""
+    """The grids of `rows` rows."""
 
-    scale: Tensor
-    zero: Tensor
+    scale: Tensor  # [rows, 1]; of a ternary grid the positive level
+    zero: Tensor  # [rows, 1]; of a ternary grid the negative level
     bits: Bits
 
     def quantize(self, x: Tensor) -> Tensor:

@@ -28,10 +28,10 @@ FOCUSES = tuple(LARGEST_K * n / 16 for n in range(1, 17))  # the values of k tha
 
 @dataclass(frozen=True)
 class TangentGrid:
-    """table: the levels [2^bits], rising. thresholds: [2^bits - 1]; a number above q of them has code q."""
+    """Levels in a table."""
 
-    table: Tensor
-    thresholds: Tensor
+    table: Tensor  # [2^bits], rising
+    thresholds: Tensor  # [2^bits - 1]; a number above q of them has code q
 
     def quantize(self, x: Tensor) -> Tensor:
         """Codes of x, int64. What exceeds the largest level has its code."""

@@ -25,9 +25,9 @@ _BESIDE = {"optimizer", "optimizers", "optim", "scheduler", "scaler", "rng", "ra
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """files: in reading order; empty where `index` names them."""
+    """The files of a checkpoint's tensors."""
 
-    files: tuple[Path, ...] = ()
+    files: tuple[Path, ...] = ()  # in reading order; empty where `index` names them
     index: Path | None = None
 
     @property

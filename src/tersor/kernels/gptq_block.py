@@ -20,12 +20,12 @@ _STORED = {torch.float16: 1, torch.bfloat16: 2, torch.float32: 3}
 
 @dataclass(frozen=True)
 class Grids:
-    """What kind of grids the rows have. sym, stored, group_size: for groups whose grids the kernel fits; 0: all are given."""
+    """What kind of grids the rows have. All but `bits` are for groups whose grids the kernel fits."""
 
     bits: Bits
     sym: bool = False
     stored: Stored | None = None
-    group_size: int = 0
+    group_size: int = 0  # 0: all grids are given
 
 
 def has_kernel(W: Tensor, block_size: int) -> bool:

@@ -35,15 +35,11 @@ Weight = Tensor | TiledWeight
 
 @dataclass(frozen=True)
 class StepLayer:
-    """What the kernel reads of a layer, in the order of `struct Layer`.
+    """What the kernel reads of a layer, in the order of `struct Layer`. Norms and biases are float32."""
 
-    qkv: W_q, W_k and W_v, joined; gate_up: W_gate and W_up. Norms and biases float32. keys, values: the cache, contiguous,
-    [1, kv heads, capacity, width], in the type of the activations. window: positions that a query sees, its own included.
-    """
-
-    qkv: Weight
+    qkv: Weight  # W_q, W_k and W_v, joined
     output: Weight
-    gate_up: Weight
+    gate_up: Weight  # W_gate and W_up, joined
     down: Weight
     input_norm: Tensor
     mlp_norm: Tensor
@@ -54,9 +50,9 @@ class StepLayer:
     gate_bias: Tensor | None
     up_bias: Tensor | None
     down_bias: Tensor | None
-    keys: Tensor
+    keys: Tensor  # the cache: contiguous, [1, kv heads, capacity, width], in the type of the activations
     values: Tensor
-    window: int | None
+    window: int | None  # positions that a query sees, its own included; None: all
 
     @property
     def weights(self) -> tuple[Weight, Weight, Weight, Weight]:

@@ -77,7 +77,7 @@ EMBEDDINGS = ("timeF", "fixed", "learned")
 class TimeEmbedding(nn.Module):
     """marks (B, L, C) -> (B, L, D).
 
-    "timeF": C numbers in [-0.5, 0.5] of which MARKS[freq] says how many, through a linear map. "fixed" and "learned": whole
+    "timeF": C numbers in [-0.5, 0.5] through a linear map; MARKS[freq] says how many. "fixed" and "learned": whole
     numbers (month, day, weekday, hour, and where freq is "t" quarter of the hour), each looked up in a table; the sum.
     """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -148,8 +148,9 @@ class Block:
         if turn:
             yield turn
 
-    def solve(self, names: Iterable[str], solver: Solver, group_size: int, tokens: Mapping[str, int]) -> None:
-        """Replace each map by solver(name). Where several processes work on the block, each solves some of the maps."""
+    def solve(self, solver: Solver, statistics: Mapping[str, Statistics] | None = None) -> None:
+        """Replace each map that has statistics, or without these every map, by solver(name). Several processes share the maps."""
+        names = self.linears if statistics is None else statistics
         shapes = {name: matrix_shape(self.linears[name]) for name in names}
         costs = {name: columns**2 * (rows + columns) for name, (rows, columns) in shapes.items()}
 
@@ -159,16 +160,16 @@ class Block:
             return Solved(solution, note, time.perf_counter() - started)
 
         for name, solved in solve_apart(costs, timed, self.device):
-            self.replace(name, solved, group_size, tokens=tokens.get(name, 0))
+            self.replace(name, solved, tokens=statistics[name].tokens if statistics else 0)
 
-    def replace(self, name: str, solved: Solved, group_size: int, *, tokens: int) -> None:
+    def replace(self, name: str, solved: Solved, *, tokens: int) -> None:
         """Replace a weight by its solution: packed for the result, dense in the block, which goes on running."""
         solution = solved.solution
         set_weight_matrix(self.linears[name], solution.dequantize())
-        packed = solution.pack(group_size, self.stored)
+        packed = solution.pack(self.stored)
         if isinstance(packed, QuantizedWeight) and packed.a_bits is not None:
             round_inputs(self.linears[name])
         if packed is not None:
             self.packed[name] = packed
         told = solution.error, solution.damp, tokens, solved.seconds, solved.note, solution.condition, solution.sparsity
-        self.reports.append(LayerReport(name, solution.width, group_size, *told))
+        self.reports.append(LayerReport(name, solution.width, solution.group_size, *told))

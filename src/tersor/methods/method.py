@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -154,6 +155,12 @@ class PackedMethod(Method):
 def register(method: M) -> M:
     _METHODS[method.name] = method
     return method
+
+
+def method_names() -> list[str]:
+    """The names of all methods, read from the source text: no method is imported, nor PyTorch."""
+    sources = (path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("*/*.py"))
+    return sorted(name for text in sources for name in re.findall(r'^    name: ClassVar\[str\] = "(.+)"$', text, re.M))
 
 
 def methods() -> dict[str, type[Method]]:

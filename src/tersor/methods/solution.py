@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -34,10 +34,14 @@ class AnySolution(Protocol):
     def width(self) -> int:
         """Bits of a number in the result."""
 
+    @property
+    def group_size(self) -> int:
+        """Columns that share a grid; -1: all of a row, or there are no grids."""
+
     def dequantize(self) -> Tensor:
         """The weight that a reader of the result gets back, [rows, columns]."""
 
-    def pack(self, group_size: int, stored: Stored | None) -> PackedWeight | None:
+    def pack(self, stored: Stored | None) -> PackedWeight | None:
         """The weight as a file stores it; None where no file format can hold it."""
 
 
@@ -50,6 +54,7 @@ class DenseSolution:
     damp: float = 0.0
     sparsity: float | None = None
     condition: float | None = None
+    group_size: ClassVar[int] = -1
 
     @property
     def width(self) -> int:
@@ -58,7 +63,7 @@ class DenseSolution:
     def dequantize(self) -> Tensor:
         return self.weight
 
-    def pack(self, group_size: int, stored: Stored | None) -> DenseWeight:
+    def pack(self, stored: Stored | None) -> DenseWeight:
         return DenseWeight(self.weight)
 
 

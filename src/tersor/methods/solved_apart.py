@@ -17,11 +17,11 @@ from tersor.methods.solution import AnySolution
 
 @dataclass(frozen=True)
 class Solved:
-    """A solved map. note: what was unusual. seconds: that its process took."""
+    """A solved map."""
 
     solution: AnySolution
-    note: str
-    seconds: float
+    note: str  # what was unusual
+    seconds: float  # that its process took
 
 
 def agree_on_order(block: str, order: CallOrder) -> CallOrder:

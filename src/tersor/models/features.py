@@ -96,7 +96,7 @@ def _measured(model: Any) -> tuple[list[Tensor], Tensor]:
 
 
 def _remove_unused(module: nn.Module, used: set[int]) -> None:
-    """Remove the modules below of which no parameter is in `used`, by id; not those in lists, whose places count."""
+    """Remove the modules below that have no parameter in `used`, by id; not those in lists, whose places count."""
     for name, child in list(module.named_children()):
         parameters = list(child.parameters())
         if parameters and not any(id(each) in used for each in parameters):

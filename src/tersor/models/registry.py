@@ -81,7 +81,7 @@ def register(
 
 
 def list_models(pattern: str = "*") -> list[ModelInfo]:
-    """The named variants of which "family/name", name, system or task matches a shell pattern, in order of family and file."""
+    """The named variants whose "family/name", name, system or task matches a shell pattern, in order of family and file."""
     return [
         info
         for info in _variants().values()

@@ -190,7 +190,7 @@ def _layers(
 
 
 def _first(row: Mapping[str, Any]) -> str:
-    """The name of a group's first module, by which it is placed: "a.q_proj + k_proj" is where a.q_proj is."""
+    """The name of a group's first module, which says where the group is: "a.q_proj + k_proj" is where a.q_proj is."""
     return str(row["name"]).partition(" + ")[0]
 
 

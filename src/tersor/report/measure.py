@@ -118,6 +118,6 @@ def _speed_of(name: str, sizes: Sizes, dtype: DType, device: str) -> Speed:
 
 
 def _looked_up(module: Any, sizes: Sizes) -> int:
-    """Bytes in memory of the embedding table, of which a step reads one row. A packed one is no parameter: as on disk."""
+    """Bytes in memory of the embedding table; a step reads one row of it. A packed one is no parameter: as on disk."""
     weight = getattr(module.get_input_embeddings(), "weight", None)
     return weight.numel() * weight.element_size() if isinstance(weight, torch.nn.Parameter) else sizes.looked_up

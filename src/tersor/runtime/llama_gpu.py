@@ -68,13 +68,10 @@ def why_not(module: nn.Module) -> str | None:
 
 @dataclass(frozen=True)
 class Linears:
-    """Linear maps of one input, without their biases: one weight where they could be joined, else one each.
+    """Linear maps of one input, without their biases."""
 
-    widths: outputs of each map.
-    """
-
-    weights: tuple[Weight, ...]
-    widths: tuple[int, ...]
+    weights: tuple[Weight, ...]  # one where they could be joined, else one each
+    widths: tuple[int, ...]  # outputs of each map
 
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
         """y [rows, width] of each map, rows of any stride. x [rows, in]."""
@@ -110,7 +107,7 @@ def join(weights: Sequence[Weight]) -> Weight | None:
 
 @dataclass(frozen=True)
 class _Layer:
-    """window: positions that a query sees, its own included; None: all. Biases are float32."""
+    """The tensors of a layer. Biases are float32."""
 
     qkv: Linears
     o: Linears
@@ -127,7 +124,7 @@ class _Layer:
     down_bias: Tensor | None
     keys: Tensor
     values: Tensor
-    window: int | None
+    window: int | None  # positions that a query sees, its own included; None: all
 
 
 class LlamaGPU:
@@ -375,8 +372,8 @@ class LlamaGPU:
     def _through_layers(
         self, ids: Tensor, tokens: int, attend: Callable[[_Layer, Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """The residual stream, float32, and what the last layer adds to it, each [rows, hidden]. ids [rows], `tokens` of each
-        sequence side by side, of which the first belongs at the position."""
+        """The residual stream, float32, and what the last layer adds to it, each [rows, hidden]. ids [rows]: `tokens` of each
+        sequence side by side; the first of them belongs at the position."""
         kernels, early, eps = self._kernels, self._early, self._eps
         residual = torch.empty(ids.numel(), self._embedding.shape[1], device=self.device)
         update, bias = self._embedding, None

@@ -16,16 +16,16 @@ COLDEST = 1e-4  # below it differences of logits are beyond float32's range
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature: 0 takes the likeliest token. top_k: draw from the k likeliest only, 0 from all. top_p: draw from the fewest
-    tokens whose probabilities sum to p at least (Holtzman et al., arXiv 1904.09751). min_p: draw from tokens that have this share
-    of the likeliest one's probability. repetition_penalty: positive logits of tokens that were there already are divided by it,
-    negative ones multiplied (Keskar et al., arXiv 1909.05858); 1 changes nothing."""
+    """How the next token is chosen."""
 
-    temperature: float = 0.0
-    top_k: int = 0
+    temperature: float = 0.0  # 0 takes the likeliest token
+    top_k: int = 0  # draw from the k likeliest only; 0: from all
+    # Draw from the fewest tokens whose probabilities sum to p at least (Holtzman et al., arXiv 1904.09751).
     top_p: float = 1.0
     seed: int = 0
-    min_p: float = 0.0
+    min_p: float = 0.0  # draw from tokens that have this share of the likeliest one's probability
+    # Positive logits of tokens that were there already are divided by it, negative ones multiplied (Keskar et al., arXiv
+    # 1909.05858); 1 changes nothing.
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:

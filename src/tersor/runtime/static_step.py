@@ -4,8 +4,8 @@ A transformers cache grows, and its layers are written where Python integers say
 size, written where a tensor says, so that a step is always the same kernels on the same memory. On a GPU they are captured
 once and replayed, which costs one launch a token. Without the graph a step runs anywhere, which is how it is tested.
 
-What is attended to: all positions that there is room for, of which the mask leaves those that are filled. Layers with a
-sliding window or chunks keep all positions too, as their window's mask is a matter of positions alone.
+Attention reads all positions that there is room for, and the mask hides those that are not filled. Layers with a sliding window
+or chunks keep all positions too, because their window's mask follows from the positions alone.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ class StaticStep:
     def __init__(self, module: nn.Module, cache: Any, *, name: str, more: dict[str, Any], capacity: int) -> None:
         """name: of forward's argument for the cache; more: its other arguments; capacity: tokens a sequence.
 
-        Raises NotStaticError where the cache or the module is known not to go with fixed memory. That it is right for all others
-        is for the caller to see: compare a step with the module's own.
+        Raises NotStaticError where the cache or the module is known not to work with fixed memory. Others may still give wrong
+        results: the caller compares a step with the module's own.
         """
         if any(each._forward_hooks or each._forward_pre_hooks for each in module.modules()):
             raise NotStaticError("a module has a hook, which a graph would not call")

@@ -3,6 +3,7 @@
 An environment is a name, `tmaze` (tersor.data.memory_task) or one that gymnasium knows, or a JSON file, which predictions take:
 
     {"env": "tmaze", "episodes": 100, "seed": 1, "options": {"length": 40}}
+    {"env": "Hopper-v5", "levels": 3}              actions that are numbers: tersor.data.action_levels
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class EnvConfig:
     env: str = TMAZE
     options: Mapping[str, Any] = field(default_factory=dict)  # of the environment
     steps: int = 0  # after which an episode is cut; 0: the environment's own limit
+    levels: int = 0  # of each number, where actions are numbers; 0: they are not
     episodes: int = 100  # that are shown
     seed: int = 0
 
@@ -80,13 +82,18 @@ def make_env(config: EnvConfig) -> Any:
             return TMaze(**config.options)
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")  # what is out of date
-            return gymnasium.make(config.env, **config.options)
+            env = gymnasium.make(config.env, **config.options)
     except (gymnasium.error.DependencyNotInstalled, TypeError, ValueError, AttributeError) as error:
         options = f" with the options {dict(config.options)}" if config.options else ""
         raise TersorError(f"the environment {config.env} cannot be made{options}: {error}") from None
     except (gymnasium.error.Error, ImportError) as error:
         known = f"{TMAZE}, or a name that gymnasium knows, such as CartPole-v1"
         raise TersorError(f"there is no environment {config.env!r} ({error}); an environment is {known}") from None
+    if not config.levels:
+        return env
+    from tersor.data.action_levels import ActionLevels
+
+    return ActionLevels(env, config.levels)
 
 
 def steps_of(config: EnvConfig, env: Any) -> int:
@@ -99,7 +106,7 @@ def steps_of(config: EnvConfig, env: Any) -> int:
 
 def check_fits(model: Any, config: EnvConfig, env: Any) -> None:
     """Raise TersorError where the model cannot act in the environment, naming what is to be set."""
-    from gymnasium.spaces import Discrete, flatdim
+    from gymnasium.spaces import Box, Discrete, flatdim
 
     name = getattr(type(model), "system", type(model).__name__)
     if not hasattr(model, "stream") or not hasattr(model.config, "actions"):
@@ -108,7 +115,10 @@ def check_fits(model: Any, config: EnvConfig, env: Any) -> None:
         )
     states, actions = env.observation_space, env.action_space
     if not isinstance(actions, Discrete):
-        raise TersorError(f"{config.env} takes actions {actions}, {name} chooses one of a number of actions (Discrete)")
+        out = "; train with --set data.levels=3, levels of each number" if isinstance(actions, Box) else ""
+        raise TersorError(
+            f"{config.env} takes actions {actions}, {name} chooses one of a number of actions (Discrete){out}"
+        )
     if actions.start != 0:
         raise TersorError(f"{config.env} counts its actions from {actions.start}, {name} from 0")
     try:
@@ -134,7 +144,8 @@ def load_data(model: Any, data: Path, validation: Path | None, table: Mapping[st
     recipe = checked_config(PPOConfig, {key: value for key, value in table.items() if key in learning}, "data")
     others = {key: value for key, value in table.items() if key not in learning}
     config = read_env(data) if data.suffix == ".json" else EnvConfig(env=str(data))
-    own = {key: others.pop(key) for key in ("steps",) if key in others}
+    own: dict[str, Any] = {key: others.pop(key) for key in ("steps", "levels") if key in others}
+    checked_config(EnvConfig, own, "data")
     config = dataclasses.replace(config, seed=recipe.seed, **own, options={**config.options, **others})
     env = make_env(config)
     check_fits(model, config, env)
@@ -143,7 +154,7 @@ def load_data(model: Any, data: Path, validation: Path | None, table: Mapping[st
     learned = Played(model, make, steps=steps, config=recipe)
     often = Shown(model, make, steps=steps, episodes=32, seed=recipe.seed + 1)
     once = Shown(model, make, steps=steps, episodes=200, seed=recipe.seed + 2)
-    said = {"env": config.env, "options": dict(config.options), "steps": config.steps}
+    said = {"env": config.env, "options": dict(config.options), "steps": config.steps, "levels": config.levels}
     return Sets(learned, often, once, preprocessing=said)
 
 

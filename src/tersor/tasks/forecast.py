@@ -22,7 +22,7 @@ from tersor.train.objectives import forecasting
 
 PATIENCE = 3  # validations without a new best, where the user does not say
 OF_TABLE = ("time", "target", "id", "fill")
-OPTION = re.compile(rf"--({'|'.join(OF_TABLE)})\b")
+OPTION = re.compile(rf"--({'|'.join(OF_TABLE)})\b(?: (\w+(?:\|\w+)+))?")  # "--id", or "--fill previous|linear|zero"
 
 
 def load_data(model: Any, data: Path, validation: Path | None, table: Mapping[str, Any]) -> Sets:
@@ -33,7 +33,7 @@ def load_data(model: Any, data: Path, validation: Path | None, table: Mapping[st
     try:
         series = read_series(data, checked_config(TableConfig, columns, "data"))
     except TersorError as error:  # which names options of `tersor forecast`: here they are entries of the table `data`
-        raise TersorError(OPTION.sub(r"--set data.\1=...", str(error))) from None
+        raise TersorError(OPTION.sub(lambda found: f"--set data.{found[1]}={found[2] or '...'}", str(error))) from None
     if config.start and not series.step.dated:
         series = with_start(series, config.start, Step(max(1, round(config.step_hours * 3600)), "s"))
     variates = getattr(model.config, "enc_in", len(series.names))

@@ -9,7 +9,6 @@ series that the model does not know is scaled by its own first 70 %, which then 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,16 +22,9 @@ from tersor.data.series_memory import Memory, ScaledTable, scaled
 from tersor.data.tables import SeriesTable, TableConfig, series_of, told
 from tersor.errors import TersorError
 from tersor.evaluate.conformal import LEVELS, check_levels
+from tersor.evaluate.yardstick_names import RIDGE, SEASONAL_NAIVE, YARDSTICKS, check_spelling
 from tersor.evaluate.yardsticks import fit_ridge
-from tersor.tasks.forecaster import (
-    RIDGE,
-    SEASONAL_NAIVE,
-    YARDSTICKS,
-    Forecaster,
-    model_forecaster,
-    open_forecaster,
-    yardsticks,
-)
+from tersor.tasks.forecaster import Forecaster, model_forecaster, open_forecaster, yardsticks
 from tersor.tasks.origins import Intervals, calibrated, check_rows, windows_at
 
 MOST_HORIZON = 1 << 20
@@ -132,9 +124,7 @@ def open_model(
         return model_forecaster(model)
     if str(model) in YARDSTICKS and checkpoint is None:
         return str(model)
-    meant = difflib.get_close_matches(str(model), YARDSTICKS, n=1)
-    if meant and "/" not in str(model) and not Path(model).expanduser().exists():
-        raise TersorError(f"no model at {model}; did you mean the yardstick {meant[0]}?")
+    check_spelling(str(model))
     return open_forecaster(model, checkpoint=checkpoint, device=device)
 
 

@@ -3,9 +3,9 @@
     forecaster = open_forecaster("run")                    # of `tersor train`; or ("tempo_80m", checkpoint=...)
     forecaster(x, last, step, horizon)                     # (B, L, N) scaled, stamps (B,) of its last rows -> (B, horizon, N)
 
-A horizon beyond the trained one is rolled: the forecast is fed back in. A model with a `forecast` method of
-its own, for any horizon, is asked through it. Time marks are made of the stamps; those of the horizon go to models with a
-decoder.
+A horizon beyond the trained one is rolled: the forecast is fed back in. A model that has its own `forecast` method, which
+takes any horizon, is called through that method. Time marks are made of the stamps; models with a decoder also get those of
+the horizon.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from tersor.data.series_memory import Memory
 from tersor.data.time_grid import Step, time_marks
 from tersor.devices import pick_device
 from tersor.errors import TersorError
+from tersor.evaluate.yardstick_names import REPEAT_LAST, RIDGE, SEASONAL_NAIVE
 from tersor.evaluate.yardsticks import repeat_last, ridge, seasonal_naive
 from tersor.untrusted import read_json_object
 
-REPEAT_LAST, SEASONAL_NAIVE, RIDGE = YARDSTICKS = ("repeat-last", "seasonal-naive", "ridge")
 AT_ONCE = 1 << 17  # numbers of look-back and horizon in one batch
 SEED = 0  # of models that draw at random: the same command gives the same forecast
 
@@ -189,7 +189,7 @@ class _Net:
     def _checked(self, said: Any, horizon: int, columns: int) -> Tensor:
         if not isinstance(said, Tensor):
             raise TersorError(
-                f"{self.name} gives {len(said)} results, a forecast is one: its loss_func or output_attention is not for this"
+                f"{self.name} gives {len(said)} results, a forecast is one: leave out its loss_func and output_attention"
             )
         if tuple(said.shape[1:]) != (horizon, columns):
             raise TersorError(f"{self.name} gives {list(said.shape[1:])}, a forecast is {[horizon, columns]}")

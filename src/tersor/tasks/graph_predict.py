@@ -117,7 +117,7 @@ TASK = Task(
     predict,
     frozenset({".npz"}),
     marker=NODES,
-    writes=True,
+    writes=("_graphs.csv", "_nodes.csv"),
     normalises=False,
     evaluated_on="graph",
 )

@@ -185,7 +185,7 @@ TASK = Task(
     predict,
     frozenset({".npz"}),
     marker=NODES,
-    writes=True,
+    writes=("_nodes.csv",),
     normalises=False,
     evaluated_on="graph",
 )

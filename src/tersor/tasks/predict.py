@@ -131,6 +131,19 @@ def grouped(files: Sequence[Path], task: Task) -> list[tuple[Path, ...]]:
     return [named] * bool(named) + [(each,) for each in files if each.is_dir()]
 
 
+def results_of(predictor: Predictor, inputs: Sequence[tuple[Path, ...]]) -> list[Path]:
+    """The results for these inputs that lie in the predictor's folder already."""
+    if predictor.out is None:
+        return []
+    with readable(predictor.out):
+        return [
+            found
+            for first, *_ in inputs
+            for ending in predictor.task.writes
+            for found in sorted(predictor.out.glob(glob.escape(name_of(first)) + ending))
+        ]
+
+
 def predictions(
     predictor: Predictor, inputs: Sequence[tuple[Path, ...]], progress: Progress = silent
 ) -> Iterator[tuple[Path, Prediction | TersorError]]:

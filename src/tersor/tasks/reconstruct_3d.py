@@ -175,7 +175,7 @@ TASK = Task(
     frozenset(SUFFIXES),
     inside=folders_of_pictures,
     together=together,
-    writes=True,
+    writes=(".npy", MESH),
     normalises=False,
     panels=panels,
 )

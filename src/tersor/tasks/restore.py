@@ -122,7 +122,7 @@ TASK = Task(
     load_data,
     predict,
     frozenset(SUFFIXES),
-    writes=True,
+    writes=("_x[0-9]*.png",),
     compares=True,
     normalises=False,
     panels=panels,

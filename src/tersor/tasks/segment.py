@@ -126,4 +126,12 @@ def panels(sample: Mapping[str, Tensor], output: Tensor, sets: Sets) -> tuple[An
     return shown(sample["image"], sets.preprocessing), truth, coloured(winners(output[None], target.shape))
 
 
-TASK = Task(segmentation, load_data, predict, frozenset(SUFFIXES), writes=True, size=SIZE, panels=panels)
+TASK = Task(
+    segmentation,
+    load_data,
+    predict,
+    frozenset(SUFFIXES),
+    writes=("_mask.png", "_overlay.png"),
+    size=SIZE,
+    panels=panels,
+)

@@ -110,7 +110,7 @@ class Task:
     inside: Callable[[Path], Sequence[Path]] | None = None  # the inputs in a folder, where they are not files alone
     together: Together | None = None  # files that are named are one input; None: each is one
     marker: str = ""  # the name of a file that makes a folder one input
-    writes: bool = False  # whether its results are files
+    writes: tuple[str, ...] = ()  # ends of its results' names after the input's, as patterns; none: they are no files
     compares: bool = False  # whether results can be compared with a reference
     kept: tuple[str, ...] = ()  # settings of the data that are saved with a model, and hold when it is trained further
     normalises: bool = True  # whether images are resized and normalised as the model says

@@ -43,7 +43,7 @@ class DiffusionConfig:
     diffusion_steps: int = 1000
     learn_sigma: bool = True
     sigma_small: bool = False  # without learn_sigma: the posterior's variance instead of beta
-    predict_xstart: bool = False  # the model returns x0 instead of eps
+    predict_xstart: bool = False  # the model returns x0, not eps; turn learn_sigma off, its loss outgrows it
     use_kl: bool = False  # loss = vb alone, summed over all steps
     rescale_learned_sigmas: bool = False  # vb of all steps over 1000, as improved DDPM's hybrid loss
 

@@ -120,7 +120,7 @@ def pretraining_model(model: nn.Module, labelled: Any, task: DenoisingConfig) ->
 
 
 def transfer(state: dict[str, Tensor], model: nn.Module) -> Transfer:
-    """Copy into `model` every tensor of which name and shape agree."""
+    """Copy into `model` every tensor whose name and shape agree."""
     own = model.state_dict()
     kept = tuple(name for name, value in own.items() if name in state and state[name].shape == value.shape)
     if not kept:

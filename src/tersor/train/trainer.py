@@ -69,6 +69,8 @@ class Trained:
     steps: int
     best_step: int  # of the weights that were kept
     validation: dict[str, float]  # what they score; empty without validation data
+    loss: float | None = None  # of training: the mean over the last `loss_steps`; None where nothing was left to do
+    loss_steps: int = 0
 
 
 def train(
@@ -126,7 +128,11 @@ def train(
     batches: Iterator[Batch] = iter(())
     losses, started = torch.zeros(2, device=device), time.perf_counter()  # the sum of losses, their number
 
-    first = run.step
+    first = logged = run.step
+    recent: list[
+        tuple[int, float, float]
+    ] = []  # steps, sum of losses, their number: from one line of the log to the next
+    shown = ""
     for step in range(first, steps if not stopped else 0):
         epoch, position = divmod(step, steps_per_epoch)
         if position == 0 or step == first:
@@ -169,8 +175,15 @@ def train(
                     f"the loss is {total} at step {done}; a lower lr, a warm-up or max_grad_norm may help"
                 )
             values = {"loss": total / number, "grad_norm": float(grad_norm)}
-            if progress is not None and rank == 0:
-                progress(f"epoch {epoch + 1}, loss {values['loss']:.4g}", done, steps)
+            recent.append((done - logged, total, number))
+            logged = done
+            while (
+                sum(each[0] for each in recent[1:]) >= config.log_every
+            ):  # what is shown is the mean of so many at least
+                recent.pop(0)
+            shown = f", loss {_mean(recent):.4g}"
+        if progress is not None and rank == 0:
+            progress(f"epoch {epoch + 1}{shown}", done, steps)
         if validated:
             scores: dict[str, float] = {}
             if validation is not None:
@@ -195,7 +208,12 @@ def train(
         log.close()
     _wait()  # for rank 0's files
     load_best(model, out, device)
-    return Trained(steps=run.step, best_step=run.best_step, validation=run.validation)
+    loss_now = _mean(recent) if recent else None
+    return Trained(run.step, run.best_step, run.validation, loss_now, sum(each[0] for each in recent))
+
+
+def _mean(recent: Sequence[tuple[int, float, float]]) -> float:
+    return sum(total for _, total, _ in recent) / sum(number for *_, number in recent)
 
 
 @torch.no_grad()

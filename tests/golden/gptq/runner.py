@@ -144,7 +144,7 @@ def _rows(x: Tensor, options: dict[str, Any]) -> tuple[Tensor, Any]:
 def _packed_three_bits(case: Case) -> dict[str, Tensor]:
     inputs = case.inputs()
     solution = solve_rtn(inputs["weight"], bits=case.config["bits"], sym=case.config["sym"])
-    packed = solution.pack(-1, None)
+    packed = solution.pack(None)
     return {
         "qweight": packed.qweight,
         "levels": packed.codes(),

@@ -5,7 +5,6 @@ from torch.nn import functional as F
 
 import tersor.models
 
-TOLERANCE = dict.fromkeys(("forecast", "tokens", "layer0", "encoder", "loss", "grad_norms"), 1e-5)
 WITHOUT_EFFECT = ("factor", "embed", "freq", "class_strategy", "label_len", "d_layers", "moving_avg", "distil")
 
 

@@ -7,7 +7,8 @@ from torch.nn import functional as F
 from tersor.errors import TersorError
 from tersor.models.text.mamba_hybrid import parse_pattern, pattern_from_ratios
 
-TOLERANCE = {"logits": 1e-5, "hidden": 1e-5, "hidden_after_layer_2": 1e-5, "loss": 1e-5}
+# The 130M case's own float32 rounding in 24 layers: its logits are 6.5e-6 from this model in float64. Other cases keep to 2.1e-6.
+TOLERANCE = {"logits": 1e-5, "hidden": 1e-5}
 
 
 def run(case: Case) -> dict[str, Tensor]:

@@ -12,12 +12,12 @@ the weights must be small, GPTQ (`tersor quantize`) loses less.
 
     e = the largest shift with max|x| 2^e <= 2^(b-1) - 1,  q = round(x 2^e),  x̂ = q 2^-e       (formats/blocks.py)
 
-In blocks are: - weights, in tiles of `block` inputs by `block_rows` outputs; embeddings and position tables; biases, γ and β (8
-bits, or `w_bits` where
-  that is more);
+In blocks are:
+
+- weights, in tiles of `block` inputs by `block_rows` outputs; embeddings and position tables; biases, γ and β (8 bits, or
+  `w_bits` where that is more);
 - the inputs of every linear layer and of every product of activations, along the axis that is summed over, so that tiles are
-multiplied
-  as integers;
+  multiplied as integers;
 - the inputs of GELU and other activation functions, which are tables, and of norms, whose sums are sums of integers;
 - scores, with one shift a row; their exponentials are a table of integers;
 - both terms of residual sums and of gates.
@@ -62,12 +62,11 @@ EPS = ("eps", "variance_epsilon")
 
 @dataclass(frozen=True)
 class BlockPart(Report):
-    """One row. what: "linear", "table", "norm", or "scope" for a part whose arithmetic is on blocks. error: ‖x̂ - x‖² / ‖x‖² of
-    the weights."""
+    """One row."""
 
-    what: str
-    bits: str
-    error: float
+    what: str  # "linear", "table", "norm", or "scope" for a part whose arithmetic is on blocks
+    bits: str  # as in W8A8
+    error: float  # ‖x̂ - x‖² / ‖x‖² of the weights
     note: str = ""
 
 

@@ -1,9 +1,8 @@
 """DopQ-ViT: RepQ-ViT with a grid for softmax outputs that is fine near 1, and merged scales that outliers do not pull.
 
-What it is for: like RepQuant, a ViT, DeiT or Swin whose matrix products are to be computed by integers. Which of the two loses
-less
-depends on the model: on demo-vit at 4 bits RepQuant does (benchmarks/results/vision.md), so measure both. The saved file is
-smaller, because its weights are packed. The arithmetic is simulated in floating point, so nothing runs faster.
+What it is for: like RepQuant, a ViT, DeiT or Swin whose matrix products are to be computed by integers. Which of the two
+loses less depends on the model: on demo-vit at 4 bits RepQuant does (benchmarks/results/vision.md), so measure both. The
+saved file is smaller, because its weights are packed. The arithmetic is simulated in floating point, so nothing runs faster.
 
     tersor compress dopq-vit demo-vit --w-bits 4 --a-bits 4 --calibration cifar10_train.npz --out small
     tersor eval small --images cifar10_test.npz

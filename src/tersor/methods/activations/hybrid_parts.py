@@ -27,15 +27,11 @@ LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 @dataclass(frozen=True)
 class Trace:
-    """What ran, in order: (name, "map"), (name, "product") or (name, "softmax"), by the running module.
+    """What ran."""
 
-    sizes: how many numbers a part's operands and output have for one sample. of_image: the layers that read the model's own
-    input.
-    """
-
-    events: list[tuple[str, str]]
-    sizes: dict[str, int]
-    of_image: frozenset[str]
+    events: list[tuple[str, str]]  # in order: the running module's name, and "map", "product" or "softmax"
+    sizes: dict[str, int]  # how many numbers a part's operands and output have for one sample
+    of_image: frozenset[str]  # the layers that read the model's own input
 
     def order(self, names: Iterable[str]) -> list[str]:
         """These names in the order in which they first ran. Those that did not run are left out."""

@@ -103,27 +103,23 @@ def best_steps(first: Tensor, present: Tensor, error: Error, factors: Sequence[f
 
 @dataclass(frozen=True)
 class MapGrids:
-    """What a linear map's operands are rounded to.
+    """What a linear map's operands are rounded to."""
 
-    weight: steps [row blocks, column blocks]; input: scale and zero [1, channel blocks], or [channels, 1] (`channelwise`), or
-    PTQ4ViT's grid for GELU outputs.
-    """
-
-    weight: Tensor
-    input: Grid | GeluGrid
-    channelwise: bool
+    weight: Tensor  # steps [row blocks, column blocks]
+    input: Grid | GeluGrid  # scale and zero [1, channel blocks] or [channels, 1], or PTQ4ViT's grid for GELU outputs
+    channelwise: bool  # whether they are [channels, 1]
     error: float = float("inf")
 
 
 @dataclass
 class MapProblem:
-    """A linear map and its calls. input_blocks: blocks of channels with a step each, where not every channel has its own."""
+    """A linear map and its calls."""
 
     module: nn.Module
     records: list[Record]
     w_bits: int
     a_bits: int
-    input_blocks: int = 1
+    input_blocks: int = 1  # blocks of channels with a step each, where not every channel has its own
     W: Tensor = field(init=False)
 
     def __post_init__(self) -> None:

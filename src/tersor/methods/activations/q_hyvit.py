@@ -17,17 +17,16 @@ Lee et al., IEEE Internet of Things Journal 2024, arXiv 2303.12557. Its code ext
   times. The least error Σ (g (o - o^))² wins, with o a layer's output and g its squared Hessian weight's root
   (`methods/activations/interval_search.py`).
 - A bridge is where a convolution hands over to attention; it is found by running the model
-(`methods/activations/hybrid_parts.py`). Its
-  layers stay quantized while those behind them are searched, so these see its error. All others are calibrated with exact inputs.
-  `bridges` may be "all" (every layer sees the error of all layers before it) or "none".
+  (`methods/activations/hybrid_parts.py`). Its layers stay quantized while those behind them are searched, so these see its error.
+  All others are calibrated with exact inputs. `bridges` may be "all" (every layer sees the error of all layers before it) or
+  "none".
 
 The same error chooses three things for each layer (`choose_grid`, the default; the paper says what is chosen and not how, so
 this is our reading):
 
-- whether the input has one grid, or one per channel. Grids s_i of channels need no other integers: W_oi s_i / s̃ is rounded. -
-whether grids are signed, or have a zero point. With a zero point, ranges are widened to hold 0, because a zero point outside
-the codes
-  would clip everything. The paper found this in bridge blocks; the table says in how many grids ("overflows").
+- whether the input has one grid, or one per channel. Grids s_i of channels need no other integers: W_oi s_i / s̃ is rounded.
+- whether grids are signed, or have a zero point. With a zero point, ranges are widened to hold 0, because a zero point outside
+  the codes would clip everything. The paper found this in bridge blocks; the table says in how many grids ("overflows").
 - whether a linear layer's weight has one step, or one per output.
 
 Without `choose_grid` it is as published: grids are signed. A convolution's weight has a step per output, a linear layer's has one
@@ -47,10 +46,10 @@ are numbers. Those of MobileViT-S are our bridges. Those of EfficientFormer-L1 (
 the last downsampling and the first block of the last stage; ours are at the reshape to tokens, three blocks later.
 
 Proven: the golden cases of PTQ4ViT's classes with these settings (linear with 8, 6, 4 bits and three blocks, convolution, both
-products, twin grids) to 5e-7 in float64; the bridges of MobileViT-S are those that the published code lists; that the
-search never takes a step with a larger error than another it tried. Measured on demo-vit and on a MobileViT, where it is not
-ahead of RepQ-ViT at W4A4 nor at W6A6: benchmarks/results/vision.md. Not proven: ImageNet accuracies; that the choice a layer is
-the paper's.
+products, twin grids) to 5e-7 in float64; the bridges of MobileViT-S are those that the published code lists; the search
+never takes a step with a larger error than another that it tried. Measured on demo-vit and on a MobileViT, where it is not
+ahead of RepQ-ViT at W4A4 nor at W6A6: benchmarks/results/vision.md. Not proven: ImageNet accuracies; that the choices for each
+layer are the paper's.
 """
 
 from __future__ import annotations
@@ -91,18 +90,14 @@ Part = WatchedMap | WatchedProducts
 
 @dataclass(frozen=True)
 class QHyViTReport(Report):
-    """One row. reads: "layer", "channel" or "head", the part of the input that has a grid; grid: "signed", "zero point", "twin".
+    """One row."""
 
-    overflows: grids whose zero point would lie outside the codes; bridge: whether later layers were searched behind its error;
-    error: ‖o^ - o‖² / ‖o‖² of its output on the calibration images.
-    """
-
-    bits: str
-    reads: str
-    grid: str
-    overflows: int
-    bridge: bool
-    error: float
+    bits: str  # as in W8A8
+    reads: str  # "layer", "channel" or "head": the part of the input that has a grid
+    grid: str  # "signed", "zero point" or "twin"
+    overflows: int  # grids whose zero point would lie outside the codes
+    bridge: bool  # whether later layers were searched behind its error
+    error: float  # ‖ô - o‖² / ‖o‖² of its output on the calibration images
     note: str = ""
 
 
@@ -165,11 +160,11 @@ class QHyViT(ModelMethod):
 
 @dataclass
 class Plan:
-    """parts: what is quantized, by name. order: these names as they run. seen: those that stay quantized, the bridges' layers."""
+    """What is quantized, and in which order."""
 
-    parts: dict[str, Part]
-    order: list[str]
-    seen: set[str]
+    parts: dict[str, Part]  # by name
+    order: list[str]  # these names as they run
+    seen: set[str]  # those that stay quantized while others are searched: the bridges' layers
     traced: Trace
     left: dict[str, str]
     reports: dict[str, QHyViTReport]

@@ -74,13 +74,11 @@ UNREACHED = "no calibration sample reached it"
 
 @dataclass(frozen=True)
 class RepQuantReport(Report):
-    """One row: what a part reads ("layer norm", "tensor", "products"), its bits as in W4A4, and what that changed.
+    """One row."""
 
-    error: of a layer, ‖Q x̂ - W x‖² / ‖W x‖² on the calibration batch; of products, ‖x̂ - x‖² / ‖x‖² of the worst operand.
-    """
-
-    reads: str
-    bits: str
+    reads: str  # "layer norm", "tensor" or "products"
+    bits: str  # as in W4A4
+    # Of a layer ‖Q x̂ - W x‖² / ‖W x‖² on the calibration batch; of products ‖x̂ - x‖² / ‖x‖² of the worst operand.
     error: float
     note: str = ""
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from tersor.calibrate.batches import Batch, call
 from tersor.errors import TersorError
 from tersor.layers.linear_map import linear_maps
-from tersor.methods.method import Work
+from tersor.methods.method import ModelMethod, Work, option
 from tersor.methods.structure.block_stack import Calls, Stack
 
 CHOICES = ("macro-influence", "block-influence", "perplexity")
@@ -32,11 +32,10 @@ SHARE = 0.25  # of the blocks to remove where no number is given, as published b
 
 @dataclass(frozen=True)
 class Choice:
-    """A block to remove. place: its number now. score: the higher, the less it matters (a similarity, or minus the loss); None
-    where the user named the block."""
+    """A block to remove."""
 
-    place: int
-    score: float | None
+    place: int  # its number now
+    score: float | None  # the higher, the less it matters (a similarity, or minus the loss); None: the user named it
 
 
 def is_choice(value: str | int) -> bool:
@@ -48,6 +47,19 @@ def is_choice(value: str | int) -> bool:
 
 def is_amount(value: float | None) -> bool:
     return value is None or 0 < value < 1 or (value >= 1 and value == int(value))
+
+
+@dataclass(frozen=True)
+class BlockRemoval(ModelMethod):
+    """The options of a method that removes blocks."""
+
+    blocks: float | None = option(
+        None,
+        "how many to remove; below 1 their share, rounded up (0.25, where none are named)",
+        check=is_amount,
+        allowed="a share between 0 and 1, or a whole number",
+    )
+    choose: str | int = option("macro-influence", f"by what: {CHOICE}", check=is_choice, allowed=CHOICE, word=True)
 
 
 def how_many(blocks: float | None, choose: str | int, stack: Stack) -> int:

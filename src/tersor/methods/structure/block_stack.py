@@ -22,11 +22,10 @@ NUMBERS = ("layer_idx", "layer_id", "layer_number")  # attributes that hold a bl
 
 @dataclass
 class Calls:
-    """How a batch enters the stack. hidden: the first block's input, [samples, tokens, hidden]. others[b]: the other arguments of
-    block b, by position and by name."""
+    """How a batch enters the stack."""
 
-    hidden: Tensor
-    others: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    hidden: Tensor  # the first block's input, [samples, tokens, hidden]
+    others: list[tuple[tuple[Any, ...], dict[str, Any]]]  # of every block: its other arguments, by position and by name
 
 
 class Stack:

@@ -30,21 +30,21 @@ from typing import ClassVar
 
 from torch import nn
 
-from tersor.methods.method import Method, ModelMethod, Report, Work, option, register
-from tersor.methods.structure.block_choice import CHOICE, CHOICES, choices, how_many, is_amount, is_choice, kept_blocks
+from tersor.methods.method import Method, Report, Work, option, register
+from tersor.methods.structure.block_choice import CHOICES, BlockRemoval, choices, how_many, kept_blocks
 from tersor.methods.structure.block_stack import Stack, batches_of
 
 
 @dataclass(frozen=True)
 class DroppedBlock(Report):
-    """One removed block, by its name in the original. score: how little it mattered, by the measure that chose it."""
+    """One removed block, by its name in the original."""
 
-    score: float | None
+    score: float | None  # how little it mattered, by the measure that chose it
 
 
 @register
 @dataclass(frozen=True)
-class DropBlocks(ModelMethod):
+class DropBlocks(BlockRemoval):
     """Remove the blocks that matter least; no training."""
 
     name: ClassVar[str] = "drop-blocks"
@@ -54,13 +54,6 @@ class DropBlocks(ModelMethod):
         "practical/pruning",
     )
 
-    blocks: float | None = option(
-        None,
-        "how many to remove; below 1 their share, rounded up (0.25, where none are named)",
-        check=is_amount,
-        allowed="a share between 0 and 1, or a whole number",
-    )
-    choose: str | int = option("macro-influence", f"by what: {CHOICE}", check=is_choice, allowed=CHOICE, word=True)
     batch_size: int = option(8, "samples that run at once", least=1)
 
     @classmethod

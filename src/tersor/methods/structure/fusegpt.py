@@ -49,15 +49,8 @@ from torch.nn import functional as F
 
 from tersor.errors import TersorError
 from tersor.layers.linear_map import is_conv1d, linear_maps, matrix_shape, weight_matrix
-from tersor.methods.method import ModelMethod, Report, Work, option, register
-from tersor.methods.structure.block_choice import (
-    CHOICE,
-    choices,
-    how_many,
-    is_amount,
-    is_choice,
-    kept_blocks,
-)
+from tersor.methods.method import Report, Work, option, register
+from tersor.methods.structure.block_choice import BlockRemoval, choices, how_many, kept_blocks
 from tersor.methods.structure.block_stack import Calls, Stack, batches_of
 from tersor.methods.structure.fused_linear import MODES, FusedLinear
 from tersor.progress import Progress
@@ -77,7 +70,7 @@ class FusedBlock(Report):
 
 @register
 @dataclass(frozen=True)
-class FuseGPT(ModelMethod):
+class FuseGPT(BlockRemoval):
     """Remove blocks of a language model and fuse their weights into the blocks around."""
 
     name: ClassVar[str] = "fusegpt"
@@ -88,13 +81,6 @@ class FuseGPT(ModelMethod):
         "practical/distillation",
     )
 
-    blocks: float | None = option(
-        None,
-        "how many to remove; below 1 their share, rounded up (0.25, where none are named)",
-        check=is_amount,
-        allowed="a share between 0 and 1, or a whole number",
-    )
-    choose: str | int = option("macro-influence", f"by what: {CHOICE}", check=is_choice, allowed=CHOICE, word=True)
     mode: str = option("lora", "coefficients of a fused weight: lora, matrix or vector", choices=MODES)
     lora_rank: int = option(128, "rank of the coefficients in mode lora", least=1)
     blocks_per_group: int = option(
@@ -205,13 +191,12 @@ def fold(block: nn.Module) -> None:
 
 @dataclass
 class Lesson:
-    """What a group of blocks learns, batch by batch. group: its blocks, without the removed one. inputs: hidden states that
-    enter the group. targets: hidden states that left it before the removal."""
+    """What a group of blocks learns, batch by batch."""
 
-    group: range
+    group: range  # its blocks, without the removed one
     recorded: Sequence[Calls]
-    inputs: list[Tensor]
-    targets: list[Tensor]
+    inputs: list[Tensor]  # hidden states that enter the group
+    targets: list[Tensor]  # hidden states that left it before the removal
     kind: str
 
     def loss(self, stack: Stack, n: int) -> Tensor:

@@ -1,9 +1,8 @@
 """Greenformers: linear maps and convolutions factorized into two with lower rank (Cahyawijaya, arXiv 2108.10808).
 
 What it is for: a model with fewer weights and fewer operations, which runs on any device, at any precision, without special
-kernels. It
-can also be the start of further training: without that, a trained model loses much at ranks that save much (see the measured
-numbers below). The result is a plain model that the other methods take, so it can be quantized afterwards.
+kernels. It can also be the start of further training: without that, a trained model loses much at ranks that save much (see
+the measured numbers below). The result is a plain model that the other methods take, so it can be quantized afterwards.
 
     tersor compress greenformers demo --rank 0.75 --whiten --multiple 32 --out smaller
     tersor quantize smaller --group-size 32 --out smaller-4bit
@@ -81,14 +80,13 @@ from tersor.methods.structure.factorize import (
 
 @dataclass(frozen=True)
 class Factorized(Report):
-    """One layer. rank: 0 where it was kept. lost: the share of its weight's energy (whitened: of its outputs for the samples)
-    that is gone. parameters: of its weight now."""
+    """One layer."""
 
     outputs: int
     inputs: int
-    rank: int
-    lost: float
-    parameters: int
+    rank: int  # 0: it was kept
+    lost: float  # the share of its weight's energy (whitened: of its outputs for the samples) that is gone
+    parameters: int  # of its weight now
     note: str = ""
 
 

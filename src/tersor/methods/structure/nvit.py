@@ -53,9 +53,9 @@ from tersor.models.loading import load_state
 
 @dataclass(frozen=True)
 class PrunedBlock(Report):
-    """One block. widths: what is left; the embedding's width is the same in all blocks."""
+    """One block."""
 
-    widths: list[int]
+    widths: list[int]  # what is left; the embedding's width is the same in all blocks
 
     def row(self) -> dict[str, Any]:
         return {"name": self.name, **dict(zip(("embedding", "heads", "qk", "v", "mlp"), self.widths, strict=True))}

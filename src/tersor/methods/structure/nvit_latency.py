@@ -27,11 +27,11 @@ FULL_BLOCK = 0.0808  # seconds of a full block in the published table; `latency_
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """grid: the points of each axis, rising, in the order of AXES. seconds: of one block, with an axis for each. outside: seconds
-    of what lies outside the blocks, by the first axis; None: not counted, as in the published table."""
+    """Seconds by widths."""
 
-    grid: tuple[tuple[int, ...], ...]
-    seconds: torch.Tensor
+    grid: tuple[tuple[int, ...], ...]  # the points of each axis, rising, in the order of AXES
+    seconds: torch.Tensor  # of one block, with an axis for each
+    # Of what lies outside the blocks, by the first axis; None: not counted, as in the published table.
     outside: torch.Tensor | None = None
 
     def __post_init__(self) -> None:

@@ -32,10 +32,6 @@ def kind_of(index: int) -> str:
     return "emb" if index == 0 else KINDS[1 + (index - 1) % 4]
 
 
-def block_of(index: int) -> int:
-    return (index - 1) // 4
-
-
 def open_gates(model: Model) -> Gates:
     """Gates for all units, open: one bool tensor per list, on the model's device."""
     config, device = model.config, model.pos_embed.device
@@ -92,11 +88,10 @@ def widths_of(gates: Gates) -> list[list[int]]:
     return [[counts[0], *counts[first : first + 4]] for first in range(1, len(counts), 4)]
 
 
-def latency(gates: Gates, table: LatencyTable, *, emb: int | None = None) -> float:
-    """Seconds of all blocks and of what lies outside. emb: the width of the embedding; by default that of the gates."""
+def latency(gates: Gates, table: LatencyTable) -> float:
+    """Seconds of all blocks and of what lies outside."""
     blocks = widths_of(gates)
-    width = blocks[0][0] if emb is None else emb
-    return sum(table.at([width, *widths[1:]]) for widths in blocks) + table.beside_blocks(width)
+    return sum(map(table.at, blocks)) + table.beside_blocks(blocks[0][0])
 
 
 def seconds_saved(gates: Gates, table: LatencyTable) -> list[float]:

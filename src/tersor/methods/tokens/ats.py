@@ -33,10 +33,10 @@ RANGE = re.compile(r"(\d+)(?:(-)(\d*))?")
 
 @dataclass(frozen=True)
 class SampledBlock(Report):
-    """most: tokens that the block keeps at most, with the class token. tokens: that it kept on the samples, on average."""
+    """One block that drops tokens."""
 
-    most: int
-    tokens: float | None
+    most: int  # tokens that it keeps at most, with the class token
+    tokens: float | None  # that it kept on the samples, on average
 
     def row(self) -> dict[str, Any]:
         return {"name": self.name, "most tokens": self.most, "tokens left": "" if self.tokens is None else self.tokens}

@@ -13,9 +13,8 @@ share of the unpruned model's. For Vim, `pruning=snapshot` does what the release
 
 Origin: the paper, and ZLKong/ToP-ViM at b5bc231. The paper does not say by which step a place without a token decays; here it
 is the step of the next kept token (models/vision/vim.py). benchmarks/results/ssm_token_pruning.md has the speed, and a Vim
-trained
-here: the kept tokens were worth more than random ones, but alignment made no difference beyond chance. Not proven: the accuracy
-on ImageNet that the paper reports.
+trained here: the kept tokens were worth more than random ones, but alignment made no difference beyond chance. Not proven:
+the accuracy on ImageNet that the paper reports.
 """
 
 from __future__ import annotations
@@ -37,11 +36,10 @@ DEPTH = {"vim": "depth", "plainmamba": "num_layers"}  # system: the field of its
 
 @dataclass(frozen=True)
 class PrunedLayers(Report):
-    """Layers between two prunings. tokens: of each of these layers, for an image of the model's size. share: of the unpruned
-    model's."""
+    """Layers between two prunings."""
 
-    tokens: int
-    share: float
+    tokens: int  # of each of these layers, for an image of the model's size
+    share: float  # of the unpruned model's tokens
 
     def row(self) -> dict[str, Any]:
         return {"name": self.name, "tokens": self.tokens, "share": round(self.share, 3)}

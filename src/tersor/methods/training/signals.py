@@ -30,33 +30,28 @@ SOFTMAX = (torch.softmax, Tensor.softmax, nn.functional.softmax)
 
 @dataclass
 class Signals:
-    """What one run computed. hidden starts with the input of the first block; then hidden and attended have one entry per
-    block, the others one per attention.
+    """What one run computed. `hidden` and `attended` have one entry per block, the other lists one per attention."""
 
-    hidden, attended [B, N, D]: attended is what the first norm after the attention's last layer gives. scores before the softmax,
-    maps after it [B, heads, N, N]; contexts map · v [B, heads, N, d]; outputs of the layer that reads the context. output: what
-    the model returns.
-    """
-
-    hidden: list[Tensor] = field(default_factory=list)
-    attended: list[Tensor] = field(default_factory=list)
-    scores: list[Tensor] = field(default_factory=list)
-    maps: list[Tensor] = field(default_factory=list)
-    contexts: list[Tensor] = field(default_factory=list)
-    outputs: list[Tensor] = field(default_factory=list)
-    output: Any = None
+    hidden: list[Tensor] = field(default_factory=list)  # [B, N, D]; in front stands the input of the first block
+    attended: list[Tensor] = field(
+        default_factory=list
+    )  # [B, N, D], of the first norm after the attention's last layer
+    scores: list[Tensor] = field(default_factory=list)  # [B, heads, N, N], before the softmax
+    maps: list[Tensor] = field(default_factory=list)  # [B, heads, N, N], after it
+    contexts: list[Tensor] = field(default_factory=list)  # map · v, [B, heads, N, d]
+    outputs: list[Tensor] = field(default_factory=list)  # of the layer that reads the context
+    output: Any = None  # what the model returns
 
 
 @dataclass(frozen=True)
 class AttentionPlace:
-    """The parts around one attention, by name. queries: the layers that queries and keys come from, each with a mask [out] of the
-    outputs that these are; values likewise. sites: the innermost modules that compute the two products."""
+    """The parts around one attention, by name."""
 
-    queries: dict[str, Tensor]
-    values: dict[str, Tensor]
-    output: str
-    norm: str | None
-    sites: tuple[str, str]
+    queries: dict[str, Tensor]  # the layers that queries and keys come from, each with a mask [out] of these outputs
+    values: dict[str, Tensor]  # the same for the values
+    output: str  # the layer that reads the context
+    norm: str | None  # the first one after that
+    sites: tuple[str, str]  # the innermost modules that compute the two products
 
 
 @dataclass(frozen=True)

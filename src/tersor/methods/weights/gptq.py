@@ -119,9 +119,8 @@ class GPTQ(OnGrids):
         groups = block.order.groups
         for names in groups if self.true_sequential else [[name for group in groups for name in group]]:
             for statistics in block.hessians(names):
-                tokens = {name: each.tokens for name, each in statistics.items()}
                 factors = Factors(block.device, damp=self.damp, desc_act=self.desc_act)
-                block.solve(statistics, partial(self._solve, block, statistics, factors), self.group_size, tokens)
+                block.solve(partial(self._solve, block, statistics, factors), statistics)
 
     def _solve(
         self, block: Block, statistics: Mapping[str, Statistics], factors: Factors, name: str

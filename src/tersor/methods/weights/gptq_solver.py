@@ -36,16 +36,15 @@ DAMPING_STEPS = (1, 10, 100, 1000)  # multiples of `damp` that are tried in turn
 
 @dataclass(frozen=True)
 class Solution:
-    """A solved weight.
-
-    error: Σ (w - q)² / (2 U_ii²) with w as it was at its turn. This equals ½ Σ_rows dᵀ (H + damp·I) d with d = W - Q.
-    """
+    """A solved weight."""
 
     codes: Tensor  # [rows, columns]
     scales: Tensor  # [rows, groups]
     zeros: Tensor  # [rows, groups]
     g_idx: Tensor  # [columns], the group of every original column
     bits: Bits
+    group_size: int  # columns that share a grid; -1: all
+    # Σ (w - q)² / (2 U_ii²) with w as it was at its turn. This equals ½ Σ_rows dᵀ (H + damp·I) d with d = W - Q.
     error: float
     damp: float  # the fraction of the mean diagonal that was added to the diagonal in the end
     in_float64: bool = False  # whether H could be factorized only in this precision
@@ -62,7 +61,7 @@ class Solution:
         """The weight that a reader of the packed result gets back, [rows, columns]."""
         return dequantize(self.codes, self.scales[:, self.g_idx], self.zeros[:, self.g_idx], self.bits)
 
-    def pack(self, group_size: int, stored: Stored | None) -> QuantizedWeight | None:
+    def pack(self, stored: Stored | None) -> QuantizedWeight | None:
         """The packed weight. Symmetric ternary levels -s, 0, s become the 2-bit codes 1, 2, 3, with the zero point of all
         symmetric grids. None for ternary levels of two magnitudes, which no file format holds."""
         if self.bits == "ternary" and not torch.equal(self.scales, -self.zeros):
@@ -72,7 +71,7 @@ class Solution:
         if bits == "ternary":
             codes, zeros, bits = codes + 1, torch.full_like(zeros, 2), 2
         weight = QuantizedWeight.from_codes(
-            codes, scales.t(), zeros.t(), bits=bits, group_size=group_size, g_idx=self.g_idx
+            codes, scales.t(), zeros.t(), bits=bits, group_size=self.group_size, g_idx=self.g_idx
         )
         return replace(weight, a_bits=self.a_bits)
 
@@ -218,6 +217,7 @@ def solve_factorized(
         zeros=zeros,
         g_idx=groups[inverse_order],
         bits=bits,
+        group_size=group_size,
         error=float(errors.sum()),
         damp=factor.damp,
         in_float64=factor.in_float64,
@@ -367,10 +367,8 @@ def solve_rtn(
     scales, zeros = torch.cat([g.scale for g in grids], 1), torch.cat([g.zero for g in grids], 1)
     groups = natural_groups(columns, group_size, W.device)
     codes = quantize(W, scales[:, groups], zeros[:, groups], bits)
-    solution = Solution(codes.to(torch.uint8), scales, zeros, groups, bits, 0.0, 0.0)
-    return Solution(
-        **{**solution.__dict__, "error": float((W - solution.dequantize()).square().sum() / 2)},
-    )
+    solution = Solution(codes.to(torch.uint8), scales, zeros, groups, bits, group_size, error=0.0, damp=0.0)
+    return replace(solution, error=float((W - solution.dequantize()).square().sum() / 2))
 
 
 def _store(scales: Tensor, zeros: Tensor, group: int, grid: Grid) -> None:

@@ -40,7 +40,7 @@ class Magnitude(Pruning):
         def solve(name: str) -> tuple[DenseSolution, str]:
             return prune(weight_matrix(block.linears[name]), self.pruner, block.stored), ""
 
-        block.solve(block.linears, solve, -1, tokens={})
+        block.solve(solve)
 
 
 def prune(weight: Tensor, pruner: Pruner, stored: Stored | None) -> DenseSolution:

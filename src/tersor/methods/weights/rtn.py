@@ -56,7 +56,7 @@ class RTN(OnGrids):
             )
             return replace(solution, a_bits=self.a_bits), ""
 
-        block.solve(block.linears, solve, self.group_size, tokens={})
+        block.solve(solve)
 
     def quantization(self) -> UniformGrids:
         return UniformGrids(width_of(self.bits), self.group_size, self.sym, a_bits=self.a_bits)

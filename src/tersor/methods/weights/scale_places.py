@@ -211,10 +211,10 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 
 @dataclass
 class Sizes:
-    """How large the channels of a place's activations are. total: Σ |x| over tokens; largest: max |x|; both [channels]."""
+    """How large the channels of a place's activations are."""
 
-    total: Tensor
-    largest: Tensor
+    total: Tensor  # Σ |x| over tokens, [channels]
+    largest: Tensor  # max |x|, [channels]
     tokens: int
 
     @property

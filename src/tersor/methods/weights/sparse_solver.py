@@ -1,12 +1,11 @@
 """SparseGPT for one weight matrix: remove weights column after column, letting the columns that remain make up for it.
 
-minimise ‖W X - Ŵ X‖² over the weights that stay, given H = 2/N · X Xᵀ (Frantar, Alistarh: "SparseGPT", ICML 2023, algorithm 1).
-W, Ŵ [rows, columns]; H [columns, columns]. The mathematics is GPTQ's (`gptq_solver.py`). A weight that goes gets the level
-zero; one that stays is rounded, or keeps its value where nothing is rounded. With U the upper Cholesky factor of H⁻¹, removing
-w_ij costs w_ij² / U_jj² when column j has its turn. U_jj² is the j-th diagonal entry of the inverse of H over the columns from
-j on. The cheapest
-weights go: of a block of columns over all rows, chosen at its first column; or of every group of a pattern n:m, chosen at the
-group's first column.
+minimise ‖W X - Ŵ X‖² over the weights that stay, given H = 2/N · X Xᵀ (Frantar, Alistarh: "SparseGPT", ICML 2023, algorithm
+1). W, Ŵ [rows, columns]; H [columns, columns]. The mathematics is GPTQ's (`gptq_solver.py`). A weight that goes gets the
+level zero; one that stays is rounded, or keeps its value where nothing is rounded. With U the upper Cholesky factor of H⁻¹,
+removing w_ij costs w_ij² / U_jj² when column j has its turn. U_jj² is the j-th diagonal entry of the inverse of H over the
+columns from j on. The cheapest weights go: of a block of columns over all rows, chosen at its first column; or of every group
+of a pattern n:m, chosen at the group's first column.
 """
 
 from __future__ import annotations

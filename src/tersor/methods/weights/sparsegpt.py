@@ -82,9 +82,8 @@ class SparseGPT(Pruning):
     def compress_block(self, block: Block) -> None:
         for names in block.order.groups:
             for statistics in block.hessians(names):
-                tokens = {name: each.tokens for name, each in statistics.items()}
-                solve = partial(self._solve, block, statistics, Factors(block.device, damp=self.damp))
-                block.solve(statistics, solve, -1 if self.bits is None else self.group_size, tokens)
+                factors = Factors(block.device, damp=self.damp)
+                block.solve(partial(self._solve, block, statistics, factors), statistics)
 
     def _solve(
         self, block: Block, statistics: Mapping[str, Statistics], factors: Factors, name: str

@@ -9,9 +9,8 @@ A weight's score is |W_ij| · ‖X_j‖₂, with the norm of its input over all 
 output, the lowest go; in the pattern n:m, those of every m consecutive inputs.
 
 Origin: locuslab/wanda (MIT), not copied. As there, all layers of a block are scored on their inputs in the original block.
-There is one
-exception: experts whose statistics do not fit into memory together take turns, and a later turn sees the layers that were pruned
-before.
+There is one exception: experts whose statistics do not fit into memory together take turns, and a later turn sees the layers
+that were pruned before.
 
 Proven: the pattern and the count of every row are exact; what stays is untouched; saved results load in transformers. Measured:
 benchmarks/results/sparsity.md.
@@ -50,8 +49,7 @@ class Wanda(Pruning):
     def compress_block(self, block: Block) -> None:
         names = [name for group in block.order.groups for name in group]
         for statistics in block.hessians(names):
-            tokens = {name: each.tokens for name, each in statistics.items()}
-            block.solve(statistics, partial(self._solve, block, statistics), -1, tokens)
+            block.solve(partial(self._solve, block, statistics), statistics)
 
     def _solve(self, block: Block, statistics: Mapping[str, Statistics], name: str) -> tuple[DenseSolution, str]:
         H = statistics[name].hessian

@@ -27,11 +27,11 @@ them:
 
 Origin: dhruvramani/Transformers-RL at 85e64e0, MIT; opendilab/DI-engine at d0b21d0, Apache-2.0.
 
-Proven: the golden cases of both re-implementations and of the mended one, the first one's parameter count; streams
-equal to the whole, causality, no gradient into memory, the identity behind closed gates. Trained by PPO on a T-maze
-(benchmarks/results/memory_task.md): it remembers over 160 steps, where an LSTM of equal size did not learn; but so do
-Transformer-XL without gates, which needed fewer episodes there and stood a lower learning rate better. Not proven: any return
-of the paper; the paper's width of the MLP (1024) and the start b = 2 are what others report of it.
+Proven: the golden cases of both re-implementations and of the mended one, the first one's parameter count; streams equal to the
+whole, causality, no gradient into memory, the identity behind closed gates. Trained by PPO on a T-maze
+(benchmarks/results/memory_task.md): it remembers over 160 steps, where an LSTM of equal size did not learn; but Transformer-XL
+without gates (TrXL) learned in more of the runs, in fewer episodes, and stood a lower learning rate better. Not proven: any
+return of the paper; the paper's width of the MLP (1024) and the start b = 2 are what others report of it.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Gate(nn.Module):
 
 
 class RelativeAttention(nn.Module):
-    """queries from [T, B, D], keys and values from [n + T, B, D], the last T of which are the queries' steps."""
+    """queries from [T, B, D], keys and values from [n + T, B, D]; the last T are the queries' steps."""
 
     def __init__(self, config: GTrXLConfig) -> None:
         super().__init__()

@@ -16,7 +16,7 @@ and NaN, a failed sensor, is the mask token K. All domains, whatever n and m, sh
 plus learned positions, L times x + attention(LN x), x + MLP(LN x) (GELU, 4 d), LN, and a linear map to K logits.
 
     C-GPT   causal; cross entropy of each next token
-    C-BERT  both ways; 15 % of the tokens are asked for, of which 80 % become the mask token, 10 % another one, 10 % stay
+    C-BERT  both ways; 15 % of the tokens are asked for: 80 % of these become the mask token, 10 % another one, 10 % stay
     C-MTM   both ways; the share that is asked for is drawn anew for each sequence, and all of it masked
 
 Downstream, T(s) is the last layer's output at the tokens of the newest state: their mean, or all n beside each other.
@@ -26,10 +26,11 @@ Origin: no code is published. What the paper leaves open is ours: mu = 100, M = 
 in 4 heads (10 of them would exceed the 7 million parameters that it names), biases, positions counted from the start of a
 chunk. Missing: tokens of whole states and actions, the objective of SMART, IQL.
 
-Proven (there are no published numbers to compare with): round trip and order of the tokenizer, the layout, causality, the shares
-of masked tokens and that no other counts in the loss, parameters below 7 million; on a linear system the next state is
+Proven (there are no published numbers to compare with): round trip and order of the tokenizer, the layout, causality, the
+shares of masked tokens and that no other counts in the loss, parameters below 7 million; on a linear system the next state is
 known by more than a nat while actions stay at their policy's entropy; with a failed sensor a linear probe on T(s) imitates the
-controller better than one on s. Not proven: any result of the paper.
+controller better than one on s. Pretrained, it imitates a controller better than the same network from scratch, and far worse
+than an MLP on the numbers themselves (benchmarks/results/pasta.md). Not proven: any result of the paper.
 """
 
 from __future__ import annotations

@@ -26,9 +26,10 @@ Origin: alpc91/SGRL at 14ab19c, MIT; key names are the published ones, self_attn
 nothing uses. Quirks: two heads, whatever is asked for (others are refused here); dropout is always off; the layer takes
 Inv of the message Z1, not of Z.
 
-Proven: the golden cases of the published code (actor at two sizes, critic, traversals and relation), parameter counts,
-torques unchanged under rotation and reflection of all vectors, Z rotating along, and changed torques when gravity and
-target stay. Not proven: any return. Missing: TD3 and the environments.
+Proven: the golden cases of the published code (actor at two sizes, critic, traversals and relation), parameter counts, torques
+unchanged under rotation and reflection of all vectors, Z rotating along, and changed torques when gravity and target stay.
+Learned on a body that faces one way, it acts as well on bodies that face any way, where an MLP fails
+(benchmarks/results/morphology.md). Not proven: any return. Missing: TD3 and the environments.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ Origin: VAST-AI-Research/TripoSG at fc5c409, MIT, parts derived from Tencent Hun
 `transformer/` folder loads without a key map.
 
 Proven: the golden cases (one and two contexts, odd and even depth, the published width), the parameter count, the mixture's
-properties; it learned the tokens of four shapes of five (benchmarks/results/shapes.md). Not proven: the published quality
+properties; it learned the tokens of five shapes (benchmarks/results/shapes.md). Not proven: the published quality
 (Normal-FID 3.36 in its best ablation), the 4B mixture.
 """
 

@@ -302,7 +302,7 @@ class EBWM(nn.Module):
     def training_loss(
         self, frames: Tensor, guesses: Tensor | None = None, *, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
-        """frames (B, S + 1, D), of which the last S are predicted; guesses (B, S, D): where to begin."""
+        """frames (B, S + 1, D); the last S are predicted. guesses (B, S, D): where to begin."""
         made, _ = self.think(frames[:, :-1], guesses, learn=True, generator=generator)
         losses = [F.smooth_l1_loss(guess, frames[:, 1:]) for guess in made]
         counted = losses[-1:] if self.config.truncate_mcmc else losses

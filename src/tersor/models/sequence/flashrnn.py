@@ -25,7 +25,8 @@ One sLSTM of 64 channels, trained in 300 steps on the parity of 40 bits, is righ
 256 (benchmarks/results/sequence_proofs.md). The GPU form: on an H200, every cell and the form for wide heads equal the CPU's;
 training 1024 steps of 768 units in heads of 64 is 115 to 137 times as fast as the loop and 3.7 times cuDNN's dense LSTM
 (benchmarks/results/flashrnn.md). It is float32 only, and fused for heads up to 64 wide (elman 128).
-Not proven: the published speeds in bfloat16, and that a transformer or Mamba fails at this parity.
+In 1,040 and 1,300 steps two transformers, in 560 Mamba came to 53, 74 and 82 % within 40 bits, and guess beyond.
+Not proven: the published speeds in bfloat16, and that these fail however long they train.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ codewords like all others, as in Transformer-VQ. dt and A of the memory learn at
 Proven: equal to softmax attention over quantised keys, causal or not, with padding; with a codebook that holds the keys,
 equal to full attention; in blocks, in pieces and step by step the same; the codebook's update; time linear in the length.
 Not proven: any accuracy. Of 16 keys, 250 steps of a model of 32 channels taught it to recall a quarter; whether more do has
-not been tried, nor ListOps, nor a marker 4,000 positions back.
+not been tried, nor a marker 4,000 positions back. ListOps: 32.3 % after 622 steps (benchmarks/results/sequence_proofs.md).
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def attend(scores: Tensor, v: Tensor, mask: Tensor, dropout: float = 0.0) -> Ten
 
 
 class Memory(nn.Module):
-    """FSMN: x + depthwise convolution of x over time, nothing of which comes from or goes to the padding."""
+    """FSMN: x + depthwise convolution of x over time; nothing comes from the padding or goes to it."""
 
     def __init__(self, d: int, kernel: int, shift: int) -> None:
         super().__init__()

@@ -22,7 +22,8 @@ Origin: guyuntian/CoT_benchmark at 650a246, MIT. Its key names are ours; its buf
 dropped from a checkpoint. Every Linear and LayerNorm begins as PyTorch makes it.
 
 Proven: the golden cases of the published code (both kinds of positions), its parameter count, cached steps equal to the
-whole sequence. Not proven: the published accuracies.
+whole sequence; trained on arithmetic with six operators for 6,791 steps, it answers 99.2 % of unseen questions by a chain
+(benchmarks/results/sequence_proofs.md). Not proven: the published accuracies without a chain.
 """
 
 from __future__ import annotations

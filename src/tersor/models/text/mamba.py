@@ -24,7 +24,7 @@ logits have more columns than there are tokens. Texts of different lengths share
 state (or keys and values); it is not changed in place, so one prompt can be continued in several ways.
 
 Origin: state-spaces/mamba at e9594ce, Apache-2.0; its key names are ours. transformers' Mamba and Mamba2 differ by one
-key. The published step keeps d_conv inputs of the convolution, of which it needs one less. What chooses among its CUDA
+key. The published step keeps d_conv inputs of the convolution, one more than it needs. What chooses among its CUDA
 kernels (fused_add_norm, chunk_size, use_fast_path, use_mem_eff_path) is accepted and has no effect.
 
 To quantize Mamba-1 in groups, exclude `*.dt_proj`: its few inputs (dt_rank) are no multiple of the usual group sizes.

@@ -1,7 +1,7 @@
 """THOR: a transformer with stochastic experts for translation (Zuo et al., ICLR 2022, arXiv 2110.04260).
 
-What it is for: a mixture of experts without a router. Every other feed-forward layer has several experts, one of which
-is drawn by lot, in training and in use; a consistency loss makes them agree. The cost is a dense model's.
+What it is for: a mixture of experts without a router. Every other feed-forward layer has several experts, and one
+of them is drawn by lot, in training and in use; a consistency loss makes them agree. The cost is a dense model's.
 
     model = tersor.models.load("thor_iwslt", "checkpoint_best.pt", vocab=10152)
     logits = model(input_ids, decoder_input_ids)                       # (B, S), (B, T) -> (B, T, vocab)

@@ -27,11 +27,11 @@ Masks of the training kinds are in tersor.data.video_masks, loss and samplers in
 Origin: RERV/VDT at cdbad2b, CC BY-NC 4.0: written anew from the paper and the mathematics. Its key names are ours; the two
 tables of its checkpoints are dropped, they follow from the config.
 
-Proven: the golden cases of the published code (video and image mode, S/2 and L/2 sizes, masked training loss with
-gradients, respaced sampling with a mask, masks); parameter counts of its code, without the two fixed tables that it
-counts as frozen parameters (the paper's 28.5M and 595.9M seem to leave out the modulation). Not proven: FVD on any
-published data set; loading of the official Sky Time-Lapse file itself; that its forecast of moving shapes beats a copy (after
-895 steps it did not, benchmarks/results/video.md).
+Proven: the golden cases of the published code (video and image mode, S/2 and L/2 sizes, masked training loss with gradients,
+respaced sampling with a mask, masks); parameter counts of its code, without the two fixed tables that it counts as frozen
+parameters (the paper's 28.5M and 595.9M seem to leave out the modulation). Not proven: FVD on any published data set; loading
+of the official Sky Time-Lapse file itself; that one sample of its forecast of moving shapes beats a copy (the mean of 8 samples
+does, benchmarks/results/video.md).
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ left out here. Where an image has fewer than two patch tokens left, published co
 
 Proven: the golden cases (mask and drop mode, DeiT-S at full size); accuracy against operations and speed on demo-vit, beside
 simpler ways to drop tokens (benchmarks/results/token_sampling.md). Not proven: ImageNet accuracies, fine-tuning. Not here:
-the CvT, PS-ViT and video models, of which no code was published; dropout and drop path.
+the CvT, PS-ViT and video models, whose code was not published; dropout and drop path.
 """
 
 from __future__ import annotations

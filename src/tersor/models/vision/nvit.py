@@ -17,7 +17,7 @@ distillation) token:
 
 The scale is that of the unpruned width (`head_dim`, 64), whatever q is. `token_mask`, one number per place, multiplies
 Q, K and V (ones, unless a checkpoint says otherwise). Patches are flattened pixel by pixel, the channel fastest.
-`norm_width` is the D of which the LayerNorms take mean and variance: channels that are missing count as zeros, so that a
+`norm_width` is the D over which the LayerNorms take mean and variance: channels that are missing count as zeros, so that a
 pruned model computes what it did while the pruned channels were zeroed. 0, as published: of the D that are there.
 
 Training returns the logits of both heads, eval their mean (one head without `distilled`).
@@ -84,7 +84,7 @@ class NViTConfig:
 
 
 class PrunedLayerNorm(nn.LayerNorm):
-    """LayerNorm of x [..., D] whose mean and variance are over `counted` channels, of which those beyond D are zero."""
+    """LayerNorm of x [..., D] whose mean and variance are over `counted` channels; those beyond D are zero."""
 
     def __init__(self, config: NViTConfig) -> None:
         super().__init__(config.embed_dim, eps=config.norm_eps)

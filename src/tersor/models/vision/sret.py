@@ -115,7 +115,7 @@ def fixed_permutation(n: int) -> Tensor:
 def soft_cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
     """logits (B, classes) of both -> mean over the batch of -sum softmax(teacher) log softmax(student).
 
-    A temperature T is for the caller: both logits divided by it. No gradient goes to the teacher.
+    The caller divides both logits by a temperature T. No gradient goes to the teacher.
     """
     return -(teacher.detach().softmax(1) * student.log_softmax(1)).sum(1).mean()
 
