@@ -1,11 +1,13 @@
 """Latency and peak memory of vision models beside the nearest models of timm, torchvision and others, in one run.
 
-    python benchmarks/vision_latency.py [NAME...] [--device cuda] [--compile-seconds 85] [--turns 20]
+    python benchmarks/vision_latency.py [NAME...] [--device cuda] [--compile-seconds 85] [--turns 20] [--compile-only]
 
 Images of one size, float32, random weights, batches of 1 and 64; the two models of a row run in turns, and medians count.
 Compiled: torch.compile with its defaults. Memory: the weights, and what a run needs beyond them at its peak. SHViT and FMViT run
 in their deployed form, as their papers measure them. On a CPU each pair has two cores of its own and two threads. Other cores of
 the machines named below had work meanwhile, six of sixteen in the longer run.
+
+--compile-only fills the compiler's cache (TORCHINDUCTOR_CACHE_DIR), so that a second call has the time for all.
 
 Needs timm, and for a row each torchvision and fastervit; rows whose peer is not installed have our times alone.
 """
@@ -180,7 +182,9 @@ def line_of(process: subprocess.Popen[str], start: str) -> str | None:
     return next((line for line in process.stdout if line.startswith(start)), None)
 
 
-def measure(chosen: list[int], device: str, seconds: float, turns: int, keep: Callable[[int, Any], None]) -> None:
+def measure(
+    chosen: list[int], device: str, seconds: float, turns: int, keep: Callable[[int, Any], None], *, compile_only: bool
+) -> None:
     """On a GPU all pairs are compiled at once, then measured one by one; on a CPU as many at once as there are cores for."""
     cores = sorted(os.sched_getaffinity(0))
     groups = [set(cores[n : n + CORES]) for n in range(0, len(cores) - CORES + 1, CORES)] or [set(cores)]
@@ -192,6 +196,9 @@ def measure(chosen: list[int], device: str, seconds: float, turns: int, keep: Ca
         running = {number: start(number, device, until, turns, where) for number, where in part}
         try:
             ready = [number for number, process in running.items() if line_of(process, "READY")]
+            if compile_only:
+                print(f"compiled: {[PAIRS[number].ours for number in ready]}", flush=True)
+                continue
             if device != "cuda":
                 for number in ready:
                     go(running[number])
@@ -273,6 +280,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile-seconds", type=float, default=85.0, help="after which nothing more is compiled")
     parser.add_argument("--turns", type=int, default=20)
+    parser.add_argument("--compile-only", action="store_true", help="measure nothing")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -288,6 +296,9 @@ def main() -> None:
     options = f"--device {given.device} --compile-seconds {given.compile_seconds:g} --turns {given.turns}"
     command = " ".join(["python benchmarks/vision_latency.py", *given.names, options])
     rows = results.get(given.device, {}).get("rows", {})
+    before = results.get(given.device, {}).get("command", command)
+    if command not in before:
+        command = f"{before}`, then `{command}"
 
     def keep(number: int, row: dict[str, Any] | None) -> None:
         name = f"{PAIRS[number].ours} {PAIRS[number].peer}"
@@ -300,7 +311,7 @@ def main() -> None:
             write_numbers("vision_latency", results)
             write_table("vision_latency", table(results))
 
-    measure(chosen, given.device, given.compile_seconds, given.turns, keep)
+    measure(chosen, given.device, given.compile_seconds, given.turns, keep, compile_only=given.compile_only)
 
 
 if __name__ == "__main__":

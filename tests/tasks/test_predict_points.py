@@ -98,3 +98,5 @@ def test_classes_that_do_not_fit_are_said_in_a_line(
     ran = tersor_command(*arguments, "--validation", trained / "data", "--set", "model.num_classes=3")
     assert ran.status == 2
     assert "do not have the same classes" in ran.err
+    ran = tersor_command(*arguments, "--set", "model.num_classes=5")
+    assert "has 3 classes, the model 5, so 2 stay without a name: --set model.num_classes=3" in ran.err

@@ -65,8 +65,11 @@ def test_a_convolutional_network_gives_the_same_in_tiles() -> None:
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 8, 5, padding=2), nn.GELU(), nn.Conv2d(8, 12, 7, padding=3), nn.PixelShuffle(2)]
     network = nn.Sequential(*layers)
-    for size in ((300, 470), (TILE + 1, 20)):
-        assert difference(in_tiles(network, photo(*size)), whole(network, photo(*size))) <= 1
+    for size, tiles in (((300, 470), 6), ((TILE + 1, 20), 2)):
+        told: list[tuple[int, int]] = []
+        made = in_tiles(network, photo(*size), progress=lambda *how_far, told=told: told.append(how_far))
+        assert difference(made, whole(network, photo(*size))) <= 1
+        assert told == [(done, tiles) for done in range(1, tiles + 1)]
 
 
 @torch.no_grad()

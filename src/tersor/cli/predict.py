@@ -59,9 +59,10 @@ def predict(
         raise TersorError(f"{there[0]} exists; give another --out, or --overwrite to replace it")
     skipped, told = 0, []
     table = csv.writer(sys.stdout, lineterminator="\n")
-    with progress_bar(quiet=len(files) == 1) as progress:
-        for number, (path, found) in enumerate(predictions(predictor, files), 1):
-            progress(path.name, number, len(files))
+    with progress_bar() as progress:
+        for number, (path, found) in enumerate(predictions(predictor, files, progress), 1):
+            if len(files) > 1:
+                progress(path.name, number, len(files))
             if isinstance(found, TersorError):
                 skipped += 1
                 typer.echo(f"tersor: {found}", err=True)

@@ -40,9 +40,11 @@ def merge(windows: Tensor, window: Sequence[int], grid: Sequence[int]) -> Tensor
     return windows.reshape(-1, *counts, *window, channels).permute(order).reshape(-1, *grid, channels)
 
 
-def shift_mask(grid: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> Tensor:
+def shift_mask(
+    grid: Sequence[int], window: Sequence[int], shift: Sequence[int], *, device: torch.device | None = None
+) -> Tensor:
     """(windows, tokens, tokens): 0 where both tokens come from the same region of the rolled grid, else -100."""
-    region = torch.zeros(1, *grid, 1)
+    region = torch.zeros(1, *grid, 1, device=device)
     parts: list[tuple[slice, ...]] = [
         (slice(-w), slice(-w, -s), slice(-s, None)) if s else (slice(None),) for w, s in zip(window, shift, strict=True)
     ]
@@ -50,7 +52,7 @@ def shift_mask(grid: Sequence[int], window: Sequence[int], shift: Sequence[int])
         region[(slice(None), *where)] = number
     rows = partition(region, window).squeeze(-1)  # (windows, tokens)
     differs = rows[:, None, :] != rows[:, :, None]
-    return torch.zeros(differs.shape).masked_fill(differs, HIDDEN)
+    return torch.zeros(differs.shape, device=region.device).masked_fill(differs, HIDDEN)
 
 
 def relative_index(window: Sequence[int]) -> Tensor:

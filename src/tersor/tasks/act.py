@@ -22,6 +22,7 @@ from torch import nn
 
 from tersor.errors import TersorError
 from tersor.models.config import checked_config
+from tersor.progress import Progress, silent
 from tersor.tasks.task import Sets, Task
 from tersor.train.ppo import Played, PPOConfig, Shown, play, proximal
 from tersor.untrusted import read_json_object
@@ -178,6 +179,7 @@ def predict(
     labels: Mapping[int, str],
     out: Path | None,
     reference: Path | None,
+    progress: Progress = silent,
 ) -> Returns:
     config = read_env(path)
     env = make_env(config)

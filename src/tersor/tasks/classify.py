@@ -15,6 +15,7 @@ from tersor.checkpoint.preprocessing import preprocessor_config
 from tersor.data.images import SUFFIXES, ImageConfig, Images, load_images
 from tersor.errors import TersorError
 from tersor.models.config import checked_config
+from tersor.progress import Progress, silent
 from tersor.tasks.sheet import shown
 from tersor.tasks.task import Sets, Task
 from tersor.train.objectives import classification
@@ -48,14 +49,14 @@ def load_data(model: Any, data: Path, validation: Path | None, table: Mapping[st
     config = checked_config(ImageConfig, {"size": example["image"].shape[-1], **table}, "data")
     train = load_images(data, config)
     held_out = load_images(validation, dataclasses.replace(config, augment=False)) if validation else None
-    check_classes(model, train, held_out, data, validation)
+    notes = check_classes(model, train, held_out, data, validation)
     preprocessing = preprocessor_config({"size": config.size, "mean": config.mean, "std": config.std})
-    return Sets(train, held_out, preprocessing=preprocessing, labels=train.classes)
+    return Sets(train, held_out, preprocessing=preprocessing, labels=train.classes, notes=notes)
 
 
-def check_classes(model: Any, train: Any, held_out: Any, data: Path, validation: Path | None) -> None:
+def check_classes(model: Any, train: Any, held_out: Any, data: Path, validation: Path | None) -> tuple[str, ...]:
     """Raise TersorError where two sets of labelled files have unlike classes, or more than the model has, or where there is
-    one class only."""
+    one class only. Returns a note where the model has more."""
     if len(set(train.labels)) < 2:
         raise TersorError(f"{data} has one class, {train.classes[train.labels[0]]}; a classifier needs two or more")
     if held_out is not None and held_out.classes != train.classes:
@@ -67,6 +68,12 @@ def check_classes(model: Any, train: Any, held_out: Any, data: Path, validation:
             f"{data} has {len(train.classes)} classes, the model has num_classes {room}; "
             f"--set model.num_classes={len(train.classes)}"
         )
+    if len(train.classes) == room:
+        return ()
+    return (
+        f"{data} has {len(train.classes)} classes, the model {room}, so {room - len(train.classes)} stay without a name: "
+        f"--set model.num_classes={len(train.classes)} gives it a head for those that there are",
+    )
 
 
 @torch.no_grad()
@@ -78,6 +85,7 @@ def predict(
     labels: Mapping[int, str],
     out: Path | None,
     reference: Path | None,
+    progress: Progress = silent,
 ) -> Classes:
     image = Images([path], [0], [""], ImageConfig(**settings))[0]["image"][None]
     first = next(module.parameters())

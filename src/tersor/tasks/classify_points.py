@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tersor.data.clouds import SUFFIXES, CloudConfig, centred, load_clouds, read_cloud
 from tersor.errors import TersorError
 from tersor.models.config import checked_config
+from tersor.progress import Progress, silent
 from tersor.tasks.classify import Classes, check_classes, likeliest
 from tersor.tasks.task import Sets, Task
 from tersor.train.objectives import classification
@@ -22,8 +23,8 @@ def load_data(model: Any, data: Path, validation: Path | None, table: Mapping[st
     config = checked_config(CloudConfig, {"points": points_of(model), **table}, "data")
     train = load_clouds(data, config)
     held_out = load_clouds(validation, dataclasses.replace(config, augment=False)) if validation else None
-    check_classes(model, train, held_out, data, validation)
-    return Sets(train, held_out, labels=train.classes)
+    notes = check_classes(model, train, held_out, data, validation)
+    return Sets(train, held_out, labels=train.classes, notes=notes)
 
 
 def points_of(model: Any) -> int:
@@ -40,6 +41,7 @@ def predict(
     labels: Mapping[int, str],
     out: Path | None,
     reference: Path | None,
+    progress: Progress = silent,
 ) -> Classes:
     cloud = centred(read_cloud(path, points_of(module)))
     first = next(module.parameters())

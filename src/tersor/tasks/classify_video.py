@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tersor.data.videos import SUFFIXES, VideoConfig, Videos, frames_of, load_videos, normalised, videos_in, windows
 from tersor.errors import TersorError
 from tersor.models.config import checked_config
+from tersor.progress import Progress, silent
 from tersor.tasks.classify import captions, check_classes, likeliest
 from tersor.tasks.sheet import levels
 from tersor.tasks.task import Sets, Task, numbers_of
@@ -57,9 +58,9 @@ def load_data(model: Any, data: Path, validation: Path | None, table: Mapping[st
     config = checked_config(VideoConfig, table, "data")
     train = load_videos(data, config)
     held_out = load_videos(validation, config, chance=False) if validation else None
-    check_classes(model, train, held_out, data, validation)
+    notes = check_classes(model, train, held_out, data, validation)
     kept = {name: getattr(config, name) for name in KEPT}
-    return Sets(train, held_out, preprocessing=kept, labels=train.classes)
+    return Sets(train, held_out, preprocessing=kept, labels=train.classes, notes=notes)
 
 
 KEPT = ("frames", "stride", "size", "rate", "mean", "std")  # of the settings: what a prediction needs
@@ -74,6 +75,7 @@ def predict(
     labels: Mapping[int, str],
     out: Path | None,
     reference: Path | None,
+    progress: Progress = silent,
 ) -> Events:
     config = checked_config(VideoConfig, {name: settings[name] for name in KEPT if name in settings}, "preprocessor")
     first = numbers_of(module)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tersor.data.graphs import NODES, PARTS, Graph, read_graph
 from tersor.errors import TersorError
 from tersor.files import replacing
+from tersor.progress import Progress, silent
 from tersor.tasks import node_classify
 from tersor.tasks.graph_inputs import ManyGraphs, check_sizes, class_names, flat_inputs
 from tersor.tasks.node_classify import NodeClasses, check_features, graph_config, saved_config, settings_of
@@ -68,6 +69,7 @@ def predict(
     labels: Mapping[int, str],
     out: Path | None,
     reference: Path | None,
+    progress: Progress = silent,
 ) -> GraphTable | NodeClasses:
     assert out is not None
     config: Any = module.config

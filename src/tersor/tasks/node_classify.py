@@ -20,6 +20,7 @@ from tersor.data.graphs import NODES, PARTS, Graph, GraphConfig, read_graph
 from tersor.errors import TersorError
 from tersor.files import replacing
 from tersor.models.config import checked_config
+from tersor.progress import Progress, silent
 from tersor.tasks.graph_inputs import (
     SampledNodes,
     TokenSource,
@@ -85,6 +86,7 @@ def predict(
     labels: Mapping[int, str],
     out: Path | None,
     reference: Path | None,
+    progress: Progress = silent,
 ) -> NodeClasses:
     assert out is not None
     graph = _one_graph(path, saved_config(settings))

@@ -16,6 +16,7 @@ from tersor.checkpoint.preprocessing import class_names, image_settings, saved_s
 from tersor.checkpoint.source import open_checkpoint
 from tersor.devices import pick_device
 from tersor.errors import TersorError
+from tersor.progress import Progress, silent
 from tersor.tasks import Prediction, Task, task_of
 from tersor.tasks.task import name_of
 from tersor.untrusted import readable
@@ -37,8 +38,8 @@ class Predictor:
     out: Path | None = None  # the folder for results that are files
     reference: Path | None = None  # what they are compared with: a file, or a folder with files of the inputs' names
 
-    def __call__(self, path: Path, *others: Path) -> Prediction:
-        """others: further files of the same input."""
+    def __call__(self, path: Path, *others: Path, progress: Progress = silent) -> Prediction:
+        """others: further files of the same input. progress: of this input."""
         assert self.task.predict is not None
         if others:
             assert self.task.together is not None
@@ -51,6 +52,7 @@ class Predictor:
             labels=self.labels,
             out=self.out,
             reference=None if self.reference is None else _reference_of(path, self.reference),
+            progress=progress,
         )
 
 
@@ -143,10 +145,10 @@ def results_of(predictor: Predictor, inputs: Sequence[tuple[Path, ...]]) -> list
 
 
 def predictions(
-    predictor: Predictor, inputs: Sequence[tuple[Path, ...]]
+    predictor: Predictor, inputs: Sequence[tuple[Path, ...]], progress: Progress = silent
 ) -> Iterator[tuple[Path, Prediction | TersorError]]:
     """Yields the first file of each input with its prediction, or with the error where one cannot be read. Raises TersorError
-    where the results of two inputs would have one name, or several would be compared with one file."""
+    where the results of two inputs would have one name, or several would be compared with one file. progress: of one input."""
     files = [first for first, *_ in inputs]
     if len(files) > 1 and predictor.reference is not None and not predictor.reference.is_dir():
         raise TersorError(
@@ -163,7 +165,7 @@ def predictions(
             predictor.out.mkdir(parents=True, exist_ok=True)
     for path, *others in inputs:
         try:
-            yield path, predictor(path, *others)
+            yield path, predictor(path, *others, progress=progress)
         except TersorError as error:
             yield path, error
 

@@ -27,6 +27,7 @@ from tersor.errors import TersorError
 from tersor.files import replacing
 from tersor.layers.volumes import dice_loss, intersection_over_union
 from tersor.models.config import checked_config
+from tersor.progress import Progress, silent
 from tersor.tasks.sheet import TILE, levels
 from tersor.tasks.task import Sets, Task, name_of, numbers_of
 from tersor.train.objectives import Batch
@@ -116,6 +117,7 @@ def predict(
     labels: Mapping[int, str],
     out: Path | None,
     reference: Path | None,
+    progress: Progress = silent,
 ) -> Reconstructed:
     assert out is not None
     return together(module, [path], out=out)

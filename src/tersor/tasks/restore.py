@@ -19,6 +19,7 @@ from tersor.errors import TersorError
 from tersor.evaluate.fidelity import Fidelity, fidelity
 from tersor.files import replacing
 from tersor.models.config import checked_config
+from tersor.progress import Progress, silent
 from tersor.tasks.sheet import levels
 from tersor.tasks.task import Sets, Task
 from tersor.tasks.tiles import in_tiles
@@ -77,11 +78,14 @@ def predict(
     labels: Mapping[int, str],
     out: Path | None,
     reference: Path | None,
+    progress: Progress = silent,
 ) -> Enlarged:
     assert out is not None
     picture = np.asarray(open_image(path, upright=True))
     first = next(module.parameters())
-    large = in_tiles(functools.partial(_enlarged, module, first), picture)
+    large = in_tiles(
+        functools.partial(_enlarged, module, first), picture, progress=functools.partial(progress, path.name)
+    )
     scale = len(large) // len(picture)
     near = None if reference is None else _compared(large, reference, scale)
     file = out / f"{path.stem}_x{scale}.png"

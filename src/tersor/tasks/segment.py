@@ -19,6 +19,7 @@ from tersor.data.masks import MaskConfig, load_masks, normalised, scaled
 from tersor.errors import TersorError
 from tersor.files import replacing
 from tersor.models.config import checked_config
+from tersor.progress import Progress, silent
 from tersor.tasks.sheet import shown
 from tersor.tasks.task import Sets, Task
 from tersor.train.objectives import IGNORED, segmentation
@@ -65,6 +66,7 @@ def predict(
     labels: Mapping[int, str],
     out: Path | None,
     reference: Path | None,
+    progress: Progress = silent,
 ) -> Segments:
     assert out is not None
     picture = open_image(path, upright=True)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from tersor.progress import Progress
+from tersor.progress import Progress, silent
 from tersor.train.objectives import Objective
 
 
@@ -38,7 +38,7 @@ class Predict(Protocol):
     """Predicts for one input file.
 
     settings: the model's preprocessing. labels: its classes' names, by number. out: the folder for results that are files; None
-    where the task writes none. reference: what the result is compared with.
+    where the task writes none. reference: what the result is compared with. progress: of a file that takes its time.
     """
 
     def __call__(
@@ -50,6 +50,7 @@ class Predict(Protocol):
         labels: Mapping[int, str],
         out: Path | None,
         reference: Path | None,
+        progress: Progress = silent,
     ) -> Prediction: ...
 
 

@@ -36,12 +36,14 @@ class Span:
     weights: Tensor  # (end - begin,)
 
 
-def in_tiles(network: Callable[[Tensor], Tensor], picture: Any) -> Any:
+def in_tiles(
+    network: Callable[[Tensor], Tensor], picture: Any, *, progress: Callable[[int, int], None] | None = None
+) -> Any:
     """network: (1, 3, h, w) in [0, 1] -> (1, 3, scale h, scale w). Raises TersorError where the result would be too
-    large, or is no multiple of the picture."""
+    large, or is no multiple of the picture. progress(done, total): after each tile."""
     height, width = picture.shape[:2]
     rows, columns = (spans(side) for side in (height, width))
-    scale = 0
+    scale = done_tiles = 0
     result, band = np.empty((0, 0, 3), np.uint8), torch.empty(0)
     for row, below in zip(rows, [*rows[1:], None], strict=True):
         for column in columns:
@@ -58,6 +60,9 @@ def in_tiles(network: Callable[[Tensor], Tensor], picture: Any) -> Any:
                 band = torch.zeros(3, (row.end - row.begin) * scale, width * scale)
             down, across = (each.weights.repeat_interleave(scale) for each in (row, column))
             band[:, :, column.begin * scale : column.end * scale] += made * down[:, None] * across
+            done_tiles += 1
+            if progress is not None:
+                progress(done_tiles, len(rows) * len(columns))
         done = ((below.begin if below else height) - row.begin) * scale  # rows that no further tile touches
         ready = (band[:, :done].clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
         result[row.begin * scale : row.begin * scale + done] = ready.numpy()

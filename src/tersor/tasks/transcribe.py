@@ -23,6 +23,7 @@ from tersor.data.speech_features import Normalization, filterbank, low_frame_rat
 from tersor.errors import TersorError
 from tersor.layers.integrate_and_fire import integrate_and_fire
 from tersor.models.config import checked_config
+from tersor.progress import Progress, silent
 from tersor.tasks.task import Sets, Task, numbers_of
 from tersor.train.mwer import edit_distance
 from tersor.train.objectives import Batch
@@ -339,6 +340,7 @@ def predict(
     labels: Mapping[int, str],
     out: Path | None,
     reference: Path | None,
+    progress: Progress = silent,
 ) -> Transcript:
     if settings.get("features") != "filterbank":
         raise TersorError("`tersor transcribe` reads a published folder with its am.mvn and tokens.json")

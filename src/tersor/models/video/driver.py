@@ -158,7 +158,7 @@ class Block(nn.Module):
         x, mask = pad_to(x, window), None
         grid = x.shape[1:-1]
         if any(shift):
-            mask = shift_mask(grid, window, shift).to(x)
+            mask = shift_mask(grid, window, shift, device=x.device).to(x)
             x = x.roll([-s for s in shift], (1, 2, 3))
         x = merge(self.attn(partition(x, window), mask), window, grid)
         if any(shift):

@@ -25,10 +25,13 @@ for 1x1 kernels, which some official files hold, are accepted.
 With `distillation` there are two heads: training returns both logits, eval their mean.
 
 Proven: the golden cases of the published code to 1e-6 (tiny ones and S1), parameter counts of S1 to S4, fused outputs equal
-to 1e-5, all four variants equal to timm 1.0.31 with random weights in timm's layout. S4 beside MobileViTV2-1.0
-(benchmarks/results/vision_latency.md): on an H200 1.3 times as fast for 64 pictures and slower for one (published: 3.3
-times, on another GPU), on two CPU threads 1.9 times for one and 6 times for 64 (8.1). Not proven: ImageNet accuracy (72.8,
-75.2, 77.4, 79.4 published).
+to 1e-5, all four variants equal to timm 1.0.31 with random weights in timm's layout. S4 beside MobileViTV2-1.0, published as
+3.3 times as fast on a GPU: on an H200, both folded, for 256 pictures 2.3 times in float32, and channels last in a CUDA graph 3.6
+times with TF32 and 4.2 times in float16; for 64 pictures 1.6, 3.1 and 3.3 times. For one picture 0.7 times, for there the GPU
+waits for the launches of 385 kernels against 276, and 1.2 times at best (benchmarks/results/shvit_attempts.md). On two CPU
+threads 1.9 times for one and 6 times for 64 (8.1 published; benchmarks/results/vision_latency.md). So on a GPU:
+`fuse().half().to(memory_format=torch.channels_last)`, large batches, a graph. Not proven: ImageNet accuracy (72.8, 75.2, 77.4,
+79.4 published).
 """
 
 from __future__ import annotations
