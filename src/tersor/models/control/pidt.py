@@ -25,7 +25,7 @@ the environment.
 Proven: the golden cases of the published backbone, its parameter count, left padding, causality, zero probability of
 what is not feasible, (tersor.data.restoration) that no violated limit is let through, also by another AC power flow, and on a
 feeder of 8 cells that a PIDT trained on random runs restores the optimum when asked for it. Not proven: any result of the paper.
-Feeders of 13 and 123 nodes: tersor.data.feeders.
+Feeders of 13 and 123 nodes: tersor.data.feeders; what it restores there: benchmarks/results/service_restoration.md.
 """
 
 from __future__ import annotations
