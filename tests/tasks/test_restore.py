@@ -231,7 +231,7 @@ def test_what_cannot_be_done_is_said_in_a_line(
     out = ("--out", tmp_path / "out")
     for arguments, status, said in (
         ((run, small), 2, "--out DIR says where"),
-        ((run, small, *out, "--reference", tmp_path / "none"), 2, "there is no reference at"),
+        ((run, small, *out, "--reference", tmp_path / "none"), 2, "there is no file or folder"),
         ((run, small, *out, "--reference", small / "0.png"), 2, "--reference takes a folder"),
         ((run, small, tmp_path / "a", *out), 2, "have one name, 0"),
         ((run, tmp_path / "lonely.png", *out, "--reference", trained / "large"), 1, "holds 0 files named lonely"),
