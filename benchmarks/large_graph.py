@@ -12,7 +12,8 @@ memory is shown. Labels are random: this says nothing of accuracy.
 Peer: torch_geometric's NeighborLoader samples by pyg-lib or torch-sparse, which PyPI has no wheels of for this torch, so that it
 does not run. DGL 2.1.0 samples here instead (its sampler in C++; its graphbolt does not load with this torch and is left out): 10
 neighbours, then 5 of each, 60 nodes at most. That is another draw than LargeGT's, which lists the nodes within two edges, each
-once, and draws among all of them. The features of the nodes are gathered in both, three rows a node by LargeGT.
+once, and draws among all of them. The features of the nodes are gathered in both, three rows a node by LargeGT. A cell is empty
+where DGL was not installed.
 """
 
 from __future__ import annotations

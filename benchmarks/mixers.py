@@ -165,7 +165,7 @@ def kept() -> list[Row]:
 
 def _seeds(rows: list[Row]) -> str:
     count = len({row.seed for row in rows})
-    return "one seed" if count == 1 else f"{count} seeds"
+    return "one seed" if count == 1 else f"{count} seeds, one where no range is shown"
 
 
 def write(rows: list[Row]) -> None:

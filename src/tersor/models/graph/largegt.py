@@ -23,8 +23,9 @@ lin_query, lin_value, lin_skip, out_proj) and c_idx (int16, so at most 32,767 co
 of one node loses its batch axis. The published option `skip` is without effect.
 
 Proven: the golden cases of the published code (both sizes, three codebook updates, hop features), its parameter count,
-the properties of the codebook and of the order of tokens, sampled nodes against lists made by hand. Not proven:
-published accuracies, speed beyond a million nodes (benchmarks/results/large_graph.md).
+the properties of the codebook and of the order of tokens, sampled nodes against lists made by hand; a training step takes
+the same time on graphs of 0.1, 1 and 10 million nodes, the last with 100 million edges in 3.4 GB
+(benchmarks/results/large_graph.md). Not proven: published accuracies.
 """
 
 from __future__ import annotations
