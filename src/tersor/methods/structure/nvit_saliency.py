@@ -88,10 +88,11 @@ def widths_of(gates: Gates) -> list[list[int]]:
     return [[counts[0], *counts[first : first + 4]] for first in range(1, len(counts), 4)]
 
 
-def latency(gates: Gates, table: LatencyTable) -> float:
-    """Seconds of all blocks and of what lies outside."""
+def latency(gates: Gates, table: LatencyTable, *, emb: int | None = None) -> float:
+    """Seconds of all blocks and of what lies outside. emb: the width of the embedding; by default that of the gates."""
     blocks = widths_of(gates)
-    return sum(map(table.at, blocks)) + table.beside_blocks(blocks[0][0])
+    width = blocks[0][0] if emb is None else emb
+    return sum(table.at([width, *widths[1:]]) for widths in blocks) + table.beside_blocks(width)
 
 
 def seconds_saved(gates: Gates, table: LatencyTable) -> list[float]:
