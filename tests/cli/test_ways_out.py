@@ -137,8 +137,8 @@ def test_pickled_weights_are_read_by_the_commands_that_the_error_names(
         ("generate", "demo", "text", "--max-new-tokens", HUGE),
         ("eval", "demo", "--max-windows", HUGE),
         ("bench", "demo", "--new-tokens", HUGE),
-        ("train", "s4", "--out", "out", "--max-steps", HUGE),
-        ("forecast", "model", "--data", "table.csv", "--horizon", HUGE),
+        ("train", "s4", "--data", ".", "--out", "out", "--max-steps", HUGE),
+        ("forecast", "ridge", "--data", ".", "--horizon", HUGE),
     ],
 )
 def test_counts_fit_in_64_bits(

@@ -144,7 +144,7 @@ def _check_folder(name: str, *, must_be_model: bool = True) -> None:
     folder = local_path(name)
     if not must_be_model or folder is None or folder.is_file() or (folder / JOB_FOLDER).exists():
         return
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").exists():
         raise TersorError(f"{folder} is not a model: it has no config.json")
 
 

@@ -69,8 +69,9 @@ class Trained:
     steps: int
     best_step: int  # of the weights that were kept
     validation: dict[str, float]  # what they score; empty without validation data
-    loss: float | None = None  # of training: the mean over the last `loss_steps`; None where nothing was left to do
-    loss_steps: int = 0
+    # Of training, the mean over the last `loss_steps`; None where nothing was left to do.
+    loss: float | None = field(default=None, compare=False)
+    loss_steps: int = field(default=0, compare=False)
 
 
 def train(
@@ -129,9 +130,7 @@ def train(
     losses, started = torch.zeros(2, device=device), time.perf_counter()  # the sum of losses, their number
 
     first = logged = run.step
-    recent: list[
-        tuple[int, float, float]
-    ] = []  # steps, sum of losses, their number: from one line of the log to the next
+    recent: list[tuple[int, float, float]] = []  # between lines of the log: steps, sum of losses, their number
     shown = ""
     for step in range(first, steps if not stopped else 0):
         epoch, position = divmod(step, steps_per_epoch)
@@ -177,9 +176,7 @@ def train(
             values = {"loss": total / number, "grad_norm": float(grad_norm)}
             recent.append((done - logged, total, number))
             logged = done
-            while (
-                sum(each[0] for each in recent[1:]) >= config.log_every
-            ):  # what is shown is the mean of so many at least
+            while sum(each[0] for each in recent[1:]) >= config.log_every:  # the mean of so many is shown, at least
                 recent.pop(0)
             shown = f", loss {_mean(recent):.4g}"
         if progress is not None and rank == 0:
