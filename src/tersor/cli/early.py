@@ -131,10 +131,11 @@ def _check_model(verb: str, arguments: Sequence[str], options: Mapping[str, Sequ
     elif "--as" in options:
         _check_files("", arguments[:1])
     else:
-        if verb in ("forecast", "backtest"):
+        forecasts = verb in ("forecast", "backtest")
+        if forecasts:
             check_spelling(arguments[0])
         for name in arguments if verb == "report" else arguments[:1]:
-            if name not in YARDSTICKS:
+            if name not in YARDSTICKS and not (forecasts and architectures.known(name)):  # the verb knows which fit it
                 _check_folder(name, must_be_model=verb not in ("report", "sample"))
     if verb in ("predict", "transcribe"):
         _check_files("", arguments[1:], patterns=True)
@@ -150,14 +151,16 @@ def _check_folder(name: str, *, must_be_model: bool = True) -> None:
 
 def _check_training(what: str, options: Mapping[str, Sequence[str]]) -> None:
     """What is trained, and on which data: an environment, where the model acts, is no file."""
-    in_arena = what.startswith("lra/")
+    if what.startswith("lra/"):
+        return
     saved = Path(what) / "config.json"
     with readable(saved):
         is_saved = saved.is_file()
     acts = False
-    if not in_arena and (architectures.known(what) or not is_saved):
+    if architectures.known(what) or not is_saved:
         acts = architectures.find(what).task == "act"
-        if "--data" not in options:
+        of_arena = "--model" in options or any(each.startswith("pretrain") for each in options.get("--set", ()))
+        if "--data" not in options and not of_arena:  # the verb tells what goes with lra/TASK alone
             raise TersorError(f"{what} needs --data, what it is to be trained on")
     for option in READ:
         if option != "--data" or not (acts or is_saved):
