@@ -112,7 +112,7 @@ def main() -> None:
     text = ["# Structural pruning of demo-vit", "", described[described.index("All methods") :], ""]
     text += [
         f"Fine-tuning: {asked.finetune_steps} steps of {asked.batch_size} images, AdamW, rate {asked.lr} falling to 0. The NViT "
-        f"rows prune about {method.prune_per_step} units every {method.interval} batches, trained with the same rate.",
+        f"rows prune about {method.prune_per_step} units every {method.prune_interval} batches, trained with the same rate.",
         "",
         *lines,
         "",
