@@ -6,11 +6,13 @@ Planetoid's public split: 20 labelled nodes a class to train on, 500 to validate
 accuracy in %, at the best validation loss, mean and standard deviation of seeds 0 and 1. "GPTQ": of seed 0, all linear maps in 8
 and 4 bits, a grid for each row, calibrated on the graph itself.
 
-All are trained by tersor's trainer with AdamW, weight decay 0.05 and a constant rate. GCN: two layers, 64 wide, dropout 0.5 (Kipf
-and Welling). MPNN+VN: two GCN layers, the virtual node in the data. Both at 0.01, at most 100 steps of all training nodes,
-validated every 5, patience 6. GraphGPS: one layer, GCN beside attention over all nodes, no encodings; the same at 0.001, patience
-20. LargeGT: 20 sampled nodes, 64 codes, 16 spectral positions, batches of 28 at 0.001 (published: 0.001), 100 epochs, validated
-every 5, patience 20. Widths are 64, dropout 0.5; sizes were not tuned.
+All are trained by tersor's trainer with AdamW, weight decay 0.05 and a constant rate. GCN: two layers, 64 wide, dropout 0.5
+(Kipf and Welling). MPNN+VN: two GCN layers, the virtual node in the data. Both at 0.01, at most 100 steps of all training
+nodes, validated every 5, patience 6. GraphGPS: one layer, GCN beside attention over all nodes, no encodings; the same with
+patience 20, attention's dropout 0.5, and 0.8 of the words dropped in each step: without that it learns the training nodes by
+heart. LargeGT: 20 sampled nodes, 64 codes, 16 spectral positions, batches of 28 at 0.001 (published: 0.001), 100 epochs,
+validated every 5, patience 20. Widths are 64, dropout 0.5; sizes were not tuned. GraphGPS on Citeseer was stopped after seed 0,
+which had 55.4.
 """
 
 from __future__ import annotations
@@ -65,14 +67,21 @@ def build(name: str, graph: Graph) -> nn.Module:
     if name == "GCN":
         return GCN(inputs, classes)
     if name == "GraphGPS":
-        gps: dict[str, Any] = {"layer_type": "GCN+Transformer", "layers": 1, "dropout": 0.5}
-        return tersor.models.create("graphgps", **nodes, **gps)
+        gps: dict[str, Any] = {"layer_type": "GCN+Transformer", "layers": 1, "dropout": 0.5, "attn_dropout": 0.5}
+        model = tersor.models.create("graphgps", **nodes, **gps)
+        model.register_forward_pre_hook(without_words, with_kwargs=True)
+        return model
     if name == "MPNN+VN":
         return tersor.models.create(
             "mpnn_vn", **nodes, layer_type="gcnconv", layers_mp=2, dropout=0.5, virtual_node="none"
         )
     sizes = {"num_nodes": len(graph.x), "in_channels": inputs, "out_channels": classes, "hidden_channels": 64}
     return tersor.models.create("largegt", **sizes, global_dim=16, num_centroids=64, sample_node_len=20)
+
+
+def without_words(model: nn.Module, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """In training most words of each node are hidden."""
+    return args, {**inputs, "x": F.dropout(inputs["x"], 0.8, model.training)}
 
 
 def data_of(model: nn.Module, graph: Graph, seed: int) -> dict[str, Any]:
@@ -117,7 +126,7 @@ def measure(graph: Graph, keep: Callable[[dict[str, Any]], None]) -> None:
                 "validate_every": 5 * (len(sets["train"]) // size),
                 "patience": 20 if slow else 6,
                 "batch_size": size,
-                "lr": 0.001 if slow else 0.01,
+                "lr": 0.001 if name == "LargeGT" else 0.01,
             }
             recipe = TrainConfig(**steps, weight_decay=0.05, lr_schedule="constant", seed=seed, device="cpu")
             with tempfile.TemporaryDirectory() as out:
