@@ -47,7 +47,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         main(
             [
                 *("train", "any2point", "--data", data, "--validation", data, "--out", str(folder / "run")),
-                *("--device", "cpu", "--epochs", "8", "--batch-size", "4", "--lr", "0.005", *sizes),
+                *("--device", "cpu", "--epochs", "20", "--batch-size", "4", "--lr", "0.005", *sizes),
                 *("--set", "data.augment=true", "--set", "data.noise=0.01"),
             ]
         )
