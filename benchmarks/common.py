@@ -49,6 +49,15 @@ def speed_ratios(tasks: Mapping[str, Callable[[], object]], *, turns: int = 7) -
     return {name: first / each for name, each in medians.items()}
 
 
+def seconds_of(call: Callable[[], object], device: str) -> float:
+    """On the clock; on a GPU until it is done."""
+    if device == "cuda":
+        return gpu_seconds(call)
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
 def gpu_seconds(call: Callable[[], object]) -> float:
     """On the clock, until the GPU is done."""
     torch.cuda.synchronize()

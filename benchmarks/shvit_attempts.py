@@ -16,13 +16,22 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import timm
 import torch
-from common import command, gpu, gpu_seconds, kept_numbers, machine, refuse_to_keep_quick, write_numbers, write_table
+from common import (
+    command,
+    gpu,
+    kept_numbers,
+    machine,
+    recorded,
+    refuse_to_keep_quick,
+    seconds_of,
+    write_numbers,
+    write_table,
+)
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -68,28 +77,11 @@ def models(*, plain: bool) -> dict[str, nn.Module]:
 
 def callable_of(model: nn.Module, image: Tensor, how: str) -> Callable[[], object]:
     if how == "graph" and image.is_cuda:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                model(image)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            model(image)
-        return graph.replay
+        return recorded(lambda: model(image))
     if how in ("default", "reduce-overhead"):
         compiled = torch.compile(model, dynamic=False, mode=how)
         return lambda: compiled(image)
     return lambda: model(image)
-
-
-def seconds_of(call: Callable[[], object], device: str) -> float:
-    if device == "cuda":
-        return gpu_seconds(call)
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ python benchmarks/terminal.py         runs the two commands and writes docs/imag
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shlex
@@ -31,7 +32,7 @@ def shortened(printed: str) -> str:
 
 
 def main() -> None:
-    console = Console(record=True, width=80, file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115
+    console = Console(record=True, width=80, file=io.StringIO(), force_terminal=True)
     with tempfile.TemporaryDirectory() as folder:
         for command in COMMANDS:
             words = [sys.executable, "-m", "tersor", *shlex.split(command)[1:]]

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import gpu_seconds, kept_numbers, peak_growth, processor, versions, write_numbers, write_table
+from common import kept_numbers, peak_growth, processor, seconds_of, versions, write_numbers, write_table
 from torch import nn
 
 import tersor
@@ -107,14 +107,6 @@ def peak(call: Callable[[], object], device: str) -> int:
     return peak_growth(call)
 
 
-def timed(call: Callable[[], object], device: str) -> float:
-    if device == "cuda":
-        return gpu_seconds(call)
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
-
-
 @torch.no_grad()
 def child(number: int, device: str, until: float, turns: int) -> None:
     """Prepare a pair, compile it until the clock says `until`, wait for a line, measure, print a row."""
@@ -154,13 +146,13 @@ def child(number: int, device: str, until: float, turns: int) -> None:
             for who, call in pairs.items():
                 weights = sum(each.nbytes for each in models[who].parameters())
                 row["MiB"][f"{who} {form} {batch}"] = (weights + peak(call, device)) / 2**20
-                timed(call, device)
+                seconds_of(call, device)
             started = time.perf_counter()
             for turn in range(turns):
                 if turn >= 3 and time.perf_counter() - started > MOST:
                     break
                 for who, call in pairs.items():
-                    seconds[who].append(timed(call, device))
+                    seconds[who].append(seconds_of(call, device))
             for who, each in seconds.items():
                 row["ms"][f"{who} {form} {batch}"] = 1e3 * statistics.median(each)
     print("ROW " + json.dumps(row), flush=True)

@@ -117,10 +117,10 @@ def _text(model: str | Path, work: Workload) -> tuple[Start, Evaluate]:
         module = load(model, device=work.device)
         if tokenizer is None:
             raise TersorError("the model has no tokenizer, so it cannot be evaluated on a text")
-        ids = tokens_of("builtin", tokenizer)
         if work.files:
-            text = "\n\n".join(read_text(each) for each in work.files)
-            ids = tokenized(tokenizer, text)
+            ids = tokenized(tokenizer, "\n\n".join(read_text(each) for each in work.files))
+        else:
+            ids = tokens_of("builtin", tokenizer)
         length = min(work.length, positions_of(module) or work.length)
         where = next(module.parameters()).device
         scores = []

@@ -38,9 +38,7 @@ class Call:
     kwargs: dict[str, Any]
     forward: Callable[..., Any]
     store: Activations
-    drawn: State = field(
-        default_factory=state
-    )  # of the pass's random numbers before the call; every run starts from it
+    drawn: State = field(default_factory=state)  # of the random numbers before the call; every run starts from it
     output: Any = None  # with which the pass goes on
     after: State | None = None  # of the random numbers, at the end of the last run
 

@@ -22,7 +22,7 @@ from tersor.advise.budget import (
 )
 from tersor.advise.evidence import DEFAULT
 from tersor.advise.plans import Figure, Plan, command, reason, recipe_command, recipe_content
-from tersor.cli.options import AsJson, Device, Overwrite, print_json
+from tersor.cli.options import AsJson, Device, Overwrite, print_json, refuse_to_replace
 from tersor.cli.progress import progress_bar
 from tersor.cli.table import print_table, wrapped
 from tersor.errors import TersorError
@@ -157,8 +157,8 @@ def _check_out(out: Path | None, overwrite: bool) -> None:
         raise TersorError(f"--out {out} is a folder; give a file such as recipe.yaml")
     elif not out.parent.is_dir():
         raise TersorError(f"--out {out}: there is no folder {out.parent}; make it, or give another name")
-    elif out.exists() and not overwrite:
-        raise TersorError(f"--out {out} exists; give another name, or --overwrite")
+    else:
+        refuse_to_replace("--out", out, overwrite=overwrite)
 
 
 def _print(found: Advice, out: Path | None) -> None:

@@ -12,7 +12,7 @@ import typer
 
 from tersor.checkpoint.disk import disk_errors
 from tersor.checkpoint.room import read_object
-from tersor.cli.options import AsJson, Device, finite, print_json, refuse
+from tersor.cli.options import AsJson, Device, finite, print_json, refuse, refuse_without_folder
 from tersor.cli.progress import progress_bar
 from tersor.cli.table import table
 from tersor.errors import TersorError
@@ -136,9 +136,9 @@ def _check_paths(out: Path | None, plot: Path | None) -> None:
     """Raise TersorError where nothing can be written, before anything is computed."""
     if plot is not None:
         check_plot(plot)
-    for path in (each for each in (out, plot) if each is not None):
-        if not path.expanduser().absolute().parent.is_dir():
-            raise TersorError(f"there is no folder {path.parent} to write {path.name} into")
+    for option, path in (("--out", out), ("--plot", plot)):
+        if path is not None:
+            refuse_without_folder(option, path)
     if out is None:
         return
     if out.suffix.lower() != ".json":

@@ -15,9 +15,10 @@ from pathlib import Path
 
 from tersor import models as architectures
 from tersor.checkpoint.names import JOB_FOLDER, local_path
+from tersor.cli.options import refuse_without_folder
 from tersor.errors import TersorError
 from tersor.evaluate.yardstick_names import YARDSTICKS, check_spelling
-from tersor.methods.method import method_names
+from tersor.methods.method import method_names, unknown_method
 from tersor.untrusted import readable
 
 # Verbs that need an argument: what it is called in their help.
@@ -52,14 +53,8 @@ READ = (
 )
 MODELS = ("--against", "--original")  # options that name a model
 FOLDERS = ("quantize", "compress", "sweep", "train", "demo")  # verbs whose --out is a folder that they may make
-IN_FOLDER = (
-    "advise",
-    "attribute",
-    "complexity",
-    "forecast",
-    "report",
-    "sample",
-)  # verbs whose --out and --plot are files in a folder that is there
+# Verbs whose --out and --plot are files in a folder that is there.
+IN_FOLDER = ("advise", "attribute", "complexity", "forecast", "report", "sample")
 BEST = ("best", "best-fast")  # of quantize --method, beside the methods
 
 
@@ -84,7 +79,7 @@ def check(verb: str, words: Sequence[str]) -> None:
             _check_folder(name)
     for name in options.get("--method", ()) if verb == "quantize" else ():
         if name not in (known := method_names()) and name not in BEST:
-            raise TersorError(f"unknown method {name!r}; known: {', '.join(known)}")
+            raise unknown_method(name, known)
     for option in READ if verb != "train" else ():
         _check_files(option, [each for each in options.get(option, ()) if each != "builtin"])
     for option in REQUIRED.get(verb, ()):
@@ -184,6 +179,4 @@ def _check_outputs(verb: str, options: Mapping[str, Sequence[str]]) -> None:
                     raise TersorError(f"--out {out}: {part} is a file; give a directory")
     for option in ("--out", "--plot") if verb in IN_FOLDER else ():
         for out in map(Path, options.get(option, ())):
-            with readable(out):
-                if not out.expanduser().absolute().parent.is_dir():
-                    raise TersorError(f"{option} {out}: there is no folder {out.parent}; make it, or give another name")
+            refuse_without_folder(option, out)

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from tersor.cli.notes import show_notes
-from tersor.cli.options import AsJson, Device, print_json, refuse_to_replace, spare
+from tersor.cli.options import AsJson, Device, print_json, refuse_to_replace, refuse_without_folder, spare
 from tersor.data.tables import TableConfig, read_series, told
 from tersor.errors import TersorError
 from tersor.files import replacing
@@ -79,12 +79,11 @@ def forecast(
         check_plot(plot)
     if out is not None and out.suffix.lower() not in (".csv", ".parquet"):
         raise TersorError(f"--out {out}: a forecast is written as .csv or .parquet")
-    for path in (each for each in (out, plot) if each is not None):
-        if not path.expanduser().absolute().parent.is_dir():
-            raise TersorError(f"there is no folder {path.parent} to write {path.name} into")
     if overwrite and out is None and plot is None:
         raise TersorError("--overwrite is for the files of --out and --plot: give one of them")
     for option, written in (("--out", out), ("--plot", plot)):
+        if written is not None:
+            refuse_without_folder(option, written)
         spare(data, option, written)
         refuse_to_replace(option, written, overwrite=overwrite)
     levels = None if interval is None else levels_of(interval)

@@ -61,6 +61,13 @@ def spare(given: Path, option: str, out: Path | None) -> None:
         raise TersorError(f"{option} {out} is the file that is read; give another name")
 
 
+def refuse_without_folder(option: str, path: Path) -> None:
+    """Raise TersorError where the folder that a file is to be written into is not there."""
+    with readable(path):
+        if not path.expanduser().absolute().parent.is_dir():
+            raise TersorError(f"{option} {path}: there is no folder {path.parent}; make it, or give another name")
+
+
 def refuse_to_replace(option: str, path: Path | None, *, overwrite: bool) -> None:
     """Raise TersorError where the file exists already."""
     with readable(path or "."):

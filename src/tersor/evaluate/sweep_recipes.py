@@ -28,7 +28,7 @@ from typing import Any
 from tersor.compress.recipe import Recipe, make_rules, recipe_content
 from tersor.compress.settings import Settings, idle, settings_of
 from tersor.errors import TersorError
-from tersor.methods.method import from_options, methods
+from tersor.methods.method import from_options, methods, unknown_method
 
 JOBS = 10_000  # of one recipe: more is a mistake
 LISTS = ("include", "exclude", "rules")  # a list is one value of these
@@ -117,7 +117,7 @@ def _choices(key: str, value: Any) -> list[Any]:
 def _check_keys(recipe: Mapping[str, Any], chosen: Sequence[str], where: str) -> None:
     for method in chosen:
         if method not in methods():
-            raise TersorError(f"{where}: unknown method {method!r}; known: {', '.join(methods())}")
+            raise TersorError(f"{where}: {unknown_method(method, methods())}")
     options = {field for method in chosen for field in _fields(method)}
     _check_known(recipe, {"model", "method", "rules", "eval", *_settings(), *options}, where)
     if not recipe.get("model"):

@@ -11,7 +11,7 @@ import dataclasses
 import importlib
 import pkgutil
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -163,6 +163,10 @@ def method_names() -> list[str]:
     return sorted(name for text in sources for name in re.findall(r'^    name: ClassVar\[str\] = "(.+)"$', text, re.M))
 
 
+def unknown_method(name: object, known: Iterable[str]) -> TersorError:
+    return TersorError(f"unknown method {name!r}; known: {', '.join(known)}")
+
+
 def methods() -> dict[str, type[Method]]:
     """All methods by name."""
     for module in pkgutil.walk_packages([str(Path(__file__).parent)], "tersor.methods."):
@@ -174,7 +178,7 @@ def from_options(name: str, options: Mapping[str, Any]) -> Method:
     """Make a method from its name and options. Raises TersorError naming what is unknown."""
     known = methods()
     if not isinstance(name, str) or name not in known:
-        raise TersorError(f"unknown method {name!r}; known: {', '.join(known)}")
+        raise unknown_method(name, known)
     fields = {f.name for f in dataclasses.fields(known[name])}
     unknown = sorted(set(options) - fields)
     if unknown:

@@ -33,9 +33,8 @@ class Signals:
     """What one run computed. `hidden` and `attended` have one entry per block, the other lists one per attention."""
 
     hidden: list[Tensor] = field(default_factory=list)  # [B, N, D]; in front stands the input of the first block
-    attended: list[Tensor] = field(
-        default_factory=list
-    )  # [B, N, D], of the first norm after the attention's last layer
+    # [B, N, D], of the first norm after the attention's last layer.
+    attended: list[Tensor] = field(default_factory=list)
     scores: list[Tensor] = field(default_factory=list)  # [B, heads, N, N], before the softmax
     maps: list[Tensor] = field(default_factory=list)  # [B, heads, N, N], after it
     contexts: list[Tensor] = field(default_factory=list)  # map · v, [B, heads, N, d]
